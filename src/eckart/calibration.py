@@ -1,0 +1,361 @@
+"""Calibration: tokens through the model, block by block, into the moments of every input group.
+
+The embedding runs once and every block's call is recorded. Then one block at a time runs on all batches: its hooks
+stream the inputs of its linears into moments, its outputs become the next block's inputs. At no time are there moments
+of more than one block, nor hidden states of more than one layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from eckart.corpora import Tokens
+from eckart.gradients import collect_gradients
+from eckart.lowrank import GradientMoments, InputMoments, Method
+from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
+from eckart.models.sites import Site, blocks_of, find_sites
+from eckart.tracking import Track, silent
+
+# Number of this layout and of the way moments are taken; part of every digest, so that a change reuses nothing.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class BlockCalibration:
+    """The moments of one block: {input group: InputMoments} and {site name: GradientMoments}."""
+
+    block: int
+    inputs: dict[str, InputMoments] = field(default_factory=dict)
+    gradients: dict[str, GradientMoments] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Every block's moments, held in memory, and where they came from. Iterating gives the blocks in order.
+
+    A 7B model's second moments are about 22 GB in float32; use `calibrate_by_block` for such a one.
+    """
+
+    blocks: tuple[BlockCalibration, ...]
+    source: dict[str, Any]
+
+    def __iter__(self) -> Iterator[BlockCalibration]:
+        return iter(self.blocks)
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    method: Method,
+    *,
+    batch_size: int = 8,
+    track: Track = silent,
+) -> Calibration:
+    """The moments that `method` needs, of every site of the model, held in memory.
+
+    Raises and cost: see `calibrate_by_block`.
+    """
+    blocks = tuple(calibrate_by_block(model, tokens, method, batch_size=batch_size, track=track))
+    return Calibration(blocks, {**tokens.source, "tokens": tokens.count})
+
+
+def calibrate_by_block(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    method: Method,
+    *,
+    sites: Sequence[Site] | None = None,
+    cache: Path | None = None,
+    batch_size: int = 8,
+    track: Track = silent,
+) -> Iterator[BlockCalibration]:
+    """The moments of one block after another. A block may be replaced as soon as it was given out.
+
+    Args:
+        tokens: padding is left out of every statistic.
+        method: only what it needs is collected; a method that needs nothing yields empty blocks at once.
+        sites: only these; default all.
+        cache: folder for moments. A calibration is kept in `cache/<digest>`, a file a block, where the digest is of
+            the model's weights and configuration, the token ids and mask, the statistics and the sites. Blocks that
+            are there already are read, not computed, so a killed run goes on where it was.
+        batch_size: rows at a time; it changes memory and speed only.
+
+    Raises:
+        ValueError: an input or gradient that is not finite (names the group), a token outside the vocabulary, or a
+            model whose blocks are not called once each in order.
+
+    Cost: one forward pass, and 2 n d_in^2 operations for each input group; with gradient statistics also one forward
+    and backward pass per sample.
+    """
+    sites = find_sites(model) if sites is None else sites
+    store = None
+    if cache is not None and method.needs:
+        store = _Store(cache / calibration_digest(model, tokens, method.needs, sites))
+    yield from _blocks(model, tokens, method.needs, sites, store, batch_size, track)
+
+
+def _blocks(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    needs: frozenset[str],
+    sites: Sequence[Site],
+    store: _Store | None,
+    batch_size: int,
+    track: Track,
+) -> Iterator[BlockCalibration]:
+    numbers = sorted({site.block for site in sites})
+    gradients: dict[str, GradientMoments] = {}
+    if needs & GRADIENT_STATISTICS:
+        gradients = (store and store.read_gradients()) or collect_gradients(
+            model, tokens, sites, needs & GRADIENT_STATISTICS, track=track
+        )
+        if store:
+            store.write_gradients(gradients)
+    wanted = needs & INPUT_STATISTICS
+    groups: dict[int, dict[str, Site]] = {number: {} for number in numbers}
+    for site in sites:
+        groups[site.block].setdefault(site.input_group, site)
+    walk: _Walk | None = None
+    for number in numbers:
+        inputs: dict[str, InputMoments] = {}
+        if wanted:
+            found = store.read(number) if store else None
+            if found is None:
+                if walk is None:
+                    walk = _Walk(model, tokens, batch_size, track)
+                inputs = walk.moments(number, groups[number], wanted)
+                if store:
+                    store.write(number, inputs)
+            else:
+                inputs = found
+        names = [site.name for site in sites if site.block == number]
+        yield BlockCalibration(number, inputs, {name: gradients[name] for name in names if name in gradients})
+
+
+class _Walk:
+    """Hidden states of all batches, advancing block by block."""
+
+    def __init__(self, model: PreTrainedModel, tokens: Tokens, batch_size: int, track: Track) -> None:
+        check_vocabulary(model, tokens)
+        self.blocks = blocks_of(model)
+        self.track = track
+        self.masks = [mask for _, mask in tokens.batches(batch_size)]
+        self.recordings = record_calls(model, tokens.batches(batch_size), track)
+        self.next = 0
+
+    @torch.no_grad()
+    def moments(self, number: int, groups: dict[str, Site], needs: frozenset[str]) -> dict[str, InputMoments]:
+        """Run the blocks up to and with `number`, and give its moments."""
+        while self.next < number:
+            for _ in self._advance(f"block {self.next}: forward"):
+                pass
+        collected = {group: InputMoments(site.d_in, needs) for group, site in groups.items()}
+        seen: dict[str, Tensor] = {}
+
+        def watch(group: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            return lambda _module, args: seen.__setitem__(group, args[0])
+
+        handles = [
+            self.blocks[number].get_submodule(site.role).register_forward_pre_hook(watch(group))
+            for group, site in groups.items()
+        ]
+        try:
+            for mask in self._advance(f"block {number}: moments"):
+                for group, x in seen.items():
+                    try:
+                        collected[group].update(x, mask.to(x.device))
+                    except ValueError as error:
+                        raise ValueError(f"{group}: {error}") from error
+                seen.clear()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {group: moments.compact() for group, moments in collected.items()}
+
+    def _advance(self, description: str) -> Iterator[Tensor]:
+        """Run the next block on every batch; gives each batch's mask once its forward pass is done."""
+        block = self.blocks[self.next]
+        for recording, mask in self.track(
+            zip(self.recordings, self.masks, strict=True), description, len(self.recordings)
+        ):
+            args, kwargs = recording.calls[self.next]
+            recording.hidden = _hidden(block(recording.hidden, *args, **kwargs))
+            yield mask
+        self.next += 1
+
+
+@dataclass
+class Recording:
+    """One batch on its way: the hidden states it has reached, and the other arguments of every block's call."""
+
+    hidden: Tensor
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+@torch.no_grad()
+def record_calls(
+    model: PreTrainedModel, batches: Sequence[tuple[Tensor, Tensor]], track: Track = silent
+) -> list[Recording]:
+    """Embed every batch and note with which masks and position embeddings the model calls each block.
+
+    The blocks themselves do not run (but for the first, once, to see the form of its output): what a model passes to
+    its blocks beside the hidden states does not depend on them.
+
+    Raises:
+        ValueError: the blocks are not called once each, in order.
+    """
+    base, blocks = model.base_model, blocks_of(model)
+    accepted = inspect.signature(base.forward).parameters
+    options = {"use_cache": False} if "use_cache" in accepted else {}
+    recordings = []
+    for ids, mask in track(batches, "embedding", len(batches)):
+        with _recording(blocks) as calls:
+            # A mask that hides nothing is left out: the attention kernels then need no mask tensor at all.
+            attention = None if bool(mask.all()) else mask.to(model.device).long()
+            base(input_ids=ids.to(model.device), attention_mask=attention, **options)
+        if [index for index, *_ in calls] != list(range(len(blocks))):
+            raise ValueError(
+                f"{type(model).__name__} does not call its {len(blocks)} blocks once each in order; "
+                "it cannot be calibrated block by block"
+            )
+        recordings.append(Recording(calls[0][1], [(args, kwargs) for _, _, args, kwargs in calls]))
+    return recordings
+
+
+@contextmanager
+def _recording(blocks: nn.ModuleList) -> Iterator[list[tuple[int, Tensor, tuple[Any, ...], dict[str, Any]]]]:
+    """Inside, a block's forward notes its call and passes the hidden states through."""
+    calls: list[tuple[int, Tensor, tuple[Any, ...], dict[str, Any]]] = []
+    tails: list[tuple[Any, ...] | None] = []
+
+    def stand_in(index: int, block: nn.Module) -> Callable[..., Any]:
+        forward = block.forward
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
+            rest = args if len(args) == 0 or args[0] is not hidden else args[1:]
+            calls.append((index, hidden, rest, kwargs))
+            if not tails:
+                output = forward(hidden, *rest, **kwargs)
+                tails.append(tuple(output[1:]) if isinstance(output, tuple | list) else None)
+            return hidden if tails[0] is None else (hidden, *tails[0])
+
+        return note
+
+    for index, block in enumerate(blocks):
+        block.forward = stand_in(index, block)
+    try:
+        yield calls
+    finally:
+        for block in blocks:
+            del block.forward  # the instance attribute; the class's forward is visible again
+
+
+def _hidden(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def check_vocabulary(model: PreTrainedModel, tokens: Tokens) -> None:
+    """Raises ValueError where a token id is outside the model's embedding."""
+    vocabulary, largest = model.get_input_embeddings().num_embeddings, int(tokens.ids.max())
+    if largest >= vocabulary:
+        raise ValueError(
+            f"token {largest} is outside the model's vocabulary of {vocabulary}; is it another model's tokenizer?"
+        )
+
+
+def calibration_digest(model: PreTrainedModel, tokens: Tokens, needs: frozenset[str], sites: Sequence[Site]) -> str:
+    """A name for the moments: of everything that makes them, contents and not names.
+
+    Cost: one read of the model's weights.
+    """
+    state = hashlib.sha256()
+    configuration = model.config.to_dict()
+    for volatile in ("_name_or_path", "transformers_version", "quantization_config"):
+        configuration.pop(volatile, None)
+    header = {
+        "format": FORMAT,
+        "model": type(model).__name__,
+        "config": configuration,
+        "tokens": tokens.digest,
+        "needs": sorted(needs),
+        "sites": [site.name for site in sites],
+    }
+    state.update(json.dumps(header, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return state.hexdigest()[:32]
+
+
+class _Store:
+    """A folder of moments, a file a block. Files appear whole (written beside, then renamed)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def read(self, block: int) -> dict[str, InputMoments] | None:
+        found = _read_file(self.folder / f"block-{block:03d}.safetensors")
+        if found is None:
+            return None
+        return {group: InputMoments.from_state(int(counts[0]), sums) for group, (counts, sums) in found.items()}
+
+    def write(self, block: int, inputs: dict[str, InputMoments]) -> None:
+        _write_file(
+            self.folder / f"block-{block:03d}.safetensors",
+            {group: ((moments.count,), moments.sums) for group, moments in inputs.items()},
+        )
+
+    def read_gradients(self) -> dict[str, GradientMoments] | None:
+        found = _read_file(self.folder / "gradients.safetensors")
+        if found is None:
+            return None
+        return {
+            site: GradientMoments.from_state(int(counts[0]), int(counts[1]), sums)
+            for site, (counts, sums) in found.items()
+        }
+
+    def write_gradients(self, gradients: dict[str, GradientMoments]) -> None:
+        _write_file(
+            self.folder / "gradients.safetensors",
+            {site: ((moments.examples, moments.tokens), moments.sums) for site, moments in gradients.items()},
+        )
+
+
+def _write_file(path: Path, entries: dict[str, tuple[tuple[int, ...], dict[str, Tensor]]]) -> None:
+    if path.exists():
+        return
+    tensors = {
+        f"{name}|{key}": value.cpu().contiguous() for name, (_, sums) in entries.items() for key, value in sums.items()
+    }
+    counts = {name: json.dumps(numbers) for name, (numbers, _) in entries.items()}
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata=counts)
+    partial.rename(path)
+
+
+def _read_file(path: Path) -> dict[str, tuple[list[int], dict[str, Tensor]]] | None:
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        entries: dict[str, tuple[list[int], dict[str, Tensor]]] = {
+            name: (json.loads(numbers), {}) for name, numbers in (file.metadata() or {}).items()
+        }
+        for key in file.keys():  # noqa: SIM118 (not a mapping)
+            name, _, statistic = key.rpartition("|")
+            entries[name][1][statistic] = file.get_tensor(key)
+    return entries

@@ -1,0 +1,161 @@
+"""Compression: a model, a method, a plan and a calibration in; the same model with low-rank linears out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from eckart.allocation import RankPlan
+from eckart.calibration import BlockCalibration
+from eckart.lowrank import DecompositionError, Method, Moments, build_method, output_error
+from eckart.models.checkpoint import describe
+from eckart.models.linear import LowRankLinear
+from eckart.models.sites import Site, num_bytes, num_params, read_weight, replace_module
+from eckart.tracking import Track, silent
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What became of one site.
+
+    Attributes:
+        rank: of its factors.
+        relative_error: E||W x - M x - d||^2 / E||W x||^2 on the calibration tokens; None without second moments.
+        tail: the method's own loss at this rank, in its own metric.
+    """
+
+    name: str
+    rank: int
+    relative_error: float | None
+    tail: float
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What a compression did: sites, sizes of the whole model before and after, seconds per stage."""
+
+    sites: tuple[SiteReport, ...]
+    params_before: int
+    params_after: int
+    bytes_before: int
+    bytes_after: int
+    seconds: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "params": [self.params_before, self.params_after],
+            "bytes": [self.bytes_before, self.bytes_after],
+            "seconds": {stage: round(value, 2) for stage, value in self.seconds.items()},
+            "sites": {
+                site.name: {"rank": site.rank, "relative_error": site.relative_error, "tail": site.tail}
+                for site in self.sites
+            },
+        }
+
+
+@torch.no_grad()
+def compress(
+    model: PreTrainedModel,
+    method: Method | str,
+    plan: RankPlan,
+    calibration: Iterable[BlockCalibration] | None = None,
+    *,
+    recipe: dict[str, Any] | None = None,
+    track: Track = silent,
+) -> CompressionReport:
+    """Replace the planned linears of `model` by low-rank ones, in place.
+
+    The calibration is consumed block by block and nothing of a block is kept once its sites are replaced.
+
+    Args:
+        method: of the catalogue, or its name.
+        plan: of this model; sites without a rank stay as they are.
+        calibration: a `Calibration`, or the generator of `calibrate_by_block`; None for a method that needs none.
+        recipe: noted in the model's config, for the checkpoint.
+
+    Raises:
+        ValueError: the method needs statistics that the calibration lacks, or the plan is of another model.
+        DecompositionError: a decomposition failed; the message names the site. The sites before it are replaced
+            already, so load the model again before going on.
+
+    Cost: per site one decomposition, see `lowrank.truncation.factor`.
+    """
+    if isinstance(method, str):
+        method = build_method(method)
+    if method.needs and calibration is None:
+        raise ValueError(f"{method.name} needs {', '.join(sorted(method.needs))}: calibrate first")
+    planned = [site for site in plan.sites if plan.rank(site) is not None]
+    modules = dict(model.named_modules())
+    for site in planned:
+        if site.name not in modules or tuple(read_weight(modules[site.name]).shape) != (site.d_out, site.d_in):
+            raise ValueError(f"the plan has {site.name} as {site.d_out} x {site.d_in}, which is not in this model")
+    del modules
+    before = (num_params(model), num_bytes(model))
+    by_block: dict[int, list[Site]] = {}
+    for site in planned:
+        by_block.setdefault(site.block, []).append(site)
+    seconds = {"calibrate": 0.0, "factor": 0.0}
+    reports: list[SiteReport] = []
+    for block in _timed(calibration or (BlockCalibration(number) for number in by_block), seconds):
+        start = time.perf_counter()
+        chosen = by_block.pop(block.block, [])
+        for report in track(_factor_block(model, method, plan, chosen, block), f"block {block.block}: factors", len(chosen)):
+            reports.append(report)
+        seconds["factor"] += time.perf_counter() - start
+    if by_block:
+        raise ValueError(f"the calibration has no moments of block {min(by_block)}, which the plan compresses")
+    described = recipe or {"method": method.name, "options": method.options}
+    describe(model, described)
+    return CompressionReport(
+        tuple(reports), before[0], num_params(model), before[1], num_bytes(model), seconds
+    )
+
+
+def _timed(blocks: Iterable[BlockCalibration], seconds: dict[str, float]) -> Iterator[BlockCalibration]:
+    """The blocks; time spent making them is added to seconds["calibrate"]."""
+    iterator = iter(blocks)
+    while True:
+        start = time.perf_counter()
+        block = next(iterator, None)
+        seconds["calibrate"] += time.perf_counter() - start
+        if block is None:
+            return
+        yield block
+        del block  # this block's moments end here, before the next block's are made
+
+
+def _factor_block(
+    model: PreTrainedModel, method: Method, plan: RankPlan, sites: list[Site], block: BlockCalibration
+) -> Iterator[SiteReport]:
+    """Factor and replace the sites of one block. Sites of one input group share the root."""
+    root: torch.Tensor | None = None
+    group: str | None = None
+    for site in sites:
+        inputs = block.inputs.get(site.input_group)
+        moments = Moments(inputs, block.gradients.get(site.name))
+        module = model.get_submodule(site.name)
+        weight = read_weight(module)
+        try:
+            if site.input_group != group or method.needs_gradients:
+                root, group = method.root(moments), site.input_group
+            factored = method.factor(weight, moments, root=root)
+        except (ValueError, DecompositionError) as error:
+            raise type(error)(f"{site.name}: {error}") from error
+        rank = plan.rank(site)
+        assert rank is not None
+        factors = factored.cut(rank)
+        relative = None
+        if inputs is not None and "second_moment" in inputs.sums:
+            error, energy = output_error(weight, factors, moments)
+            relative = error / energy if energy > 0 else 0.0
+        bias = module.bias.detach() if site.has_bias else None  # type: ignore[union-attr,operator]
+        replace_module(
+            model, site.name, LowRankLinear.from_factors(factors, bias, device=weight.device, dtype=weight.dtype)
+        )
+        yield SiteReport(site.name, rank, relative, factored.tail(rank) if method.residual is None else float("nan"))

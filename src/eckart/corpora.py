@@ -1,0 +1,335 @@
+"""Corpora: text in, token batches with masks out."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from eckart.builtin import builtin_texts
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents, and how they are joined into one stream."""
+
+    documents: tuple[str, ...]
+    joiner: str
+    source: dict[str, Any]
+
+    @property
+    def joined(self) -> str:
+        return self.joiner.join(self.documents)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A row of the table: where a known corpus lives on the hub and in a folder, and how its rows make one text.
+
+    Attributes:
+        hub, config: data set and configuration on the Hugging Face hub; None where it is only local.
+        splits: {split: the hub's name for it}.
+        column: the field that holds the text.
+        joiner: what stands between rows.
+        files: {split: shell patterns of local files, the first match is read}, inside DATA/<corpus name>/ or DATA/.
+        row: what is done to each row.
+    """
+
+    hub: str | None
+    config: str | None
+    splits: dict[str, str]
+    column: str
+    joiner: str
+    files: dict[str, tuple[str, ...]]
+    row: Callable[[str], str] = str
+
+
+def _wikitext_row(line: str) -> str:
+    """A line as the hub's rows have it: empty, or with its line end."""
+    return line.rstrip("\n") + "\n" if line.strip() else ""
+
+
+CORPORA: dict[str, Corpus] = {
+    "wikitext2": Corpus(
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1",
+        {"train": "train", "validation": "validation", "test": "test"},
+        "text",
+        "\n\n",
+        {
+            "train": ("wiki.train.raw*", "raw.train*.txt*"),
+            "validation": ("wiki.valid.raw*", "raw.valid*.txt*"),
+            "test": ("wiki.test.raw*", "raw.test*.txt*"),
+        },
+        _wikitext_row,
+    ),
+    "ptb": Corpus(
+        "ptb-text-only/ptb_text_only",
+        "penn_treebank",
+        {"train": "train", "validation": "validation", "test": "test"},
+        "sentence",
+        " ",
+        {"train": ("*train.txt*",), "validation": ("*valid.txt*",), "test": ("*test.txt*",)},
+        str.strip,
+    ),
+    "c4": Corpus(
+        "allenai/c4", "en", {"train": "train", "test": "validation"}, "text", "\n\n", {"test": ("*.jsonl*", "*.json*")}
+    ),
+    "snips": Corpus(
+        "benayas/snips",
+        None,
+        {"train": "train", "test": "test"},
+        "text",
+        "\n",
+        {"train": ("train.jsonl*",), "test": ("test.jsonl*", "valid.jsonl*")},
+    ),
+    "alpaca_eval": Corpus(
+        "tatsu-lab/alpaca_eval",
+        "alpaca_eval",
+        {"test": "eval"},
+        "instruction",
+        "\n\n",
+        {"test": ("eval.jsonl*", "alpaca_eval*.json*")},
+    ),
+    "mctest": Corpus(
+        "sagnikrayc/mctest", "mc160", {"test": "test"}, "text", "\n\n", {"test": ("*test.stories.jsonl*",)}
+    ),
+    "cmrc2018": Corpus(
+        "hfl/cmrc2018", None, {"train": "train", "test": "validation"}, "context", "\n\n", {"test": ("*dev*.jsonl*", "trial.jsonl*")}
+    ),
+    # No hub row: the AlpacaEval translation that the NSVD paper used is not published as a data set of its own.
+    "japanese": Corpus(None, None, {}, "text", "\n\n", {"test": ("*_ja.jsonl*",)}),
+    "lambada": Corpus("EleutherAI/lambada_openai", "en", {"test": "test"}, "text", "\n\n", {"test": ("test.jsonl*",)}),
+    "tinystories": Corpus(
+        "roneneldan/TinyStories",
+        None,
+        {"train": "train", "test": "validation"},
+        "text",
+        "\n\n",
+        {"test": ("*.jsonl*",)},
+    ),
+}
+
+BUILTIN = "builtin"
+
+
+def read_text(
+    name: str, *, split: str = "train", data: Path | None = None, column: str | None = None
+) -> Text:
+    """The documents of a corpus.
+
+    Args:
+        name: one of
+            "builtin", "builtin/prose", "builtin/code": the text that every Python carries ("builtin" is both);
+            a file: .txt (one document; a row a line for a known corpus) or .jsonl / .json lines, plain or .gz;
+            a row of CORPORA, read from `data` when given, else from the hub;
+            any hub data set "owner/name" or "owner/name:config".
+        split: "train", "validation" or "test". For "builtin" anything but train is the held-out part.
+        data: folder with local copies of known corpora, DATA/<name>/... .
+        column: field with the text; default "text", or the known corpus's own.
+
+    Raises:
+        ValueError: an unknown name, a missing file or field, an empty corpus.
+    """
+    path = Path(name)
+    if name == BUILTIN or name.startswith(f"{BUILTIN}/"):
+        domains = ("prose", "code") if name == BUILTIN else (name.removeprefix(f"{BUILTIN}/"),)
+        part = "train" if split == "train" else "heldout"
+        documents = [text for domain in domains for text in builtin_texts(domain, part)]
+        text = Text(tuple(documents), "\n\n", {"corpus": name, "split": part})
+    elif path.is_file():
+        text = Text(tuple(_read_file(path, column or "text")), "\n\n", {"corpus": path.name})
+    elif name in CORPORA and data is not None:
+        text = _read_known_file(name, split, data, column)
+    elif name in CORPORA:
+        text = _read_hub(name, CORPORA[name], split, column)
+    elif "/" in name and not path.suffix:
+        hub, _, config = name.partition(":")
+        row = Corpus(hub, config or None, {split: split}, column or "text", "\n\n", {})
+        text = _read_hub(name, row, split, column)
+    else:
+        raise ValueError(
+            f"no corpus {name!r}: it is no file here, and known names are builtin, {', '.join(CORPORA)}; "
+            "a hub data set is given as owner/name"
+        )
+    if not any(document.strip() for document in text.documents):
+        raise ValueError(f"corpus {name!r} ({split}) holds no text")
+    return text
+
+
+def _read_known_file(name: str, split: str, data: Path, column: str | None) -> Text:
+    corpus = CORPORA[name]
+    patterns = corpus.files.get(split, ())
+    for pattern in patterns:
+        for folder in (data / name, data):
+            for file in sorted(folder.glob(pattern)):
+                documents = (
+                    _read_lines(file)
+                    if ".txt" in file.suffixes or ".raw" in file.suffixes
+                    else _read_file(file, column or "text", corpus.column)
+                )
+                source = {"corpus": name, "split": split, "file": file.name}
+                return Text(tuple(corpus.row(d) for d in documents), corpus.joiner, source)
+    raise ValueError(
+        f"{name}: no file for split {split!r} in {data / name} (looked for {', '.join(patterns) or 'nothing: no such split'})"
+    )
+
+
+def _read_hub(name: str, corpus: Corpus, split: str, column: str | None) -> Text:
+    import datasets  # slow to import, and needed only here
+
+    if corpus.hub is None or split not in corpus.splits:
+        raise ValueError(f"{name}: no split {split!r} on the hub; give a folder with a local copy")
+    try:
+        rows = datasets.load_dataset(corpus.hub, corpus.config, split=corpus.splits[split])
+    except Exception as error:  # noqa: BLE001 (a dozen exception types; all mean that the hub did not give it)
+        raise ValueError(
+            f"{name}: the hub did not give {corpus.hub} ({type(error).__name__}: {error}); "
+            "give a local file, or a folder with a local copy"
+        ) from error
+    field_name = column or corpus.column
+    if field_name not in rows.column_names:
+        raise ValueError(f"{name}: no field {field_name!r}; it has {', '.join(rows.column_names)}")
+    return Text(
+        tuple(corpus.row(value) for value in rows[field_name]),
+        corpus.joiner,
+        {"corpus": name, "hub": corpus.hub, "config": corpus.config, "split": split},
+    )
+
+
+def _read_file(path: Path, *columns: str) -> list[str]:
+    if ".jsonl" not in path.suffixes and ".json" not in path.suffixes:
+        return ["".join(_read_lines(path))]
+    documents = []
+    for number, line in enumerate(_read_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
+        found = [c for c in columns if isinstance(row, dict) and isinstance(row.get(c), str)]
+        if not found:
+            has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(f"{path}: line {number} has no text field {' or '.join(map(repr, columns))}; it has {has}")
+        documents.append(row[found[0]])
+    return documents
+
+
+def _read_lines(path: Path) -> list[str]:
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    try:
+        with opened as file:
+            return list(file)
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path} is not readable as UTF-8 text: {error}") from error
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token windows for calibration.
+
+    Attributes:
+        ids: (samples, length) int64.
+        mask: (samples, length), True for real tokens, False for padding.
+        source: where the text came from and how it was cut.
+        mask_token: the tokenizer's, where it has one; masked language models need it for their loss.
+    """
+
+    ids: Int[Tensor, "samples length"]
+    mask: Bool[Tensor, "samples length"]
+    source: dict[str, Any] = field(default_factory=dict)
+    mask_token: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def count(self) -> int:
+        """Real tokens."""
+        return int(self.mask.sum())
+
+    @property
+    def digest(self) -> str:
+        """Of the ids and the mask themselves, so that another tokenizer, text, seed or cut is another digest."""
+        state = hashlib.sha256(repr(tuple(self.ids.shape)).encode())
+        state.update(self.ids.numpy().tobytes())
+        state.update(self.mask.numpy().tobytes())
+        return state.hexdigest()
+
+    def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
+        """(ids, mask) in order, `size` rows at a time."""
+        return list(zip(self.ids.split(size), self.mask.split(size), strict=True))
+
+
+def sample_windows(
+    text: Text, tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int, seed: int = 0
+) -> Tokens:
+    """`samples` windows of `length` tokens drawn without overlap from the joined text: calibration of decoders.
+
+    Raises:
+        ValueError: fewer than `samples` windows in the text (the message has the numbers).
+    """
+    _positive(samples=samples, length=length)
+    stream = encode(text.joined, tokenizer)
+    windows = len(stream) // length
+    if windows < samples:
+        raise ValueError(
+            f"corpus {text.source.get('corpus')} has {len(stream)} tokens, {windows} windows of {length}; "
+            f"{samples} were asked for: lower samples or length, or give more text"
+        )
+    chosen = sorted(random.Random(seed).sample(range(windows), samples))
+    ids = stream[: windows * length].view(windows, length)[chosen]
+    source = {**text.source, "samples": samples, "length": length, "seed": seed, "cut": "windows"}
+    return Tokens(ids, torch.ones_like(ids, dtype=torch.bool), source, tokenizer.mask_token_id)
+
+
+def sample_documents(
+    text: Text, tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int, seed: int = 0
+) -> Tokens:
+    """`samples` documents, each cut at `length` tokens and padded: calibration of encoders, which read whole texts.
+
+    A text file that is one document is split at its empty lines. Empty documents are passed over.
+
+    Raises:
+        ValueError: fewer than `samples` documents, or the tokenizer has no pad token.
+    """
+    _positive(samples=samples, length=length)
+    if tokenizer.pad_token_id is None:
+        raise ValueError("the tokenizer has no pad token; set one, or calibrate on windows instead of documents")
+    documents: Sequence[str] = text.documents
+    if len(documents) == 1:
+        documents = documents[0].split("\n\n")
+    documents = [document for document in documents if document.strip()]
+    if len(documents) < samples:
+        raise ValueError(
+            f"corpus {text.source.get('corpus')} has {len(documents)} documents; {samples} were asked for"
+        )
+    chosen = sorted(random.Random(seed).sample(range(len(documents)), samples))
+    batch = tokenizer(
+        [documents[i] for i in chosen], truncation=True, max_length=length, padding=True, return_tensors="pt"
+    )
+    source = {**text.source, "samples": samples, "length": length, "seed": seed, "cut": "documents"}
+    return Tokens(batch["input_ids"], batch["attention_mask"].bool(), source, tokenizer.mask_token_id)
+
+
+def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "tokens"]:
+    """The text as one stream of tokens, with the tokenizer's own special tokens at its ends."""
+    # verbose=False: the warning that the stream is longer than the model's window is meant for other uses.
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def _positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} {value} is not positive")

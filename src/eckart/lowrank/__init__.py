@@ -1,0 +1,28 @@
+"""The mathematics: a method is a metric, a cut, and a sum. torch and scipy only; knows no model and no file."""
+
+from eckart.lowrank.catalogue import METHODS, build_method, method_options
+from eckart.lowrank.factors import Factors
+from eckart.lowrank.method import Factored, Method, NestedSpectrum, Stage, output_error
+from eckart.lowrank.metrics import DecompositionError
+from eckart.lowrank.moments import GradientMoments, InputMoments, Moments
+from eckart.lowrank.truncation import Spectrum, factor, interpolate, rank_for
+
+__all__ = [
+    "METHODS",
+    "DecompositionError",
+    "Factored",
+    "Factors",
+    "GradientMoments",
+    "InputMoments",
+    "Method",
+    "Moments",
+    "NestedSpectrum",
+    "Spectrum",
+    "Stage",
+    "build_method",
+    "factor",
+    "interpolate",
+    "method_options",
+    "output_error",
+    "rank_for",
+]

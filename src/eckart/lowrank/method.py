@@ -1,0 +1,200 @@
+"""Method: a metric, a cut and a sum, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from eckart.lowrank.factors import Factors
+from eckart.lowrank.metrics import anchored_target
+from eckart.lowrank.moments import GRADIENT_STATISTICS, Moments
+from eckart.lowrank.truncation import Spectrum, check_rank, factor, interpolate
+
+Root = Callable[[Moments], Tensor]
+
+
+class Factored(Protocol):
+    """What a method makes of one layer: cut at any rank, with the loss of each cut."""
+
+    @property
+    def max_rank(self) -> int: ...
+
+    def cut(self, rank: int) -> Factors: ...
+
+    def tail(self, rank: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One term of the sum.
+
+    Attributes:
+        root: moments -> input root B, (d_in, d_in) or a diagonal (d_in,); None is the identity.
+        metric: moments -> output metric A, (d_out, d_out) or a diagonal (d_out,); None is the identity.
+        interpolative: cut by column interpolation instead of by truncation.
+    """
+
+    root: Root | None = None
+    metric: Root | None = None
+    interpolative: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published way to factor a layer.
+
+    Attributes:
+        name: the paper's name.
+        paper, equation: where it stands.
+        assumes, fails: what must hold, and what happens when it does not.
+        needs: statistics of INPUT_STATISTICS and GRADIENT_STATISTICS that must be collected.
+        stage: the first (or only) term.
+        residual: the second term, cut from what the first one left, or None.
+        share: part of the rank that the first term gets when there is a second: k1 = round(share k).
+        centred: fit a bias; the root is then of the covariance.
+        anchor: shrinkage of the anchored target T = W X Gh^-1, or None for T = W.
+        options: the settings that made this entry, for the recipe.
+    """
+
+    name: str
+    paper: str
+    equation: str
+    assumes: str
+    fails: str
+    stage: Stage
+    needs: frozenset[str] = frozenset()
+    residual: Stage | None = None
+    share: float = 1.0
+    centred: bool = False
+    anchor: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"{self.name}: the first stage's share {self.share} is outside (0, 1]")
+
+    @property
+    def needs_gradients(self) -> bool:
+        return bool(self.needs & GRADIENT_STATISTICS)
+
+    def root(self, moments: Moments) -> Tensor | None:
+        """The first stage's input root. Layers that read the same input share it: make it once, pass it to `factor`."""
+        return None if self.stage.root is None else self.stage.root(moments)
+
+    def factor(
+        self, weight: Float[Tensor, "out in"], moments: Moments | None = None, *, root: Tensor | None = None
+    ) -> Factored:
+        """Factor one layer for every rank at once.
+
+        Args:
+            weight: (d_out, d_in); taken to float64.
+            moments: what `needs` asks for; None for a method that needs nothing.
+            root: the first stage's root where the caller has it already.
+
+        Raises:
+            ValueError: a statistic is missing, shapes disagree, an entry is not finite.
+            DecompositionError: a decomposition failed.
+        """
+        moments = moments or Moments()
+        weight = weight.double()
+        if root is None:
+            root = self.root(moments)
+        metric = None if self.stage.metric is None else self.stage.metric(moments)
+        target, floor, output_mean, input_mean = weight, 0.0, None, None
+        if self.centred:
+            inputs = moments.require_inputs()
+            output_mean, input_mean = weight @ inputs.reference_mean, inputs.mean
+        if self.anchor is not None:
+            target, floor = self._anchor(weight, moments, root, metric, self.anchor)
+        first = factor(
+            target, root=root, metric=metric, output_mean=output_mean, input_mean=input_mean, floor=floor
+        )
+        if self.residual is None:
+            return first
+        residual_root = None if self.residual.root is None else self.residual.root(moments)
+        return NestedSpectrum(first, self.residual, residual_root, root, self.share)
+
+    def _anchor(
+        self, weight: Tensor, moments: Moments, root: Tensor | None, metric: Tensor | None, share: float
+    ) -> tuple[Tensor, float]:
+        """The anchored target T and the loss that no rank removes, E||A (W x - T xh)||^2 (about the means if centred)."""
+        inputs = moments.require_inputs()
+        if self.centred:
+            cross, moment = inputs.cross_covariance, inputs.covariance
+            reference = inputs.reference_second_moment - torch.outer(inputs.reference_mean, inputs.reference_mean)
+        else:
+            cross, moment, reference = inputs.cross_moment, inputs.second_moment, inputs.reference_second_moment
+        target = anchored_target(weight, cross, moment, share)
+
+        def weighted(matrix: Tensor) -> Tensor:
+            if metric is None:
+                return matrix
+            return metric[:, None] * matrix if metric.ndim == 1 else metric @ matrix
+
+        dense, kept = weighted(weight), weighted(target)
+        floor = float(
+            ((dense @ reference) * dense).sum() - 2 * ((dense @ cross) * kept).sum() + ((kept @ moment) * kept).sum()
+        )
+        return target, max(floor, 0.0)
+
+
+@dataclass(frozen=True)
+class NestedSpectrum:
+    """A cut, and a second cut of what it left: `first.cut(k1) + second(residual, k2)`, stored as one pair (NSVD Eq. 5).
+
+    Every rank splits as k1 = round(share k), k2 = k - k1. The second stage depends on k1, so each `cut` decomposes
+    its residual; `tail` is the measured loss in the first stage's metric.
+    """
+
+    first: Spectrum
+    second: Stage
+    second_root: Tensor | None
+    root: Tensor | None
+    share: float
+
+    @property
+    def max_rank(self) -> int:
+        return self.first.max_rank
+
+    def cut(self, rank: int) -> Factors:
+        check_rank(rank, self.max_rank)
+        k1 = max(1, round(self.share * rank))
+        factors = self.first.cut(k1)
+        if k1 == rank:
+            return factors
+        residual = self.first.target - factors.dense()
+        if self.second.interpolative:
+            return factors + interpolate(residual, rank - k1)
+        return factors + factor(residual, root=self.second_root).cut(rank - k1)
+
+    def tail(self, rank: int) -> float:
+        if rank == 0:
+            return self.first.tail(0)
+        lost = self.first.target - self.cut(rank).dense()
+        if self.root is not None:
+            lost = lost * self.root if self.root.ndim == 1 else lost @ self.root
+        return float(lost.square().sum())
+
+
+def output_error(
+    weight: Float[Tensor, "out in"], factors: Factors, moments: Moments
+) -> tuple[float, float]:
+    """(E||W x - M x - d||^2, E||W x||^2) per token, from the second moment: what a replacement costs at the output.
+
+    For a method whose root is that of the second moment (or, centred, of the covariance) the first equals its tail.
+
+    Cost: two products of 2 d_out d_in^2 operations.
+    """
+    inputs = moments.require_inputs()
+    weight, second = weight.double(), inputs.second_moment
+    lost = weight - factors.dense().double()
+    error = float(((lost @ second) * lost).sum())
+    if factors.bias is not None:
+        bias = factors.bias.double()
+        error += float(bias @ bias - 2 * bias @ (lost @ inputs.mean))
+    return max(error, 0.0), float(((weight @ second) * weight).sum())

@@ -1,0 +1,153 @@
+"""Metrics: in which norm an error counts. Moments in, roots (input side) and metrics (output side) out.
+
+A root B of an input moment has B B^T = moment; any two roots of one moment give the same factors. A one-dimensional
+root or metric stands for a diagonal matrix. No function here inverts anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from eckart.lowrank.moments import Moments
+
+
+class DecompositionError(RuntimeError):
+    """A matrix decomposition did not converge or its input is unusable; the message has the shape and the numbers."""
+
+
+def cholesky_root(moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """Lower-triangular L with L L^T = moment (NSVD Theorem 2, SVD-LLM's whitening).
+
+    A moment that is singular (fewer tokens than width, dead channels) has no Cholesky factorisation in floating point;
+    then the eigenvalue root is given instead, which by the any-root law yields the same factors.
+
+    Raises:
+        DecompositionError: an entry is not finite.
+    Cost: d^3 / 3 operations.
+    """
+    _check_finite(moment, "moment")
+    factor, info = torch.linalg.cholesky_ex(moment)
+    return factor if int(info) == 0 else eigen_root(moment)
+
+
+def eigen_root(moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """P Lambda^(1/2) with P Lambda P^T = moment (NSVD Theorem 3). Eigenvalues that rounding made negative count as 0.
+
+    Raises:
+        DecompositionError: an entry is not finite, or the eigensolver failed.
+    Cost: one symmetric eigendecomposition, about 9 d^3 operations.
+    """
+    values, vectors = eigh(moment)
+    return vectors * values.clamp_min(0).sqrt()
+
+
+def scaled_eigenvectors(moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """gamma P with gamma^2 the largest eigenvalue (NSVD Theorem 4). Orthogonal up to a scalar, hence plain SVD."""
+    values, vectors = eigh(moment)
+    return vectors * values[-1].clamp_min(0).sqrt()
+
+
+def shrink(moment: Float[Tensor, "d d"], share: float) -> Float[Tensor, "d d"]:
+    """(1 - share) M + share mean(diag M) I: towards the mean diagonal, so that a singular moment can be solved with.
+
+    A vector stands for a diagonal matrix and is shrunk alike.
+
+    Raises:
+        ValueError: share is outside [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"shrinkage {share} is outside [0, 1]")
+    if moment.ndim == 1:
+        return (1 - share) * moment + share * moment.mean()
+    shrunk = (1 - share) * moment
+    shrunk.diagonal().add_(share * moment.diagonal().mean())
+    return shrunk
+
+
+def of_second_moment(root: Callable[[Tensor], Tensor]) -> Callable[[Moments], Tensor]:
+    """`root` of the uncentred G = E[x x^T], as a function of moments."""
+    return lambda moments: root(moments.require_inputs().second_moment)
+
+
+def of_covariance(root: Callable[[Tensor], Tensor]) -> Callable[[Moments], Tensor]:
+    """`root` of the centred C = G - mu mu^T, as a function of moments."""
+    return lambda moments: root(moments.require_inputs().covariance)
+
+
+def absolute_mean_root(moments: Moments, alpha: float) -> Float[Tensor, "in"]:
+    """diag(E|x|^alpha), as its diagonal (ASVD; NSVD Eq. 4 has alpha = 1)."""
+    return moments.require_inputs().abs_mean.pow(alpha)
+
+
+def fisher_input_root(moments: Moments) -> Float[Tensor, "in"]:
+    """diag sqrt(sum of F over outputs), as its diagonal (FWSVD; "row" there, whose weights are stored (in, out))."""
+    return moments.require_gradients().fisher_in.sqrt()
+
+
+def fisher_output_metric(moments: Moments, share: float) -> Float[Tensor, "out"]:
+    """diag sqrt(sum of F over inputs), shrunk by `share` because an output metric is solved with, not only applied."""
+    return shrink(moments.require_gradients().fisher_out, share).sqrt()
+
+
+def gradient_metric(moments: Moments, share: float) -> Float[Tensor, "out out"]:
+    """A with A^T A = H shrunk by `share`: upper-triangular chol(H)^T. The tail is then in units of the loss.
+
+    Raises:
+        DecompositionError: H is singular even after shrinking (share = 0 on too few tokens).
+    """
+    covariance = shrink(moments.require_gradients().gradient_covariance, share)
+    factor, info = torch.linalg.cholesky_ex(covariance)
+    if int(info) != 0:
+        raise DecompositionError(
+            f"the gradient covariance {tuple(covariance.shape)} is singular at shrinkage {share}; raise the shrinkage"
+        )
+    return factor.mT
+
+
+def anchored_target(
+    weight: Float[Tensor, "out in"], cross: Float[Tensor, "in in"], moment: Float[Tensor, "in in"], share: float
+) -> Float[Tensor, "out in"]:
+    """T = W X Gh^-1: the best linear read-out of the dense output W x from the compressed model's input xh.
+
+    Args:
+        cross: X = E[x xh^T] (or its centred form). moment: Gh = E[xh xh^T] (centred alike).
+        share: both are shrunk by it towards the mean diagonal of Gh before the solve, so share -> 1 gives T = W.
+
+    Raises:
+        DecompositionError: Gh is singular even after shrinking.
+    """
+    scale = share * moment.diagonal().mean()
+    mixed = (1 - share) * cross
+    mixed.diagonal().add_(scale)
+    factor, info = torch.linalg.cholesky_ex(shrink(moment, share))
+    if int(info) != 0:
+        raise DecompositionError(
+            f"the input moment {tuple(moment.shape)} is singular at shrinkage {share}; "
+            "raise the shrinkage or calibrate on more tokens"
+        )
+    return torch.cholesky_solve((weight @ mixed).mT, factor).mT
+
+
+def eigh(moment: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
+    """Eigenvalues (ascending) and eigenvectors of a symmetric matrix.
+
+    Raises:
+        DecompositionError: an entry is not finite, or the eigensolver failed.
+    """
+    _check_finite(moment, "moment")
+    try:
+        values, vectors = torch.linalg.eigh(moment)
+    except torch.linalg.LinAlgError as error:
+        raise DecompositionError(
+            f"eigenvalues of a {tuple(moment.shape)} matrix did not converge; largest entry {moment.abs().max():.3g}"
+        ) from error
+    return values, vectors
+
+
+def _check_finite(matrix: Tensor, what: str) -> None:
+    if not torch.isfinite(matrix).all():
+        raise DecompositionError(f"the {what} {tuple(matrix.shape)} has entries that are not finite")

@@ -1,0 +1,283 @@
+"""Moments: what calibration remembers of a layer's inputs and of the loss gradient at its outputs.
+
+All statistics are running sums in float64, so that streams can be cut anywhere, merged with `+`, and normalised last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+# Rows multiplied in float32 before the product is added in float64. Long enough for full-speed matrix products,
+# short enough that float32 rounding inside one product stays near 1e-7 of it.
+CHUNK_ROWS = 4096
+
+# What a method may ask for. The first group is of a layer's input and is shared by every layer that reads the same
+# tensor; the second is of one layer and needs backward passes.
+INPUT_STATISTICS = frozenset({"mean", "abs_mean", "second_moment", "cross_moment"})
+GRADIENT_STATISTICS = frozenset({"fisher_in", "fisher_out", "gradient_covariance"})
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Matrix products inside keep all 24 bits of float32: TF32 (10 bits) is off and put back afterwards."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class InputMoments:
+    """Streamed statistics of the tensor that one input group of layers reads (q, k and v share one).
+
+        mean mu = E[x],  abs_mean a = E[|x|],  second_moment G = E[x x^T],  covariance C = G - mu mu^T,
+        cross_moment X = E[x xh^T]   (x in the dense model, xh the same input in the compressed one)
+
+    With a reference stream (`update(xh, reference=x)`), mean / second_moment are of xh, `reference_mean` of x.
+
+    Args:
+        d_in: width of the input.
+        needs: names out of INPUT_STATISTICS; the mean and the absolute mean cost nothing and are always kept.
+
+    Memory: d_in^2 float64 for each of second_moment and cross_moment that is needed.
+    """
+
+    def __init__(self, d_in: int, needs: frozenset[str] | set[str] = frozenset({"second_moment"})) -> None:
+        unknown = set(needs) - INPUT_STATISTICS
+        if unknown:
+            raise ValueError(f"not statistics of an input: {sorted(unknown)}; known: {sorted(INPUT_STATISTICS)}")
+        self.count = 0
+        self.sums: dict[str, Tensor] = {
+            "mean": torch.zeros(d_in, dtype=torch.float64),
+            "abs_mean": torch.zeros(d_in, dtype=torch.float64),
+        }
+        if "second_moment" in needs or "cross_moment" in needs:
+            self.sums["second_moment"] = torch.zeros(d_in, d_in, dtype=torch.float64)
+        if "cross_moment" in needs:
+            self.sums["cross_moment"] = torch.zeros(d_in, d_in, dtype=torch.float64)
+            self.sums["reference_mean"] = torch.zeros(d_in, dtype=torch.float64)
+            self.sums["reference_second_moment"] = torch.zeros(d_in, d_in, dtype=torch.float64)
+
+    @property
+    def d_in(self) -> int:
+        return self.sums["mean"].shape[0]
+
+    def update(
+        self,
+        x: Float[Tensor, "*batch in"],
+        mask: Bool[Tensor, "*batch"] | None = None,
+        *,
+        reference: Float[Tensor, "*batch in"] | None = None,
+    ) -> None:
+        """Add a batch, in place. Rows where `mask` is False (padding) are left out.
+
+        Args:
+            x: (..., d_in); any float type, products are taken in float32 (float64 for float64 input).
+            mask: (...), True for real tokens.
+            reference: (..., d_in), the same input in the dense model; required when cross_moment is kept.
+
+        Raises:
+            ValueError: shapes disagree, an entry is not finite, or a reference is missing or not wanted.
+
+        Cost: 2 n d_in^2 operations for each d_in x d_in statistic.
+        """
+        if x.shape[-1] != self.d_in:
+            raise ValueError(f"input has width {x.shape[-1]}, expected {self.d_in}")
+        if (reference is not None) != ("cross_moment" in self.sums):
+            raise ValueError("a reference stream goes with the statistic cross_moment, and only with it")
+        rows = _rows(x, mask)
+        reference_rows = None if reference is None else _rows(reference, mask)
+        for start in range(0, len(rows), CHUNK_ROWS):
+            part = rows[start : start + CHUNK_ROWS]
+            self._add("mean", part.sum(0, dtype=torch.float64))
+            self._add("abs_mean", part.abs().sum(0, dtype=torch.float64))
+            with full_float32():
+                if "second_moment" in self.sums:
+                    self._add("second_moment", part.T @ part)
+                if reference_rows is not None:
+                    dense = reference_rows[start : start + CHUNK_ROWS]
+                    self._add("cross_moment", dense.T @ part)
+                    self._add("reference_second_moment", dense.T @ dense)
+                    self._add("reference_mean", dense.sum(0, dtype=torch.float64))
+        self.count += len(rows)
+        # Summed once per batch: a NaN or an infinity anywhere in the rows survives the sum of absolute values.
+        if not torch.isfinite(self.sums["abs_mean"]).all():
+            raise ValueError("an input is not finite; the model is broken or overflows in its stored type")
+
+    def _add(self, name: str, value: Tensor) -> None:
+        if self.sums[name].device != value.device:
+            self.sums[name] = self.sums[name].to(value.device)
+        self.sums[name] += value
+
+    def __add__(self, other: InputMoments) -> InputMoments:
+        """The moments of both streams together."""
+        if self.d_in != other.d_in or self.sums.keys() != other.sums.keys():
+            raise ValueError("only moments of the same width and the same statistics can be merged")
+        return InputMoments.from_state(
+            self.count + other.count, {name: self.sums[name].double() + other.sums[name].double() for name in self.sums}
+        )
+
+    @classmethod
+    def from_state(cls, count: int, sums: dict[str, Tensor]) -> InputMoments:
+        """The moments whose `count` and `sums` were read before; the way back from a file."""
+        moments = cls(sums["mean"].shape[0], frozenset())
+        moments.count, moments.sums = count, dict(sums)
+        return moments
+
+    def compact(self) -> InputMoments:
+        """The same moments with the square sums rounded to float32: half the memory and disk, 6e-8 relative."""
+        return InputMoments.from_state(
+            self.count, {name: s.float() if s.ndim == 2 else s for name, s in self.sums.items()}
+        )
+
+    def _mean_of(self, name: str) -> Tensor:
+        if name not in self.sums:
+            raise ValueError(f"{name} was not collected; calibrate with a method that needs it")
+        if self.count == 0:
+            raise ValueError("no token was seen: the calibration text is empty or masked out")
+        return self.sums[name].double() / self.count
+
+    @property
+    def mean(self) -> Float[Tensor, "in"]:
+        return self._mean_of("mean")
+
+    @property
+    def abs_mean(self) -> Float[Tensor, "in"]:
+        return self._mean_of("abs_mean")
+
+    @property
+    def second_moment(self) -> Float[Tensor, "in in"]:
+        """G = E[x x^T], uncentred."""
+        return self._mean_of("second_moment")
+
+    @property
+    def covariance(self) -> Float[Tensor, "in in"]:
+        """C = G - mu mu^T."""
+        return self.second_moment - torch.outer(self.mean, self.mean)
+
+    @property
+    def cross_moment(self) -> Float[Tensor, "in in"]:
+        """X = E[x xh^T], dense input by compressed input."""
+        return self._mean_of("cross_moment")
+
+    @property
+    def cross_covariance(self) -> Float[Tensor, "in in"]:
+        return self.cross_moment - torch.outer(self.reference_mean, self.mean)
+
+    @property
+    def reference_mean(self) -> Float[Tensor, "in"]:
+        """E[x] of the dense model's input; the mean itself where no reference was streamed."""
+        return self._mean_of("reference_mean") if "reference_mean" in self.sums else self.mean
+
+    @property
+    def reference_second_moment(self) -> Float[Tensor, "in in"]:
+        return self._mean_of("reference_second_moment")
+
+
+class GradientMoments:
+    """Streamed statistics of the loss gradient at one layer.
+
+        gradient_covariance H = E[g g^T]        (d_out, d_out), g = dLoss/dy per token
+        fisher F = E[(dLoss/dW)^2]              (d_out, d_in), kept as its row and column sums:
+        fisher_in (d_in,) sums F over outputs,  fisher_out (d_out,) sums F over inputs
+
+    One `update_fisher` per example: the square is of one example's gradient, so batching examples would change F.
+    """
+
+    def __init__(self, d_out: int, d_in: int, needs: frozenset[str] | set[str] = GRADIENT_STATISTICS) -> None:
+        unknown = set(needs) - GRADIENT_STATISTICS
+        if unknown:
+            raise ValueError(f"not statistics of a gradient: {sorted(unknown)}; known: {sorted(GRADIENT_STATISTICS)}")
+        self.examples = 0
+        self.tokens = 0
+        self.sums: dict[str, Tensor] = {
+            "fisher_in": torch.zeros(d_in, dtype=torch.float64),
+            "fisher_out": torch.zeros(d_out, dtype=torch.float64),
+        }
+        if "gradient_covariance" in needs:
+            self.sums["gradient_covariance"] = torch.zeros(d_out, d_out, dtype=torch.float64)
+
+    def update_fisher(self, gradient: Float[Tensor, "out in"]) -> None:
+        """Add one example's dLoss/dW, in place.
+
+        Raises:
+            ValueError: an entry is not finite.
+        """
+        square = gradient.detach().float().square()
+        self.sums["fisher_in"] += square.sum(0, dtype=torch.float64).cpu()
+        self.sums["fisher_out"] += square.sum(1, dtype=torch.float64).cpu()
+        self.examples += 1
+        if not torch.isfinite(self.sums["fisher_out"]).all():
+            raise ValueError("a gradient is not finite; the model is broken or overflows in its stored type")
+
+    def update_covariance(self, gradients: Float[Tensor, "*batch out"], mask: Bool[Tensor, "*batch"] | None) -> None:
+        """Add per-token dLoss/dy, in place. Rows where `mask` is False are left out."""
+        rows = _rows(gradients, mask)
+        with full_float32():
+            self.sums["gradient_covariance"] += (rows.T @ rows).cpu()
+        self.tokens += len(rows)
+
+    def __add__(self, other: GradientMoments) -> GradientMoments:
+        if self.sums.keys() != other.sums.keys():
+            raise ValueError("only moments with the same statistics can be merged")
+        merged = {name: self.sums[name] + other.sums[name] for name in self.sums}
+        return GradientMoments.from_state(self.examples + other.examples, self.tokens + other.tokens, merged)
+
+    @classmethod
+    def from_state(cls, examples: int, tokens: int, sums: dict[str, Tensor]) -> GradientMoments:
+        """The moments whose counts and `sums` were read before; the way back from a file."""
+        moments = cls(sums["fisher_out"].shape[0], sums["fisher_in"].shape[0], frozenset())
+        moments.examples, moments.tokens, moments.sums = examples, tokens, dict(sums)
+        return moments
+
+    @property
+    def fisher_in(self) -> Float[Tensor, "in"]:
+        return self._mean_of("fisher_in", self.examples)
+
+    @property
+    def fisher_out(self) -> Float[Tensor, "out"]:
+        return self._mean_of("fisher_out", self.examples)
+
+    @property
+    def gradient_covariance(self) -> Float[Tensor, "out out"]:
+        return self._mean_of("gradient_covariance", self.tokens)
+
+    def _mean_of(self, name: str, count: int) -> Tensor:
+        if name not in self.sums or count == 0:
+            raise ValueError(f"{name} was not collected; calibrate with a method that needs it")
+        return self.sums[name] / count
+
+
+@dataclass(frozen=True)
+class Moments:
+    """All that a method may know of one layer: its inputs, and the loss gradient at it. Either may be absent."""
+
+    inputs: InputMoments | None = None
+    gradients: GradientMoments | None = None
+
+    def require_inputs(self) -> InputMoments:
+        if self.inputs is None:
+            raise ValueError("this method needs statistics of the inputs; calibrate first")
+        return self.inputs
+
+    def require_gradients(self) -> GradientMoments:
+        if self.gradients is None:
+            raise ValueError("this method needs statistics of the gradient; calibrate first")
+        return self.gradients
+
+
+def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(..., d) -> (n, d) in float32 or float64, without the masked rows."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if mask is not None:
+        if mask.numel() != len(rows):
+            raise ValueError(f"mask {tuple(mask.shape)} does not fit input {tuple(x.shape)}")
+        rows = rows[mask.reshape(-1).to(rows.device)]
+    return rows if rows.dtype == torch.float64 else rows.float()

@@ -1,0 +1,184 @@
+"""Truncation: a matrix factored once, for every rank at once.
+
+    minimise over rank(M) <= r:  E || A (W x - M x - d) ||^2    with  B B^T the moment of x
+    U = left singular vectors of A T B,   M = A^-1 U_r U_r^T A T,   loss = sum of the squared singular values left out
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.linalg.interpolative import interp_decomp
+from torch import Tensor
+
+from eckart.lowrank.factors import Factors
+from eckart.lowrank.metrics import DecompositionError, eigh
+
+# Below this share of the largest eigenvalue of the Gram matrix, rounding (2^-53 times the size) is no longer far
+# below the eigenvalue itself, and the singular value decomposition of the product is taken instead.
+GRAM_RESOLUTION = 1e-11
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Every rank of one layer: cut it anywhere, read off what the cut costs.
+
+    Attributes:
+        target: (d_out, d_in) T, what is approximated.
+        basis: (d_out, p) U, left singular vectors of A T B, p = min(d_out, d_in), leading first.
+        energies: (p,) squared singular values, descending: the loss that each direction carries.
+        metric: A, (d_out, d_out) or its diagonal (d_out,), or None for the identity.
+        output_mean: (d_out,) W mu, and input_mean: (d_in,) mu of what the factors will read. Both or neither: with
+            them the cut carries the bias d = W mu - M mu (SFSD Eq. 5).
+        floor: the part of the loss that no rank removes (an anchored target whose input lost information).
+    """
+
+    target: Float[Tensor, "out in"]
+    basis: Float[Tensor, "out p"]
+    energies: Float[Tensor, "p"]
+    metric: Tensor | None = None
+    output_mean: Float[Tensor, "out"] | None = None
+    input_mean: Float[Tensor, "in"] | None = None
+    floor: float = 0.0
+
+    @property
+    def max_rank(self) -> int:
+        return self.basis.shape[1]
+
+    def cut(self, rank: int) -> Factors:
+        """The best factors of `rank`: left = A^-1 U_r (d_out, rank), right = U_r^T A T (rank, d_in).
+
+        Raises:
+            ValueError: rank is not in 1 ... min(d_out, d_in).
+        Cost: one product of 2 rank d_out d_in operations, and a solve with A where there is one.
+        """
+        check_rank(rank, self.max_rank)
+        basis = self.basis[:, :rank]
+        if self.metric is None:
+            left, right = basis, basis.mT @ self.target
+        elif self.metric.ndim == 1:
+            left, right = basis / self.metric[:, None], (basis * self.metric[:, None]).mT @ self.target
+        else:
+            left = torch.linalg.solve(self.metric, basis)
+            right = (basis.mT @ self.metric) @ self.target
+        bias = None
+        if self.output_mean is not None and self.input_mean is not None:
+            bias = self.output_mean - left @ (right @ self.input_mean)
+        return Factors(left, right, bias)
+
+    def tail(self, rank: int) -> float:
+        """Loss of the cut at `rank`, in the method's metric: floor plus the energies left out. rank 0 loses all."""
+        if rank:
+            check_rank(rank, self.max_rank)
+        return self.floor + float(self.energies[rank:].sum())
+
+
+def factor(
+    target: Float[Tensor, "out in"],
+    *,
+    root: Tensor | None = None,
+    metric: Tensor | None = None,
+    output_mean: Tensor | None = None,
+    input_mean: Tensor | None = None,
+    floor: float = 0.0,
+) -> Spectrum:
+    """Factor `target` for every rank at once, measuring error at the layer's output.
+
+    The cut at rank r minimises ||A (T - M) B||_F over rank(M) <= r (METHODS: one problem, one solution; NSVD Theorems
+    2 and 3 for A = I). B is applied, never inverted, so it may be singular.
+
+    Args:
+        target: (d_out, d_in); taken to float64.
+        root: B, (d_in, d_in), or its diagonal (d_in,). None is the identity: plain SVD.
+        metric: A, (d_out, d_out), or its diagonal (d_out,), non-singular. None is the identity.
+        output_mean, input_mean, floor: see Spectrum.
+
+    Raises:
+        ValueError: shapes disagree or an entry is not finite.
+        DecompositionError: the decomposition did not converge; the message names the shape and the largest entry.
+
+    Cost: the product A T B, and the symmetric eigenproblem of its Gram matrix on the smaller side in float64; one SVD
+    of the product instead where the Gram matrix cannot resolve the smallest singular values (see `left_basis`).
+    """
+    if target.ndim != 2:
+        raise ValueError(f"target has shape {tuple(target.shape)}, expected (d_out, d_in)")
+    target = target.double()
+    d_out, d_in = target.shape
+    _check_side(root, d_in, "root")
+    _check_side(metric, d_out, "metric")
+    product = target
+    if root is not None:
+        product = product * root if root.ndim == 1 else product @ root
+    if metric is not None:
+        product = metric[:, None] * product if metric.ndim == 1 else metric @ product
+    if not torch.isfinite(product).all():
+        raise ValueError(f"the weighted {d_out} x {d_in} matrix has entries that are not finite")
+    basis, energies = left_basis(product)
+    return Spectrum(target, basis, energies, metric, output_mean, input_mean, floor)
+
+
+def left_basis(product: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out p"], Float[Tensor, "p"]]:
+    """Left singular vectors and squared singular values of a float64 matrix, leading first, p = min(d_out, d_in).
+
+    Route, chosen by measurement (benchmarks/decomposition.py, docs/decisions.md): eigenvectors of the Gram matrix on
+    the smaller side. Its rounding error is relative to the largest eigenvalue, so a spectrum that reaches below
+    GRAM_RESOLUTION of it is decomposed by SVD, which resolves singular values down to 1e-16 of the largest.
+    """
+    wide = product.shape[0] <= product.shape[1]
+    values, vectors = eigh(product @ product.mT if wide else product.mT @ product)
+    if values[0] >= GRAM_RESOLUTION * values[-1] and values[-1] > 0:
+        values, vectors = values.flip(0), vectors.flip(1)
+        if not wide:
+            # T B V has orthogonal columns of length sigma; dividing is safe because sigma is well resolved here.
+            vectors = (product @ vectors) / values.sqrt()
+        return vectors, values
+    try:
+        basis, singular, _ = torch.linalg.svd(product, full_matrices=False)
+    except torch.linalg.LinAlgError as error:
+        raise DecompositionError(
+            f"the SVD of a {tuple(product.shape)} matrix did not converge; largest entry {product.abs().max():.3g}"
+        ) from error
+    return basis, singular.square()
+
+
+def interpolate(matrix: Float[Tensor, "out in"], rank: int) -> Factors:
+    """Column interpolative decomposition: left = `rank` columns of the matrix, right their coefficients (NSVD 4.3).
+
+    right holds an identity at the chosen columns, so those are reproduced exactly. Deterministic pivoted QR
+    (Martinsson et al. 2011, through scipy.linalg.interpolative).
+
+    Raises:
+        ValueError: rank is not in 1 ... min(d_out, d_in).
+    Cost: about 2 rank d_out d_in operations on the CPU.
+    """
+    check_rank(rank, min(matrix.shape))
+    values = np.asfortranarray(matrix.double().cpu().numpy())
+    order, projection = interp_decomp(values, rank, rand=False)
+    coefficients = np.empty((rank, values.shape[1]))
+    coefficients[:, order[:rank]] = np.eye(rank)
+    coefficients[:, order[rank:]] = projection
+    left = torch.from_numpy(np.ascontiguousarray(values[:, order[:rank]]))
+    return Factors(left.to(matrix.device), torch.from_numpy(coefficients).to(matrix.device))
+
+
+def rank_for(keep: float, d_out: int, d_in: int) -> int:
+    """Rank whose factors hold the share `keep` of d_out d_in numbers: floor(keep d_out d_in / (d_out + d_in)).
+
+    SFSD Eq. 3. At least 1.
+    """
+    return max(1, math.floor(keep * d_out * d_in / (d_out + d_in)))
+
+
+def check_rank(rank: int, max_rank: int) -> None:
+    """Raises ValueError unless 1 <= rank <= max_rank."""
+    if not 1 <= rank <= max_rank:
+        raise ValueError(f"rank {rank} is not in 1 ... min(d_out, d_in) = {max_rank}")
+
+
+def _check_side(side: Tensor | None, size: int, what: str) -> None:
+    if side is not None and tuple(side.shape) not in {(size,), (size, size)}:
+        raise ValueError(f"{what} has shape {tuple(side.shape)}, expected ({size}, {size}) or its diagonal ({size},)")

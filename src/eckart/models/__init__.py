@@ -1,0 +1,1 @@
+"""Models: transformers' families, their compressible linears, the low-rank module, and the checkpoint."""

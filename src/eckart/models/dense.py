@@ -1,0 +1,84 @@
+"""Dense: multiply the factors back, for people without eckart."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from eckart.models.families import UnsupportedModelError, is_linear
+from eckart.models.linear import LowRankLinear
+from eckart.models.sites import low_rank_modules, replace_module
+
+# Config switches that give an architecture's linears a bias, as Llama's does.
+BIAS_SWITCHES = ("attention_bias", "mlp_bias")
+
+
+def export_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """Multiply every pair of factors back, in place, and return an ordinary model: `save_pretrained` writes it as one.
+
+    A bias that the method added needs a place in the architecture. Where its config can ask for one (Llama's
+    attention_bias and mlp_bias) it does, and linears that get a place they do not need hold zeros.
+
+    Raises:
+        UnsupportedModelError: the architecture has no place for an added bias. Nothing was changed.
+    """
+    biased = [name for name, module in low_rank_modules(model).items() if module.bias is not None]
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    skeleton = _skeleton(model, config)
+    if any(skeleton.get_submodule(name).bias is None for name in biased):
+        for switch in BIAS_SWITCHES:
+            if getattr(config, switch, None) is False:
+                setattr(config, switch, True)
+        skeleton = _skeleton(model, config)
+        homeless = [name for name in biased if skeleton.get_submodule(name).bias is None]
+        if homeless:
+            raise UnsupportedModelError(
+                f"{homeless[0]}: the method added a bias, and {type(model).__name__} has no place for one; "
+                "to export dense, compress with a method that adds none, such as feature-space"
+            )
+    multiply_back(model)
+    for name, module in model.named_modules():
+        if is_linear(module) and module.bias is None and skeleton.get_submodule(name).bias is not None:
+            module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
+    for switch in BIAS_SWITCHES:
+        if hasattr(config, switch):
+            setattr(model.config, switch, getattr(config, switch))
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    return model
+
+
+def multiply_back(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> None:
+    """Replace every low-rank linear by the ordinary linear that computes the same, in place."""
+    skeleton = _skeleton(model, model.config)
+    for name, module in low_rank_modules(model).items():
+        dense = _dense_linear(module, type(skeleton.get_submodule(name)))
+        replace_module(model, name, dense if dtype is None else dense.to(dtype))
+
+
+def _skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """The dense model that the class builds from `config`, without memory for its weights."""
+    with torch.device("meta"):
+        return type(model)(config)
+
+
+@torch.no_grad()
+def _dense_linear(module: LowRankLinear, like: type[nn.Module]) -> nn.Module:
+    """An nn.Linear that computes what `module` does, or a Conv1D where the architecture has those."""
+    weight, bias = module.dense(), module.bias
+    if issubclass(like, Conv1D):
+        conv = Conv1D(module.out_features, module.in_features)
+        conv.weight = nn.Parameter(weight.mT.contiguous())
+        conv.bias = nn.Parameter(weight.new_zeros(len(weight)) if bias is None else bias.detach().clone())
+        return conv
+    linear = nn.Linear(module.in_features, module.out_features, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone())
+    return linear

@@ -1,0 +1,128 @@
+"""Loading and saving whole models: the right class for a directory, and writes that never leave a half-made one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from eckart.models.checkpoint import describe
+from eckart.models.families import UnsupportedModelError
+from eckart.models.sites import low_rank_modules
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_model(path: str | Path, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+    """The model at `path` (a directory or a hub name), in the class that its config names, ready to evaluate.
+
+    Args:
+        dtype: "auto" keeps the stored type; else one of float32, bfloat16, float16.
+
+    Raises:
+        ValueError: the dtype is none of DTYPES, or there is no model at `path`.
+        UnsupportedModelError: the config names no architecture that transformers has.
+        CheckpointError: a compressed checkpoint does not match its own description.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    config = _found(path, lambda: AutoConfig.from_pretrained(path))
+    architecture = (config.architectures or [None])[0]
+    model_class = getattr(transformers, architecture or "", None)
+    if model_class is None:
+        raise UnsupportedModelError(f"{path}: its config names architecture {architecture!r}, which transformers lacks")
+    wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = _found(path, lambda: model_class.from_pretrained(path, dtype=wanted))
+    return model.to(device).eval()
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model at `path`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return _found(path, lambda: AutoTokenizer.from_pretrained(path))
+
+
+def _found(path: str | Path, load: Any) -> Any:
+    try:
+        return load()
+    except OSError as error:
+        local = Path(path).exists()
+        hint = "is it a Hugging Face directory?" if local else "no such directory, and the hub did not give it"
+        raise ValueError(f"cannot load {path}: {hint} ({str(error).splitlines()[0]})") from error
+
+
+def save(
+    model: PreTrainedModel,
+    out: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    recipe: dict[str, Any] | None = None,
+    files: dict[str, str] | None = None,
+    max_shard_size: str = "5GB",
+    force: bool = False,
+) -> Path:
+    """Write a Hugging Face directory that stock `from_pretrained` reads after `import eckart`.
+
+    Args:
+        tokenizer: saved beside the model.
+        recipe: what made the model; goes into config.json. None keeps what `compress` noted.
+        files: {name: text} of further files, such as README.md and plan.json.
+        force: replace a directory that exists; it is removed only after the new one is complete.
+
+    Raises:
+        FileExistsError: `out` exists and `force` is not given. Nothing was touched.
+    """
+    with staged_directory(out, force=force) as staging:
+        if low_rank_modules(model):
+            noted = getattr(getattr(model.config, "quantization_config", None), "recipe", None)
+            describe(model, recipe if recipe is not None else noted)
+        model.save_pretrained(staging, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        for name, text in (files or {}).items():
+            (staging / name).write_text(text, encoding="utf-8")
+    return Path(out)
+
+
+@contextmanager
+def staged_directory(out: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """A directory beside `out` that becomes `out` when the block ends well, and is removed when it fails.
+
+    Raises:
+        FileExistsError: `out` exists, is not an empty directory, and `force` is not given.
+    """
+    out = Path(out)
+    check_free(out, force=force)
+    staging = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        if out.exists():
+            old = out.with_name(f".{out.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            out.rename(old)
+            staging.rename(out)
+            shutil.rmtree(old)
+        else:
+            staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_free(out: str | Path, *, force: bool = False) -> None:
+    """Raises FileExistsError where writing `out` would overwrite something and `force` is not given."""
+    out = Path(out)
+    if out.is_file():
+        raise FileExistsError(f"{out} is a file; give another place")
+    if out.exists() and any(out.iterdir()) and not force:
+        raise FileExistsError(f"{out} exists; give another place, or --force to replace it when the new one is complete")

@@ -1,0 +1,205 @@
+"""Sites: the linears of a model that can be compressed; find them, select among them, read and replace them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from eckart.models.families import UnsupportedModelError, family_of, is_linear, refuse_fused_experts
+from eckart.models.linear import LowRankLinear
+
+
+@dataclass(frozen=True)
+class Site:
+    """One compressible linear.
+
+    Attributes:
+        name: module path in the model, "model.layers.3.mlp.down_proj".
+        role: path inside the block, "mlp.down_proj".
+        part: "attention" or "mlp" for a known family.
+        block: index of the block, from 0.
+        input_group: sites with the same value read the same tensor.
+        d_in, d_out: widths.
+        has_bias: whether the dense linear has a bias.
+    """
+
+    name: str
+    role: str
+    part: str
+    block: int
+    input_group: str
+    d_in: int
+    d_out: int
+    has_bias: bool
+
+    @property
+    def num_params(self) -> int:
+        """Numbers of the dense weight; the bias, which stays, is not counted."""
+        return self.d_in * self.d_out
+
+    @property
+    def break_even_rank(self) -> int:
+        """The largest rank that stores no more numbers than the dense weight."""
+        return self.num_params // (self.d_in + self.d_out)
+
+
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's list of blocks.
+
+    Raises:
+        UnsupportedModelError: the family's path leads nowhere in this model.
+    """
+    path = family_of(model).blocks
+    try:
+        return model.base_model.get_submodule(path)  # type: ignore[return-value]
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no blocks at {path!r} of its base model, as its family "
+            f"{model.config.model_type!r} should"
+        ) from error
+
+
+def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
+    """Every compressible linear in the model's blocks, in order. Embeddings, heads and poolers are outside and stay dense.
+
+    Raises:
+        UnsupportedModelError: the model is compressed already, keeps fused experts, is quantised, is an encoder-decoder,
+            or has no linears.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{type(model).__name__}: encoder-decoder models are not supported yet")
+    family, blocks = family_of(model), blocks_of(model)
+    refuse_fused_experts(model, blocks)
+    prefix = next(name for name, module in model.named_modules() if module is blocks)
+    sites = []
+    for index, block in enumerate(blocks):
+        for part, inputs in family.parts.items():
+            for shared in inputs:
+                for path in shared:
+                    site = _site(f"{prefix}.{index}", block, path, part, index, shared)
+                    if site is not None:
+                        sites.append(site)
+    if not sites:
+        raise UnsupportedModelError(f"{type(model).__name__}: its blocks at {prefix} hold no linear to compress")
+    return tuple(sites)
+
+
+def _site(prefix: str, block: nn.Module, path: str, part: str, index: int, shared: tuple[str, ...]) -> Site | None:
+    name = f"{prefix}.{path}"
+    try:
+        module = block.get_submodule(path)
+    except AttributeError:
+        return None  # blocks of one model may differ, such as attention on every other one
+    if isinstance(module, LowRankLinear):
+        raise UnsupportedModelError(f"{name} is low-rank already; start from the dense model, or export it first")
+    if not is_linear(module):
+        raise UnsupportedModelError(f"{name} is a {type(module).__name__}, not a linear that can be factored")
+    weight = read_weight(module)
+    if not weight.is_floating_point():
+        raise UnsupportedModelError(f"{name} is stored as {weight.dtype}; load the model in a float type")
+    return Site(
+        name=name,
+        role=path,
+        part=part,
+        block=index,
+        input_group=f"{prefix}.{shared[0]}",
+        d_in=weight.shape[1],
+        d_out=weight.shape[0],
+        has_bias=getattr(module, "bias", None) is not None,
+    )
+
+
+def read_weight(module: nn.Module) -> Tensor:
+    """The weight as (d_out, d_in), whatever the module stores. A view, not a copy."""
+    weight: Tensor = module.weight.detach()  # type: ignore[union-attr,operator]
+    return weight.mT if isinstance(module, Conv1D) else weight
+
+
+def select_sites(
+    sites: Sequence[Site],
+    *,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    blocks: str | None = None,
+) -> tuple[Site, ...]:
+    """The sites that match.
+
+    Args:
+        include, exclude: each a shell pattern on site names ("model.layers.*.mlp.*"), a role ("q_proj",
+            "mlp.down_proj") or a part ("mlp", "attention"). No include means all.
+        blocks: "last 12", "first 4", "8-19" (both ends in, from 0), or "0,5,7"; None means all.
+
+    Raises:
+        ValueError: a pattern matches nothing (the message lists roles and parts), or a block range is malformed or
+            outside the model.
+    """
+    include, exclude = tuple(include), tuple(exclude)
+    for pattern in (*include, *exclude):
+        if not any(matches(site, pattern) for site in sites):
+            roles = ", ".join(dict.fromkeys(site.role for site in sites))
+            parts = ", ".join(dict.fromkeys(site.part for site in sites))
+            raise ValueError(
+                f"{pattern!r} matches no site; roles: {roles}; parts: {parts}; or a pattern such as {sites[0].name!r}"
+            )
+    chosen = None if blocks is None else parse_blocks(blocks, 1 + max(site.block for site in sites))
+    return tuple(
+        site
+        for site in sites
+        if (chosen is None or site.block in chosen)
+        and (not include or any(matches(site, pattern) for pattern in include))
+        and not any(matches(site, pattern) for pattern in exclude)
+    )
+
+
+def matches(site: Site, pattern: str) -> bool:
+    """Whether a shell pattern, a role or a part names the site."""
+    return pattern in {site.part, site.role, site.role.rsplit(".", 1)[-1]} or fnmatchcase(site.name, pattern)
+
+
+def parse_blocks(text: str, count: int) -> frozenset[int]:
+    """Block numbers out of "last 12", "first 4", "8-19" or "0,5,7", for a model of `count` blocks.
+
+    Raises:
+        ValueError: malformed, or outside 0 ... count - 1.
+    """
+    words = text.strip().lower()
+    if match := re.fullmatch(r"(first|last)\s+(\d+)", words):
+        number = int(match[2])
+        if not 1 <= number <= count:
+            raise ValueError(f"blocks {text!r}: this model has {count} blocks")
+        return frozenset(range(number) if match[1] == "first" else range(count - number, count))
+    if not re.fullmatch(r"\d+(-\d+)?(\s*,\s*\d+(-\d+)?)*", words):
+        raise ValueError(f"blocks {text!r} is none of 'last 12', 'first 4', '8-19', '0,5,7'")
+    chosen: set[int] = set()
+    for item in words.split(","):
+        start, _, end = item.strip().partition("-")
+        chosen.update(range(int(start), int(end or start) + 1))
+    if not chosen or max(chosen) >= count:
+        raise ValueError(f"blocks {text!r}: this model has blocks 0 ... {count - 1}")
+    return frozenset(chosen)
+
+
+def low_rank_modules(model: nn.Module) -> dict[str, LowRankLinear]:
+    """{name: module} of every low-rank linear in the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `name` stands, in place."""
+    model.set_submodule(name, module)
+
+
+def num_params(model: nn.Module) -> int:
+    """Numbers that the model stores, tied tensors once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def num_bytes(model: nn.Module) -> int:
+    """Bytes of the model's parameters, tied tensors once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
