@@ -78,7 +78,10 @@ def main() -> None:
             row = {"size": size, "route": name, "seconds": seconds, "relative_time": seconds / baseline}
             row["excess_loss"] = loss / optimum - 1
             rows.append(row)
-            print(f"{size:5d}  {name:36s} {seconds:8.2f} s  x{row['relative_time']:.2f}  {row['excess_loss']:+.1e}", flush=True)
+            print(
+                f"{size:5d}  {name:36s} {seconds:8.2f} s  x{row['relative_time']:.2f}  {row['excess_loss']:+.1e}",
+                flush=True,
+            )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
 

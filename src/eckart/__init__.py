@@ -2,8 +2,49 @@
 
     plan = eckart.plan(model, keep=0.7)
     stats = eckart.calibrate(model, tokens, eckart.build_method("nsvd-i"))
-    eckart.compress(model, "nsvd-i", plan, stats)
+    eckart.compress(model, "nsvd-i", plan, stats)                          # in place
     eckart.save(model, "out/", tokenizer)
 
 Importing it also teaches stock `from_pretrained` to read compressed checkpoints. It touches no GPU and no network.
 """
+
+from eckart.allocation import RankPlan, Rule, plan
+from eckart.calibration import Calibration, calibrate, calibrate_by_block
+from eckart.compression import CompressionReport, compress
+from eckart.corpora import Tokens, read_text, sample_documents, sample_windows
+from eckart.evals.result import EvalResult
+from eckart.evals.tasks import Task, evaluate
+from eckart.lowrank import METHODS, Method, build_method
+from eckart.models.checkpoint import CheckpointError
+from eckart.models.dense import export_dense
+from eckart.models.families import UnsupportedModelError
+from eckart.models.linear import LowRankLinear
+from eckart.models.loading import load_model, load_tokenizer, save
+
+__all__ = [
+    "METHODS",
+    "Calibration",
+    "CheckpointError",
+    "CompressionReport",
+    "EvalResult",
+    "LowRankLinear",
+    "Method",
+    "RankPlan",
+    "Rule",
+    "Task",
+    "Tokens",
+    "UnsupportedModelError",
+    "build_method",
+    "calibrate",
+    "calibrate_by_block",
+    "compress",
+    "evaluate",
+    "export_dense",
+    "load_model",
+    "load_tokenizer",
+    "plan",
+    "read_text",
+    "sample_documents",
+    "sample_windows",
+    "save",
+]

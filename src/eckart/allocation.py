@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from eckart.lowrank import rank_for
-from eckart.models.sites import Site, find_sites, select_sites
+from eckart.models.sites import Site, find_sites, num_params, select_sites
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class RankPlan:
                 raise ValueError(f"the plan names {name}, which this model has not")
             if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool)):
                 raise ValueError(f"{name}: rank {rank!r} is neither a whole number nor null (dense)")
-        return settle(sites, {name: rank for name, rank in items})
+        return settle(sites, dict(items))
 
 
 def plan(
@@ -167,15 +167,14 @@ def summarise(plan: RankPlan, model: PreTrainedModel) -> dict[str, Any]:
 
     Call before compressing; embeddings, heads and norms are in the second count.
     """
-    whole = sum(parameter.numel() for parameter in model.parameters())
+    whole = num_params(model)
+    low_rank = sum(rank is not None for rank in plan.ranks.values())
     removed = plan.dense_params - plan.kept_params
     return {
-        "sites": sum(rank is not None for rank in plan.ranks.values()),
-        "sites_dense": len(plan.sites) - sum(rank is not None for rank in plan.ranks.values()),
+        "sites_low_rank": low_rank,
+        "sites_dense": len(plan.sites) - low_rank,
         "keep_of_linears": plan.kept_params / plan.dense_params,
         "keep_of_model": (whole - removed) / whole,
-        "model_params_before": whole,
-        "model_params_after": whole - removed,
     }
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eckart.corpora import Tokens
+from eckart.corpora import Tokens, check_vocabulary
 from eckart.gradients import collect_gradients
 from eckart.lowrank import GradientMoments, InputMoments, Method
 from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
@@ -149,7 +149,7 @@ class _Walk:
     """Hidden states of all batches, advancing block by block."""
 
     def __init__(self, model: PreTrainedModel, tokens: Tokens, batch_size: int, track: Track) -> None:
-        check_vocabulary(model, tokens)
+        check_vocabulary(model, tokens.ids)
         self.blocks = blocks_of(model)
         self.track = track
         self.masks = [mask for _, mask in tokens.batches(batch_size)]
@@ -266,15 +266,6 @@ def _recording(blocks: nn.ModuleList) -> Iterator[list[tuple[int, Tensor, tuple[
 
 def _hidden(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple | list) else output
-
-
-def check_vocabulary(model: PreTrainedModel, tokens: Tokens) -> None:
-    """Raises ValueError where a token id is outside the model's embedding."""
-    vocabulary, largest = model.get_input_embeddings().num_embeddings, int(tokens.ids.max())
-    if largest >= vocabulary:
-        raise ValueError(
-            f"token {largest} is outside the model's vocabulary of {vocabulary}; is it another model's tokenizer?"
-        )
 
 
 def calibration_digest(model: PreTrainedModel, tokens: Tokens, needs: frozenset[str], sites: Sequence[Site]) -> str:

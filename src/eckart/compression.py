@@ -93,7 +93,10 @@ def compress(
     planned = [site for site in plan.sites if plan.rank(site) is not None]
     modules = dict(model.named_modules())
     for site in planned:
-        if site.name not in modules or tuple(read_weight(modules[site.name]).shape) != (site.d_out, site.d_in):
+        if site.name not in modules or tuple(read_weight(modules[site.name]).shape) != (
+            site.d_out,
+            site.d_in,
+        ):
             raise ValueError(f"the plan has {site.name} as {site.d_out} x {site.d_in}, which is not in this model")
     del modules
     before = (num_params(model), num_bytes(model))
@@ -102,19 +105,18 @@ def compress(
         by_block.setdefault(site.block, []).append(site)
     seconds = {"calibrate": 0.0, "factor": 0.0}
     reports: list[SiteReport] = []
-    for block in _timed(calibration or (BlockCalibration(number) for number in by_block), seconds):
+    blocks = _timed(calibration or [BlockCalibration(number) for number in by_block], seconds)
+    for block in track(blocks, "blocks", len(by_block)):
         start = time.perf_counter()
         chosen = by_block.pop(block.block, [])
-        for report in track(_factor_block(model, method, plan, chosen, block), f"block {block.block}: factors", len(chosen)):
-            reports.append(report)
+        factored = _factor_block(model, method, plan, chosen, block)
+        reports += track(factored, f"block {block.block}: factors", len(chosen))
         seconds["factor"] += time.perf_counter() - start
     if by_block:
         raise ValueError(f"the calibration has no moments of block {min(by_block)}, which the plan compresses")
     described = recipe or {"method": method.name, "options": method.options}
     describe(model, described)
-    return CompressionReport(
-        tuple(reports), before[0], num_params(model), before[1], num_bytes(model), seconds
-    )
+    return CompressionReport(tuple(reports), before[0], num_params(model), before[1], num_bytes(model), seconds)
 
 
 def _timed(blocks: Iterable[BlockCalibration], seconds: dict[str, float]) -> Iterator[BlockCalibration]:
@@ -152,10 +154,12 @@ def _factor_block(
         factors = factored.cut(rank)
         relative = None
         if inputs is not None and "second_moment" in inputs.sums:
-            error, energy = output_error(weight, factors, moments)
-            relative = error / energy if energy > 0 else 0.0
-        bias = module.bias.detach() if site.has_bias else None  # type: ignore[union-attr,operator]
+            lost, energy = output_error(weight, factors, moments)
+            relative = lost / energy if energy > 0 else 0.0
+        bias = module.bias.detach() if site.has_bias else None  # type: ignore[operator]
         replace_module(
-            model, site.name, LowRankLinear.from_factors(factors, bias, device=weight.device, dtype=weight.dtype)
+            model,
+            site.name,
+            LowRankLinear.from_factors(factors, bias, device=weight.device, dtype=weight.dtype),
         )
         yield SiteReport(site.name, rank, relative, factored.tail(rank) if method.residual is None else float("nan"))

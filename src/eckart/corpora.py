@@ -9,12 +9,12 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.builtin import builtin_texts
 
@@ -83,7 +83,12 @@ CORPORA: dict[str, Corpus] = {
         str.strip,
     ),
     "c4": Corpus(
-        "allenai/c4", "en", {"train": "train", "test": "validation"}, "text", "\n\n", {"test": ("*.jsonl*", "*.json*")}
+        "allenai/c4",
+        "en",
+        {"train": "train", "test": "validation"},
+        "text",
+        "\n\n",
+        {"test": ("*.jsonl*", "*.json*")},
     ),
     "snips": Corpus(
         "benayas/snips",
@@ -105,7 +110,12 @@ CORPORA: dict[str, Corpus] = {
         "sagnikrayc/mctest", "mc160", {"test": "test"}, "text", "\n\n", {"test": ("*test.stories.jsonl*",)}
     ),
     "cmrc2018": Corpus(
-        "hfl/cmrc2018", None, {"train": "train", "test": "validation"}, "context", "\n\n", {"test": ("*dev*.jsonl*", "trial.jsonl*")}
+        "hfl/cmrc2018",
+        None,
+        {"train": "train", "test": "validation"},
+        "context",
+        "\n\n",
+        {"test": ("*dev*.jsonl*", "trial.jsonl*")},
     ),
     # No hub row: the AlpacaEval translation that the NSVD paper used is not published as a data set of its own.
     "japanese": Corpus(None, None, {}, "text", "\n\n", {"test": ("*_ja.jsonl*",)}),
@@ -123,9 +133,7 @@ CORPORA: dict[str, Corpus] = {
 BUILTIN = "builtin"
 
 
-def read_text(
-    name: str, *, split: str = "train", data: Path | None = None, column: str | None = None
-) -> Text:
+def read_text(name: str, *, split: str = "train", data: Path | None = None, column: str | None = None) -> Text:
     """The documents of a corpus.
 
     Args:
@@ -181,7 +189,8 @@ def _read_known_file(name: str, split: str, data: Path, column: str | None) -> T
                 source = {"corpus": name, "split": split, "file": file.name}
                 return Text(tuple(corpus.row(d) for d in documents), corpus.joiner, source)
     raise ValueError(
-        f"{name}: no file for split {split!r} in {data / name} (looked for {', '.join(patterns) or 'nothing: no such split'})"
+        f"{name}: no file for split {split!r} in {data / name}; "
+        f"looked for {', '.join(patterns) or 'nothing, the corpus has no such split'}"
     )
 
 
@@ -192,7 +201,7 @@ def _read_hub(name: str, corpus: Corpus, split: str, column: str | None) -> Text
         raise ValueError(f"{name}: no split {split!r} on the hub; give a folder with a local copy")
     try:
         rows = datasets.load_dataset(corpus.hub, corpus.config, split=corpus.splits[split])
-    except Exception as error:  # noqa: BLE001 (a dozen exception types; all mean that the hub did not give it)
+    except Exception as error:
         raise ValueError(
             f"{name}: the hub did not give {corpus.hub} ({type(error).__name__}: {error}); "
             "give a local file, or a folder with a local copy"
@@ -227,9 +236,8 @@ def _read_file(path: Path, *columns: str) -> list[str]:
 
 
 def _read_lines(path: Path) -> list[str]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
     try:
-        with opened as file:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             return list(file)
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{path} is not readable as UTF-8 text: {error}") from error
@@ -312,9 +320,7 @@ def sample_documents(
         documents = documents[0].split("\n\n")
     documents = [document for document in documents if document.strip()]
     if len(documents) < samples:
-        raise ValueError(
-            f"corpus {text.source.get('corpus')} has {len(documents)} documents; {samples} were asked for"
-        )
+        raise ValueError(f"corpus {text.source.get('corpus')} has {len(documents)} documents; {samples} were asked for")
     chosen = sorted(random.Random(seed).sample(range(len(documents)), samples))
     batch = tokenizer(
         [documents[i] for i in chosen], truncation=True, max_length=length, padding=True, return_tensors="pt"
@@ -323,10 +329,25 @@ def sample_documents(
     return Tokens(batch["input_ids"], batch["attention_mask"].bool(), source, tokenizer.mask_token_id)
 
 
-def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "tokens"]:
+def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, tokens]:
     """The text as one stream of tokens, with the tokenizer's own special tokens at its ends."""
     # verbose=False: the warning that the stream is longer than the model's window is meant for other uses.
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def check_vocabulary(model: PreTrainedModel, ids: Tensor) -> int:
+    """The number of tokens that the model knows, once it is sure that `ids` are among them.
+
+    Raises:
+        ValueError: an id is outside the model's embedding: the tokenizer is another model's.
+    """
+    vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    largest = int(ids.max())
+    if largest >= vocabulary:
+        raise ValueError(
+            f"token {largest} is outside the model's vocabulary of {vocabulary}; is it another model's tokenizer?"
+        )
+    return vocabulary
 
 
 def _positive(**values: int) -> None:

@@ -21,7 +21,12 @@ IGNORED = -100
 
 
 def collect_gradients(
-    model: PreTrainedModel, tokens: Tokens, sites: Sequence[Site], needs: frozenset[str], *, track: Track = silent
+    model: PreTrainedModel,
+    tokens: Tokens,
+    sites: Sequence[Site],
+    needs: frozenset[str],
+    *,
+    track: Track = silent,
 ) -> dict[str, GradientMoments]:
     """Fisher sums and gradient covariances of every site, one sample at a time.
 

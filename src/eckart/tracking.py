@@ -1,4 +1,4 @@
-"""Tracking: how long work shows itself. The library takes a `Track` and knows no terminal; the command line gives one."""
+"""Tracking: how long work shows itself. The library takes a `Track`; the command line gives one that draws."""
 
 from __future__ import annotations
 

@@ -19,15 +19,20 @@ from pathlib import Path
 DOMAINS = ("prose", "code")
 SPLITS = ("train", "heldout")
 
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 # Only names found in every CPython from 3.11 to 3.14, in Debian's libpython3-stdlib too. A package stands for all
 # its submodules, so a held-out package is unseen as a whole.
-HELDOUT_MODULES = tuple(
+HELDOUT_MODULES = _names(
     """
     argparse calendar concurrent configparser csv fractions graphlib heapq json pathlib pprint queue sched shlex
     statistics tarfile textwrap wsgiref
-    """.split()
+    """
 )
-TRAIN_MODULES = tuple(
+TRAIN_MODULES = _names(
     """
     __future__ _aix_support _collections_abc _compat_pickle _markupbase _osx_support _py_abc _pydecimal _pyio
     _sitebuiltins _strptime _threading_local _weakrefset abc ast asyncio base64 bdb bisect bz2 cProfile cmd code
@@ -40,13 +45,13 @@ TRAIN_MODULES = tuple(
     ssl stat string stringprep subprocess symtable sysconfig tabnanny tempfile threading timeit token tokenize
     tomllib trace traceback tracemalloc tty turtle types typing unittest urllib uuid venv warnings wave weakref
     webbrowser xml xmlrpc zipapp zipfile zipimport zoneinfo
-    """.split()
+    """
 )
 HELDOUT_TOPICS = frozenset(
-    "calls comparisons execmodel formatstrings import naming string-methods typesmapping".split()
+    _names("calls comparisons execmodel formatstrings import naming string-methods typesmapping")
 )
 
-# A table of 2,231 character names, 75 kB: neither prose nor code.
+# A table of character names, 75 kB: neither prose nor code.
 _LEFT_OUT = frozenset({"html/entities.py"})
 _TEST_FOLDERS = frozenset({"test", "tests"})
 _LEAST_FOUND = 0.9
@@ -140,9 +145,7 @@ def _topics(split: str) -> dict[str, str]:
         )
     assignments = [node for node in ast.parse(_read(file)).body if isinstance(node, ast.Assign)]
     topics: dict[str, str] = ast.literal_eval(assignments[0].value)
-    return {
-        f"topic {name}": text for name, text in topics.items() if (name in HELDOUT_TOPICS) == (split == "heldout")
-    }
+    return {f"topic {name}": text for name, text in topics.items() if (name in HELDOUT_TOPICS) == (split == "heldout")}
 
 
 def _read(file: Path) -> str:
@@ -167,12 +170,11 @@ def _find_docstrings(tree: ast.Module) -> Iterator[tuple[ast.Expr, str, bool]]:
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
-            first = node.body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                if isinstance(first.value.value, str):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            match node.body[:1]:
+                case [ast.Expr(value=ast.Constant(value=str(text))) as statement]:
                     alone = len(node.body) == 1 and not isinstance(node, ast.Module)
-                    found.append((first, first.value.value, alone))
+                    found.append((statement, text, alone))
         # Docstrings are only in blocks of statements: expressions, most of the tree, need no visit.
         for block in ("body", "orelse", "finalbody", "handlers", "cases"):
             children = getattr(node, block, None)

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from eckart.corpora import check_vocabulary
 from eckart.evals.result import EvalResult
 from eckart.tracking import Track, silent
 
@@ -20,7 +21,7 @@ LOGITS_PER_BATCH = 2**26
 @torch.inference_mode()
 def perplexity(
     model: PreTrainedModel,
-    stream: Int[Tensor, "tokens"],
+    stream: Int[Tensor, tokens],
     *,
     length: int,
     limit: int | None = None,
@@ -58,11 +59,7 @@ def perplexity(
     windows = windows if limit is None else min(windows, limit)
     if windows < 1:
         raise ValueError(f"limit {limit} leaves no window to read")
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if int(stream.max()) >= vocabulary:
-        raise ValueError(
-            f"token {int(stream.max())} is outside the model's vocabulary of {vocabulary}; is it another model's tokenizer?"
-        )
+    vocabulary = check_vocabulary(model, stream)
     rows = stream[: windows * length].view(windows, length)
     size = max(1, LOGITS_PER_BATCH // (length * vocabulary))
     losses: list[Tensor] = []
@@ -72,9 +69,14 @@ def perplexity(
         finite = torch.isfinite(logits).flatten(1).all(1)
         if not finite.all():
             window = sum(len(part) for part in losses) + int((~finite).nonzero()[0])
-            raise ValueError(f"{task}: a logit in window {window} is not finite; the model is broken, there is no result")
+            raise ValueError(
+                f"{task}: a logit in window {window} is not finite; the model is broken, there is no result"
+            )
         losses.append(
-            torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none").double().mean(1).cpu()
+            torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
+            .double()
+            .mean(1)
+            .cpu()
         )
     means = torch.cat(losses)
     value = math.exp(float(means.mean()))
@@ -85,7 +87,12 @@ def perplexity(
         value=value,
         stderr=stderr,
         n=windows,
-        settings={"length": length, "windows": windows, "scored_tokens": windows * (length - 1), **(settings or {})},
+        settings={
+            "length": length,
+            "windows": windows,
+            "scored_tokens": windows * (length - 1),
+            **(settings or {}),
+        },
         examples=[round(mean, 6) for mean in means.tolist()],
     )
 

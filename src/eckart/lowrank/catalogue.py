@@ -48,7 +48,7 @@ def svd() -> Method:
 
 def fwsvd(fisher_axis: Literal["in", "out"] = "in") -> Method:
     """SVD weighted by the Fisher information of the weight's input features (or of its output features)."""
-    common = {
+    common: dict[str, Any] = {
         "name": "fwsvd",
         "paper": "Hsu et al., Language model compression with weighted low-rank factorization, arXiv 2207.00112",
         "assumes": "the loss is locally quadratic with a Fisher matrix that is diagonal and separable by rows",

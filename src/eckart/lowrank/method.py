@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from eckart.lowrank.truncation import Spectrum, check_rank, factor, interpolate
 Root = Callable[[Moments], Tensor]
 
 
+@runtime_checkable
 class Factored(Protocol):
     """What a method makes of one layer: cut at any rank, with the loss of each cut."""
 
@@ -111,9 +112,7 @@ class Method:
             output_mean, input_mean = weight @ inputs.reference_mean, inputs.mean
         if self.anchor is not None:
             target, floor = self._anchor(weight, moments, root, metric, self.anchor)
-        first = factor(
-            target, root=root, metric=metric, output_mean=output_mean, input_mean=input_mean, floor=floor
-        )
+        first = factor(target, root=root, metric=metric, output_mean=output_mean, input_mean=input_mean, floor=floor)
         if self.residual is None:
             return first
         residual_root = None if self.residual.root is None else self.residual.root(moments)
@@ -122,13 +121,17 @@ class Method:
     def _anchor(
         self, weight: Tensor, moments: Moments, root: Tensor | None, metric: Tensor | None, share: float
     ) -> tuple[Tensor, float]:
-        """The anchored target T and the loss that no rank removes, E||A (W x - T xh)||^2 (about the means if centred)."""
+        """The anchored target T and the loss that no rank removes, E||A (W x - T xh)||^2 (centred: about the means)."""
         inputs = moments.require_inputs()
         if self.centred:
             cross, moment = inputs.cross_covariance, inputs.covariance
             reference = inputs.reference_second_moment - torch.outer(inputs.reference_mean, inputs.reference_mean)
         else:
-            cross, moment, reference = inputs.cross_moment, inputs.second_moment, inputs.reference_second_moment
+            cross, moment, reference = (
+                inputs.cross_moment,
+                inputs.second_moment,
+                inputs.reference_second_moment,
+            )
         target = anchored_target(weight, cross, moment, share)
 
         def weighted(matrix: Tensor) -> Tensor:
@@ -181,9 +184,7 @@ class NestedSpectrum:
         return float(lost.square().sum())
 
 
-def output_error(
-    weight: Float[Tensor, "out in"], factors: Factors, moments: Moments
-) -> tuple[float, float]:
+def output_error(weight: Float[Tensor, "out in"], factors: Factors, moments: Moments) -> tuple[float, float]:
     """(E||W x - M x - d||^2, E||W x||^2) per token, from the second moment: what a replacement costs at the output.
 
     For a method whose root is that of the second moment (or, centred, of the covariance) the first equals its tail.

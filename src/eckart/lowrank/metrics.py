@@ -88,7 +88,7 @@ def fisher_input_root(moments: Moments) -> Float[Tensor, "in"]:
     return moments.require_gradients().fisher_in.sqrt()
 
 
-def fisher_output_metric(moments: Moments, share: float) -> Float[Tensor, "out"]:
+def fisher_output_metric(moments: Moments, share: float) -> Float[Tensor, out]:
     """diag sqrt(sum of F over inputs), shrunk by `share` because an output metric is solved with, not only applied."""
     return shrink(moments.require_gradients().fisher_out, share).sqrt()
 
@@ -109,7 +109,10 @@ def gradient_metric(moments: Moments, share: float) -> Float[Tensor, "out out"]:
 
 
 def anchored_target(
-    weight: Float[Tensor, "out in"], cross: Float[Tensor, "in in"], moment: Float[Tensor, "in in"], share: float
+    weight: Float[Tensor, "out in"],
+    cross: Float[Tensor, "in in"],
+    moment: Float[Tensor, "in in"],
+    share: float,
 ) -> Float[Tensor, "out in"]:
     """T = W X Gh^-1: the best linear read-out of the dense output W x from the compressed model's input xh.
 
@@ -132,7 +135,7 @@ def anchored_target(
     return torch.cholesky_solve((weight @ mixed).mT, factor).mT
 
 
-def eigh(moment: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
+def eigh(moment: Float[Tensor, "d d"]) -> tuple[Float[Tensor, d], Float[Tensor, "d d"]]:
     """Eigenvalues (ascending) and eigenvectors of a symmetric matrix.
 
     Raises:

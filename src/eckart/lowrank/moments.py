@@ -121,7 +121,8 @@ class InputMoments:
         if self.d_in != other.d_in or self.sums.keys() != other.sums.keys():
             raise ValueError("only moments of the same width and the same statistics can be merged")
         return InputMoments.from_state(
-            self.count + other.count, {name: self.sums[name].double() + other.sums[name].double() for name in self.sums}
+            self.count + other.count,
+            {name: self.sums[name].double() + other.sums[name].double() for name in self.sums},
         )
 
     @classmethod
@@ -242,7 +243,7 @@ class GradientMoments:
         return self._mean_of("fisher_in", self.examples)
 
     @property
-    def fisher_out(self) -> Float[Tensor, "out"]:
+    def fisher_out(self) -> Float[Tensor, out]:
         return self._mean_of("fisher_out", self.examples)
 
     @property

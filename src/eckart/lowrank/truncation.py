@@ -1,7 +1,7 @@
 """Truncation: a matrix factored once, for every rank at once.
 
-    minimise over rank(M) <= r:  E || A (W x - M x - d) ||^2    with  B B^T the moment of x
-    U = left singular vectors of A T B,   M = A^-1 U_r U_r^T A T,   loss = sum of the squared singular values left out
+minimise over rank(M) <= r:  E || A (W x - M x - d) ||^2    with  B B^T the moment of x
+U = left singular vectors of A T B,   M = A^-1 U_r U_r^T A T,   loss = sum of the squared singular values left out
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Spectrum:
 
     target: Float[Tensor, "out in"]
     basis: Float[Tensor, "out p"]
-    energies: Float[Tensor, "p"]
+    energies: Float[Tensor, p]
     metric: Tensor | None = None
-    output_mean: Float[Tensor, "out"] | None = None
+    output_mean: Float[Tensor, out] | None = None
     input_mean: Float[Tensor, "in"] | None = None
     floor: float = 0.0
 
@@ -121,7 +121,7 @@ def factor(
     return Spectrum(target, basis, energies, metric, output_mean, input_mean, floor)
 
 
-def left_basis(product: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out p"], Float[Tensor, "p"]]:
+def left_basis(product: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out p"], Float[Tensor, p]]:
     """Left singular vectors and squared singular values of a float64 matrix, leading first, p = min(d_out, d_in).
 
     Route, chosen by measurement (benchmarks/decomposition.py, docs/decisions.md): eigenvectors of the Gram matrix on

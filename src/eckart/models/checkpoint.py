@@ -22,8 +22,8 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from eckart.models.linear import LowRankLinear
 from eckart.models.dense import multiply_back
+from eckart.models.linear import LowRankLinear
 from eckart.models.sites import low_rank_modules, read_weight, replace_module
 
 QUANT_METHOD = "eckart"
@@ -58,7 +58,7 @@ class LowRankConfig(QuantizationConfigMixin):
             )
         if unknown:
             raise CheckpointError(f"unknown keys in the checkpoint's eckart section: {', '.join(sorted(unknown))}")
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.format = format
         self.sites = {name: dict(spec) for name, spec in (sites or {}).items()}
         self.recipe = dict(recipe or {})
@@ -67,9 +67,10 @@ class LowRankConfig(QuantizationConfigMixin):
                 raise CheckpointError(f"{name}: its entry {spec} is not {{'rank': a positive int, 'bias': a bool}}")
 
 
-class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
+class LowRankQuantizer(HfQuantizer):
     """What transformers calls while it builds, loads, saves and dequantises a compressed model."""
 
+    quantization_config: LowRankConfig
     requires_calibration = True  # a dense checkpoint cannot be compressed on the fly by passing a config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -81,7 +82,12 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
                 model,
                 name,
                 LowRankLinear(
-                    weight.shape[1], weight.shape[0], spec["rank"], bias=spec["bias"], device="meta", dtype=weight.dtype
+                    weight.shape[1],
+                    weight.shape[0],
+                    spec["rank"],
+                    bias=spec["bias"],
+                    device="meta",
+                    dtype=weight.dtype,
                 ),
             )
         files = kwargs.get("checkpoint_files") or ()
@@ -91,7 +97,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # The factors are ordinary float tensors: half(), float() and to(dtype) are safe, and transformers forbids
         # them while this is True. `hf_quantizer` stays, so that save_pretrained writes the rank map again.
-        model.is_quantized = False
+        model.is_quantized = False  # type: ignore[assignment]
         return model
 
     def is_serializable(self) -> bool:
@@ -129,8 +135,8 @@ def describe(model: PreTrainedModel, recipe: Mapping[str, Any] | None = None) ->
     }
     config = LowRankConfig(sites=sites, recipe=recipe)
     model.config.quantization_config = config
-    model.hf_quantizer = LowRankQuantizer(config, pre_quantized=True)
-    model.quantization_method = QUANT_METHOD
+    model.hf_quantizer = LowRankQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+    model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
 
 
 def resolve_names(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
@@ -145,7 +151,9 @@ def resolve_names(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     for name in names:
         found = [n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules]
         if not found:
-            raise CheckpointError(f"{name} is in the checkpoint's rank map but {type(model).__name__} has no such module")
+            raise CheckpointError(
+                f"{name} is in the checkpoint's rank map but {type(model).__name__} has no such module"
+            )
         resolved.append(found[0])
     return resolved
 

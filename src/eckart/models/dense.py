@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,8 +50,9 @@ def export_dense(model: PreTrainedModel) -> PreTrainedModel:
     for switch in BIAS_SWITCHES:
         if hasattr(config, switch):
             setattr(model.config, switch, getattr(config, switch))
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
     return model
 
 

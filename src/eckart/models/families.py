@@ -7,9 +7,9 @@ share one calibration. A model without a row gets `default_family`: every linear
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -72,7 +72,10 @@ FAMILIES: dict[str, Family] = {
     "opt": Family(
         blocks="decoder.layers",
         parts={
-            "attention": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.out_proj",)),
+            "attention": (
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                ("self_attn.out_proj",),
+            ),
             "mlp": (("fc1",), ("fc2",)),
         },
     ),
@@ -111,7 +114,7 @@ def default_family(model: PreTrainedModel) -> Family:
         UnsupportedModelError: no list of blocks with linears was found.
     """
     candidates = [
-        (sum(linear.weight.numel() for linear in _linears(blocks).values()), name, blocks)
+        (_linear_params(blocks), name, blocks)
         for name, blocks in model.base_model.named_modules()
         if isinstance(blocks, nn.ModuleList) and len({type(block) for block in blocks}) == 1
     ]
@@ -144,7 +147,11 @@ def refuse_fused_experts(model: PreTrainedModel, blocks: nn.Module) -> None:
 
 def is_linear(module: nn.Module) -> bool:
     """True for what can be factored: nn.Linear, and GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear | Conv1D) and isinstance(module.weight, torch.Tensor)
+    return isinstance(module, nn.Linear | Conv1D) and isinstance(module.weight, Tensor)
+
+
+def _linear_params(module: nn.Module) -> int:
+    return sum(cast(Tensor, linear.weight).numel() for linear in _linears(module).values())
 
 
 def _linears(module: nn.Module) -> dict[str, nn.Module]:

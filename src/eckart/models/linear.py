@@ -48,9 +48,7 @@ class LowRankLinear(nn.Module):
     ) -> LowRankLinear:
         """The module that computes `factors`, with the dense layer's own `bias` (d_out,) added to the factors' one."""
         biases = [b.double().to(factors.left.device) for b in (bias, factors.bias) if b is not None]
-        module = cls(
-            factors.d_in, factors.d_out, factors.rank, bias=bool(biases), device=device, dtype=dtype
-        )
+        module = cls(factors.d_in, factors.d_out, factors.rank, bias=bool(biases), device=device, dtype=dtype)
         with torch.no_grad():
             module.left.weight.copy_(factors.left)
             module.right.weight.copy_(factors.right)

@@ -125,4 +125,6 @@ def check_free(out: str | Path, *, force: bool = False) -> None:
     if out.is_file():
         raise FileExistsError(f"{out} is a file; give another place")
     if out.exists() and any(out.iterdir()) and not force:
-        raise FileExistsError(f"{out} exists; give another place, or --force to replace it when the new one is complete")
+        raise FileExistsError(
+            f"{out} exists; give another place, or --force to replace it when the new one is complete"
+        )

@@ -66,14 +66,16 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
-    """Every compressible linear in the model's blocks, in order. Embeddings, heads and poolers are outside and stay dense.
+    """Every compressible linear in the model's blocks, in order. Embeddings, heads and poolers stay dense.
 
     Raises:
-        UnsupportedModelError: the model is compressed already, keeps fused experts, is quantised, is an encoder-decoder,
-            or has no linears.
+        UnsupportedModelError: the model is compressed already, keeps fused experts, is quantised, is an
+            encoder-decoder, or has no linears.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{type(model).__name__}: encoder-decoder models are not supported yet")
+    for name in low_rank_modules(model):
+        raise UnsupportedModelError(f"{name} is low-rank already; start from the dense model, or export it first")
     family, blocks = family_of(model), blocks_of(model)
     refuse_fused_experts(model, blocks)
     prefix = next(name for name, module in model.named_modules() if module is blocks)
@@ -96,8 +98,6 @@ def _site(prefix: str, block: nn.Module, path: str, part: str, index: int, share
         module = block.get_submodule(path)
     except AttributeError:
         return None  # blocks of one model may differ, such as attention on every other one
-    if isinstance(module, LowRankLinear):
-        raise UnsupportedModelError(f"{name} is low-rank already; start from the dense model, or export it first")
     if not is_linear(module):
         raise UnsupportedModelError(f"{name} is a {type(module).__name__}, not a linear that can be factored")
     weight = read_weight(module)
@@ -117,7 +117,7 @@ def _site(prefix: str, block: nn.Module, path: str, part: str, index: int, share
 
 def read_weight(module: nn.Module) -> Tensor:
     """The weight as (d_out, d_in), whatever the module stores. A view, not a copy."""
-    weight: Tensor = module.weight.detach()  # type: ignore[union-attr,operator]
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
     return weight.mT if isinstance(module, Conv1D) else weight
 
 
@@ -136,8 +136,8 @@ def select_sites(
         blocks: "last 12", "first 4", "8-19" (both ends in, from 0), or "0,5,7"; None means all.
 
     Raises:
-        ValueError: a pattern matches nothing (the message lists roles and parts), or a block range is malformed or
-            outside the model.
+        ValueError: a pattern matches nothing (the message lists roles and parts), a block range is malformed or
+            outside the model, or all of it together leaves nothing.
     """
     include, exclude = tuple(include), tuple(exclude)
     for pattern in (*include, *exclude):
@@ -148,13 +148,18 @@ def select_sites(
                 f"{pattern!r} matches no site; roles: {roles}; parts: {parts}; or a pattern such as {sites[0].name!r}"
             )
     chosen = None if blocks is None else parse_blocks(blocks, 1 + max(site.block for site in sites))
-    return tuple(
+    selected = tuple(
         site
         for site in sites
         if (chosen is None or site.block in chosen)
         and (not include or any(matches(site, pattern) for pattern in include))
         and not any(matches(site, pattern) for pattern in exclude)
     )
+    if not selected:
+        raise ValueError(
+            f"nothing is left to select: include {list(include)}, exclude {list(exclude)}, blocks {blocks!r}"
+        )
+    return selected
 
 
 def matches(site: Site, pattern: str) -> bool:
@@ -179,8 +184,10 @@ def parse_blocks(text: str, count: int) -> frozenset[int]:
     chosen: set[int] = set()
     for item in words.split(","):
         start, _, end = item.strip().partition("-")
+        if int(end or start) < int(start):
+            raise ValueError(f"blocks {text!r}: {item.strip()} runs backward")
         chosen.update(range(int(start), int(end or start) + 1))
-    if not chosen or max(chosen) >= count:
+    if max(chosen) >= count:
         raise ValueError(f"blocks {text!r}: this model has blocks 0 ... {count - 1}")
     return frozenset(chosen)
 

@@ -1,0 +1,110 @@
+"""The NSVD paper's Table 1 in small: every method, keep 0.9 ... 0.5, in and out of the calibration domain.
+
+    python benchmarks/nsvd_table.py [--model DIR --data DIR] [--out runs/table.json]
+
+Without --data: the built-in model, calibrated on prose, evaluated on prose and code. With --data: calibrated on
+WikiText-2 train, evaluated on every corpus that the folder has. Results are appended to --out as they come, and what is
+there is not computed again. Changes are of perplexity against asvd-i at the same size, as the paper prints them
+(positive: better), averaged over the corpora other than the calibration's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+import eckart
+from eckart.builtin import builtin_model_path
+from eckart.corpora import CORPORA, encode, read_text
+from eckart.evals.perplexity import perplexity
+
+KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
+BASELINE = "asvd-i"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=builtin_model_path())
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--methods", nargs="+", default=list(eckart.METHODS))
+    parser.add_argument("--keeps", type=float, nargs="+", default=list(KEEPS))
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=32, help="windows read of each corpus")
+    parser.add_argument("--out", type=Path, help="JSON lines; a stopped run goes on from it")
+    arguments = parser.parse_args()
+    model = eckart.load_model(arguments.model, dtype="float32")
+    tokenizer = eckart.load_tokenizer(arguments.model)
+    if arguments.data is None:
+        own, names = "builtin/prose", ["builtin/prose", "builtin/code"]
+    else:
+        own, names = "wikitext2", [name for name in CORPORA if present(name, arguments.data)]
+    tokens = eckart.sample_windows(
+        read_text(own, data=arguments.data), tokenizer, samples=arguments.samples, length=arguments.length
+    )
+    streams = {n: encode(read_text(n, split="test", data=arguments.data).joined, tokenizer) for n in names}
+    streams = {name: stream for name, stream in streams.items() if len(stream) >= arguments.length}
+
+    def measure(candidate: PreTrainedModel) -> dict[str, float]:
+        return {
+            name: perplexity(candidate, stream, length=arguments.length, limit=arguments.windows).value
+            for name, stream in streams.items()
+        }
+
+    done: dict[tuple[str, float], dict[str, float]] = {}
+    if arguments.out is not None and arguments.out.is_file():
+        for line in arguments.out.read_text().splitlines():
+            row = json.loads(line)
+            done[row["method"], row["keep"]] = row["perplexity"]
+
+    def record(method: str, keep: float, values: dict[str, float]) -> None:
+        done[method, keep] = values
+        if arguments.out is not None:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            with arguments.out.open("a") as file:
+                file.write(json.dumps({"method": method, "keep": keep, "perplexity": values}) + "\n")
+
+    print(
+        f"{arguments.model.name}: {tokens.count} calibration tokens of {own}, windows of {arguments.length}", flush=True
+    )
+    print(f"{'keep method':22s}" + "".join(f"{name.split('/')[-1][:11]:>12s}" for name in streams) + "   out of domain")
+    if ("dense", 1.0) not in done:
+        record("dense", 1.0, measure(model))
+    show("1.0 dense", done["dense", 1.0], None, own)
+    calibrations: dict[frozenset[str], eckart.Calibration] = {}
+    order = [BASELINE, *(name for name in arguments.methods if name != BASELINE)]
+    for keep in arguments.keeps:
+        for name in order:
+            if (name, keep) not in done:
+                method = eckart.build_method(name)
+                if method.needs and method.needs not in calibrations:
+                    calibrations[method.needs] = eckart.calibrate(model, tokens, method)
+                candidate = copy.deepcopy(model)
+                eckart.compress(candidate, method, eckart.plan(candidate, keep), calibrations.get(method.needs))
+                record(name, keep, measure(candidate))
+            show(f"{keep:.1f} {name}", done[name, keep], done[BASELINE, keep], own)
+
+
+def present(name: str, data: Path) -> bool:
+    """Whether the folder has the corpus's test split."""
+    try:
+        read_text(name, split="test", data=data)
+    except ValueError:
+        return False
+    return True
+
+
+def show(label: str, values: dict[str, float], baseline: dict[str, float] | None, own: str) -> None:
+    line = f"{label:22s}" + "".join(f"{value:12.2f}" for value in values.values())
+    if baseline is not None:
+        changes = [1 - values[name] / baseline[name] for name in values if name != own]
+        line += f"   {sum(changes) / len(changes):+.1%}"
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Terminal: progress and tables for people. The only file that knows rich."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+T = TypeVar("T")
+
+# A log file gets a line this often; a terminal gets a live bar.
+LOG_SECONDS = 30.0
+
+
+class TerminalTrack:
+    """A `Track` that draws nested bars with the time left; without a terminal it writes a line now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            transient=True,
+        )
+        self.depth = 0
+
+    def __call__(self, items: Iterable[T], description: str, total: int) -> Iterator[T]:
+        return (
+            self._live(items, description, total) if self.console.is_terminal else self._log(items, description, total)
+        )
+
+    def _live(self, items: Iterable[T], description: str, total: int) -> Iterator[T]:
+        if self.depth == 0:
+            self.progress.start()
+        self.depth += 1
+        bar = self.progress.add_task(description, total=total)
+        try:
+            for item in items:
+                yield item
+                self.progress.advance(bar)
+        finally:
+            self.progress.remove_task(bar)
+            self.depth -= 1
+            if self.depth == 0:
+                self.progress.stop()
+
+    def _log(self, items: Iterable[T], description: str, total: int) -> Iterator[T]:
+        start = last = time.monotonic()
+        outermost = self.depth == 0
+        self.depth += 1
+        try:
+            for done, item in enumerate(items, 1):
+                yield item
+                now = time.monotonic()
+                if outermost and now - last > LOG_SECONDS:
+                    last, left = now, (now - start) / done * (total - done)
+                    self.console.print(f"{description}: {done} of {total}, about {left:.0f} s left")
+        finally:
+            self.depth -= 1
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> Table:
+    """A table whose first `text_columns` columns are words and the others numbers."""
+    drawn = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if index < text_columns else "right", overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    return drawn
+
+
+def megabytes(count: float) -> str:
+    """1234567 -> "1.23 MB"."""
+    return f"{count / 1e6:,.2f} MB"

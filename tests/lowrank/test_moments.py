@@ -1,0 +1,405 @@
+"""Moments: streams that can be cut, merged and reordered, and forget nothing but the padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from eckart.lowrank import GradientMoments, InputMoments, Moments, moments
+from eckart.lowrank.moments import CHUNK_ROWS, GRADIENT_STATISTICS, INPUT_STATISTICS, full_float32
+
+from .reference import Layer, laws, layers, make_layer
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+STATISTICS = ("mean", "abs_mean", "second_moment", "covariance")
+REFERENCE_STATISTICS = (
+    "cross_moment",
+    "cross_covariance",
+    "reference_mean",
+    "reference_second_moment",
+)
+
+
+def stream(x: Tensor, reference: Tensor | None = None, **settings: Any) -> InputMoments:
+    needs = {"second_moment"} if reference is None else {"cross_moment"}
+    collected = InputMoments(x.shape[-1], needs)
+    collected.update(x, reference=reference, **settings)
+    return collected
+
+
+def gradient_stream(layer: Layer, dw: Tensor | None = None, dy: Tensor | None = None) -> GradientMoments:
+    collected = GradientMoments(*layer.weight.shape)
+    for gradient in layer.dw if dw is None else dw:
+        collected.update_fisher(gradient)
+    collected.update_covariance(layer.dy if dy is None else dy, None)
+    return collected
+
+
+def assert_same(a: Any, b: Any, **tolerance: float) -> None:
+    assert a.sums.keys() == b.sums.keys()
+    for name in a.sums:
+        torch.testing.assert_close(a.sums[name].double(), b.sums[name].double(), **(tolerance or EXACT))
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    assert_same(a, b, rtol=0, atol=0)
+
+
+# What they are
+
+
+@laws(30)
+@given(layers())
+def test_statistics_are_their_definitions(layer: Layer) -> None:
+    found = stream(layer.xh, layer.x)
+    xh, x = layer.xh.numpy(), layer.x.numpy()
+    n = len(x)
+    wanted = {
+        "mean": xh.mean(0),
+        "abs_mean": np.abs(xh).mean(0),
+        "second_moment": xh.T @ xh / n,
+        "covariance": (xh - xh.mean(0)).T @ (xh - xh.mean(0)) / n,
+        "cross_moment": x.T @ xh / n,
+        "cross_covariance": (x - x.mean(0)).T @ (xh - xh.mean(0)) / n,
+        "reference_mean": x.mean(0),
+        "reference_second_moment": x.T @ x / n,
+    }
+    assert found.count == n
+    assert found.d_in == x.shape[1]
+    assert set(wanted) == {*STATISTICS, *REFERENCE_STATISTICS}
+    for name, value in wanted.items():
+        np.testing.assert_allclose(getattr(found, name).numpy(), value, rtol=1e-10, atol=1e-10, err_msg=name)
+
+
+@laws(30)
+@given(layers())
+def test_gradient_statistics_are_their_definitions(layer: Layer) -> None:
+    found = gradient_stream(layer)
+    fisher, dy = np.square(layer.dw.numpy()).mean(0), layer.dy.numpy()
+    # The squares are taken in float32, their sums in float64.
+    np.testing.assert_allclose(found.fisher_in.numpy(), fisher.sum(0), rtol=1e-5)
+    np.testing.assert_allclose(found.fisher_out.numpy(), fisher.sum(1), rtol=1e-5)
+    np.testing.assert_allclose(found.gradient_covariance.numpy(), dy.T @ dy / len(dy), rtol=1e-10, atol=1e-10)
+
+
+def test_fisher_is_of_one_example_at_a_time() -> None:
+    gradient = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    apart, together = GradientMoments(2, 2), GradientMoments(2, 2)
+    apart.update_fisher(gradient)
+    apart.update_fisher(-gradient)
+    together.update_fisher(gradient - gradient)
+    assert apart.fisher_in.tolist() == [10, 20]
+    assert apart.fisher_out.tolist() == [5, 25]
+    assert together.fisher_in.tolist() == [0, 0]
+
+
+def test_without_a_reference_the_reference_is_the_input() -> None:
+    found = stream(make_layer(3, 4, 10).x)
+    assert torch.equal(found.reference_mean, found.mean)
+
+
+@pytest.mark.parametrize("name", sorted(INPUT_STATISTICS))
+def test_every_named_statistic_can_be_asked_for_alone(name: str) -> None:
+    layer = make_layer(3, 4, 10)
+    found = InputMoments(4, {name})
+    found.update(layer.x, reference=layer.x if name == "cross_moment" else None)
+    assert getattr(found, name).abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", sorted(GRADIENT_STATISTICS))
+def test_every_named_gradient_statistic_can_be_asked_for_alone(name: str) -> None:
+    layer = make_layer(3, 4, 10)
+    found = GradientMoments(3, 4, {name})
+    found.update_fisher(layer.dw[0])
+    if name == "gradient_covariance":
+        found.update_covariance(layer.dy, None)
+    assert getattr(found, name).abs().sum() > 0
+
+
+# How the stream is cut does not matter
+
+
+@laws(40)
+@given(layers(), st.integers(0, 24), st.booleans())
+def test_merged_is_the_whole(layer: Layer, cut: int, both: bool) -> None:
+    cut = min(cut, len(layer.x))
+    reference = layer.x if both else None
+    whole = stream(layer.xh, reference)
+    merged = stream(layer.xh[:cut], layer.x[:cut] if both else None) + stream(
+        layer.xh[cut:], layer.x[cut:] if both else None
+    )
+    assert merged.count == whole.count
+    assert_same(merged, whole)
+
+
+@laws(20)
+@given(layers(), st.integers(0, 4), st.integers(0, 24))
+def test_merged_gradients_are_the_whole(layer: Layer, examples: int, tokens: int) -> None:
+    whole = gradient_stream(layer)
+    merged = gradient_stream(layer, layer.dw[:examples], layer.dy[:tokens]) + gradient_stream(
+        layer, layer.dw[examples:], layer.dy[tokens:]
+    )
+    assert (merged.examples, merged.tokens) == (whole.examples, whole.tokens)
+    assert_same(merged, whole)
+
+
+@laws(30)
+@given(layers(), st.randoms(use_true_random=False), st.lists(st.integers(1, 9), max_size=6))
+def test_order_and_batching_do_not_matter(layer: Layer, random: Any, sizes: list[int]) -> None:
+    whole, order = stream(layer.x), list(range(len(layer.x)))
+    random.shuffle(order)
+    shuffled, start = InputMoments(layer.x.shape[1]), 0
+    for size in [*sizes, len(order)]:
+        shuffled.update(layer.x[order[start : start + size]])
+        start += size
+    assert shuffled.count == whole.count
+    assert_same(shuffled, whole)
+
+
+@laws(20)
+@given(layers(), st.integers(1, 5))
+def test_chunking_does_not_matter(layer: Layer, rows: int) -> None:
+    whole = stream(layer.xh, layer.x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moments, "CHUNK_ROWS", rows)
+        chunked = stream(layer.xh, layer.x)
+    assert chunked.count == whole.count
+    assert_same(chunked, whole)
+
+
+def test_no_row_is_lost_between_chunks() -> None:
+    """Small whole numbers have exact sums in float32, so one lost or doubled row would show."""
+    rows = 2 * CHUNK_ROWS + 5
+    x = torch.arange(2 * rows).reshape(rows, 2).remainder(7).float()
+    found = stream(x)
+    assert found.count == rows
+    assert torch.equal(found.sums["second_moment"], (x.double().T @ x.double()))
+    assert torch.equal(found.sums["mean"], x.double().sum(0))
+
+
+@laws(20)
+@given(layers(), st.integers(1, 4))
+def test_batch_shape_does_not_matter(layer: Layer, length: int) -> None:
+    whole = len(layer.x) - len(layer.x) % length
+    x = layer.x[:whole]
+    assert_equal(stream(x.reshape(-1, length, x.shape[1])), stream(x))
+
+
+# Padding
+
+
+@laws(40)
+@given(layers(), st.data())
+def test_masked_rows_are_left_out_exactly(layer: Layer, data: st.DataObject) -> None:
+    n = len(layer.x)
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+    padded, reference = layer.xh.clone(), layer.x.clone()
+    padded[~mask], reference[~mask] = float("nan"), float("inf")
+    found = InputMoments(layer.x.shape[1], {"cross_moment"})
+    found.update(padded[None], mask[None], reference=reference[None])
+    wanted = stream(layer.xh[mask], layer.x[mask])
+    assert found.count == wanted.count == int(mask.sum())
+    assert_equal(found, wanted)
+
+
+def test_masked_gradients_are_left_out_exactly() -> None:
+    layer = make_layer(3, 4, 6)
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    padded = layer.dy.reshape(2, 3, 3).clone()
+    padded[~mask] = float("nan")
+    found, wanted = GradientMoments(3, 4), GradientMoments(3, 4)
+    found.update_covariance(padded, mask)
+    wanted.update_covariance(layer.dy[mask.flatten()], None)
+    assert found.tokens == wanted.tokens == 4
+    assert_equal(found, wanted)
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_equals_its_float32_copy(dtype: torch.dtype) -> None:
+    layer = make_layer(3, 4, 50)
+    x, reference = layer.xh.to(dtype), layer.x.to(dtype)
+    assert_equal(stream(x, reference), stream(x.float(), reference.float()))
+    gradients, copies = GradientMoments(3, 4), GradientMoments(3, 4)
+    for collected, cast in ((gradients, lambda t: t), (copies, lambda t: t.float())):
+        collected.update_fisher(cast(layer.dw[0].to(dtype)))
+        collected.update_covariance(cast(layer.dy.to(dtype)), None)
+    assert_equal(gradients, copies)
+
+
+def test_float32_stream_is_near_the_float64_one() -> None:
+    x = make_layer(3, 16, 3000).x
+    found, wanted = stream(x.float()), stream(x.float().double())
+    for name in STATISTICS:
+        error = (getattr(found, name) - getattr(wanted, name)).norm() / getattr(wanted, name).norm()
+        assert error < 1e-6, name
+
+
+@pytest.mark.parametrize("before", ["high", "medium", "highest"])
+def test_matrix_products_keep_float32_and_the_setting_comes_back(before: str) -> None:
+    outside = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(before)
+    try:
+        with full_float32():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == before
+        with pytest.raises(KeyError), full_float32():
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision(outside)
+
+
+def test_compact_is_the_same_within_float32() -> None:
+    layer = make_layer(3, 16, 200)
+    whole = stream(layer.xh, layer.x)
+    compact = whole.compact()
+    assert compact.count == whole.count
+    for name in (*STATISTICS, *REFERENCE_STATISTICS):
+        found, wanted = getattr(compact, name), getattr(whole, name)
+        assert found.dtype == torch.float64
+        assert (found - wanted).norm() < 1e-6 * wanted.norm(), name
+    squares = [s for s in compact.sums.values() if s.ndim == 2]
+    assert len(squares) == 3
+    assert {s.dtype for s in squares} == {torch.float32}
+
+
+def test_compact_does_not_change_with_the_original() -> None:
+    layer = make_layer(3, 5, 20)
+    whole = stream(layer.x)
+    compact = whole.compact()
+    mean = compact.mean.clone()
+    whole.update(layer.x + 1)
+    assert torch.equal(compact.mean, mean)
+
+
+# To a file and back
+
+
+def test_state_round_trip() -> None:
+    layer = make_layer(3, 4, 20)
+    for whole in (stream(layer.xh, layer.x), stream(layer.x).compact()):
+        again = InputMoments.from_state(whole.count, whole.sums)
+        assert (again.count, again.d_in) == (whole.count, whole.d_in)
+        assert_equal(again, whole)
+    whole = gradient_stream(layer)
+    again = GradientMoments.from_state(whole.examples, whole.tokens, whole.sums)
+    assert (again.examples, again.tokens) == (whole.examples, whole.tokens)
+    assert_equal(again, whole)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_an_input_that_is_not_finite_is_refused(value: float, dtype: torch.dtype) -> None:
+    x = torch.ones(5, 3, dtype=dtype)
+    x[2, 1] = value
+    with pytest.raises(ValueError, match="not finite"):
+        stream(x)
+    with pytest.raises(ValueError, match="not finite"):
+        stream(torch.ones(5, 3, dtype=dtype), x)
+    with pytest.raises(ValueError, match="not finite"):
+        GradientMoments(5, 3).update_fisher(x)
+    with pytest.raises(ValueError, match="not finite"):
+        GradientMoments(3, 5).update_covariance(x, None)
+
+
+@pytest.mark.parametrize("name", ["second_moment", "covariance", *REFERENCE_STATISTICS])
+def test_a_missing_statistic_is_named(name: str) -> None:
+    found = InputMoments(3, {"mean"})
+    found.update(torch.ones(5, 3))
+    if name == "reference_mean":
+        assert torch.equal(found.reference_mean, found.mean)
+        return
+    missing = {"covariance": "second_moment", "cross_covariance": "cross_moment"}.get(name, name)
+    with pytest.raises(ValueError, match=f"^{missing} was not collected"):
+        getattr(found, name)
+
+
+def test_a_missing_gradient_statistic_is_named() -> None:
+    layer = make_layer(3, 4, 5)
+    found = GradientMoments(3, 4, {"fisher_in"})
+    with pytest.raises(ValueError, match="^fisher_in was not collected"):
+        _ = found.fisher_in
+    found.update_fisher(layer.dw[0])
+    with pytest.raises(ValueError, match="^gradient_covariance was not collected"):
+        _ = found.gradient_covariance
+    with pytest.raises(ValueError, match="gradient_covariance"):
+        found.update_covariance(layer.dy, None)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_no_token_is_no_statistic(name: str) -> None:
+    found = InputMoments(3)
+    found.update(torch.ones(2, 3), torch.zeros(2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="no token was seen"):
+        getattr(found, name)
+
+
+@pytest.mark.parametrize("make", [lambda needs: InputMoments(3, needs), lambda n: GradientMoments(3, 3, n)])
+def test_an_unknown_statistic_is_named(make: Callable[[set[str]], Any]) -> None:
+    with pytest.raises(ValueError, match=r"\['third_moment'\]; known: \["):
+        make({"third_moment"})
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+def test_streams_that_do_not_fit_are_refused() -> None:
+    plain, anchored = InputMoments(3), InputMoments(3, {"cross_moment"})
+    x = torch.ones(5, 3)
+    with pytest.raises(ValueError, match="width 4, expected 3"):
+        plain.update(torch.ones(5, 4))
+    with pytest.raises(ValueError, match="reference"):
+        plain.update(x, reference=x)
+    with pytest.raises(ValueError, match="reference"):
+        anchored.update(x)
+    with pytest.raises(ValueError, match=r"\(4,\).*\(5, 3\)"):
+        plain.update(x, torch.ones(4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"\(5, 2\).*\(5, 3\)"):
+        anchored.update(x, reference=torch.ones(5, 2))
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+def test_a_longer_reference_is_refused_even_at_the_end_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "CHUNK_ROWS", 5)
+    anchored = InputMoments(3, {"cross_moment"})
+    with pytest.raises(ValueError, match=r"\(7, 3\).*\(5, 3\)"):
+        anchored.update(torch.ones(5, 3), reference=torch.ones(7, 3))
+
+
+def test_refused_streams_leave_no_count() -> None:
+    """A caller that catches the error must not go on with half a batch."""
+    found = InputMoments(3)
+    found.update(torch.ones(5, 3))
+    with pytest.raises(ValueError, match="width"):
+        found.update(torch.ones(5, 4))
+    assert found.count == 5
+    assert found.mean.tolist() == [1, 1, 1]
+
+
+def test_only_like_moments_merge() -> None:
+    with pytest.raises(ValueError, match="same width and the same statistics"):
+        InputMoments(3) + InputMoments(4)
+    with pytest.raises(ValueError, match="same width and the same statistics"):
+        InputMoments(3) + InputMoments(3, {"mean"})
+    with pytest.raises(ValueError, match="same statistics"):
+        GradientMoments(3, 3) + GradientMoments(3, 3, {"fisher_in"})
+    with pytest.raises(ValueError, match="same"):
+        GradientMoments(3, 3) + GradientMoments(4, 3)
+
+
+def test_absent_moments_say_what_is_missing() -> None:
+    with pytest.raises(ValueError, match="statistics of the inputs"):
+        Moments().require_inputs()
+    with pytest.raises(ValueError, match="statistics of the gradient"):
+        Moments().require_gradients()

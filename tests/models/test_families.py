@@ -1,0 +1,157 @@
+"""Families: every row finds all linears of the blocks, and what it says is shared is one tensor."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from tests.tiny import BLOCKS, DEFAULT_CONFIGS, FAMILY_CONFIGS, tiny_config, tiny_model, tiny_tokens
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from eckart.allocation import plan
+from eckart.compression import compress
+from eckart.models.families import FAMILIES, UnsupportedModelError, default_family, family_of
+from eckart.models.sites import Site, blocks_of, find_sites, read_weight
+
+ALL = sorted({*FAMILIES, *DEFAULT_CONFIGS})
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_row_has_a_tiny_config(model_type: str) -> None:
+    assert model_type in FAMILY_CONFIGS, f"add a tiny config of {model_type!r} to tests/tiny.py"
+    assert tiny_config(model_type).model_type == model_type
+
+
+@pytest.mark.parametrize("model_type", DEFAULT_CONFIGS)
+def test_models_of_the_default_row_have_no_row(model_type: str) -> None:
+    assert model_type not in FAMILIES
+    assert family_of(tiny_model(model_type)) == default_family(tiny_model(model_type))
+
+
+def linears_of_blocks(model: PreTrainedModel) -> list[str]:
+    """By brute force: every linear whose path has a block number in it."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and re.search(r"\.\d+\.", name)
+    ]
+
+
+@pytest.mark.parametrize("head", ["pretraining", "base", "classifier"])
+@pytest.mark.parametrize("model_type", ALL)
+def test_sites_are_all_linears_of_the_blocks(model_type: str, head: str) -> None:
+    model = tiny_model(model_type, None if head == "pretraining" else head)
+    sites = find_sites(model)
+    names = [site.name for site in sites]
+    assert sorted(names) == sorted(linears_of_blocks(model))
+    assert [site.block for site in sites] == sorted(site.block for site in sites)
+    assert {site.block for site in sites} == set(range(BLOCKS))
+    for site in sites:
+        module = model.get_submodule(site.name)
+        shape = module.weight.shape if isinstance(module, nn.Linear) else module.weight.T.shape
+        assert (site.d_out, site.d_in) == tuple(shape) == tuple(read_weight(module).shape)
+        assert site.has_bias == (module.bias is not None)
+        assert site.name.endswith(f".{site.block}.{site.role}")
+        assert blocks_of(model)[site.block].get_submodule(site.role) is module
+
+
+@pytest.mark.parametrize("model_type", ALL)
+def test_read_weight_is_what_the_linear_computes(model_type: str) -> None:
+    model = tiny_model(model_type)
+    for site in find_sites(model):
+        module = model.get_submodule(site.name)
+        x = torch.randn(5, site.d_in)
+        bias = 0 if module.bias is None else module.bias
+        torch.testing.assert_close(module(x), x @ read_weight(module).T + bias, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def inputs_of(model: PreTrainedModel, sites: tuple[Site, ...]) -> dict[str, Tensor]:
+    seen: dict[str, Tensor] = {}
+    handles = [
+        model.get_submodule(site.name).register_forward_pre_hook(
+            lambda _module, args, name=site.name: seen.__setitem__(name, args[0])
+        )
+        for site in sites
+    ]
+    model(input_ids=tiny_tokens(2, 10).ids)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_group_reads_one_tensor_and_groups_read_different_ones(model_type: str) -> None:
+    model = tiny_model(model_type)
+    sites = find_sites(model)
+    seen = inputs_of(model, sites)
+    assert seen.keys() == {site.name for site in sites}
+    for first in sites:
+        for second in sites:
+            same = seen[first.name] is seen[second.name]
+            assert same == (first.input_group == second.input_group), (first.name, second.name)
+
+
+@pytest.mark.parametrize("model_type", DEFAULT_CONFIGS)
+def test_default_row_shares_nothing(model_type: str) -> None:
+    sites = find_sites(tiny_model(model_type))
+    assert len({site.input_group for site in sites}) == len(sites)
+    assert {site.part for site in sites} <= {"self_attn", "self_attention", "attn", "mlp"}
+
+
+def test_default_row_ignores_smaller_lists() -> None:
+    model = tiny_model("phi")
+    model.model.extras = nn.ModuleList([nn.Linear(4, 4)])
+    assert all(site.name.startswith("model.layers.") for site in find_sites(model))
+
+
+def test_blocks_without_linears_are_refused() -> None:
+    model = tiny_model("phi")
+    model.model.layers = nn.ModuleList([nn.LayerNorm(32)])
+    with pytest.raises(UnsupportedModelError, match="PhiForCausalLM.*no list of blocks"):
+        find_sites(model)
+
+
+def test_a_row_whose_path_leads_nowhere_is_refused() -> None:
+    model = tiny_model("llama")
+    del model.model.layers
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM has no blocks at 'layers'"):
+        find_sites(model)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_fused_experts_are_refused(model_type: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"0\.mlp\.experts\.\w+ holds fused experts.*\(4, "):
+        find_sites(tiny_model(model_type))
+
+
+def test_encoder_decoders_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="T5Model: encoder-decoder"):
+        find_sites(tiny_model("t5", "base"))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi"])
+@pytest.mark.parametrize("blocks", ["0-2", "last 1"])
+def test_a_compressed_model_is_refused(model_type: str, blocks: str) -> None:
+    model = tiny_model(model_type)
+    compress(model, "svd", plan(model, 0.5, include=("mlp",), blocks=blocks))
+    with pytest.raises(UnsupportedModelError, match="is low-rank already"):
+        find_sites(model)
+
+
+def test_integer_weights_are_refused() -> None:
+    model = tiny_model("llama")
+    linear = model.model.layers[1].mlp.up_proj
+    linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.up_proj is stored as torch.int8"):
+        find_sites(model)
+
+
+def test_a_module_that_is_no_linear_is_refused() -> None:
+    model = tiny_model("llama")
+    model.model.layers[2].mlp.up_proj = nn.Identity()
+    with pytest.raises(UnsupportedModelError, match=r"layers\.2\.mlp\.up_proj is a Identity"):
+        find_sites(model)

@@ -1,0 +1,194 @@
+"""Tiny models and a tiny tokenizer: every family in some ten thousand random numbers, built in memory.
+
+A family's row in `eckart.models.families.FAMILIES` needs its tiny config here; a test says so where it is missing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from eckart.corpora import Tokens
+from eckart.models.sites import Site
+
+VOCABULARY = 96
+POSITIONS = 64
+BLOCKS = 3
+PAD, BOS, EOS, UNKNOWN, MASK, CLS, SEP = range(7)
+SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>", "<cls>", "<sep>")
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+GROUPED: dict[str, Any] = {**COMMON, "num_key_value_heads": 2, "head_dim": 8}
+# Windows shorter than the test rows: blocks of one model then get different masks, which calibration has to respect.
+GEMMA: dict[str, Any] = {
+    **GROUPED,
+    "sliding_window": 6,
+    "query_pre_attn_scalar": 8,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+
+# {model_type: config}: the rows of the families table.
+FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": GROUPED,
+    "mistral": {**GROUPED, "sliding_window": 6},
+    "qwen2": {**COMMON, "num_key_value_heads": 2},
+    "qwen3": GROUPED,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+    "phi3": {**COMMON, "num_key_value_heads": 2},
+    "opt": {**COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt2": {**COMMON, "n_inner": 48},
+    "gpt_neox": COMMON,
+    "bert": COMMON,
+    "roberta": COMMON,
+}
+# Models without a row: the default family's.
+DEFAULT_CONFIGS: dict[str, dict[str, Any]] = {
+    "phi": COMMON,
+    "starcoder2": {**COMMON, "num_key_value_heads": 2},
+    "stablelm": {**COMMON, "num_key_value_heads": 2},
+    "bloom": {**COMMON, "n_head": 4, "n_layer": BLOCKS},
+    "modernbert": {**COMMON, "cls_token_id": CLS, "sep_token_id": SEP, "local_attention": 6},
+}
+# Models that are refused, each for its own reason.
+REFUSED_CONFIGS: dict[str, dict[str, Any]] = {
+    "mixtral": {**GROUPED, "num_local_experts": 4},
+    "qwen3_moe": {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "t5": {"vocab_size": VOCABULARY, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "num_layers": 2},
+    "albert": {**COMMON, "embedding_size": 16, "num_hidden_groups": 1},
+}
+CONFIGS = {**FAMILY_CONFIGS, **DEFAULT_CONFIGS, **REFUSED_CONFIGS}
+ENCODERS = frozenset({"bert", "roberta", "modernbert", "albert"})
+DECODERS = tuple(name for name in FAMILY_CONFIGS if name not in ENCODERS)
+
+HEADS: dict[str, Any] = {
+    "base": AutoModel,
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "classifier": AutoModelForSequenceClassification,
+}
+
+
+def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
+    """The tiny config of a model type, with `changes`."""
+    assert model_type in CONFIGS, f"add a tiny config of {model_type!r} to tests/tiny.py"
+    return CONFIG_MAPPING[model_type](**{**CONFIGS[model_type], **changes})
+
+
+def tiny_model(
+    model_type: str,
+    head: str | None = None,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> PreTrainedModel:
+    """A model with random weights, ready to evaluate; its head is the pretraining one unless another is named.
+
+    Biases and norms are random as well, so that a dropped one shows, and weights keep activations near one in size.
+    """
+    config = tiny_config(model_type, **changes)
+    head = head or ("masked" if model_type in ENCODERS else "causal")
+    model: PreTrainedModel = HEADS[head].from_config(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * noise)
+            else:
+                parameter.copy_(noise / 32**0.5)
+    return model.to(dtype)
+
+
+def tiny_tokenizer(**changes: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words: the specials, then "w0" ... ; anything else is unknown."""
+    words = [*SPECIALS, *(f"w{number}" for number in range(VOCABULARY - len(SPECIALS)))]
+    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    named = dict(
+        zip(
+            ("pad_token", "bos_token", "eos_token", "unk_token", "mask_token", "cls_token", "sep_token"),
+            SPECIALS,
+            strict=True,
+        )
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **{**named, **changes})
+
+
+def tiny_text(words: int, seed: int = 0) -> str:
+    """Random words of the tiny tokenizer."""
+    return " ".join(f"w{random.Random(seed * 100_003 + i).randrange(VOCABULARY - 7)}" for i in range(words))
+
+
+def tiny_tokens(samples: int = 6, length: int = 16, *, padded: bool = False, seed: int = 0) -> Tokens:
+    """Random calibration tokens; `padded` cuts every row but the first to a length of its own, padding on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(len(SPECIALS), VOCABULARY, (samples, length), generator=generator)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    if padded:
+        lengths = torch.randint(3, length, (samples, 1), generator=generator)
+        lengths[0] = length
+        mask = torch.arange(length) < lengths
+        ids = ids.masked_fill(~mask, PAD)
+    return Tokens(ids, mask, {"corpus": "random"}, MASK)
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, tokens: Tokens | None = None) -> Tensor:
+    """The model's logits (of the base model: its hidden states) on some tokens, padding masked."""
+    tokens = tokens or tiny_tokens(2, 12)
+    output = model(input_ids=tokens.ids, attention_mask=tokens.mask.long())
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+@torch.no_grad()
+def site_inputs(model: PreTrainedModel, tokens: Tokens, sites: Iterable[Site]) -> dict[str, Tensor]:
+    """{site name: (n, d_in) rows it reads} by plain hooks on forward passes of the whole model, a sample at a time.
+
+    The samples are stripped of their padding, so nothing here knows about masks or blocks.
+    """
+    seen: dict[str, list[Tensor]] = {}
+    handles = [
+        model.get_submodule(site.name).register_forward_pre_hook(
+            lambda _module, args, name=site.name: seen.setdefault(name, []).append(args[0].flatten(0, -2).clone())
+        )
+        for site in sites
+    ]
+    try:
+        for ids, mask in zip(tokens.ids, tokens.mask, strict=True):
+            model(input_ids=ids[mask][None])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(rows) for name, rows in seen.items()}
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest entry."""
+    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
