@@ -84,7 +84,8 @@ def main() -> None:
     facts = json.loads(finished.stdout.strip().splitlines()[-1])
     bound = 1.5 * facts["weights"] + 2e9
     print(
-        f"{arguments.method}, keep {arguments.keep}, {arguments.layers} layers, {facts['weights'] / 1e9:.2f} GB of weights"
+        f"{arguments.method}, keep {arguments.keep}, {arguments.layers} layers, "
+        f"{facts['weights'] / 1e9:.2f} GB of weights"
     )
     print(", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in facts["seconds"].items()))
     print(f"peak resident memory {facts['peak'] / 1e9:.2f} GB; bound {bound / 1e9:.2f} GB")

@@ -114,7 +114,7 @@ def tiny_model(
     """
     config = tiny_config(model_type, **changes)
     head = head or ("masked" if model_type in ENCODERS else "causal")
-    model: PreTrainedModel = HEADS[head].from_config(config).eval()
+    model: PreTrainedModel = HEADS[head].from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -123,7 +123,7 @@ def tiny_model(
                 parameter.add_(0.2 * noise)
             else:
                 parameter.copy_(noise / 32**0.5)
-    return model.to(dtype)
+    return model
 
 
 def tiny_tokenizer(**changes: Any) -> PreTrainedTokenizerFast:

@@ -2,9 +2,9 @@
 
     python training/train_builtin.py --minutes 40
 
-Two CPU cores are enough. A run that is killed goes on from its last saved state when it is started again with the
-same `--out`. The outcome does not depend on the clock when `--steps` is given in place of `--minutes`: the seed and
-the number of steps then decide it.
+Two CPU cores are enough. A run that is killed goes on from its last saved state when it is started again with
+the same `--out`. The outcome does not depend on the clock when `--steps` is given in place of `--minutes`:
+the seed and the number of steps then decide it.
 """
 
 import argparse
@@ -30,8 +30,8 @@ VOCABULARY = 4096
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 WINDOW = 256
 LONG_WINDOW = 1024
-# One step in this many has long windows: otherwise positions past 256 would be promised by the configuration and
-# never have been seen.
+# One step in this many has long windows: otherwise positions past 256 would be promised by the configuration
+# and never have been seen.
 LONG_WINDOW_EVERY = 8
 # A token drawn eight times still teaches something; without the cap an even mix would repeat prose 13 times.
 MOST_PROSE_EPOCHS = 8.0
@@ -56,7 +56,7 @@ class Plan:
     compile: bool
 
     def progress(self, step: int, elapsed: float) -> float:
-        """How much of the run is done, 0 to 1: by steps where their number is given, by the clock otherwise."""
+        """How much of the run is done, 0 to 1: by steps where their number is given, else by the clock."""
         return step / self.steps if self.steps else elapsed / (60 * self.minutes)
 
     def rate(self, progress: float) -> float:
@@ -157,7 +157,7 @@ def make_optimizer(model: LlamaForCausalLM, plan: Plan) -> torch.optim.AdamW:
 
 
 def draw_batch(streams: dict[str, torch.Tensor], prose_share: float, plan: Plan, step: int) -> torch.Tensor:
-    """The windows of one step, decided by the seed and the step alone, so that a resumed run goes on exactly."""
+    """The windows of one step, decided by the seed and the step alone, so that a run can be resumed."""
     draw = np.random.default_rng((plan.seed, step))
     window = LONG_WINDOW if step % LONG_WINDOW_EVERY == LONG_WINDOW_EVERY - 1 else WINDOW
     rows = []
@@ -220,8 +220,8 @@ def run_steps(
         share = min(0.5, MOST_PROSE_EPOCHS * len(streams["prose"]) / planned)
         counts = {"steps": 0, "seconds": 0.0, "prose_share": share}
         print(
-            f"{seconds:.3f} s a step, {plan.batch_tokens / seconds:.0f} tokens/s, about {planned / 1e6:.1f} M tokens; "
-            f"prose share {share:.2f}",
+            f"{seconds:.3f} s a step, {plan.batch_tokens / seconds:.0f} tokens/s, "
+            f"about {planned / 1e6:.1f} M tokens; prose share {share:.2f}",
             flush=True,
         )
     saved = time.monotonic()
@@ -274,7 +274,7 @@ def measure_perplexity(model: LlamaForCausalLM, tokens: torch.Tensor, window: in
 
 
 def measure_unigram_perplexity(train: torch.Tensor, heldout: torch.Tensor) -> float:
-    """Perplexity of the training tokens' frequencies (one added to each count) on the same held-out tokens."""
+    """Perplexity of the training tokens' frequencies (each count plus one) on the same held-out tokens."""
     counts = torch.bincount(train, minlength=VOCABULARY).double() + 1
     logs = (counts / counts.sum()).log()
     scored = torch.cat([rows[:, 1:].flatten() for rows in split_windows(heldout, WINDOW)])

@@ -150,6 +150,11 @@ class _Walk:
 
     def __init__(self, model: PreTrainedModel, tokens: Tokens, batch_size: int, track: Track) -> None:
         check_vocabulary(model, tokens.ids)
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None and tokens.ids.shape[1] > positions:
+            raise ValueError(
+                f"calibration length {tokens.ids.shape[1]} is past the model's {positions} positions; lower it"
+            )
         self.blocks = blocks_of(model)
         self.track = track
         self.masks = [mask for _, mask in tokens.batches(batch_size)]

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from eckart.allocation import RankPlan
 from eckart.calibration import BlockCalibration
-from eckart.lowrank import DecompositionError, Method, Moments, build_method, output_error
+from eckart.lowrank import DecompositionError, Factored, Factors, Method, Moments, build_method, output_error
 from eckart.models.checkpoint import describe
 from eckart.models.linear import LowRankLinear
 from eckart.models.sites import Site, num_bytes, num_params, read_weight, replace_module
@@ -26,13 +27,13 @@ class SiteReport:
     Attributes:
         rank: of its factors.
         relative_error: E||W x - M x - d||^2 / E||W x||^2 on the calibration tokens; None without second moments.
-        tail: the method's own loss at this rank, in its own metric.
+        tail: the method's own loss at this rank, in its own metric; None for a nested method, whose loss is the error.
     """
 
     name: str
     rank: int
     relative_error: float | None
-    tail: float
+    tail: float | None
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,8 @@ def compress(
         seconds["factor"] += time.perf_counter() - start
     if by_block:
         raise ValueError(f"the calibration has no moments of block {min(by_block)}, which the plan compresses")
-    described = recipe or {"method": method.name, "options": method.options}
-    describe(model, described)
+    if planned:  # else the model is an ordinary dense one, and is saved as one
+        describe(model, recipe or {"method": method.name, "options": method.options})
     return CompressionReport(tuple(reports), before[0], num_params(model), before[1], num_bytes(model), seconds)
 
 
@@ -152,14 +153,28 @@ def _factor_block(
         rank = plan.rank(site)
         assert rank is not None
         factors = factored.cut(rank)
-        relative = None
-        if inputs is not None and "second_moment" in inputs.sums:
-            lost, energy = output_error(weight, factors, moments)
-            relative = lost / energy if energy > 0 else 0.0
+        tail = None if method.residual is not None else factored.tail(rank)
+        relative = _relative_error(method, factored, tail, weight, factors, moments)
         bias = module.bias.detach() if site.has_bias else None  # type: ignore[operator]
         replace_module(
             model,
             site.name,
             LowRankLinear.from_factors(factors, bias, device=weight.device, dtype=weight.dtype),
         )
-        yield SiteReport(site.name, rank, relative, factored.tail(rank) if method.residual is None else float("nan"))
+        yield SiteReport(site.name, rank, relative, tail)
+
+
+def _relative_error(
+    method: Method, factored: Factored, tail: float | None, weight: Tensor, factors: Factors, moments: Moments
+) -> float | None:
+    """E||W x - M x - d||^2 / E||W x||^2, from the spectrum where it is there already (it saves two large products)."""
+    inputs = moments.inputs
+    if inputs is None or "second_moment" not in inputs.sums:
+        return None
+    if method.exact and tail is not None:
+        error, energy = tail, factored.tail(0)
+        if method.centred:
+            energy += float((weight.double() @ inputs.mean.to(weight.device)).square().sum())
+    else:
+        error, energy = output_error(weight, factors, moments)
+    return error / energy if energy > 0 else 0.0

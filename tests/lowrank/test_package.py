@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -63,6 +66,27 @@ def test_every_offered_name_exists() -> None:
 
 def test_no_file_hides_an_offered_function() -> None:
     assert not {path.stem for path in FILES} & set(lowrank.__all__)
+
+
+def annotated(path: Path) -> list[Any]:
+    """Every function, method and class that a file defines."""
+    module = importlib.import_module(".".join(["eckart", *path.relative_to(FOLDER.parent).with_suffix("").parts]))
+    found = []
+    for value in vars(module).values():
+        if getattr(value, "__module__", None) != module.__name__ or not callable(value):
+            continue
+        found.append(value)
+        if inspect.isclass(value):
+            members = [getattr(member, "fget", None) or member for member in vars(value).values()]
+            found += [inspect.unwrap(member) for member in members if inspect.isfunction(member)]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_shape_type_can_be_read(path: Path) -> None:
+    """An annotation that does not evaluate (a shape string that lost its quotes) is one that nobody checks."""
+    for value in annotated(path):
+        get_type_hints(inspect.unwrap(value), include_extras=True)
 
 
 def test_shape_types_are_checked_here() -> None:

@@ -6,7 +6,6 @@ import re
 
 import pytest
 import torch
-from tests.tiny import BLOCKS, DEFAULT_CONFIGS, FAMILY_CONFIGS, tiny_config, tiny_model, tiny_tokens
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +14,7 @@ from eckart.allocation import plan
 from eckart.compression import compress
 from eckart.models.families import FAMILIES, UnsupportedModelError, default_family, family_of
 from eckart.models.sites import Site, blocks_of, find_sites, read_weight
+from tiny import BLOCKS, DEFAULT_CONFIGS, FAMILY_CONFIGS, tiny_config, tiny_model, tiny_tokens
 
 ALL = sorted({*FAMILIES, *DEFAULT_CONFIGS})
 
@@ -111,7 +111,7 @@ def test_default_row_ignores_smaller_lists() -> None:
 def test_blocks_without_linears_are_refused() -> None:
     model = tiny_model("phi")
     model.model.layers = nn.ModuleList([nn.LayerNorm(32)])
-    with pytest.raises(UnsupportedModelError, match="PhiForCausalLM.*no list of blocks"):
+    with pytest.raises(UnsupportedModelError, match=r"PhiForCausalLM.*no list of blocks"):
         find_sites(model)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tests.tiny import tiny_model
 
 from eckart.models.sites import Site, find_sites, num_bytes, num_params, parse_blocks, select_sites
+from tiny import tiny_model
 
 ROLES = {
     "self_attn.q_proj": "attention",

@@ -1,9 +1,10 @@
 """The built-in corpus: two domains of text that every CPython (3.11 or later) already has on its disk.
 
-`prose` is the language reference behind `help()` (pydoc's topics) and the standard library's docstrings; `code` is
-the same modules' source without those docstrings. Files are read and parsed, never imported, so asking for text runs
-none of it. Which modules are for training and which are held out is fixed by the lists below; the text itself
-is that of the running interpreter, so it differs a little from one Python version to the next.
+`prose` is the language reference behind `help()` (pydoc's topics) and the standard library's docstrings;
+`code` is the same modules' source without those docstrings. Files are read and parsed, never imported, so
+asking for text runs none of it. Which modules are for training and which are held out is fixed by the lists
+below; the text itself is that of the running interpreter, so it differs a little from one Python version to
+the next.
 """
 
 import ast
@@ -24,27 +25,27 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# Only names found in every CPython from 3.11 to 3.14, in Debian's libpython3-stdlib too. A package stands for all
-# its submodules, so a held-out package is unseen as a whole.
+# Only names found in every CPython from 3.11 to 3.14, in Debian's libpython3-stdlib too. A package stands for
+# all its submodules, so a held-out package is unseen as a whole.
 HELDOUT_MODULES = _names(
     """
-    argparse calendar concurrent configparser csv fractions graphlib heapq json pathlib pprint queue sched shlex
-    statistics tarfile textwrap wsgiref
+    argparse calendar concurrent configparser csv fractions graphlib heapq json pathlib pprint queue sched
+    shlex statistics tarfile textwrap wsgiref
     """
 )
 TRAIN_MODULES = _names(
     """
     __future__ _aix_support _collections_abc _compat_pickle _markupbase _osx_support _py_abc _pydecimal _pyio
-    _sitebuiltins _strptime _threading_local _weakrefset abc ast asyncio base64 bdb bisect bz2 cProfile cmd code
-    codecs codeop collections colorsys compileall contextlib copy copyreg ctypes curses dataclasses datetime dbm
-    difflib dis doctest email enum filecmp fileinput fnmatch ftplib functools genericpath getopt getpass gettext
-    glob gzip hashlib hmac html http imaplib importlib inspect io ipaddress keyword linecache locale logging lzma
-    mailbox mimetypes modulefinder multiprocessing netrc ntpath numbers opcode operator optparse os pdb pickle
-    pickletools pkgutil platform plistlib poplib posixpath profile pstats pty py_compile pyclbr pydoc quopri random
-    re reprlib rlcompleter runpy secrets selectors shelve shutil signal site smtplib socket socketserver sqlite3
-    ssl stat string stringprep subprocess symtable sysconfig tabnanny tempfile threading timeit token tokenize
-    tomllib trace traceback tracemalloc tty turtle types typing unittest urllib uuid venv warnings wave weakref
-    webbrowser xml xmlrpc zipapp zipfile zipimport zoneinfo
+    _sitebuiltins _strptime _threading_local _weakrefset abc ast asyncio base64 bdb bisect bz2 cProfile cmd
+    code codecs codeop collections colorsys compileall contextlib copy copyreg ctypes curses dataclasses
+    datetime dbm difflib dis doctest email enum filecmp fileinput fnmatch ftplib functools genericpath getopt
+    getpass gettext glob gzip hashlib hmac html http imaplib importlib inspect io ipaddress keyword linecache
+    locale logging lzma mailbox mimetypes modulefinder multiprocessing netrc ntpath numbers opcode operator
+    optparse os pdb pickle pickletools pkgutil platform plistlib poplib posixpath profile pstats pty
+    py_compile pyclbr pydoc quopri random re reprlib rlcompleter runpy secrets selectors shelve shutil signal
+    site smtplib socket socketserver sqlite3 ssl stat string stringprep subprocess symtable sysconfig tabnanny
+    tempfile threading timeit token tokenize tomllib trace traceback tracemalloc tty turtle types typing
+    unittest urllib uuid venv warnings wave weakref webbrowser xml xmlrpc zipapp zipfile zipimport zoneinfo
     """
 )
 HELDOUT_TOPICS = frozenset(
@@ -70,12 +71,13 @@ class _Source:
 def builtin_texts(domain: str, split: str) -> list[str]:
     """The documents of one domain (`prose` or `code`) and one split (`train` or `heldout`).
 
-    A document is one pydoc topic, one file's docstrings joined, or one file's source without docstrings. The order
-    is fixed, and mixed by a hash of the documents' names, so that the first few are a fair sample. A paragraph of
-    the held-out prose is removed wherever the training prose repeats it.
+    A document is one pydoc topic, one file's docstrings joined, or one file's source without docstrings. The
+    order is fixed, and mixed by a hash of the documents' names, so that the first few are a fair sample. A
+    paragraph of the held-out prose is removed wherever the training prose repeats it.
 
-    Raises ValueError on another domain or split, RuntimeError where the standard library's sources are missing. The
-    first call for `train` parses about 7 MB of Python (some seconds); later ones are answered from memory.
+    Raises ValueError on another domain or split, RuntimeError where the standard library's sources are
+    missing. The first call for `train` parses about 7 MB of Python (some seconds); later ones are answered
+    from memory.
     """
     if domain not in DOMAINS:
         raise ValueError(f"no built-in domain {domain!r}: the domains are {', '.join(DOMAINS)}")
@@ -108,8 +110,8 @@ def _sources(split: str) -> dict[str, _Source]:
     missing = [module for module, found in files.items() if not found]
     if len(missing) > (1 - _LEAST_FOUND) * len(modules):
         raise RuntimeError(
-            f"the standard library at {root} lacks the source of {', '.join(missing)}: the built-in corpus needs a "
-            "full standard library with its .py files (on Debian and Ubuntu, install libpython3-stdlib)"
+            f"the standard library at {root} lacks the source of {', '.join(missing)}: the built-in corpus needs "
+            "a full standard library with its .py files (on Debian and Ubuntu, install libpython3-stdlib)"
         )
     return {file.relative_to(root).as_posix(): _take_apart(file) for found in files.values() for file in found}
 
@@ -140,8 +142,8 @@ def _topics(split: str) -> dict[str, str]:
     file = _library() / "pydoc_data" / "topics.py"
     if not file.is_file():
         raise RuntimeError(
-            f"{file} is missing: the built-in corpus needs a full standard library (on Debian and Ubuntu, install "
-            "libpython3-stdlib)"
+            f"{file} is missing: the built-in corpus needs a full standard library (on Debian and Ubuntu, "
+            "install libpython3-stdlib)"
         )
     assignments = [node for node in ast.parse(_read(file)).body if isinstance(node, ast.Assign)]
     topics: dict[str, str] = ast.literal_eval(assignments[0].value)
@@ -184,7 +186,7 @@ def _find_docstrings(tree: ast.Module) -> Iterator[tuple[ast.Expr, str, bool]]:
 
 
 def _cut(lines: list[bytes], node: ast.Expr, alone: bool) -> None:
-    """Removes a docstring from its lines; `pass` takes its place where the code would not parse without it."""
+    """Removes a docstring from its lines; `pass` takes its place where the code needs a statement there."""
     first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
     before, after = lines[first][: node.col_offset], lines[last][node.end_col_offset :]
     shares_lines = bool(before.strip() or after.strip())
@@ -192,7 +194,7 @@ def _cut(lines: list[bytes], node: ast.Expr, alone: bool) -> None:
 
 
 def _long_paragraphs(text: str) -> Iterator[str]:
-    """The text's longer paragraphs, with white space made even (the same text is indented differently elsewhere)."""
+    """The text's longer paragraphs, with white space made even (copies are indented differently)."""
     for paragraph in text.split("\n\n"):
         even = " ".join(paragraph.split())
         if len(even) >= _COPIED_PARAGRAPH:

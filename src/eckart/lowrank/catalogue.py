@@ -96,6 +96,7 @@ def asvd_i() -> Method:
         fails="out of the calibration domain (NSVD Table 1); a singular G falls back to the eigenvalue root",
         needs=SECOND_MOMENT,
         stage=Stage(root=of_second_moment(cholesky_root)),
+        exact=True,
     )
 
 
@@ -109,6 +110,7 @@ def asvd_ii() -> Method:
         fails="as asvd-i",
         needs=SECOND_MOMENT,
         stage=Stage(root=of_second_moment(eigen_root)),
+        exact=True,
     )
 
 
@@ -171,6 +173,7 @@ def sfsd() -> Method:
         needs=SECOND_MOMENT,
         stage=Stage(root=of_covariance(cholesky_root)),
         centred=True,
+        exact=True,
     )
 
 
@@ -184,6 +187,7 @@ def feature_space() -> Method:
         fails="as asvd-i",
         needs=SECOND_MOMENT,
         stage=Stage(root=of_second_moment(eigen_root)),
+        exact=True,
     )
 
 

@@ -27,7 +27,7 @@ class Factors:
 
     left: Float[Tensor, "out rank"]
     right: Float[Tensor, "rank in"]
-    bias: Float[Tensor, out] | None = None
+    bias: Float[Tensor, "out"] | None = None
 
     def __post_init__(self) -> None:
         if self.left.ndim != 2 or self.right.ndim != 2 or self.left.shape[1] != self.right.shape[0]:

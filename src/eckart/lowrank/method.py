@@ -58,6 +58,7 @@ class Method:
         residual: the second term, cut from what the first one left, or None.
         share: part of the rank that the first term gets when there is a second: k1 = round(share k).
         centred: fit a bias; the root is then of the covariance.
+        exact: the root is that of the inputs' own moment, so that the tail is the squared output error per token.
         anchor: shrinkage of the anchored target T = W X Gh^-1, or None for T = W.
         options: the settings that made this entry, for the recipe.
     """
@@ -72,6 +73,7 @@ class Method:
     residual: Stage | None = None
     share: float = 1.0
     centred: bool = False
+    exact: bool = False
     anchor: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
 

@@ -51,7 +51,9 @@ def scaled_eigenvectors(moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     return vectors * values[-1].clamp_min(0).sqrt()
 
 
-def shrink(moment: Float[Tensor, "d d"], share: float) -> Float[Tensor, "d d"]:
+def shrink(
+    moment: Float[Tensor, "d d"] | Float[Tensor, "d"], share: float
+) -> Float[Tensor, "d d"] | Float[Tensor, "d"]:
     """(1 - share) M + share mean(diag M) I: towards the mean diagonal, so that a singular moment can be solved with.
 
     A vector stands for a diagonal matrix and is shrunk alike.
@@ -88,7 +90,7 @@ def fisher_input_root(moments: Moments) -> Float[Tensor, "in"]:
     return moments.require_gradients().fisher_in.sqrt()
 
 
-def fisher_output_metric(moments: Moments, share: float) -> Float[Tensor, out]:
+def fisher_output_metric(moments: Moments, share: float) -> Float[Tensor, "out"]:
     """diag sqrt(sum of F over inputs), shrunk by `share` because an output metric is solved with, not only applied."""
     return shrink(moments.require_gradients().fisher_out, share).sqrt()
 
@@ -135,7 +137,7 @@ def anchored_target(
     return torch.cholesky_solve((weight @ mixed).mT, factor).mT
 
 
-def eigh(moment: Float[Tensor, "d d"]) -> tuple[Float[Tensor, d], Float[Tensor, "d d"]]:
+def eigh(moment: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
     """Eigenvalues (ascending) and eigenvectors of a symmetric matrix.
 
     Raises:

@@ -92,6 +92,8 @@ class InputMoments:
             raise ValueError(f"input has width {x.shape[-1]}, expected {self.d_in}")
         if (reference is not None) != ("cross_moment" in self.sums):
             raise ValueError("a reference stream goes with the statistic cross_moment, and only with it")
+        if reference is not None and reference.shape != x.shape:
+            raise ValueError(f"reference {tuple(reference.shape)} does not fit input {tuple(x.shape)}")
         rows = _rows(x, mask)
         reference_rows = None if reference is None else _rows(reference, mask)
         for start in range(0, len(rows), CHUNK_ROWS):
@@ -107,9 +109,10 @@ class InputMoments:
                     self._add("reference_second_moment", dense.T @ dense)
                     self._add("reference_mean", dense.sum(0, dtype=torch.float64))
         self.count += len(rows)
-        # Summed once per batch: a NaN or an infinity anywhere in the rows survives the sum of absolute values.
-        if not torch.isfinite(self.sums["abs_mean"]).all():
-            raise ValueError("an input is not finite; the model is broken or overflows in its stored type")
+        # Looked at once per batch: a NaN or an infinity anywhere in the rows survives the sums.
+        for name in ("abs_mean", "reference_mean"):
+            if name in self.sums and not torch.isfinite(self.sums[name]).all():
+                raise ValueError("an input is not finite; the model is broken or overflows in its stored type")
 
     def _add(self, name: str, value: Tensor) -> None:
         if self.sums[name].device != value.device:
@@ -135,7 +138,7 @@ class InputMoments:
     def compact(self) -> InputMoments:
         """The same moments with the square sums rounded to float32: half the memory and disk, 6e-8 relative."""
         return InputMoments.from_state(
-            self.count, {name: s.float() if s.ndim == 2 else s for name, s in self.sums.items()}
+            self.count, {name: s.float() if s.ndim == 2 else s.clone() for name, s in self.sums.items()}
         )
 
     def _mean_of(self, name: str) -> Tensor:
@@ -219,15 +222,24 @@ class GradientMoments:
             raise ValueError("a gradient is not finite; the model is broken or overflows in its stored type")
 
     def update_covariance(self, gradients: Float[Tensor, "*batch out"], mask: Bool[Tensor, "*batch"] | None) -> None:
-        """Add per-token dLoss/dy, in place. Rows where `mask` is False are left out."""
+        """Add per-token dLoss/dy, in place. Rows where `mask` is False are left out.
+
+        Raises:
+            ValueError: an entry is not finite, or gradient_covariance is not kept.
+        """
+        if "gradient_covariance" not in self.sums:
+            raise ValueError("per-token gradients go with the statistic gradient_covariance, and only with it")
         rows = _rows(gradients, mask)
         with full_float32():
             self.sums["gradient_covariance"] += (rows.T @ rows).cpu()
         self.tokens += len(rows)
+        if not torch.isfinite(self.sums["gradient_covariance"].diagonal()).all():
+            raise ValueError("a gradient is not finite; the model is broken or overflows in its stored type")
 
     def __add__(self, other: GradientMoments) -> GradientMoments:
-        if self.sums.keys() != other.sums.keys():
-            raise ValueError("only moments with the same statistics can be merged")
+        shapes = [{name: s.shape for name, s in moments.sums.items()} for moments in (self, other)]
+        if shapes[0] != shapes[1]:
+            raise ValueError("only moments of the same shape and the same statistics can be merged")
         merged = {name: self.sums[name] + other.sums[name] for name in self.sums}
         return GradientMoments.from_state(self.examples + other.examples, self.tokens + other.tokens, merged)
 
@@ -243,7 +255,7 @@ class GradientMoments:
         return self._mean_of("fisher_in", self.examples)
 
     @property
-    def fisher_out(self) -> Float[Tensor, out]:
+    def fisher_out(self) -> Float[Tensor, "out"]:
         return self._mean_of("fisher_out", self.examples)
 
     @property

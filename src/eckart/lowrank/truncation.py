@@ -39,9 +39,9 @@ class Spectrum:
 
     target: Float[Tensor, "out in"]
     basis: Float[Tensor, "out p"]
-    energies: Float[Tensor, p]
+    energies: Float[Tensor, "p"]
     metric: Tensor | None = None
-    output_mean: Float[Tensor, out] | None = None
+    output_mean: Float[Tensor, "out"] | None = None
     input_mean: Float[Tensor, "in"] | None = None
     floor: float = 0.0
 
@@ -54,6 +54,7 @@ class Spectrum:
 
         Raises:
             ValueError: rank is not in 1 ... min(d_out, d_in).
+            DecompositionError: A is singular.
         Cost: one product of 2 rank d_out d_in operations, and a solve with A where there is one.
         """
         check_rank(rank, self.max_rank)
@@ -63,7 +64,9 @@ class Spectrum:
         elif self.metric.ndim == 1:
             left, right = basis / self.metric[:, None], (basis * self.metric[:, None]).mT @ self.target
         else:
-            left = torch.linalg.solve(self.metric, basis)
+            left, info = torch.linalg.solve_ex(self.metric, basis)
+            if int(info) != 0:
+                raise _singular(self.metric)
             right = (basis.mT @ self.metric) @ self.target
         bias = None
         if self.output_mean is not None and self.input_mean is not None:
@@ -99,7 +102,8 @@ def factor(
 
     Raises:
         ValueError: shapes disagree or an entry is not finite.
-        DecompositionError: the decomposition did not converge; the message names the shape and the largest entry.
+        DecompositionError: the decomposition did not converge; the message names the shape and the largest entry. Or
+            the metric is singular (a full one is found out when the spectrum is cut).
 
     Cost: the product A T B, and the symmetric eigenproblem of its Gram matrix on the smaller side in float64; one SVD
     of the product instead where the Gram matrix cannot resolve the smallest singular values (see `left_basis`).
@@ -117,11 +121,13 @@ def factor(
         product = metric[:, None] * product if metric.ndim == 1 else metric @ product
     if not torch.isfinite(product).all():
         raise ValueError(f"the weighted {d_out} x {d_in} matrix has entries that are not finite")
+    if metric is not None and metric.ndim == 1 and (metric == 0).any():
+        raise _singular(metric)
     basis, energies = left_basis(product)
     return Spectrum(target, basis, energies, metric, output_mean, input_mean, floor)
 
 
-def left_basis(product: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out p"], Float[Tensor, p]]:
+def left_basis(product: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out p"], Float[Tensor, "p"]]:
     """Left singular vectors and squared singular values of a float64 matrix, leading first, p = min(d_out, d_in).
 
     Route, chosen by measurement (benchmarks/decomposition.py, docs/decisions.md): eigenvectors of the Gram matrix on
@@ -158,6 +164,9 @@ def interpolate(matrix: Float[Tensor, "out in"], rank: int) -> Factors:
     check_rank(rank, min(matrix.shape))
     values = np.asfortranarray(matrix.double().cpu().numpy())
     order, projection = interp_decomp(values, rank, rand=False)
+    if not np.isfinite(projection).all():
+        # The chosen columns are dependent (the matrix has less rank than asked), and elimination divided zero by zero.
+        projection = np.linalg.lstsq(values[:, order[:rank]], values[:, order[rank:]])[0]
     coefficients = np.empty((rank, values.shape[1]))
     coefficients[:, order[:rank]] = np.eye(rank)
     coefficients[:, order[rank:]] = projection
@@ -177,6 +186,12 @@ def check_rank(rank: int, max_rank: int) -> None:
     """Raises ValueError unless 1 <= rank <= max_rank."""
     if not 1 <= rank <= max_rank:
         raise ValueError(f"rank {rank} is not in 1 ... min(d_out, d_in) = {max_rank}")
+
+
+def _singular(metric: Tensor) -> DecompositionError:
+    return DecompositionError(
+        f"the output metric {tuple(metric.shape)} is singular: some output has no weight in it; shrink the metric"
+    )
 
 
 def _check_side(side: Tensor | None, size: int, what: str) -> None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -22,7 +25,8 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from eckart.models.dense import multiply_back
+from eckart.models.dense import export_dense
+from eckart.models.families import is_linear
 from eckart.models.linear import LowRankLinear
 from eckart.models.sites import low_rank_modules, read_weight, replace_module
 
@@ -60,11 +64,12 @@ class LowRankConfig(QuantizationConfigMixin):
             raise CheckpointError(f"unknown keys in the checkpoint's eckart section: {', '.join(sorted(unknown))}")
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.format = format
+        for name, spec in (sites or {}).items():
+            rank, bias = (spec.get("rank"), spec.get("bias")) if isinstance(spec, Mapping) else (None, None)
+            if not isinstance(rank, int) or rank < 1 or not isinstance(bias, bool):
+                raise CheckpointError(f"{name}: its entry {spec} is not {{'rank': a positive int, 'bias': a bool}}")
         self.sites = {name: dict(spec) for name, spec in (sites or {}).items()}
         self.recipe = dict(recipe or {})
-        for name, spec in self.sites.items():
-            if not isinstance(spec.get("rank"), int) or spec["rank"] < 1 or not isinstance(spec.get("bias"), bool):
-                raise CheckpointError(f"{name}: its entry {spec} is not {{'rank': a positive int, 'bias': a bool}}")
 
 
 class LowRankQuantizer(HfQuantizer):
@@ -77,6 +82,10 @@ class LowRankQuantizer(HfQuantizer):
         names = resolve_names(model, self.quantization_config.sites)
         for name, spec in zip(names, self.quantization_config.sites.values(), strict=True):
             dense = model.get_submodule(name)
+            if not is_linear(dense):
+                raise CheckpointError(
+                    f"{name} is in the checkpoint's rank map but is a {type(dense).__name__}, not a linear"
+                )
             weight = read_weight(dense)
             replace_module(
                 model,
@@ -116,9 +125,10 @@ class LowRankQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        multiply_back(model, dtype=dtype)
-        return model
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """`model.dequantize()` is `export_dense`, so that what it gives can be saved; None keeps the model's type."""
+        model = export_dense(model)
+        return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
 
 
 def register() -> None:
@@ -166,14 +176,17 @@ def check_files(model: PreTrainedModel, names: list[str], files: Iterable[Any]) 
     may bring a head of its own or leave one out).
 
     Raises:
-        CheckpointError: a missing or extra tensor, or a wrong shape; one message with all of them.
+        CheckpointError: a damaged file; else a missing or extra tensor or a wrong shape, one message with all of them.
     """
     prefix = f"{model.base_model_prefix}."
+    # Releases rename tensors ("embed_out" is "lm_head" today, "gamma" is "weight"); the stock loader's table says how.
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
     stored: dict[str, tuple[int, ...]] = {}
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (not a mapping)
-                stored[key.removeprefix(prefix)] = tuple(tensors.get_slice(key).get_shape())
+        for key, shape in _shapes(file).items():
+            for renaming in renamings:
+                key = renaming.rename_source_key(key)[0]
+            stored[key.removeprefix(prefix)] = shape
     if not stored:
         return  # the caller passed a state dict; the stock loader checks its shapes
     tied = {key.removeprefix(prefix) for key in getattr(model, "all_tied_weights_keys", None) or {}}
@@ -190,10 +203,8 @@ def check_files(model: PreTrainedModel, names: list[str], files: Iterable[Any]) 
 
     missing = {key for key in expected.keys() - stored.keys() if strict(key)}
     extra = {key for key in stored.keys() - expected.keys() - tied if strict(key)}
-    # A module with both is one whose tensors were renamed between releases ("gamma", "weight"); the stock loader knows.
-    renamed = {_parent(key) for key in missing} & {_parent(key) for key in extra}
-    complaints = [f"missing tensor {key}" for key in sorted(missing) if _parent(key) not in renamed]
-    complaints += [f"unknown tensor {key}" for key in sorted(extra) if _parent(key) not in renamed]
+    complaints = [f"missing tensor {key}" for key in sorted(missing)]
+    complaints += [f"unknown tensor {key}" for key in sorted(extra)]
     complaints += [
         f"{key} has shape {stored[key]}, expected {expected[key]}"
         for key in sorted(expected.keys() & stored.keys())
@@ -204,8 +215,12 @@ def check_files(model: PreTrainedModel, names: list[str], files: Iterable[Any]) 
         raise CheckpointError(f"the checkpoint does not match its rank map: {shown}. Save or download it again")
 
 
-def _parent(key: str) -> str:
-    return key.rpartition(".")[0]
+def _shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is damaged or missing ({error}). Save or download it again") from error
 
 
 def _block_prefix(name: str) -> str:

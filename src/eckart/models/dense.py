@@ -56,12 +56,11 @@ def export_dense(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def multiply_back(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> None:
+def multiply_back(model: PreTrainedModel) -> None:
     """Replace every low-rank linear by the ordinary linear that computes the same, in place."""
     skeleton = _skeleton(model, model.config)
     for name, module in low_rank_modules(model).items():
-        dense = _dense_linear(module, type(skeleton.get_submodule(name)))
-        replace_module(model, name, dense if dtype is None else dense.to(dtype))
+        replace_module(model, name, _dense_linear(module, type(skeleton.get_submodule(name))))
 
 
 def _skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.models.checkpoint import describe
+from eckart.models.checkpoint import CheckpointError, describe
 from eckart.models.families import UnsupportedModelError
 from eckart.models.sites import low_rank_modules
 
@@ -32,13 +32,13 @@ def load_model(path: str | Path, *, dtype: str = "auto", device: str = "cpu") ->
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    config = _found(path, lambda: AutoConfig.from_pretrained(path))
+    config = _found(f"the model {path}", path, lambda: AutoConfig.from_pretrained(path))
     architecture = (config.architectures or [None])[0]
     model_class = getattr(transformers, architecture or "", None)
     if model_class is None:
         raise UnsupportedModelError(f"{path}: its config names architecture {architecture!r}, which transformers lacks")
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = _found(path, lambda: model_class.from_pretrained(path, dtype=wanted))
+    model = _found(f"the model {path}", path, lambda: model_class.from_pretrained(path, dtype=wanted))
     return model.to(device).eval()
 
 
@@ -48,16 +48,18 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is none.
     """
-    return _found(path, lambda: AutoTokenizer.from_pretrained(path))
+    return _found(f"the tokenizer of {path}", path, lambda: AutoTokenizer.from_pretrained(path))
 
 
-def _found(path: str | Path, load: Any) -> Any:
+def _found(what: str, path: str | Path, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except OSError as error:
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:
         local = Path(path).exists()
         hint = "is it a Hugging Face directory?" if local else "no such directory, and the hub did not give it"
-        raise ValueError(f"cannot load {path}: {hint} ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"cannot load {what}: {hint} ({str(error).splitlines()[0]})") from error
 
 
 def save(

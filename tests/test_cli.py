@@ -1,0 +1,201 @@
+"""The command line on a tiny model: every command, and one clear line for what goes wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.tiny import tiny_model, tiny_text, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from eckart import cli
+from eckart.evals.result import EvalResult
+
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `eckart ARGUMENTS` in this process; gives the exit status and everything printed."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: str | Path) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["eckart", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, its tokenizer, a calibration text and an evaluation text."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_model("llama").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "train.txt").write_text(tiny_text(900, seed=1))
+    (folder / "test.txt").write_text(tiny_text(300, seed=2))
+    return folder
+
+
+def compress(run: Run, place: Path, out: Path, *more: str | Path) -> tuple[int, str]:
+    calibration = ("--calibration", place / "train.txt", "--samples", "8", "--length", "16", "--cache", place / "cache")
+    return run("compress", place / "model", out, *calibration, *more)
+
+
+def test_compress_then_eval_then_inspect_then_export(run: Run, place: Path, tmp_path: Path) -> None:
+    status, printed = compress(run, place, tmp_path / "small", "--method", "nsvd-i", "--keep", "0.6")
+    assert status == 0, printed
+    assert "factor" in printed
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "plan.json", "recipe.yaml"} <= {
+        file.name for file in (tmp_path / "small").iterdir()
+    }
+    resolved = yaml.safe_load((tmp_path / "small/recipe.yaml").read_text())
+    assert resolved["calibration"]["cut"] == "windows"
+    assert "nsvd-i" in (tmp_path / "small/README.md").read_text()
+
+    task = f"perplexity:{place / 'test.txt'}"
+    arguments = ("eval", tmp_path / "small", "--task", task, "--length", "16", "--limit", "4", "--out", tmp_path / "e")
+    status, printed = run(*arguments)
+    assert status == 0, printed
+    (file,) = (tmp_path / "e").glob("*.json")
+    result = EvalResult.from_json(file.read_text())
+    assert result.n == 4
+    assert result.settings["scored_tokens"] == 60
+    assert f"{result.value:.4f}" in printed
+    status, printed = run(*arguments)
+    assert status == 2
+    assert "exists" in printed
+
+    status, printed = run("inspect", tmp_path / "small")
+    assert status == 0
+    assert "down_proj" in printed
+    assert "nsvd-i" in printed
+
+    status, printed = run("export", tmp_path / "small", tmp_path / "dense", "--dense")
+    assert status == 0, printed
+    assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert run("export", tmp_path / "dense", tmp_path / "again", "--dense")[0] == 2
+
+
+def test_selection_is_one_line_each(run: Run, place: Path, tmp_path: Path) -> None:
+    status, printed = compress(run, place, tmp_path / "mlp", "--method", "svd", "--keep", "0.5", "--include", "mlp")
+    assert status == 0, printed
+    ranks = json.loads((tmp_path / "mlp/plan.json").read_text())["ranks"]
+    assert ranks
+    assert all(".mlp." in name for name in ranks)
+    status, printed = compress(run, place, tmp_path / "last", "--method", "svd", "--keep", "0.46", "--blocks", "last 2")
+    assert status == 0, printed
+    ranks = json.loads((tmp_path / "last/plan.json").read_text())["ranks"]
+    assert {name.split(".")[2] for name in ranks} == {"1", "2"}
+
+
+def test_a_plan_is_written_edited_and_used(run: Run, place: Path, tmp_path: Path) -> None:
+    status, printed = run("inspect", place / "model", "--keep", "0.5", "--save-plan", tmp_path / "plan.json")
+    assert status == 0, printed
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    first = next(iter(plan["ranks"]))
+    plan["ranks"] = {first: 3}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    status, printed = compress(run, place, tmp_path / "out", "--method", "svd", "--plan", tmp_path / "plan.json")
+    assert status == 0, printed
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["quantization_config"]["sites"] == {first: {"rank": 3, "bias": False}}
+
+
+def test_run_goes_on_where_it_was(run: Run, place: Path, tmp_path: Path) -> None:
+    recipe = {
+        "model": str(place / "model"),
+        "method": "sfsd",
+        "keep": 0.6,
+        "calibration": {"corpus": str(place / "train.txt"), "samples": 8, "length": 16},
+        "evaluate": [{"task": f"perplexity:{place / 'test.txt'}", "length": 16}],
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = ("run", tmp_path / "r.yaml", "--out", tmp_path / "run", "--no-cache")
+    status, printed = run(*arguments)
+    assert status == 0, printed
+    folder = tmp_path / "run"
+    assert {file.name for file in folder.iterdir()} == {"recipe.yaml", "environment.json", "evals", "model"}
+    assert "perplexity" in (folder / "model/README.md").read_text()
+    weights = folder / "model/model.safetensors"
+    before = weights.stat().st_mtime_ns
+    (after,) = [file for file in (folder / "evals").iterdir() if "dense" not in file.name]
+    first = after.read_text()
+    after.unlink()
+    assert run(*arguments)[0] == 0
+    assert weights.stat().st_mtime_ns == before, "the model was made again"
+    assert after.read_text() == first
+    recipe["keep"] = 0.5
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    status, printed = run(*arguments)
+    assert status == 2
+    assert "something else" in printed
+    assert weights.stat().st_mtime_ns == before
+    assert run(*arguments, "--force")[0] == 0
+    assert weights.stat().st_mtime_ns != before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method", "nsvdi"], "did you mean 'nsvd-i'"),
+        (["--keep", "7"], "less than or equal to 1"),
+        (["--option", "share"], "not NAME=VALUE"),
+        (["--option", "share=much"], "not a number"),
+        (["--option", "alpha=1"], "no setting 'alpha'"),
+        (["--include", "q_prj"], "'q_prj' matches no site"),
+        (["--blocks", "last 99"], "this model has 3 blocks"),
+        (["--calibration", "nowhere.txt"], "no corpus 'nowhere.txt'"),
+        (["--samples", "9999"], "windows of 16"),
+        (["--length", "4096"], "4096"),
+        (["--dtype", "int3"], "dtype"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    run: Run, place: Path, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    status, printed = compress(run, place, tmp_path / "out", "--keep", "0.5", *arguments)
+    assert status == 2, printed
+    assert said in printed
+    assert "Traceback" not in printed
+    assert printed.count("error:") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_checkpoint_is_not_touched(run: Run, place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    status, printed = compress(run, place, out, "--method", "svd", "--keep", "0.5")
+    assert status == 2
+    assert "--force" in printed
+    assert [file.name for file in out.iterdir()] == ["precious.txt"]
+    assert compress(run, place, out, "--method", "svd", "--keep", "0.5", "--force")[0] == 0
+    assert (out / "config.json").is_file()
+
+
+def test_a_model_that_is_not_there(run: Run, tmp_path: Path) -> None:
+    status, printed = run("eval", tmp_path / "none", "--task", "perplexity:builtin/code")
+    assert status == 2
+    assert "cannot load" in printed
+    status, printed = run("eval", tmp_path / "none", "--task", "perplexty:builtin/code")
+    assert status == 2
+    assert "did you mean 'perplexity'" in printed
+
+
+def test_methods_and_help_teach(run: Run) -> None:
+    status, printed = run("methods")
+    assert status == 0
+    assert "nid-ii" in printed
+    status, printed = run("methods", "fwsvd")
+    assert "2207.00112" in printed
+    status, printed = run("--help")
+    assert all(command in printed for command in ("demo", "compress", "eval", "inspect", "export", "methods", "run"))
