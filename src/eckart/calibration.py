@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -94,8 +95,9 @@ def calibrate_by_block(
         batch_size: rows at a time; it changes memory and speed only.
 
     Raises:
-        ValueError: an input or gradient that is not finite (names the group), a token outside the vocabulary, or a
-            model whose blocks are not called once each in order.
+        ValueError: an input or gradient that is not finite (names the group), a token outside the vocabulary, samples
+            longer than the model reads, a model in training mode, or one that does not call its blocks once each in
+            order.
 
     Cost: one forward pass, and 2 n d_in^2 operations for each input group; with gradient statistics also one forward
     and backward pass per sample.
@@ -117,30 +119,30 @@ def _blocks(
     track: Track,
 ) -> Iterator[BlockCalibration]:
     numbers = sorted({site.block for site in sites})
+    if needs:
+        check_readable(model, tokens)
     gradients: dict[str, GradientMoments] = {}
     if needs & GRADIENT_STATISTICS:
-        gradients = (store and store.read_gradients()) or collect_gradients(
-            model, tokens, sites, needs & GRADIENT_STATISTICS, track=track
-        )
-        if store:
+        kept = store.read_gradients() if store else None
+        gradients = kept or collect_gradients(model, tokens, sites, needs & GRADIENT_STATISTICS, track=track)
+        if store and not kept:
             store.write_gradients(gradients)
     wanted = needs & INPUT_STATISTICS
     groups: dict[int, dict[str, Site]] = {number: {} for number in numbers}
     for site in sites:
         groups[site.block].setdefault(site.input_group, site)
-    walk: _Walk | None = None
+    missing = [number for number in numbers if wanted and not (store and store.holds(number))]
+    walk = _Walk(model, tokens, batch_size, track) if missing else None
     for number in numbers:
         inputs: dict[str, InputMoments] = {}
-        if wanted:
-            found = store.read(number) if store else None
-            if found is None:
-                if walk is None:
-                    walk = _Walk(model, tokens, batch_size, track)
-                inputs = walk.moments(number, groups[number], wanted)
-                if store:
-                    store.write(number, inputs)
-            else:
-                inputs = found
+        if walk and number in missing:
+            inputs = walk.moments(number, groups[number], wanted)
+            if store:
+                store.write(number, inputs)
+        elif store and wanted:
+            inputs = store.read(number)
+            if walk and number < missing[-1]:
+                walk.skip(number)  # now, with the dense block: the caller may replace it
         names = [site.name for site in sites if site.block == number]
         yield BlockCalibration(number, inputs, {name: gradients[name] for name in names if name in gradients})
 
@@ -149,12 +151,6 @@ class _Walk:
     """Hidden states of all batches, advancing block by block."""
 
     def __init__(self, model: PreTrainedModel, tokens: Tokens, batch_size: int, track: Track) -> None:
-        check_vocabulary(model, tokens.ids)
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if positions is not None and tokens.ids.shape[1] > positions:
-            raise ValueError(
-                f"calibration length {tokens.ids.shape[1]} is past the model's {positions} positions; lower it"
-            )
         self.blocks = blocks_of(model)
         self.track = track
         self.masks = [mask for _, mask in tokens.batches(batch_size)]
@@ -164,9 +160,7 @@ class _Walk:
     @torch.no_grad()
     def moments(self, number: int, groups: dict[str, Site], needs: frozenset[str]) -> dict[str, InputMoments]:
         """Run the blocks up to and with `number`, and give its moments."""
-        while self.next < number:
-            for _ in self._advance(f"block {self.next}: forward"):
-                pass
+        self.skip(number - 1)
         collected = {group: InputMoments(site.d_in, needs) for group, site in groups.items()}
         seen: dict[str, Tensor] = {}
 
@@ -189,6 +183,13 @@ class _Walk:
             for handle in handles:
                 handle.remove()
         return {group: moments.compact() for group, moments in collected.items()}
+
+    @torch.no_grad()
+    def skip(self, number: int) -> None:
+        """Run the blocks up to and with `number`, without moments."""
+        while self.next <= number:
+            for _ in self._advance(f"block {self.next}: forward"):
+                pass
 
     def _advance(self, description: str) -> Iterator[Tensor]:
         """Run the next block on every batch; gives each batch's mask once its forward pass is done."""
@@ -260,17 +261,32 @@ def _recording(blocks: nn.ModuleList) -> Iterator[list[tuple[int, Tensor, tuple[
 
         return note
 
+    before = [vars(block).get("forward") for block in blocks]
     for index, block in enumerate(blocks):
         block.forward = stand_in(index, block)
     try:
         yield calls
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, before, strict=True):
             del block.forward  # the instance attribute; the class's forward is visible again
+            if forward is not None:
+                block.forward = forward  # one that somebody else put there, as accelerate does to offload
 
 
 def _hidden(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple | list) else output
+
+
+def check_readable(model: PreTrainedModel, tokens: Tokens) -> None:
+    """Raises ValueError where the model cannot read the samples, or would read them differently every time."""
+    if model.training:
+        raise ValueError(
+            f"{type(model).__name__} is in training mode, its dropout would be in the moments: call model.eval() first"
+        )
+    check_vocabulary(model, tokens.ids)
+    length, positions = tokens.ids.shape[1], getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ValueError(f"calibration length {length} is past the model's {positions} positions; lower it")
 
 
 def calibration_digest(model: PreTrainedModel, tokens: Tokens, needs: frozenset[str], sites: Sequence[Site]) -> str:
@@ -304,25 +320,29 @@ class _Store:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def read(self, block: int) -> dict[str, InputMoments] | None:
-        found = _read_file(self.folder / f"block-{block:03d}.safetensors")
-        if found is None:
-            return None
+    def _path(self, block: int) -> Path:
+        return self.folder / f"block-{block:03d}.safetensors"
+
+    def holds(self, block: int) -> bool:
+        return _is_whole(self._path(block))
+
+    def read(self, block: int) -> dict[str, InputMoments]:
+        found = _read_file(self._path(block))
         return {group: InputMoments.from_state(int(counts[0]), sums) for group, (counts, sums) in found.items()}
 
     def write(self, block: int, inputs: dict[str, InputMoments]) -> None:
         _write_file(
-            self.folder / f"block-{block:03d}.safetensors",
+            self._path(block),
             {group: ((moments.count,), moments.sums) for group, moments in inputs.items()},
         )
 
     def read_gradients(self) -> dict[str, GradientMoments] | None:
-        found = _read_file(self.folder / "gradients.safetensors")
-        if found is None:
+        path = self.folder / "gradients.safetensors"
+        if not _is_whole(path):
             return None
         return {
             site: GradientMoments.from_state(int(counts[0]), int(counts[1]), sums)
-            for site, (counts, sums) in found.items()
+            for site, (counts, sums) in _read_file(path).items()
         }
 
     def write_gradients(self, gradients: dict[str, GradientMoments]) -> None:
@@ -333,20 +353,29 @@ class _Store:
 
 
 def _write_file(path: Path, entries: dict[str, tuple[tuple[int, ...], dict[str, Tensor]]]) -> None:
-    if path.exists():
-        return
     tensors = {
         f"{name}|{key}": value.cpu().contiguous() for name, (_, sums) in entries.items() for key, value in sums.items()
     }
     counts = {name: json.dumps(numbers) for name, (numbers, _) in entries.items()}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata=counts)
-    partial.rename(path)
+    # The process's own name: two runs that share a cache do not write into one file.
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial, metadata=counts)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def _read_file(path: Path) -> dict[str, tuple[list[int], dict[str, Tensor]]] | None:
-    if not path.is_file():
-        return None
+def _is_whole(path: Path) -> bool:
+    """Whether the file is there and as long as its header says."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (FileNotFoundError, SafetensorError):
+        return False
+
+
+def _read_file(path: Path) -> dict[str, tuple[list[int], dict[str, Tensor]]]:
     with safe_open(path, framework="pt") as file:
         entries: dict[str, tuple[list[int], dict[str, Tensor]]] = {
             name: (json.loads(numbers), {}) for name, numbers in (file.metadata() or {}).items()

@@ -107,12 +107,19 @@ def compress(
     seconds = {"calibrate": 0.0, "factor": 0.0}
     reports: list[SiteReport] = []
     blocks = _timed(calibration or [BlockCalibration(number) for number in by_block], seconds)
-    for block in track(blocks, "blocks", len(by_block)):
-        start = time.perf_counter()
-        chosen = by_block.pop(block.block, [])
-        factored = _factor_block(model, method, plan, chosen, block)
-        reports += track(factored, f"block {block.block}: factors", len(chosen))
-        seconds["factor"] += time.perf_counter() - start
+
+    def factored() -> Iterator[list[SiteReport]]:
+        for block in blocks:
+            start = time.perf_counter()
+            chosen = by_block.pop(block.block, [])
+            made = _factor_block(model, method, plan, chosen, block)
+            done = list(track(made, f"block {block.block}: factors", len(chosen)))
+            seconds["factor"] += time.perf_counter() - start
+            del block, made  # this block's moments end here, before the next block's are made
+            yield done
+
+    for done in track(factored(), "blocks", len(by_block)):
+        reports += done
     if by_block:
         raise ValueError(f"the calibration has no moments of block {min(by_block)}, which the plan compresses")
     if planned:  # else the model is an ordinary dense one, and is saved as one
@@ -130,7 +137,7 @@ def _timed(blocks: Iterable[BlockCalibration], seconds: dict[str, float]) -> Ite
         if block is None:
             return
         yield block
-        del block  # this block's moments end here, before the next block's are made
+        del block
 
 
 def _factor_block(

@@ -98,11 +98,12 @@ def _watching(model: PreTrainedModel, collected: dict[str, GradientMoments]) -> 
     """Inside, only the sites' weights have gradients; each is added to its moments and freed as soon as it exists."""
     scale = _Scale()
     wanted = {name: model.get_submodule(name) for name in collected}
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     handles = []
     try:
         for parameter in before:
             parameter.requires_grad_(False)
+            parameter.grad = None
         for name, module in wanted.items():
             weight: nn.Parameter = module.weight  # type: ignore[assignment]
             weight.requires_grad_(True)
@@ -113,8 +114,9 @@ def _watching(model: PreTrainedModel, collected: dict[str, GradientMoments]) -> 
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, required in before.items():
+        for parameter, (required, gradient) in before.items():
             parameter.requires_grad_(required)
+            parameter.grad = gradient
 
 
 def _fisher_hook(name: str, module: nn.Module, moments: GradientMoments) -> Callable[[Tensor], None]:

@@ -25,7 +25,7 @@ from eckart.lowrank.metrics import (
     shrink,
 )
 
-from .reference import KINDS, Layer, as_matrix, laws, layers, make_layer
+from .reference import Layer, laws, layers, make_layer
 
 ROOTS = (cholesky_root, eigen_root)
 EVERYTHING = frozenset({"second_moment", "fisher_in", "gradient_covariance"})
@@ -198,10 +198,3 @@ def test_an_eigensolver_that_fails_is_reported_with_the_numbers(monkeypatch: pyt
     monkeypatch.setattr(torch.linalg, "eigh", fail)
     with pytest.raises(DecompositionError, match=r"\(3, 3\) matrix did not converge; largest entry 7"):
         eigen_root(7 * torch.eye(3))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_reference_matrices_agree_on_what_a_diagonal_is(kind: str) -> None:
-    """The reference reads a vector as a diagonal; so does the code under test."""
-    root = make_layer(3, 4, 9, kind=kind).x.abs().mean(0)
-    np.testing.assert_array_equal(as_matrix(root, 4), torch.diag(root).numpy())

@@ -70,7 +70,7 @@ def test_no_file_hides_an_offered_function() -> None:
 
 def annotated(path: Path) -> list[Any]:
     """Every function, method and class that a file defines."""
-    module = importlib.import_module(".".join(["eckart", *path.relative_to(FOLDER.parent).with_suffix("").parts]))
+    module = importlib.import_module(f"eckart.lowrank.{path.stem}")
     found = []
     for value in vars(module).values():
         if getattr(value, "__module__", None) != module.__name__ or not callable(value):
@@ -82,10 +82,12 @@ def annotated(path: Path) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [p for p in FILES if p.stem != "__init__"], ids=lambda path: path.name)
 def test_every_shape_type_can_be_read(path: Path) -> None:
     """An annotation that does not evaluate (a shape string that lost its quotes) is one that nobody checks."""
-    for value in annotated(path):
+    values = annotated(path)
+    assert values
+    for value in values:
         get_type_hints(inspect.unwrap(value), include_extras=True)
 
 

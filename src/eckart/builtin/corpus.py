@@ -110,8 +110,8 @@ def _sources(split: str) -> dict[str, _Source]:
     missing = [module for module, found in files.items() if not found]
     if len(missing) > (1 - _LEAST_FOUND) * len(modules):
         raise RuntimeError(
-            f"the standard library at {root} lacks the source of {', '.join(missing)}: the built-in corpus needs "
-            "a full standard library with its .py files (on Debian and Ubuntu, install libpython3-stdlib)"
+            f"the standard library at {root} lacks the source of {', '.join(missing)}: the built-in corpus "
+            "needs a full standard library with its .py files (on Debian and Ubuntu, install libpython3-stdlib)"
         )
     return {file.relative_to(root).as_posix(): _take_apart(file) for found in files.values() for file in found}
 

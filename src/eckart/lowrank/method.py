@@ -13,7 +13,7 @@ from torch import Tensor
 from eckart.lowrank.factors import Factors
 from eckart.lowrank.metrics import anchored_target
 from eckart.lowrank.moments import GRADIENT_STATISTICS, Moments
-from eckart.lowrank.truncation import Spectrum, check_rank, factor, interpolate
+from eckart.lowrank.truncation import Spectrum, check_rank, factor, interpolate, weigh
 
 Root = Callable[[Moments], Tensor]
 
@@ -105,6 +105,8 @@ class Method:
         """
         moments = moments or Moments()
         weight = weight.double()
+        if moments.inputs is not None and moments.inputs.d_in != weight.shape[-1]:
+            raise ValueError(f"the inputs have width {moments.inputs.d_in}, expected {weight.shape[-1]}")
         if root is None:
             root = self.root(moments)
         metric = None if self.stage.metric is None else self.stage.metric(moments)
@@ -117,8 +119,9 @@ class Method:
         first = factor(target, root=root, metric=metric, output_mean=output_mean, input_mean=input_mean, floor=floor)
         if self.residual is None:
             return first
-        residual_root = None if self.residual.root is None else self.residual.root(moments)
-        return NestedSpectrum(first, self.residual, residual_root, root, self.share)
+        second_root = None if self.residual.root is None else self.residual.root(moments)
+        second_metric = None if self.residual.metric is None else self.residual.metric(moments)
+        return NestedSpectrum(first, root, self.residual, second_root, second_metric, self.share)
 
     def _anchor(
         self, weight: Tensor, moments: Moments, root: Tensor | None, metric: Tensor | None, share: float
@@ -135,13 +138,7 @@ class Method:
                 inputs.reference_second_moment,
             )
         target = anchored_target(weight, cross, moment, share)
-
-        def weighted(matrix: Tensor) -> Tensor:
-            if metric is None:
-                return matrix
-            return metric[:, None] * matrix if metric.ndim == 1 else metric @ matrix
-
-        dense, kept = weighted(weight), weighted(target)
+        dense, kept = weigh(weight, metric=metric), weigh(target, metric=metric)
         floor = float(
             ((dense @ reference) * dense).sum() - 2 * ((dense @ cross) * kept).sum() + ((kept @ moment) * kept).sum()
         )
@@ -153,13 +150,19 @@ class NestedSpectrum:
     """A cut, and a second cut of what it left: `first.cut(k1) + second(residual, k2)`, stored as one pair (NSVD Eq. 5).
 
     Every rank splits as k1 = round(share k), k2 = k - k1. The second stage depends on k1, so each `cut` decomposes
-    its residual; `tail` is the measured loss in the first stage's metric.
+    its residual; `tail` is the measured loss in the first stage's metric, and a bias is that of the sum.
+
+    Attributes:
+        first, root: the first stage's spectrum and its B.
+        second, second_root, second_metric: the second stage, with its B and A.
+        share: of the rank, to the first stage.
     """
 
     first: Spectrum
+    root: Tensor | None
     second: Stage
     second_root: Tensor | None
-    root: Tensor | None
+    second_metric: Tensor | None
     share: float
 
     @property
@@ -174,16 +177,16 @@ class NestedSpectrum:
             return factors
         residual = self.first.target - factors.dense()
         if self.second.interpolative:
-            return factors + interpolate(residual, rank - k1)
-        return factors + factor(residual, root=self.second_root).cut(rank - k1)
+            second = interpolate(residual, rank - k1)
+        else:
+            second = factor(residual, root=self.second_root, metric=self.second_metric).cut(rank - k1)
+        return self.first.with_bias(factors + second)
 
     def tail(self, rank: int) -> float:
         if rank == 0:
             return self.first.tail(0)
         lost = self.first.target - self.cut(rank).dense()
-        if self.root is not None:
-            lost = lost * self.root if self.root.ndim == 1 else lost @ self.root
-        return float(lost.square().sum())
+        return self.first.floor + float(weigh(lost, self.root, self.first.metric).square().sum())
 
 
 def output_error(weight: Float[Tensor, "out in"], factors: Factors, moments: Moments) -> tuple[float, float]:

@@ -68,10 +68,14 @@ class Spectrum:
             if int(info) != 0:
                 raise _singular(self.metric)
             right = (basis.mT @ self.metric) @ self.target
-        bias = None
-        if self.output_mean is not None and self.input_mean is not None:
-            bias = self.output_mean - left @ (right @ self.input_mean)
-        return Factors(left, right, bias)
+        return self.with_bias(Factors(left, right))
+
+    def with_bias(self, factors: Factors) -> Factors:
+        """The factors with the bias that fits them, d = W mu - M mu; as they are where no means are given."""
+        if self.output_mean is None or self.input_mean is None:
+            return factors
+        bias = self.output_mean - factors.left @ (factors.right @ self.input_mean)
+        return Factors(factors.left, factors.right, bias)
 
     def tail(self, rank: int) -> float:
         """Loss of the cut at `rank`, in the method's metric: floor plus the energies left out. rank 0 loses all."""
@@ -114,17 +118,24 @@ def factor(
     d_out, d_in = target.shape
     _check_side(root, d_in, "root")
     _check_side(metric, d_out, "metric")
-    product = target
-    if root is not None:
-        product = product * root if root.ndim == 1 else product @ root
-    if metric is not None:
-        product = metric[:, None] * product if metric.ndim == 1 else metric @ product
+    product = weigh(target, root, metric)
     if not torch.isfinite(product).all():
         raise ValueError(f"the weighted {d_out} x {d_in} matrix has entries that are not finite")
     if metric is not None and metric.ndim == 1 and (metric == 0).any():
         raise _singular(metric)
     basis, energies = left_basis(product)
     return Spectrum(target, basis, energies, metric, output_mean, input_mean, floor)
+
+
+def weigh(
+    matrix: Float[Tensor, "out in"], root: Tensor | None = None, metric: Tensor | None = None
+) -> Float[Tensor, "out in"]:
+    """A T B: its squared Frobenius norm is the loss of dropping T. A vector stands for a diagonal matrix."""
+    if root is not None:
+        matrix = matrix * root if root.ndim == 1 else matrix @ root
+    if metric is not None:
+        matrix = metric[:, None] * matrix if metric.ndim == 1 else metric @ matrix
+    return matrix
 
 
 def left_basis(product: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out p"], Float[Tensor, "p"]]:

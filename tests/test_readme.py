@@ -1,0 +1,51 @@
+"""The README runs: its Python, and every option of every command line in it."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from eckart.cli import app
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+COMMANDS = [
+    line.split(" #")[0].strip()
+    for language, block in BLOCKS
+    if language == "sh"
+    for line in block.splitlines()
+    if line.startswith("eckart ")
+]
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
+    (script,) = [block for language, block in BLOCKS if language == "python" and "builtin_model_path" in block]
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=600)
+    load = next(block for language, block in BLOCKS if language == "python" and "from_pretrained" in block)
+    subprocess.run([sys.executable, "-c", load.replace('"OUT"', '"out"')], cwd=tmp_path, check=True, timeout=600)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_line_of_the_readme_is_understood(line: str) -> None:
+    name, *arguments = shlex.split(line)[1:]
+    group = typer.main.get_command(app)
+    command = group.commands[name]  # type: ignore[attr-defined]
+    context = command.make_context(name, arguments, resilient_parsing=False)
+    assert isinstance(context, click.Context) or context is not None
+
+
+def test_there_are_command_lines_to_check() -> None:
+    assert len(COMMANDS) >= 6
+
+
+def test_every_make_target_of_the_documents_exists() -> None:
+    root = README.parent
+    targets = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), flags=re.MULTILINE))
+    for document in (README, root / "CONTRIBUTING.md"):
+        for target in re.findall(r"make ([a-z-]+)(?=[`\s])", document.read_text(encoding="utf-8")):
+            assert target in targets or target in {"and", "language"}, f"{document.name}: make {target}"
