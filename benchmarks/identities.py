@@ -1,4 +1,4 @@
-"""The laws of docs/decisions.md as numbers, on real weights and real activations.
+"""The laws of the methods as numbers, on real weights and real activations.
 
     python benchmarks/identities.py [--model DIR] [--corpus NAME_OR_FILE] [--data DIR] [--samples 32] [--length 256]
 
@@ -61,7 +61,7 @@ def main() -> None:
         dense = activations @ weight.mT
         rank = rank_for(KEEP, site.d_out, site.d_in)
         outputs: dict[str, Tensor] = {}
-        for name in {n for pair in (*EQUAL, CONTROL) for n in pair} | set(EXACT_TAIL):
+        for name in dict.fromkeys((*EXACT_TAIL, *(name for pair in (*EQUAL, CONTROL) for name in pair))):
             factored = eckart.build_method(name).factor(weight, Moments(inputs[site.input_group]))
             outputs[name] = factored.cut(rank)(activations)
             if name in EXACT_TAIL:
@@ -70,8 +70,8 @@ def main() -> None:
         for a, b in (*EQUAL, CONTROL):
             kind = "control, must differ" if (a, b) == CONTROL else "must agree"
             note(f"{a} against {b} ({kind})", float((outputs[a] - outputs[b]).norm() / dense.norm()))
-        left, singular, _ = torch.linalg.svd(dense, full_matrices=False)
-        reference = (left[:, :rank] * singular[:rank]) @ _[:rank]
+        left, singular, right = torch.linalg.svd(dense, full_matrices=False)
+        reference = (left[:, :rank] * singular[:rank]) @ right[:rank]
         note("asvd-i against the SVD of the outputs", float((outputs["asvd-i"] - reference).norm() / dense.norm()))
         optimum = float(singular[rank:].square().sum())
         loss = float((dense - outputs["asvd-i"]).square().sum())

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
-from eckart.builtin import builtin_texts
 from eckart.corpora import CORPORA, Text, check_vocabulary, encode, read_text, sample_documents, sample_windows
 from tiny import BOS, EOS, PAD, tiny_text, tiny_tokenizer, tiny_tokens
 
@@ -107,14 +107,13 @@ def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
 # The built-in corpus
 
 
-def test_builtin_has_domains_and_held_out_parts() -> None:
-    prose, code = (read_text(f"builtin/{domain}") for domain in ("prose", "code"))
-    assert read_text("builtin").documents == (*prose.documents, *code.documents)
-    assert prose.documents == tuple(builtin_texts("prose", "train"))
+def test_builtin_has_domains_and_a_held_out_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eckart.corpora.builtin_texts", lambda domain, part: (f"{domain} {part}", "more"))
+    assert read_text("builtin").joined == "prose train\n\nmore\n\ncode train\n\nmore"
+    assert read_text("builtin/code").documents == ("code train", "more")
     for split in ("test", "validation"):
-        assert read_text("builtin/code", split=split).documents == tuple(builtin_texts("code", "heldout"))
-    assert not set(read_text("builtin", split="test").documents) & set(read_text("builtin").documents)
-    assert prose.source == {"corpus": "builtin/prose", "split": "train"}
+        assert read_text("builtin/prose", split=split).documents == ("prose heldout", "more")
+    assert read_text("builtin/code").source == {"corpus": "builtin/code", "split": "train"}
 
 
 def test_builtin_has_no_other_domain() -> None:
@@ -146,11 +145,11 @@ def test_wikitext_rows_are_those_of_the_hub(tmp_path: Path, name: str, split: st
 
 
 def test_wikitext_is_the_same_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = pretend_hub(monkeypatch, {"text": WIKI_ROWS})
-    hub = read_text("wikitext2", split="test")
+    served = SimpleNamespace(load_dataset=lambda *_, **__: iter([{"text": row} for row in WIKI_ROWS]))
+    monkeypatch.setitem(sys.modules, "datasets", served)
     write(tmp_path / "wikitext2" / "wiki.test.raw", WIKI_LINES)
-    assert hub.joined == read_text("wikitext2", split="test", data=tmp_path).joined
-    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "test")]
+    hub, local = read_text("wikitext2", split="test"), read_text("wikitext2", split="test", data=tmp_path)
+    assert hub.joined == local.joined
 
 
 def test_ptb_lines_are_stripped_and_joined_by_a_space(tmp_path: Path) -> None:
@@ -179,61 +178,24 @@ def test_the_corpus_own_folder_comes_first(tmp_path: Path) -> None:
     assert list(read_text("wikitext2", split="test", data=tmp_path).documents) == WIKI_ROWS
 
 
+def test_c4_train_is_not_taken_for_the_test_split(tmp_path: Path) -> None:
+    write(tmp_path / "c4" / "c4-train.00000-of-01024.json.gz", lines({"text": "train"}))
+    with pytest.raises(ValueError, match="c4: no file for split 'test'"):
+        read_text("c4", split="test", data=tmp_path)
+    write(tmp_path / "c4" / "c4-validation.00000-of-00008.json.gz", lines({"text": "validation"}))
+    assert read_text("c4", split="test", data=tmp_path).documents == ("validation",)
+    assert read_text("c4", split="train", data=tmp_path).documents == ("train",)
+
+
 @pytest.mark.parametrize("name", CORPORA)
 def test_a_split_without_a_file_says_what_was_looked_for(tmp_path: Path, name: str) -> None:
     pattern = CORPORA[name].files["test"][0]
     with pytest.raises(ValueError, match="no file for split 'test'") as caught:
         read_text(name, split="test", data=tmp_path)
     assert pattern in str(caught.value)
-    assert str(tmp_path / name) in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
     with pytest.raises(ValueError, match="nothing, the corpus has no such split"):
         read_text(name, split="dev", data=tmp_path)
-
-
-# The hub
-
-
-def pretend_hub(monkeypatch: pytest.MonkeyPatch, columns: dict[str, list[str]]) -> list[tuple[Any, ...]]:
-    """Put a stand-in where `datasets` would be; gives the list of what it was asked for."""
-    asked: list[tuple[Any, ...]] = []
-
-    class Rows(dict[str, list[str]]):
-        column_names = list(columns)
-
-    def load_dataset(hub: str, config: str | None, *, split: str) -> Rows:
-        asked.append((hub, config, split))
-        if hub == "nobody/nothing":
-            raise ConnectionError("no route")
-        return Rows(columns)
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    return asked
-
-
-def test_any_hub_data_set_by_owner_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = pretend_hub(monkeypatch, {"text": ["a", "b"], "title": ["c", "d"]})
-    assert read_text("someone/things").joined == "a\n\nb"
-    text = read_text("someone/things:small", split="test", column="title")
-    assert text.documents == ("c", "d")
-    assert text.source == {
-        "corpus": "someone/things:small",
-        "hub": "someone/things",
-        "config": "small",
-        "split": "test",
-    }
-    assert asked == [("someone/things", None, "train"), ("someone/things", "small", "test")]
-
-
-def test_hub_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_hub(monkeypatch, {"body": ["a"], "title": ["b"]})
-    with pytest.raises(ValueError, match="no field 'text'; it has body, title"):
-        read_text("someone/things")
-    with pytest.raises(ValueError, match=r"the hub did not give nobody/nothing \(ConnectionError: no route\).*local"):
-        read_text("nobody/nothing")
-    with pytest.raises(ValueError, match="japanese: no split 'test' on the hub; give a folder"):
-        read_text("japanese", split="test")
-    with pytest.raises(ValueError, match="alpaca_eval: no split 'train' on the hub"):
-        read_text("alpaca_eval")
 
 
 # Windows
@@ -301,8 +263,6 @@ def test_documents_run_on_across_windows() -> None:
 def test_encode_keeps_the_tokenizers_specials() -> None:
     tokenizer = tiny_tokenizer()
     assert encode("w0 w1", tokenizer).tolist() == [7, 8]
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
     )

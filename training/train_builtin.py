@@ -285,11 +285,12 @@ def save_checkpoint(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
     """Writes the checkpoint in float16 and gives the model back as it will be loaded, in float32."""
     half = LlamaForCausalLM(model.config)
     half.load_state_dict(model.state_dict())
-    half.to(torch.float16)
+    half.half()
     if not all(torch.isfinite(p).all() for p in half.parameters()):
         raise RuntimeError("a weight is outside the range of float16")
     half.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # written for its owner alone, which a built wheel would keep
     return LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
 
 

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import random
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,8 @@ class Corpus:
         splits: {split: the hub's name for it}.
         column: the field that holds the text.
         joiner: what stands between rows.
-        files: {split: shell patterns of local files, the first match is read}, inside DATA/<corpus name>/ or DATA/.
+        files: {split: shell patterns of local files, the first match is read}, inside DATA/<corpus name>/, or inside
+            DATA/ where there is no such folder.
         row: what is done to each row.
         rows: read from the hub at most; it holds sets of terabytes, and WikiText-2's 36,718 rows are plenty.
     """
@@ -91,7 +93,7 @@ CORPORA: dict[str, Corpus] = {
         {"train": "train", "test": "validation"},
         "text",
         "\n\n",
-        {"train": ("*train*.json*",), "test": ("*.jsonl*", "*.json*")},
+        {"train": ("*train*.json*",), "test": ("*valid*.json*", "*.jsonl*")},
         rows=2_000,
     ),
     "snips": Corpus(
@@ -147,7 +149,7 @@ def read_text(name: str, *, split: str = "train", data: Path | None = None, colu
             a row of CORPORA, read from `data` when given, else from the hub;
             any hub data set "owner/name" or "owner/name:config".
         split: "train", "validation" or "test". For "builtin" anything but train is the held-out part.
-        data: folder with local copies of known corpora, DATA/<name>/... .
+        data: folder with local copies of known corpora, DATA/<name>/..., or the folder of this one.
         column: field with the text; default "text", or the known corpus's own.
 
     Raises:
@@ -182,18 +184,18 @@ def read_text(name: str, *, split: str = "train", data: Path | None = None, colu
 def _read_known_file(name: str, split: str, data: Path, column: str | None) -> Text:
     corpus = CORPORA[name]
     patterns = corpus.files.get(split, ())
+    folder = data / name if (data / name).is_dir() else data
     for pattern in patterns:
-        for folder in (data / name, data):
-            for file in sorted(folder.glob(pattern)):
-                documents = (
-                    _read_lines(file)
-                    if ".txt" in file.suffixes or ".raw" in file.suffixes
-                    else _read_file(file, column or "text", corpus.column)
-                )
-                source = {"corpus": name, "split": split, "file": file.name}
-                return Text(tuple(corpus.row(d) for d in documents), corpus.joiner, source)
+        for file in sorted(folder.glob(pattern)):
+            documents = (
+                _read_lines(file)
+                if ".txt" in file.suffixes or ".raw" in file.suffixes
+                else _read_file(file, column or "text", corpus.column)
+            )
+            source = {"corpus": name, "split": split, "file": file.name}
+            return Text(tuple(corpus.row(d) for d in documents), corpus.joiner, source)
     raise ValueError(
-        f"{name}: no file for split {split!r} in {data / name}; "
+        f"{name}: no file for split {split!r} in {folder}; "
         f"looked for {', '.join(patterns) or 'nothing, the corpus has no such split'}"
     )
 
@@ -244,7 +246,7 @@ def _read_lines(path: Path) -> list[str]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             return list(file)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is not readable as UTF-8 text: {error}") from error
 
 
@@ -328,7 +330,12 @@ def sample_documents(
         raise ValueError(f"corpus {text.source.get('corpus')} has {len(documents)} documents; {samples} were asked for")
     chosen = sorted(random.Random(seed).sample(range(len(documents)), samples))
     batch = tokenizer(
-        [documents[i] for i in chosen], truncation=True, max_length=length, padding=True, return_tensors="pt"
+        [documents[i] for i in chosen],
+        truncation=True,
+        max_length=length,
+        padding=True,
+        padding_side="right",  # on the left it would shift the positions of a model that counts them from the start
+        return_tensors="pt",
     )
     source = {**text.source, "samples": samples, "length": length, "seed": seed, "cut": "documents"}
     return Tokens(batch["input_ids"], batch["attention_mask"].bool(), source, tokenizer.mask_token_id)

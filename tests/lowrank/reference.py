@@ -23,9 +23,7 @@ KINDS = ("rich", "few", "dead", "zero")
 
 def laws(examples: int) -> settings:
     """Settings of a property test: the same examples in every run, however slow the machine."""
-    from hypothesis import HealthCheck
-
-    return settings(max_examples=examples * 15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    return settings(max_examples=examples, deadline=None, derandomize=True, database=None)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class Run:
 
 
 @every_entry
-@laws(25)
+@laws(16)
 @given(layer=layers())
 def test_every_cut_is_a_finite_map_of_its_rank(entry: Entry, layer: Layer) -> None:
     run = Run(entry.build(), layer)
@@ -107,7 +107,7 @@ def test_every_cut_is_a_finite_map_of_its_rank(entry: Entry, layer: Layer) -> No
 
 
 @every_entry
-@laws(25)
+@laws(16)
 @given(layer=layers())
 def test_tail_is_the_loss_of_the_cut_in_the_method_s_own_metric(entry: Entry, layer: Layer) -> None:
     run = Run(entry.build(), layer)
@@ -119,7 +119,7 @@ def test_tail_is_the_loss_of_the_cut_in_the_method_s_own_metric(entry: Entry, la
 
 
 @single_stage
-@laws(25)
+@laws(16)
 @given(layer=layers())
 def test_tail_is_the_least_there_is(entry: Entry, layer: Layer) -> None:
     run = Run(entry.build(), layer)
@@ -132,7 +132,7 @@ def test_tail_is_the_least_there_is(entry: Entry, layer: Layer) -> None:
 
 
 @single_stage
-@laws(10)
+@laws(8)
 @given(layer=layers(), seed=st.integers(0, 2**16))
 def test_no_method_and_no_neighbour_beats_another_in_its_own_metric(entry: Entry, layer: Layer, seed: int) -> None:
     run = Run(entry.build(), layer)
@@ -145,7 +145,7 @@ def test_no_method_and_no_neighbour_beats_another_in_its_own_metric(entry: Entry
 
 
 @single_stage
-@laws(25)
+@laws(16)
 @given(layer=layers())
 def test_every_rank_is_a_slice_and_tails_fall(entry: Entry, layer: Layer) -> None:
     run = Run(entry.build(), layer)
@@ -160,7 +160,7 @@ def test_every_rank_is_a_slice_and_tails_fall(entry: Entry, layer: Layer) -> Non
 
 
 @every_entry
-@laws(25)
+@laws(16)
 @given(layer=layers(kinds=("rich",), tokens=(30, 60)))
 def test_full_rank_gives_back_the_weight(entry: Entry, layer: Layer) -> None:
     run = Run(entry.build(), layer)
@@ -175,7 +175,7 @@ def test_full_rank_gives_back_the_weight(entry: Entry, layer: Layer) -> None:
 
 
 @single_stage
-@laws(25)
+@laws(16)
 @given(layer=layers())
 def test_full_rank_loses_nothing_that_the_metric_can_see(entry: Entry, layer: Layer) -> None:
     run = Run(entry.build(), layer)
@@ -374,7 +374,7 @@ def test_nested_methods_do_not_depend_on_the_root(
 @pytest.mark.parametrize(
     ("name", "base"), [("nsvd-i", "asvd-i"), ("nsvd-ii", "asvd-ii"), ("nid-i", "asvd-i"), ("nid-ii", "asvd-ii")]
 )
-@laws(10)
+@laws(8)
 @given(layer=layers())
 def test_a_nested_method_with_all_the_rank_in_its_first_stage_is_that_stage(name: str, base: str, layer: Layer) -> None:
     plain, found = Run(build_method(base), layer), Run(build_method(name, {"share": 1.0}), layer)

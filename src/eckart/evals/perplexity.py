@@ -45,9 +45,12 @@ def perplexity(
 
     Raises:
         ValueError: less than one window of text, a length past the model's positions, a token outside its vocabulary,
-            a model that is not causal, or a logit that is not finite (the message names the window).
+            a model that is not causal or is in training mode, or a logit that is not finite (the message names the
+            window).
     """
     check_causal(model)
+    if model.training:
+        raise ValueError(f"{type(model).__name__} is in training mode, with its dropout: call model.eval() first")
     if length < 2:
         raise ValueError(f"length {length} leaves nothing to predict")
     positions = getattr(model.config, "max_position_embeddings", None)
@@ -79,7 +82,7 @@ def perplexity(
             .cpu()
         )
     means = torch.cat(losses)
-    value = math.exp(float(means.mean()))
+    value = float(means.mean().exp())  # infinite where math.exp would raise
     stderr = value * float(means.std()) / math.sqrt(windows) if windows > 1 else None
     return EvalResult(
         task=task,
