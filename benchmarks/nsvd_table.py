@@ -21,6 +21,7 @@ import eckart
 from eckart.builtin import builtin_model_path
 from eckart.corpora import CORPORA, encode, read_text
 from eckart.evals.perplexity import perplexity
+from eckart.lowrank import Factored
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 BASELINE = "asvd-i"
@@ -76,6 +77,7 @@ def main() -> None:
         record("dense", 1.0, measure(model))
     show("1.0 dense", done["dense", 1.0], None, own)
     calibrations: dict[frozenset[str], eckart.Calibration] = {}
+    spectra: dict[str, dict[str, Factored]] = {}
     order = [BASELINE, *(name for name in arguments.methods if name != BASELINE)]
     for keep in arguments.keeps:
         for name in order:
@@ -84,7 +86,13 @@ def main() -> None:
                 if method.needs and method.needs not in calibrations:
                     calibrations[method.needs] = eckart.calibrate(model, tokens, method)
                 candidate = copy.deepcopy(model)
-                eckart.compress(candidate, method, eckart.plan(candidate, keep), calibrations.get(method.needs))
+                eckart.compress(
+                    candidate,
+                    method,
+                    eckart.plan(candidate, keep),
+                    calibrations.get(method.needs),
+                    spectra=spectra.setdefault(name, {}),
+                )
                 record(name, keep, measure(candidate))
             show(f"{keep:.1f} {name}", done[name, keep], done[BASELINE, keep], own)
 

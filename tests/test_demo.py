@@ -1,6 +1,13 @@
 """The demo's rows, on the built-in model."""
 
+import pytest
+import torch
+from tests.tiny import logits_of, tiny_model, tiny_tokens
+
+import eckart
 from eckart.demo import run_demo
+from eckart.lowrank import Factored
+from eckart.models.sites import find_sites
 
 
 def test_a_row_of_the_demo() -> None:
@@ -13,3 +20,19 @@ def test_a_row_of_the_demo() -> None:
     assert small.in_domain > dense.in_domain
     assert small.out_of_domain > dense.out_of_domain
     assert small.decode_speed > 0
+
+
+def test_a_sweep_over_sizes_factors_each_site_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spectra that are kept give the factors that a compression from the start gives, without a decomposition."""
+    method, tokens = eckart.build_method("nsvd-i"), tiny_tokens()
+    statistics = eckart.calibrate(tiny_model("llama"), tokens, method)
+    spectra: dict[str, Factored] = {}
+    for keep in (0.7, 0.4):
+        kept, fresh = tiny_model("llama"), tiny_model("llama")
+        eckart.compress(fresh, method, eckart.plan(fresh, keep), statistics)
+        with monkeypatch.context() as patched:
+            if spectra:
+                patched.setattr(eckart.Method, "factor", None)
+            eckart.compress(kept, method, eckart.plan(kept, keep), statistics, spectra=spectra)
+        assert torch.equal(logits_of(kept), logits_of(fresh))
+    assert len(spectra) == len(find_sites(tiny_model("llama")))

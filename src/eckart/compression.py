@@ -67,6 +67,7 @@ def compress(
     plan: RankPlan,
     calibration: Iterable[BlockCalibration] | None = None,
     *,
+    spectra: dict[str, Factored] | None = None,
     recipe: dict[str, Any] | None = None,
     track: Track = silent,
 ) -> CompressionReport:
@@ -78,6 +79,8 @@ def compress(
         method: of the catalogue, or its name.
         plan: of this model; sites without a rank stay as they are.
         calibration: a `Calibration`, or the generator of `calibrate_by_block`; None for a method that needs none.
+        spectra: what this method made of this model's sites, by name. Sites that are in it are only cut; the others are
+            factored and put in, in place, so that a sweep over sizes factors each site once. It holds all their bases.
         recipe: noted in the model's config, for the checkpoint.
 
     Raises:
@@ -112,7 +115,7 @@ def compress(
         for block in blocks:
             start = time.perf_counter()
             chosen = by_block.pop(block.block, [])
-            made = _factor_block(model, method, plan, chosen, block)
+            made = _factor_block(model, method, plan, chosen, block, spectra)
             done = list(track(made, f"block {block.block}: factors", len(chosen)))
             seconds["factor"] += time.perf_counter() - start
             del block, made  # this block's moments end here, before the next block's are made
@@ -141,7 +144,12 @@ def _timed(blocks: Iterable[BlockCalibration], seconds: dict[str, float]) -> Ite
 
 
 def _factor_block(
-    model: PreTrainedModel, method: Method, plan: RankPlan, sites: list[Site], block: BlockCalibration
+    model: PreTrainedModel,
+    method: Method,
+    plan: RankPlan,
+    sites: list[Site],
+    block: BlockCalibration,
+    spectra: dict[str, Factored] | None,
 ) -> Iterator[SiteReport]:
     """Factor and replace the sites of one block. Sites of one input group share the root."""
     root: torch.Tensor | None = None
@@ -151,12 +159,16 @@ def _factor_block(
         moments = Moments(inputs, block.gradients.get(site.name))
         module = model.get_submodule(site.name)
         weight = read_weight(module)
-        try:
-            if site.input_group != group or method.needs_gradients:
-                root, group = method.root(moments), site.input_group
-            factored = method.factor(weight, moments, root=root)
-        except (ValueError, DecompositionError) as error:
-            raise type(error)(f"{site.name}: {error}") from error
+        factored = None if spectra is None else spectra.get(site.name)
+        if factored is None:
+            try:
+                if site.input_group != group or method.needs_gradients:
+                    root, group = method.root(moments), site.input_group
+                factored = method.factor(weight, moments, root=root)
+            except (ValueError, DecompositionError) as error:
+                raise type(error)(f"{site.name}: {error}") from error
+            if spectra is not None:
+                spectra[site.name] = factored
         rank = plan.rank(site)
         assert rank is not None
         factors = factored.cut(rank)

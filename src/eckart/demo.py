@@ -15,7 +15,7 @@ from eckart.compression import compress
 from eckart.corpora import encode, read_text, sample_windows
 from eckart.evals.perplexity import perplexity
 from eckart.evals.speed import decode_speed
-from eckart.lowrank import build_method
+from eckart.lowrank import Factored, build_method
 from eckart.models.loading import load_model, load_tokenizer
 from eckart.models.sites import num_params
 from eckart.tracking import Track, silent
@@ -23,7 +23,7 @@ from eckart.tracking import Track, silent
 METHODS = ("svd", "asvd-0", "asvd-i", "nsvd-i", "sfsd")
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 # Enough tokens for a moment of full rank (the widest input has 640 channels), few enough for a coffee's length.
-SAMPLES, LENGTH, WINDOWS = 64, 256, 40
+SAMPLES, LENGTH, WINDOWS = 64, 256, 24
 # Calibrated on prose: prose is then the domain, and code is out of it.
 IN_DOMAIN, OUT_OF_DOMAIN = "builtin/prose", "builtin/code"
 
@@ -66,7 +66,8 @@ def run_demo(
 
     yield row("dense", 1.0, model)
     cases = [(keep, name) for keep in keeps for name in methods]
+    spectra: dict[str, dict[str, Factored]] = {name: {} for name in methods}
     for keep, name in track(cases, "compressing", len(cases)):
         candidate = copy.deepcopy(model)
-        compress(candidate, name, plan(candidate, keep), statistics)
+        compress(candidate, name, plan(candidate, keep), statistics, spectra=spectra[name])
         yield row(name, keep, candidate)

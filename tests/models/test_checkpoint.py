@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -197,6 +198,14 @@ def test_a_loaded_model_changes_its_type(saved: Any, dtype: torch.dtype) -> None
         assert logits_of(loaded).dtype == dtype
 
 
+def test_a_compressed_model_can_be_copied_and_shown(saved: Any) -> None:
+    model, path = saved("llama")
+    for one in (model, HEADS["causal"].from_pretrained(path)):
+        assert torch.equal(logits_of(copy.deepcopy(one)), logits_of(model))
+        assert '"quant_method": "eckart"' in str(one.config)
+        assert "rank=11" in repr(one)
+
+
 def test_keep_one_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
     model = tiny_model("llama")
     compress(model, "svd", plan(model, 1.0))
@@ -278,19 +287,19 @@ def broken(saved: Any, tmp_path: Path) -> Callable[..., Path]:
         section: Callable[[dict[str, Any]], object] | None = None,
     ) -> Path:
         _, path = saved("llama")
-        copy = tmp_path / "broken"
-        shutil.copytree(path, copy)
+        folder = tmp_path / "broken"
+        shutil.copytree(path, folder)
         if tensors is not None:
-            merged = {k: v for file in copy.glob("*.safetensors") for k, v in load_file(file).items()}
-            for file in copy.glob("model*.safetensors*"):
+            merged = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+            for file in folder.glob("model*.safetensors*"):
                 file.unlink()
             tensors(merged)
-            save_file(merged, copy / "model.safetensors", metadata={"format": "pt"})
+            save_file(merged, folder / "model.safetensors", metadata={"format": "pt"})
         if section is not None:
-            config = json.loads((copy / "config.json").read_text())
+            config = json.loads((folder / "config.json").read_text())
             section(config["quantization_config"])
-            (copy / "config.json").write_text(json.dumps(config))
-        return copy
+            (folder / "config.json").write_text(json.dumps(config))
+        return folder
 
     return make
 

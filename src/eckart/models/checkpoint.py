@@ -104,8 +104,9 @@ class LowRankQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        # The factors are ordinary float tensors: half(), float() and to(dtype) are safe, and transformers forbids
-        # them while this is True. `hf_quantizer` stays, so that save_pretrained writes the rank map again.
+        # The factors are ordinary float tensors: half(), float() and to(dtype) are safe and so is training, and
+        # transformers forbids them while this is True. `hf_quantizer` stays, so that save_pretrained writes the rank
+        # map again.
         model.is_quantized = False  # type: ignore[assignment]
         return model
 
@@ -114,11 +115,6 @@ class LowRankQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        # Without it transformers.Trainer refuses the model as "purely quantized".
         return True
 
     @property
