@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -29,15 +30,16 @@ def site(d_out: int, d_in: int, name: str = "a.0.w") -> Site:
 # The rule: SFSD Eq. 3
 
 
-@pytest.mark.parametrize("keep", [0.99, 0.7, 0.46, 0.1, 0.0001])
+@pytest.mark.parametrize("keep", [0.99, 0.75, 0.7, 0.5, 0.46, 0.1, 0.0001])
 @pytest.mark.parametrize("model_type", ALL)
 def test_ranks_are_those_of_sfsd_equation_3(model_type: str, keep: float) -> None:
     sites = find_sites(tiny_model(model_type))
     made = plan(tiny_model(model_type), keep)
+    exact = Fraction(str(keep))
     for s in sites:
         rank = made.rank(s)
-        assert rank == max(1, math.floor(keep * s.d_out * s.d_in / (s.d_out + s.d_in)))
-        assert rank == 1 or stored_params(s, rank) <= keep * s.num_params < stored_params(s, rank + 1)
+        assert rank == max(1, math.floor(exact * s.d_out * s.d_in / (s.d_out + s.d_in)))
+        assert rank == 1 or stored_params(s, rank) <= exact * s.num_params < stored_params(s, rank + 1)
     assert made.ranks.keys() == {s.name for s in sites}
     assert made.notes == {}
 

@@ -36,3 +36,11 @@ def test_a_sweep_over_sizes_factors_each_site_once(monkeypatch: pytest.MonkeyPat
             eckart.compress(kept, method, eckart.plan(kept, keep), statistics, spectra=spectra)
         assert torch.equal(logits_of(kept), logits_of(fresh))
     assert len(spectra) == len(find_sites(tiny_model("llama")))
+
+
+@pytest.mark.slow
+def test_the_demo_shows_what_the_papers_found() -> None:
+    """At half size: activation awareness wins in its domain, loses out of it, and nesting gives part of that back."""
+    rows = {row.method: row for row in run_demo(methods=["svd", "asvd-i", "nsvd-i"], keeps=[0.5])}
+    assert rows["asvd-i"].in_domain < rows["nsvd-i"].in_domain < rows["svd"].in_domain
+    assert rows["svd"].out_of_domain < rows["nsvd-i"].out_of_domain < rows["asvd-i"].out_of_domain

@@ -159,19 +159,19 @@ def _factor_block(
         moments = Moments(inputs, block.gradients.get(site.name))
         module = model.get_submodule(site.name)
         weight = read_weight(module)
+        rank = plan.rank(site)
+        assert rank is not None
         factored = None if spectra is None else spectra.get(site.name)
-        if factored is None:
-            try:
+        try:
+            if factored is None:
                 if site.input_group != group or method.needs_gradients:
                     root, group = method.root(moments), site.input_group
                 factored = method.factor(weight, moments, root=root)
-            except (ValueError, DecompositionError) as error:
-                raise type(error)(f"{site.name}: {error}") from error
-            if spectra is not None:
-                spectra[site.name] = factored
-        rank = plan.rank(site)
-        assert rank is not None
-        factors = factored.cut(rank)
+            factors = factored.cut(rank)
+        except (ValueError, DecompositionError) as error:
+            raise type(error)(f"{site.name}: {error}") from error
+        if spectra is not None:
+            spectra[site.name] = factored
         tail = None if method.residual is not None else factored.tail(rank)
         relative = _relative_error(method, factored, tail, weight, factors, moments)
         bias = module.bias.detach() if site.has_bias else None  # type: ignore[operator]

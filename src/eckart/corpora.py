@@ -341,7 +341,7 @@ def sample_documents(
     return Tokens(batch["input_ids"], batch["attention_mask"].bool(), source, tokenizer.mask_token_id)
 
 
-def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, tokens]:
+def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "tokens"]:
     """The text as one stream of tokens, with the tokenizer's own special tokens at its ends."""
     # verbose=False: the warning that the stream is longer than the model's window is meant for other uses.
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)

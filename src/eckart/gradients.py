@@ -109,7 +109,7 @@ def _watching(model: PreTrainedModel, collected: dict[str, GradientMoments]) -> 
             weight.requires_grad_(True)
             handles.append(weight.register_post_accumulate_grad_hook(_fisher_hook(name, module, collected[name])))
             if "gradient_covariance" in collected[name].sums:
-                handles.append(module.register_forward_hook(_covariance_hook(collected[name], scale)))
+                handles.append(module.register_forward_hook(_covariance_hook(name, collected[name], scale)))
         yield scale
     finally:
         for handle in handles:
@@ -132,8 +132,14 @@ def _fisher_hook(name: str, module: nn.Module, moments: GradientMoments) -> Call
     return add
 
 
-def _covariance_hook(moments: GradientMoments, scale: _Scale) -> Callable[..., None]:
+def _covariance_hook(name: str, moments: GradientMoments, scale: _Scale) -> Callable[..., None]:
+    def add(gradient: Tensor) -> None:
+        try:
+            moments.update_covariance(gradient * scale.tokens, None)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
     def watch(_module: nn.Module, _args: object, output: Tensor) -> None:
-        output.register_hook(lambda gradient: moments.update_covariance(gradient * scale.tokens, None))
+        output.register_hook(add)
 
     return watch

@@ -21,7 +21,7 @@ LOGITS_PER_BATCH = 2**26
 @torch.inference_mode()
 def perplexity(
     model: PreTrainedModel,
-    stream: Int[Tensor, tokens],
+    stream: Int[Tensor, "tokens"],
     *,
     length: int,
     limit: int | None = None,

@@ -188,9 +188,10 @@ def interpolate(matrix: Float[Tensor, "out in"], rank: int) -> Factors:
 def rank_for(keep: float, d_out: int, d_in: int) -> int:
     """Rank whose factors hold the share `keep` of d_out d_in numbers: floor(keep d_out d_in / (d_out + d_in)).
 
-    SFSD Eq. 3. At least 1.
+    SFSD Eq. 3. At least 1. A share such as 0.58 is no binary fraction; what falls short of a whole rank only by that
+    counts as one.
     """
-    return max(1, math.floor(keep * d_out * d_in / (d_out + d_in)))
+    return max(1, math.floor(round(keep * d_out * d_in / (d_out + d_in), 9)))
 
 
 def check_rank(rank: int, max_rank: int) -> None:
