@@ -1,6 +1,6 @@
 """Memory and time of compressing a model of TinyLlama-1.1B's shape from disk.
 
-    python benchmarks/scale.py [--method asvd-i] [--keep 0.7] [--layers 22] [--folder runs/scale]
+    python benchmarks/scale.py [--method asvd-i] [--keep 0.7] [--layers 22] [--blocks 'last 2'] [--folder runs/scale]
 
 Makes a random-weight bfloat16 checkpoint (once), then compresses it in a process of its own with 32 x 512 calibration
 tokens, and prints seconds per stage and the peak resident memory of that process beside the bound
@@ -48,13 +48,13 @@ def make_model(folder: Path, layers: int) -> None:
     load_tokenizer(builtin_model_path()).save_pretrained(folder)
 
 
-def compress(folder: Path, method: str, keep: float) -> None:
+def compress(folder: Path, method: str, keep: float, blocks: str | None) -> None:
     """One compression, and what it took, as JSON on the last line."""
     recipe = parse_recipe(
         {
             "model": str(folder),
             "method": method,
-            "keep": keep,
+            "rules": [{"keep": keep, "blocks": blocks}],
             "calibration": {"corpus": "builtin", "samples": 32, "length": 512},
         }
     )
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--method", default="asvd-i")
     parser.add_argument("--keep", type=float, default=0.7)
     parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--blocks", help='compress only these, such as "last 2": the peak is the same and comes sooner')
     parser.add_argument("--folder", type=Path, default=Path("runs/scale"))
     parser.add_argument("--step", choices=["make", "compress"], help="used by the benchmark itself")
     arguments = parser.parse_args()
@@ -75,11 +76,12 @@ def main() -> None:
     if arguments.step == "make":
         return make_model(folder, arguments.layers)
     if arguments.step == "compress":
-        return compress(folder, arguments.method, arguments.keep)
+        return compress(folder, arguments.method, arguments.keep, arguments.blocks)
     command = [sys.executable, __file__, "--folder", str(arguments.folder), "--layers", str(arguments.layers)]
     if not (folder / "config.json").is_file():
         subprocess.run([*command, "--step", "make"], check=True)
     command += ["--method", arguments.method, "--keep", str(arguments.keep), "--step", "compress"]
+    command += ["--blocks", arguments.blocks] if arguments.blocks else []
     finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     facts = json.loads(finished.stdout.strip().splitlines()[-1])
     bound = 1.5 * facts["weights"] + 2e9

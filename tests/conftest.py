@@ -7,8 +7,12 @@ package as its users do.
 
 import sys
 
+import torch
 from jaxtyping import config, install_import_hook
 
 assert "eckart.lowrank" not in sys.modules, "imported too early: its shape types can no longer be hooked"
 install_import_hook("eckart.lowrank", "beartype.beartype")
 config.update("jaxtyping_disable", True)
+
+# Tiny matrices gain nothing from two threads, and two threads that wait for each other on a busy machine lose minutes.
+torch.set_num_threads(1)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.tiny import tiny_model, tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from eckart import cli
 from eckart.evals.result import EvalResult
+from tiny import tiny_model, tiny_text, tiny_tokenizer
 
 Run = Callable[..., tuple[int, str]]
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests.tiny import logits_of, tiny_model, tiny_tokens
 
 import eckart
 from eckart.demo import run_demo
 from eckart.lowrank import Factored
 from eckart.models.sites import find_sites
+from tiny import logits_of, tiny_model, tiny_tokens
 
 
 def test_a_row_of_the_demo() -> None:

@@ -23,7 +23,7 @@ from eckart.corpora import Tokens, read_text, sample_documents, sample_windows
 from eckart.evals.result import EvalResult
 from eckart.evals.tasks import DEFAULT_LENGTH, Task, evaluate, find_task
 from eckart.lowrank import build_method
-from eckart.models.loading import check_free, load_model, load_tokenizer, save
+from eckart.models.loading import check_free, load_model, load_tokenizer, own_memory, save
 from eckart.models.sites import find_sites
 from eckart.recipe import Recipe, load_recipe
 from eckart.tracking import Track, silent
@@ -72,6 +72,7 @@ def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False)
     check_free(out, force=force)
     start = time.perf_counter()
     model = load_model(recipe.model, dtype=recipe.dtype, device=how.device)
+    own_memory(model)
     tokenizer = load_tokenizer(recipe.model)
     seconds = {"load": time.perf_counter() - start}
     ranks = make_plan(model, recipe)

@@ -42,6 +42,16 @@ def load_model(path: str | Path, *, dtype: str = "auto", device: str = "cpu") ->
     return model.to(device).eval()
 
 
+def own_memory(model: PreTrainedModel) -> None:
+    """Copy the parameters out of the files that loading maps into memory, in place.
+
+    A mapped file stays resident as a whole while any of its tensors is in use; with tensors of their own, a weight that
+    is replaced gives its memory back. Cost: one copy of the model, and both copies at once of one file's tensors.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside the model at `path`.
 
