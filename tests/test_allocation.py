@@ -222,3 +222,9 @@ def test_a_wrong_edit_names_the_site(model: Any, change: dict[str, Any], message
 def test_what_is_no_plan_is_refused(model: Any, text: str) -> None:
     with pytest.raises(ValueError, match=r"not a rank plan: .*expected JSON with a map 'ranks'"):
         RankPlan.from_json(text, find_sites(model))
+
+
+def test_a_bare_string_is_one_pattern() -> None:
+    model = tiny_model("llama")
+    assert plan(model, 0.5, include="mlp") == plan(model, 0.5, include=["mlp"])
+    assert plan(model, 0.5, exclude="mlp") == plan(model, 0.5, exclude=("mlp",))

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from eckart.lowrank import rank_for
-from eckart.models.sites import Site, find_sites, num_params, select_sites
+from eckart.models.sites import Site, as_patterns, find_sites, num_params, select_sites
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def plan(
     model: PreTrainedModel,
     keep: float | None = None,
     *,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
     blocks: str | None = None,
     rules: Sequence[Rule] | None = None,
     rank_multiple: int = 1,
@@ -120,7 +120,7 @@ def plan(
         raise ValueError(f"rank_multiple {rank_multiple} is not positive")
     if rules is None:
         assert keep is not None
-        rules = [Rule(keep, tuple(include), tuple(exclude), blocks)]
+        rules = [Rule(keep, as_patterns(include), as_patterns(exclude), blocks)]
     sites = find_sites(model)
     ranks: dict[str, int | None] = {}
     for rule in rules:

@@ -124,8 +124,8 @@ def read_weight(module: nn.Module) -> Tensor:
 def select_sites(
     sites: Sequence[Site],
     *,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
     blocks: str | None = None,
 ) -> tuple[Site, ...]:
     """The sites that match.
@@ -139,7 +139,7 @@ def select_sites(
         ValueError: a pattern matches nothing (the message lists roles and parts), a block range is malformed or
             outside the model, or all of it together leaves nothing.
     """
-    include, exclude = tuple(include), tuple(exclude)
+    include, exclude = as_patterns(include), as_patterns(exclude)
     for pattern in (*include, *exclude):
         if not any(matches(site, pattern) for site in sites):
             roles = ", ".join(dict.fromkeys(site.role for site in sites))
@@ -160,6 +160,11 @@ def select_sites(
             f"nothing is left to select: include {list(include)}, exclude {list(exclude)}, blocks {blocks!r}"
         )
     return selected
+
+
+def as_patterns(value: str | Iterable[str]) -> tuple[str, ...]:
+    """The patterns; a bare string is one pattern, not its letters."""
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def matches(site: Site, pattern: str) -> bool:
