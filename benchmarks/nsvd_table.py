@@ -107,7 +107,7 @@ def present(name: str, data: Path) -> bool:
 
 
 def show(label: str, values: dict[str, float], baseline: dict[str, float] | None, own: str) -> None:
-    line = f"{label:22s}" + "".join(f"{value:12.2f}" for value in values.values())
+    line = f"{label:22s}" + "".join(f"{value:12.5g}" for value in values.values())
     if baseline is not None:
         changes = [1 - values[name] / baseline[name] for name in values if name != own]
         line += f"   {sum(changes) / len(changes):+.1%}"
