@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from eckart.corpora import Tokens
-from eckart.gradients import IGNORED, MASKED_SHARE, collect_gradients, sample_loss
+from eckart.gradients import MASKED_SHARE, collect_gradients, sample_loss
 from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.models.families import FAMILIES
 from eckart.models.sites import find_sites
 from tiny import ENCODERS, MASK, logits_of, relative, tiny_model, tiny_tokens
 
+IGNORED = -100  # labels that transformers leaves out of a loss
 FISHER = frozenset({"fisher_in", "fisher_out"})
 
 

@@ -51,8 +51,9 @@ def run_demo(
 
     One calibration serves every method and size. Bytes are of the stored type, float16; arithmetic is float32.
     """
-    stored_bytes = torch.finfo(load_model(builtin_model_path()).dtype).bits // 8
-    model = load_model(builtin_model_path(), dtype="float32")
+    model = load_model(builtin_model_path())
+    stored_bytes = model.dtype.itemsize
+    model = model.float()
     tokenizer = load_tokenizer(builtin_model_path())
     streams = [encode(read_text(name, split="test").joined, tokenizer) for name in (IN_DOMAIN, OUT_OF_DOMAIN)]
     tokens = sample_windows(read_text(IN_DOMAIN), tokenizer, samples=SAMPLES, length=LENGTH)

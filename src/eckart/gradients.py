@@ -17,7 +17,6 @@ from eckart.tracking import Track, silent
 
 # A masked language model is asked for this share of its tokens, as in its pretraining (BERT, section 3.1).
 MASKED_SHARE = 0.15
-IGNORED = -100
 
 
 def collect_gradients(

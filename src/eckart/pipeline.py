@@ -21,7 +21,7 @@ from eckart.card import write_card
 from eckart.compression import CompressionReport, compress
 from eckart.corpora import Tokens, read_text, sample_documents, sample_windows
 from eckart.evals.result import EvalResult
-from eckart.evals.tasks import DEFAULT_LENGTH, Task, evaluate, find_task
+from eckart.evals.tasks import Task, default_length, evaluate, find_task
 from eckart.lowrank import build_method
 from eckart.models.loading import check_free, load_model, load_tokenizer, own_memory, save
 from eckart.models.sites import find_sites
@@ -203,13 +203,12 @@ def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     A model that does not generate and whose tokenizer has a mask token is an encoder, and reads whole documents.
     """
     section = recipe.calibration
-    positions = getattr(model.config, "max_position_embeddings", None) or DEFAULT_LENGTH
     decoder = model.can_generate() or tokenizer.mask_token_id is None
     return recipe.model_copy(
         update={
             "calibration": section.model_copy(
                 update={
-                    "length": section.length or min(DEFAULT_LENGTH, positions),
+                    "length": section.length or default_length(model),
                     "cut": section.cut or ("windows" if decoder else "documents"),
                 }
             )

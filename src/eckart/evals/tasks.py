@@ -77,12 +77,17 @@ def find_task(name: str) -> Callable[..., EvalResult]:
     return EVALUATIONS[kind]
 
 
+def default_length(model: PreTrainedModel) -> int:
+    """The window of a model where none is asked for: 2048 tokens, or its positions if it has fewer."""
+    return min(DEFAULT_LENGTH, getattr(model.config, "max_position_embeddings", None) or DEFAULT_LENGTH)
+
+
 def _perplexity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, data: Path | None, track: Track
 ) -> EvalResult:
     check_causal(model)
     text = read_text(task.name.partition(":")[2], split=task.split, data=data, column=task.column)
-    length = task.length or min(DEFAULT_LENGTH, getattr(model.config, "max_position_embeddings", DEFAULT_LENGTH))
+    length = task.length or default_length(model)
     stream = encode(text.joined, tokenizer)
     return perplexity(model, stream, length=length, limit=task.limit, task=task.name, settings=text.source, track=track)
 
