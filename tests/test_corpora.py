@@ -13,8 +13,19 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from eckart.corpora import CORPORA, Text, check_vocabulary, encode, read_text, sample_documents, sample_windows
-from tiny import BOS, EOS, PAD, tiny_text, tiny_tokenizer, tiny_tokens
+from eckart.corpora import (
+    CORPORA,
+    MIXTURES,
+    Text,
+    check_tokenizer,
+    check_vocabulary,
+    encode,
+    parts_of,
+    read_text,
+    sample_documents,
+    sample_windows,
+)
+from tiny import BOS, EOS, PAD, VOCABULARY, tiny_model, tiny_text, tiny_tokenizer, tiny_tokens
 
 
 def lines(*rows: object) -> str:
@@ -326,3 +337,35 @@ def test_check_vocabulary() -> None:
     assert check_vocabulary(model, torch.tensor([[0, 9]])) == 10  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="token 10 is outside the model's vocabulary of 10"):
         check_vocabulary(model, torch.tensor([[0, 10]]))  # type: ignore[arg-type]
+
+
+# Mixtures, and tokenizers
+
+
+def test_a_name_is_one_corpus_several_or_a_file(tmp_path: Path) -> None:
+    assert parts_of("ptb") == ("ptb",)
+    assert parts_of("ptb+c4") == ("ptb", "c4")
+    assert parts_of("commonsense") == MIXTURES["commonsense"]
+    file = write(tmp_path / "a+b.txt", "text")
+    assert parts_of(str(file)) == (str(file),)
+
+
+def test_tokens_add_and_the_shorter_are_padded() -> None:
+    long, short = tiny_tokens(2, 8), tiny_tokens(3, 5, seed=1)
+    both = short + long + short
+    assert both.ids.shape == (8, 8)
+    assert both.count == short.count * 2 + long.count
+    assert torch.equal(both.ids[3:5], long.ids)
+    assert torch.equal(both.ids[:3, :5], short.ids)
+    assert not both.mask[:3, 5:].any()
+    assert both.source == {"parts": [short.source, long.source, short.source]}
+
+
+@pytest.mark.parametrize(("vocabulary", "fits"), [(VOCABULARY, True), (112, True), (121, False), (90, False)])
+def test_a_tokenizer_fills_most_of_the_embedding(vocabulary: int, fits: bool) -> None:
+    model = tiny_model("llama", vocab_size=vocabulary)
+    if fits:
+        check_tokenizer(model, tiny_tokenizer())
+    else:
+        with pytest.raises(ValueError, match=f"the tokenizer knows 96 tokens and LlamaForCausalLM {vocabulary}"):
+            check_tokenizer(model, tiny_tokenizer())

@@ -54,3 +54,24 @@ def test_what_the_hub_says_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None
         read_text("ptb")
     with pytest.raises(ValueError, match="no split 'train' on the hub"):
         read_text("japanese")
+
+
+def test_a_set_with_a_loading_script_is_read_from_its_converted_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    revisions: list[str | None] = []
+
+    def load_dataset(*_args: Any, revision: str | None = None, **_options: Any) -> Iterator[dict[str, Any]]:
+        revisions.append(revision)
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found ptb_text_only.py")
+        return iter([{"sentence": " a <unk> "}])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert read_text("ptb", split="test").documents == ("a <unk>",)
+    assert revisions == [None, "refs/convert/parquet"]
+
+
+def test_rows_without_a_text_field_are_composed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = serve(monkeypatch, [{"goal": "To cut,", "sol1": "use a knife.", "sol2": "use soup.", "label": 0}])
+    assert read_text("piqa").documents == ("To cut, use a knife.",)
+    assert calls == [("ybisk/piqa", None, "train")]
+    assert read_text("piqa", column="goal").documents == ("To cut,",)

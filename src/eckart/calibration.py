@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eckart.corpora import Tokens, check_vocabulary
+from eckart.corpora import Tokens, check_positions, check_vocabulary
 from eckart.gradients import collect_gradients
 from eckart.lowrank import GradientMoments, InputMoments, Method
 from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
@@ -284,9 +284,7 @@ def check_readable(model: PreTrainedModel, tokens: Tokens) -> None:
             f"{type(model).__name__} is in training mode, its dropout would be in the moments: call model.eval() first"
         )
     check_vocabulary(model, tokens.ids)
-    length, positions = tokens.ids.shape[1], getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise ValueError(f"calibration length {length} is past the model's {positions} positions; lower it")
+    check_positions(model, tokens.ids.shape[1], "calibration length")
 
 
 def calibration_digest(model: PreTrainedModel, tokens: Tokens, needs: frozenset[str], sites: Sequence[Site]) -> str:

@@ -19,6 +19,9 @@ from eckart.models.linear import LowRankLinear
 from eckart.models.sites import Site, num_bytes, num_params, read_weight, replace_module
 from eckart.tracking import Track, silent
 
+# Points of a site's loss curve in the report: enough to draw it.
+CURVE = 65
+
 
 @dataclass(frozen=True)
 class SiteReport:
@@ -26,21 +29,32 @@ class SiteReport:
 
     Attributes:
         rank: of its factors.
+        losses: the method's own loss at CURVE ranks from 0 to full, as shares of the loss at rank 0.
         relative_error: E||W x - M x - d||^2 / E||W x||^2 on the calibration tokens; None without second moments.
         tail: the method's own loss at this rank, in its own metric; None for a nested method, whose loss is the error.
     """
 
-    name: str
+    site: Site
     rank: int
     relative_error: float | None
     tail: float | None
+    losses: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        return self.site.name
 
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What a compression did: sites, sizes of the whole model before and after, seconds per stage."""
+    """What a compression did: sizes of the whole model before and after, seconds per stage.
+
+    Attributes:
+        sites: the low-rank ones. dense: the compressible ones that stayed as they were.
+    """
 
     sites: tuple[SiteReport, ...]
+    dense: tuple[Site, ...]
     params_before: int
     params_after: int
     bytes_before: int
@@ -54,10 +68,23 @@ class CompressionReport:
             "bytes": [self.bytes_before, self.bytes_after],
             "seconds": {stage: round(value, 2) for stage, value in self.seconds.items()},
             "sites": {
-                site.name: {"rank": site.rank, "relative_error": site.relative_error, "tail": site.tail}
-                for site in self.sites
+                **{site.name: _place(site) | {"rank": None, "relative_error": None} for site in self.dense},
+                **{
+                    report.name: _place(report.site)
+                    | {
+                        "rank": report.rank,
+                        "relative_error": report.relative_error,
+                        "tail": report.tail,
+                        "spectrum": [float(f"{loss:.4g}") for loss in report.losses],
+                    }
+                    for report in self.sites
+                },
             },
         }
+
+
+def _place(site: Site) -> dict[str, Any]:
+    return {"block": site.block, "role": site.role, "part": site.part, "shape": [site.d_out, site.d_in]}
 
 
 @torch.no_grad()
@@ -127,7 +154,8 @@ def compress(
         raise ValueError(f"the calibration has no moments of block {min(by_block)}, which the plan compresses")
     if planned:  # else the model is an ordinary dense one, and is saved as one
         describe(model, recipe or {"method": method.name, "options": method.options})
-    return CompressionReport(tuple(reports), before[0], num_params(model), before[1], num_bytes(model), seconds)
+    dense = tuple(site for site in plan.sites if plan.rank(site) is None)
+    return CompressionReport(tuple(reports), dense, before[0], num_params(model), before[1], num_bytes(model), seconds)
 
 
 def _timed(blocks: Iterable[BlockCalibration], seconds: dict[str, float]) -> Iterator[BlockCalibration]:
@@ -180,7 +208,7 @@ def _factor_block(
             site.name,
             LowRankLinear.from_factors(factors, bias, device=weight.device, dtype=weight.dtype),
         )
-        yield SiteReport(site.name, rank, relative, tail)
+        yield SiteReport(site, rank, relative, tail, tuple(factored.losses(CURVE)))
 
 
 def _relative_error(

@@ -8,7 +8,7 @@ import itertools
 import json
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eckart import questions
 from eckart.builtin import builtin_texts
 
 
@@ -45,7 +46,9 @@ class Corpus:
         joiner: what stands between rows.
         files: {split: shell patterns of local files, the first match is read}, inside DATA/<corpus name>/, or inside
             DATA/ where there is no such folder.
-        row: what is done to each row.
+        row: what is done to each row's text.
+        compose: makes the text of a whole hub row where no single field holds it; local rows of such a corpus are
+            questions with choices, or texts.
         rows: read from the hub at most; it holds sets of terabytes, and WikiText-2's 36,718 rows are plenty.
     """
 
@@ -56,12 +59,20 @@ class Corpus:
     joiner: str
     files: dict[str, tuple[str, ...]]
     row: Callable[[str], str] = str
+    compose: Callable[[dict[str, Any]], str] | None = None
     rows: int = 50_000
 
 
 def _wikitext_row(line: str) -> str:
     """A line as the hub's rows have it: empty, or with its line end."""
     return line.rstrip("\n") + "\n" if line.strip() else ""
+
+
+def _questions(hub: str, config: str | None, compose: Callable[[dict[str, Any]], str]) -> Corpus:
+    """A commonsense task's row."""
+    files = {"train": ("train*.jsonl*",), "test": ("dev.jsonl*", "val.jsonl*", "test.jsonl*")}
+    splits = {"train": "train", "test": "validation"}
+    return Corpus(hub, config, splits, "text", "\n", files, compose=compose)
 
 
 CORPORA: dict[str, Corpus] = {
@@ -123,8 +134,10 @@ CORPORA: dict[str, Corpus] = {
         "\n\n",
         {"test": ("*dev*.jsonl*", "trial.jsonl*")},
     ),
-    # No hub row: the AlpacaEval translation that the NSVD paper used is not published as a data set of its own.
-    "japanese": Corpus(None, None, {}, "text", "\n\n", {"test": ("*_ja.jsonl*",)}),
+    # The hub's set is the NSVD paper's, 805 translated instructions; it has one split, called train.
+    "japanese": Corpus(
+        "junsashihara/alpaca_eval_ja", None, {"test": "train"}, "instruction", "\n\n", {"test": ("*_ja.jsonl*",)}
+    ),
     "lambada": Corpus("EleutherAI/lambada_openai", "en", {"test": "test"}, "text", "\n\n", {"test": ("test.jsonl*",)}),
     "tinystories": Corpus(
         "roneneldan/TinyStories",
@@ -134,6 +147,18 @@ CORPORA: dict[str, Corpus] = {
         "\n\n",
         {"test": ("*.jsonl*",)},
     ),
+    # The six commonsense tasks that SFSD calibrates on: questions with their right answers.
+    "boolq": _questions("google/boolq", None, questions.boolq),
+    "piqa": _questions("ybisk/piqa", None, questions.piqa),
+    "hellaswag": _questions("Rowan/hellaswag", None, questions.hellaswag),
+    "winogrande": _questions("allenai/winogrande", "winogrande_xl", questions.winogrande),
+    "arc_easy": _questions("allenai/ai2_arc", "ARC-Easy", questions.arc),
+    "arc_challenge": _questions("allenai/ai2_arc", "ARC-Challenge", questions.arc),
+}
+
+# {name: the corpora it is made of, in equal parts}.
+MIXTURES: dict[str, tuple[str, ...]] = {
+    "commonsense": ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"),
 }
 
 BUILTIN = "builtin"
@@ -181,6 +206,11 @@ def read_text(name: str, *, split: str = "train", data: Path | None = None, colu
     return text
 
 
+def parts_of(name: str) -> tuple[str, ...]:
+    """The corpora that a name asks for: a row of MIXTURES, "boolq+arc_easy", or just the one."""
+    return MIXTURES.get(name) or ((name,) if Path(name).is_file() else tuple(name.split("+")))
+
+
 def _read_known_file(name: str, split: str, data: Path, column: str | None) -> Text:
     corpus = CORPORA[name]
     patterns = corpus.files.get(split, ())
@@ -190,7 +220,7 @@ def _read_known_file(name: str, split: str, data: Path, column: str | None) -> T
             documents = (
                 _read_lines(file)
                 if ".txt" in file.suffixes or ".raw" in file.suffixes
-                else _read_file(file, column or "text", corpus.column)
+                else _read_file(file, column or "text", corpus.column, answered=corpus.compose is not None)
             )
             source = {"corpus": name, "split": split, "file": file.name}
             return Text(tuple(corpus.row(d) for d in documents), corpus.joiner, source)
@@ -201,29 +231,40 @@ def _read_known_file(name: str, split: str, data: Path, column: str | None) -> T
 
 
 def _read_hub(name: str, corpus: Corpus, split: str, column: str | None) -> Text:
-    import datasets  # slow to import, and needed only here
-
     if corpus.hub is None or split not in corpus.splits:
         raise ValueError(f"{name}: no split {split!r} on the hub; give a folder with a local copy")
     try:
-        stream = datasets.load_dataset(corpus.hub, corpus.config, split=corpus.splits[split], streaming=True)
-        rows: list[dict[str, Any]] = list(itertools.islice(stream, corpus.rows))
+        rows: list[dict[str, Any]] = list(itertools.islice(_open_hub(corpus, corpus.splits[split]), corpus.rows))
     except Exception as error:
         raise ValueError(
             f"{name}: the hub did not give {corpus.hub} ({type(error).__name__}: {error}); "
             "give a local file, or a folder with a local copy"
         ) from error
+    source = {"corpus": name, "hub": corpus.hub, "config": corpus.config, "split": split, "rows": len(rows)}
+    if corpus.compose is not None and column is None:
+        return Text(tuple(corpus.compose(row) for row in rows), corpus.joiner, source)
     field_name = column or corpus.column
     if not rows or not isinstance(rows[0].get(field_name), str):
         raise ValueError(f"{name}: no text field {field_name!r}; it has {', '.join(rows[0]) if rows else 'no rows'}")
-    return Text(
-        tuple(corpus.row(row[field_name]) for row in rows),
-        corpus.joiner,
-        {"corpus": name, "hub": corpus.hub, "config": corpus.config, "split": split, "rows": len(rows)},
-    )
+    return Text(tuple(corpus.row(row[field_name]) for row in rows), corpus.joiner, source)
 
 
-def _read_file(path: Path, *columns: str) -> list[str]:
+def _open_hub(corpus: Corpus, split: str) -> Iterable[Any]:
+    import datasets  # slow to import, and needed only here
+
+    try:
+        return datasets.load_dataset(corpus.hub, corpus.config, split=split, streaming=True)
+    except RuntimeError as error:
+        if "script" not in str(error):
+            raise
+        # Older sets come with a loading script, which datasets no longer runs; the hub keeps a converted copy of each.
+        return datasets.load_dataset(
+            corpus.hub, corpus.config, split=split, streaming=True, revision="refs/convert/parquet"
+        )
+
+
+def _read_file(path: Path, *columns: str, answered: bool = False) -> list[str]:
+    """Its documents: the first of `columns` that a row has, or (answered) its question with the right answer."""
     if ".jsonl" not in path.suffixes and ".json" not in path.suffixes:
         return ["".join(_read_lines(path))]
     documents = []
@@ -234,6 +275,9 @@ def _read_file(path: Path, *columns: str) -> list[str]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
+        if answered and isinstance(row, dict) and {"choices", "answer"} <= set(row):
+            documents.append(questions.answered(row))
+            continue
         found = [c for c in columns if isinstance(row, dict) and isinstance(row.get(c), str)]
         if not found:
             has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
@@ -281,6 +325,20 @@ class Tokens:
         state.update(self.ids.numpy().tobytes())
         state.update(self.mask.numpy().tobytes())
         return state.hexdigest()
+
+    def __add__(self, other: Tokens) -> Tokens:
+        """Both, one after the other; the shorter rows are padded."""
+        width = max(self.ids.shape[1], other.ids.shape[1])
+
+        def widened(rows: Tensor) -> Tensor:
+            return nn.functional.pad(rows, (0, width - rows.shape[1]))
+
+        return Tokens(
+            torch.cat([widened(self.ids), widened(other.ids)]),
+            torch.cat([widened(self.mask), widened(other.mask)]),
+            {"parts": [*self.source.get("parts", [self.source]), *other.source.get("parts", [other.source])]},
+            self.mask_token,
+        )
 
     def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
         """(ids, mask) in order, `size` rows at a time."""
@@ -360,6 +418,28 @@ def check_vocabulary(model: PreTrainedModel, ids: Tensor) -> int:
             f"token {largest} is outside the model's vocabulary of {vocabulary}; is it another model's tokenizer?"
         )
     return vocabulary
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError where the tokenizer is plainly another model's.
+
+    Its ids must lie inside the embedding and fill most of it: embeddings are padded by a few percent at most, so one
+    that a tokenizer leaves a fifth of unused was made for another tokenizer.
+    """
+    vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    known = 1 + max(tokenizer.get_vocab().values())
+    if known > vocabulary or known < 0.8 * vocabulary:
+        raise ValueError(
+            f"the tokenizer knows {known} tokens and {type(model).__name__} {vocabulary}: they do not match; "
+            "put the model's own tokenizer beside it"
+        )
+
+
+def check_positions(model: PreTrainedModel, length: int, what: str = "length") -> None:
+    """Raises ValueError where rows of `length` tokens are longer than the model reads."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ValueError(f"{what} {length} is past the model's {positions} positions; lower it")
 
 
 def _positive(**values: int) -> None:

@@ -74,6 +74,10 @@ def test_one_name_selects_one_site() -> None:
     [
         ("last 12", range(8, 20)),
         ("first 4", range(4)),
+        ("last 3/8", range(12, 20)),  # 7.5 blocks, rounded to the even 8
+        ("first 1/4", range(5)),
+        ("first 1/100", [0]),
+        ("last 1/1", range(20)),
         ("First 4", range(4)),
         ("last 20", range(20)),
         ("8-19", range(8, 20)),
@@ -89,7 +93,13 @@ def test_block_ranges(text: str, blocks: range | list[int]) -> None:
 
 @pytest.mark.parametrize("text", ["", "all", "last", "last -1", "3:5", "1-", "1,,2", "1.5", "last 3, 4", "-1"])
 def test_a_malformed_block_range_says_what_is_allowed(text: str) -> None:
-    with pytest.raises(ValueError, match="is none of 'last 12', 'first 4', '8-19', '0,5,7'"):
+    with pytest.raises(ValueError, match="is none of 'last 12', 'first 1/4', '8-19', '0,5,7'"):
+        parse_blocks(text, 20)
+
+
+@pytest.mark.parametrize("text", ["last 9/8", "first 0/4"])
+def test_a_share_of_the_blocks_is_one(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is not a share in \(0, 1\]"):
         parse_blocks(text, 20)
 
 

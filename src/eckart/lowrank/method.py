@@ -29,6 +29,8 @@ class Factored(Protocol):
 
     def tail(self, rank: int) -> float: ...
 
+    def losses(self, points: int) -> list[float]: ...
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -168,6 +170,10 @@ class NestedSpectrum:
     @property
     def max_rank(self) -> int:
         return self.first.max_rank
+
+    def losses(self, points: int) -> list[float]:
+        """The first stage's curve; the second stage has another one for every rank."""
+        return self.first.losses(points)
 
     def cut(self, rank: int) -> Factors:
         check_rank(rank, self.max_rank)

@@ -83,6 +83,12 @@ class Spectrum:
             check_rank(rank, self.max_rank)
         return self.floor + float(self.energies[rank:].sum())
 
+    def losses(self, points: int) -> list[float]:
+        """The loss at `points` ranks spread evenly from 0 to full, as shares of the loss at rank 0: a curve to draw."""
+        total = self.tail(0)
+        ranks = torch.linspace(0, self.max_rank, points).round().int().tolist()
+        return [self.tail(rank) / total if total > 0 else 0.0 for rank in ranks]
+
 
 def factor(
     target: Float[Tensor, "out in"],

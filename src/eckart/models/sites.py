@@ -133,7 +133,7 @@ def select_sites(
     Args:
         include, exclude: each a shell pattern on site names ("model.layers.*.mlp.*"), a role ("q_proj",
             "mlp.down_proj") or a part ("mlp", "attention"). No include means all.
-        blocks: "last 12", "first 4", "8-19" (both ends in, from 0), or "0,5,7"; None means all.
+        blocks: "last 12", "first 4", "last 3/8" (of all), "8-19" (both ends in, from 0), or "0,5,7"; None means all.
 
     Raises:
         ValueError: a pattern matches nothing (the message lists roles and parts), a block range is malformed or
@@ -162,6 +162,11 @@ def select_sites(
     return selected
 
 
+def input_groups(model: PreTrainedModel) -> tuple[str, ...]:
+    """One module for every tensor that linears of a dense model read: q, k and v count once."""
+    return tuple(dict.fromkeys(site.input_group for site in find_sites(model)))
+
+
 def as_patterns(value: str | Iterable[str]) -> tuple[str, ...]:
     """The patterns; a bare string is one pattern, not its letters."""
     return (value,) if isinstance(value, str) else tuple(value)
@@ -173,19 +178,25 @@ def matches(site: Site, pattern: str) -> bool:
 
 
 def parse_blocks(text: str, count: int) -> frozenset[int]:
-    """Block numbers out of "last 12", "first 4", "8-19" or "0,5,7", for a model of `count` blocks.
+    """Block numbers out of "last 12", "first 1/4", "8-19" or "0,5,7", for a model of `count` blocks.
+
+    A fraction is of the blocks, rounded, and at least one: 12 of LLaMA-7B's 32 are "last 3/8" of any model.
 
     Raises:
         ValueError: malformed, or outside 0 ... count - 1.
     """
     words = text.strip().lower()
-    if match := re.fullmatch(r"(first|last)\s+(\d+)", words):
+    if match := re.fullmatch(r"(first|last)\s+(\d+)(?:/(\d+))?", words):
         number = int(match[2])
+        if match[3]:
+            if not 0 < number <= int(match[3]):
+                raise ValueError(f"blocks {text!r}: {number}/{match[3]} is not a share in (0, 1]")
+            number = max(1, round(count * number / int(match[3])))
         if not 1 <= number <= count:
             raise ValueError(f"blocks {text!r}: this model has {count} blocks")
         return frozenset(range(number) if match[1] == "first" else range(count - number, count))
     if not re.fullmatch(r"\d+(-\d+)?(\s*,\s*\d+(-\d+)?)*", words):
-        raise ValueError(f"blocks {text!r} is none of 'last 12', 'first 4', '8-19', '0,5,7'")
+        raise ValueError(f"blocks {text!r} is none of 'last 12', 'first 1/4', '8-19', '0,5,7'")
     chosen: set[int] = set()
     for item in words.split(","):
         start, _, end = item.strip().partition("-")

@@ -1,0 +1,21 @@
+"""Quiet: other libraries' chatter, held back while they are imported or called."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Inside, the named loggers give errors only; afterwards their levels are what they were."""
+    found = [logging.getLogger(name) for name in loggers]
+    before = [logger.level for logger in found]
+    try:
+        for logger in found:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(found, before, strict=True):
+            logger.setLevel(level)
