@@ -12,7 +12,8 @@ import pytest
 from eckart.allocation import RankPlan, Rule, plan, settle, stored_params, summarise
 from eckart.compression import compress
 from eckart.models.families import FAMILIES
-from eckart.models.sites import Site, find_sites, low_rank_modules, num_params
+from eckart.models.sites import Site, find_sites, low_rank_modules
+from eckart.sizes import num_params
 from tiny import DEFAULT_CONFIGS, tiny_model
 
 ALL = sorted({*FAMILIES, *DEFAULT_CONFIGS})

@@ -14,7 +14,8 @@ from eckart.gradients import collect_gradients
 from eckart.lowrank import METHODS, DecompositionError, Moments, build_method
 from eckart.models.families import FAMILIES
 from eckart.models.linear import LowRankLinear
-from eckart.models.sites import Site, find_sites, low_rank_modules, num_bytes, num_params, read_weight, replace_module
+from eckart.models.sites import Site, find_sites, low_rank_modules, read_weight, replace_module
+from eckart.sizes import num_bytes, num_params
 from tiny import DEFAULT_CONFIGS, logits_of, site_inputs, tiny_model, tiny_tokens
 
 ALL = sorted({*FAMILIES, *DEFAULT_CONFIGS})

@@ -75,3 +75,10 @@ def test_rows_without_a_text_field_are_composed(monkeypatch: pytest.MonkeyPatch)
     assert read_text("piqa").documents == ("To cut, use a knife.",)
     assert calls == [("ybisk/piqa", None, "train")]
     assert read_text("piqa", column="goal").documents == ("To cut,",)
+
+
+def test_a_story_that_stands_before_each_of_its_questions_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(monkeypatch, [{"story": story, "question": str(n)} for story in ("one", "two") for n in range(4)])
+    assert read_text("mctest", split="test").documents == ("one", "two")
+    serve(monkeypatch, [{"sentence": "same"}, {"sentence": "same"}])
+    assert read_text("ptb", split="test").documents == ("same", "same")

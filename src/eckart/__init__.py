@@ -8,6 +8,12 @@
 Importing it also teaches stock `from_pretrained` to read compressed checkpoints. It touches no GPU and no network.
 """
 
+from eckart.quiet import quiet
+
+# Where torchao is installed, transformers imports it with its models, and it warns of kernels for other machines.
+with quiet("torchao", "torch.utils._pytree"):
+    import transformers.modeling_utils  # noqa: F401
+
 from eckart.allocation import RankPlan, Rule, plan
 from eckart.calibration import Calibration, calibrate, calibrate_by_block
 from eckart.compression import CompressionReport, compress

@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from eckart.lowrank import rank_for
-from eckart.models.sites import Site, as_patterns, find_sites, num_params, select_sites
+from eckart.models.sites import Site, as_patterns, find_sites, select_sites
+from eckart.sizes import num_params
 
 
 @dataclass(frozen=True)

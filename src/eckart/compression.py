@@ -16,7 +16,8 @@ from eckart.calibration import BlockCalibration
 from eckart.lowrank import DecompositionError, Factored, Factors, Method, Moments, build_method, output_error
 from eckart.models.checkpoint import describe
 from eckart.models.linear import LowRankLinear
-from eckart.models.sites import Site, num_bytes, num_params, read_weight, replace_module
+from eckart.models.sites import Site, read_weight, replace_module
+from eckart.sizes import num_bytes, num_params
 from eckart.tracking import Track, silent
 
 # Points of a site's loss curve in the report: enough to draw it.

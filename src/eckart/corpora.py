@@ -49,6 +49,8 @@ class Corpus:
         row: what is done to each row's text.
         compose: makes the text of a whole hub row where no single field holds it; local rows of such a corpus are
             questions with choices, or texts.
+        distinct: a row for each question repeats its text on the hub; each text is read once. A text that is read again
+            and again is predicted from its own copy, and its perplexity is too low.
         rows: read from the hub at most; it holds sets of terabytes, and WikiText-2's 36,718 rows are plenty.
     """
 
@@ -60,6 +62,7 @@ class Corpus:
     files: dict[str, tuple[str, ...]]
     row: Callable[[str], str] = str
     compose: Callable[[dict[str, Any]], str] | None = None
+    distinct: bool = False
     rows: int = 50_000
 
 
@@ -124,7 +127,13 @@ CORPORA: dict[str, Corpus] = {
         {"test": ("eval.jsonl*", "alpaca_eval*.json*")},
     ),
     "mctest": Corpus(
-        "sagnikrayc/mctest", "mc160", {"test": "test"}, "text", "\n\n", {"test": ("*test.stories.jsonl*",)}
+        "sagnikrayc/mctest",
+        "mc160",
+        {"test": "test"},
+        "story",
+        "\n\n",
+        {"test": ("*test.stories.jsonl*",)},
+        distinct=True,
     ),
     "cmrc2018": Corpus(
         "hfl/cmrc2018",
@@ -133,6 +142,7 @@ CORPORA: dict[str, Corpus] = {
         "context",
         "\n\n",
         {"test": ("*dev*.jsonl*", "trial.jsonl*")},
+        distinct=True,
     ),
     # The hub's set is the NSVD paper's, 805 translated instructions; it has one split, called train.
     "japanese": Corpus(
@@ -246,7 +256,8 @@ def _read_hub(name: str, corpus: Corpus, split: str, column: str | None) -> Text
     field_name = column or corpus.column
     if not rows or not isinstance(rows[0].get(field_name), str):
         raise ValueError(f"{name}: no text field {field_name!r}; it has {', '.join(rows[0]) if rows else 'no rows'}")
-    return Text(tuple(corpus.row(row[field_name]) for row in rows), corpus.joiner, source)
+    documents = [corpus.row(row[field_name]) for row in rows]
+    return Text(tuple(dict.fromkeys(documents) if corpus.distinct else documents), corpus.joiner, source)
 
 
 def _open_hub(corpus: Corpus, split: str) -> Iterable[Any]:

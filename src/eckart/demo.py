@@ -17,7 +17,7 @@ from eckart.evals.perplexity import perplexity
 from eckart.evals.speed import decode_speed
 from eckart.lowrank import Factored, build_method
 from eckart.models.loading import load_model, load_tokenizer
-from eckart.models.sites import num_params
+from eckart.sizes import num_params
 from eckart.tracking import Track, silent
 
 METHODS = ("svd", "asvd-0", "asvd-i", "nsvd-i", "sfsd")

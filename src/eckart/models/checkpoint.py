@@ -17,22 +17,18 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.models.dense import export_dense
 from eckart.models.families import is_linear
 from eckart.models.linear import LowRankLinear
 from eckart.models.sites import low_rank_modules, read_weight, replace_module
-from eckart.quiet import quiet
-
-# Where torchao is installed, transformers imports it here, and it warns of kernels that are not for this machine.
-with quiet("torchao", "torch.utils._pytree"):
-    from transformers.quantizers import HfQuantizer
-    from transformers.quantizers.auto import (
-        AUTO_QUANTIZATION_CONFIG_MAPPING,
-        register_quantization_config,
-        register_quantizer,
-    )
 
 QUANT_METHOD = "eckart"
 FORMAT = 1

@@ -216,13 +216,3 @@ def low_rank_modules(model: nn.Module) -> dict[str, LowRankLinear]:
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where `name` stands, in place."""
     model.set_submodule(name, module)
-
-
-def num_params(model: nn.Module) -> int:
-    """Numbers that the model stores, tied tensors once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def num_bytes(model: nn.Module) -> int:
-    """Bytes of the model's parameters, tied tensors once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
