@@ -12,10 +12,8 @@ from transformers import PreTrainedModel
 
 from eckart.corpora import check_vocabulary
 from eckart.evals.result import EvalResult
+from eckart.evals.windows import check_causal, check_finite, cut_windows, windows_per_batch
 from eckart.tracking import Track, silent
-
-# Logits of one batch in float32 are the largest tensor of an evaluation; this bounds them at 256 MB.
-LOGITS_PER_BATCH = 2**26
 
 
 @torch.inference_mode()
@@ -48,33 +46,15 @@ def perplexity(
             a model that is not causal or is in training mode, or a logit that is not finite (the message names the
             window).
     """
-    check_causal(model)
-    if model.training:
-        raise ValueError(f"{type(model).__name__} is in training mode, with its dropout: call model.eval() first")
-    if length < 2:
-        raise ValueError(f"length {length} leaves nothing to predict")
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise ValueError(f"length {length} is past the model's {positions} positions; lower it")
-    windows = len(stream) // length
-    if windows == 0:
-        raise ValueError(f"the text has {len(stream)} tokens, less than one window of {length}: lower the length")
-    windows = windows if limit is None else min(windows, limit)
-    if windows < 1:
-        raise ValueError(f"limit {limit} leaves no window to read")
-    vocabulary = check_vocabulary(model, stream)
-    rows = stream[: windows * length].view(windows, length)
-    size = max(1, LOGITS_PER_BATCH // (length * vocabulary))
+    check_causal(model, "perplexity")
+    rows = cut_windows(model, stream, length=length, limit=limit)
+    size = windows_per_batch(length, check_vocabulary(model, rows))
+    windows = len(rows)
     losses: list[Tensor] = []
     for batch in track(rows.split(size), task, math.ceil(windows / size)):
         batch = batch.to(model.device)
         logits = model(input_ids=batch).logits[:, :-1].float()
-        finite = torch.isfinite(logits).flatten(1).all(1)
-        if not finite.all():
-            window = sum(len(part) for part in losses) + int((~finite).nonzero()[0])
-            raise ValueError(
-                f"{task}: a logit in window {window} is not finite; the model is broken, there is no result"
-            )
+        check_finite(logits, task, sum(map(len, losses)))
         losses.append(
             torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
             .double()
@@ -90,6 +70,7 @@ def perplexity(
         value=value,
         stderr=stderr,
         n=windows,
+        better="lower",
         settings={
             "length": length,
             "windows": windows,
@@ -98,10 +79,3 @@ def perplexity(
         },
         examples=[round(mean, 6) for mean in means.tolist()],
     )
-
-
-def check_causal(model: PreTrainedModel) -> None:
-    """Raises ValueError unless the model predicts the next token."""
-    name = type(model).__name__
-    if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{name} is not a causal language model; perplexity is not defined for it")

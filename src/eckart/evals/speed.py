@@ -1,45 +1,123 @@
-"""Speed: how fast a model generates, as a ratio to another model timed in the same minutes."""
+"""Speed: how fast a model reads and generates, as ratios to another model timed in the same minutes."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
+from eckart.tracking import Track, silent
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of one model.
+
+    Attributes:
+        prefill: to read the prompt.
+        decode: to generate the tokens after it with a cache; None for a model that does not generate.
+    """
+
+    prefill: float
+    decode: float | None
+
 
 def decode_speed(
-    model: PreTrainedModel, baseline: PreTrainedModel, *, tokens: int = 32, prompt: int = 16, rounds: int = 3
+    model: PreTrainedModel,
+    baseline: PreTrainedModel,
+    *,
+    tokens: int = 32,
+    prompt: int = 16,
+    rounds: int = 3,
+    batch: int = 1,
 ) -> float:
-    """Greedy tokens per second of `model` over those of `baseline`, batch 1, with a cache.
+    """Greedy tokens per second of `model` over those of `baseline`, with a cache, the prompt not counted.
 
     The two take turns, and the medians are compared, because machines are noisy: a number of seconds on its own says
     little, a ratio from the same run more.
 
     Args:
-        tokens: generated in each round. prompt: length of a fixed prompt.
+        tokens: generated in each round. prompt: length of a fixed prompt. batch: prompts at a time.
+
+    Raises:
+        ValueError: one of the two does not generate.
     """
-    seconds: dict[int, list[float]] = {0: [], 1: []}
-    generate(model, tokens=2, prompt=prompt)  # the first call pays for allocations
-    generate(baseline, tokens=2, prompt=prompt)
-    for _ in range(rounds):
-        for which, candidate in enumerate((model, baseline)):
-            start = time.perf_counter()
-            generate(candidate, tokens=tokens, prompt=prompt)
-            seconds[which].append(time.perf_counter() - start)
-    return statistics.median(seconds[1]) / statistics.median(seconds[0])
+    one, other = time_in_turns([model, baseline], tokens=tokens, prompt=prompt, rounds=rounds, batch=batch)
+    if one.decode is None or other.decode is None:
+        slow = model if one.decode is None else baseline
+        raise ValueError(f"{type(slow).__name__} does not generate; it has no decode speed")
+    return other.decode / one.decode
+
+
+def prefill_speed(
+    model: PreTrainedModel, baseline: PreTrainedModel, *, prompt: int = 64, rounds: int = 3, batch: int = 1
+) -> float:
+    """Tokens read per second by `model` over those by `baseline`, one forward pass of `prompt` tokens at a time.
+
+    The two take turns and the medians are compared, as in `decode_speed`.
+    """
+    one, other = time_in_turns([model, baseline], tokens=0, prompt=prompt, rounds=rounds, batch=batch)
+    return other.prefill / one.prefill
+
+
+def time_in_turns(
+    models: list[PreTrainedModel],
+    *,
+    tokens: int,
+    prompt: int,
+    rounds: int,
+    batch: int = 1,
+    task: str = "speed",
+    track: Track = silent,
+) -> list[Timing]:
+    """Time the models one after the other, `rounds` times, and give each one's medians.
+
+    Args:
+        tokens: generated greedily after the prompt, where a model can.
+
+    Raises:
+        ValueError: a count that is not positive.
+    """
+    for name, value in {"prompt": prompt, "rounds": rounds, "batch": batch}.items():
+        if value < 1:
+            raise ValueError(f"{name} {value} is not positive")
+    for model in models:
+        _time_once(model, tokens=min(tokens, 2), prompt=prompt, batch=batch)  # the first call pays for allocations
+    taken: list[list[Timing]] = [[] for _ in models]
+    for _ in track(range(rounds), f"{task}: timing", rounds):
+        for model, timings in zip(models, taken, strict=True):
+            timings.append(_time_once(model, tokens=tokens, prompt=prompt, batch=batch))
+    return [_median(timings) for timings in taken]
+
+
+def _median(timings: list[Timing]) -> Timing:
+    decodes = [timing.decode for timing in timings if timing.decode is not None]
+    return Timing(
+        statistics.median(timing.prefill for timing in timings), statistics.median(decodes) if decodes else None
+    )
 
 
 @torch.inference_mode()
-def generate(model: PreTrainedModel, *, tokens: int, prompt: int) -> None:
-    """Generate exactly `tokens` greedy tokens after a fixed prompt of `prompt` tokens."""
-    ids = torch.ones(1, prompt, dtype=torch.int64, device=model.device)
-    model.generate(  # type: ignore[operator]
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        do_sample=False,
-        pad_token_id=0,
-    )
+def _time_once(model: PreTrainedModel, *, tokens: int, prompt: int, batch: int) -> Timing:
+    """Read a fixed prompt, then generate greedily, a token at a time."""
+    ids = torch.ones(batch, prompt, dtype=torch.int64, device=model.device)
+    cached = {"use_cache": True} if tokens and model.can_generate() else {}
+    start = _now(model)
+    output = model(input_ids=ids, **cached)
+    read = _now(model)
+    if not cached:
+        return Timing(read - start, None)
+    for _ in range(tokens):
+        ids = output.logits[:, -1:].argmax(-1)
+        output = model(input_ids=ids, past_key_values=output.past_key_values, use_cache=True)
+    return Timing(read - start, _now(model) - read)
+
+
+def _now(model: PreTrainedModel) -> float:
+    """Seconds, once the device has done what it was asked to."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()

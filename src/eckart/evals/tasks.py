@@ -1,4 +1,4 @@
-"""Tasks: evaluations by name, "perplexity:wikitext2"."""
+"""Tasks: evaluations by name, "perplexity:wikitext2", "lm-eval:piqa", "stereoset", "cost"."""
 
 from __future__ import annotations
 
@@ -10,9 +10,16 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.corpora import encode, read_text
-from eckart.evals.perplexity import check_causal, perplexity
+from eckart.corpora import Text, Tokens, check_tokenizer, encode, read_text
+from eckart.evals.cost import cost
+from eckart.evals.divergence import divergence
+from eckart.evals.harness import run_harness
+from eckart.evals.perplexity import perplexity
 from eckart.evals.result import EvalResult
+from eckart.evals.similarity import similarity
+from eckart.evals.stereoset import read_stereoset, stereoset
+from eckart.evals.subject import Setup, Subject
+from eckart.evals.windows import check_evaluating
 from eckart.tracking import Track, silent
 
 # The window of the published tables; a model with fewer positions is read at its own.
@@ -24,10 +31,13 @@ class Task:
     """One evaluation to run: what changes its value.
 
     Attributes:
-        name: "<evaluation>:<corpus>".
-        split, column: of the corpus.
-        length: window; None is 2048, or the model's positions if fewer.
-        limit: windows read at most.
+        name: "<evaluation>:<corpus or task>", or "<evaluation>" for one that reads neither.
+        split: of the corpus; of a harness task "sfsd-search" (20 %) and "sfsd-evaluation" (the other 80 %) as well.
+        column: field of the corpus that holds the text.
+        length: window; None is 2048, or the model's positions if fewer. Of `cost`: the length of the prompt.
+        limit: windows, or examples, read at most.
+        shots: examples in front of each question; None is the task's own number.
+        seed: draws those examples.
     """
 
     name: str
@@ -35,11 +45,52 @@ class Task:
     column: str | None = None
     length: int | None = None
     limit: int | None = None
+    shots: int | None = None
+    seed: int = 0
+
+    @property
+    def kind(self) -> str:
+        """The evaluation."""
+        return self.name.partition(":")[0]
+
+    @property
+    def argument(self) -> str:
+        """The corpus or harness task; empty where there is none."""
+        return self.name.partition(":")[2]
+
+    @property
+    def label(self) -> str:
+        """The name, with what tells it from another reading of the same corpus: "lm-eval:piqa@sfsd-search"."""
+        marks = [
+            f"@{self.split}" if self.split != "test" else "",
+            f"@{self.length}" if self.length is not None else "",
+            f"@{self.shots}-shot" if self.shots is not None else "",
+        ]
+        return self.name + "".join(marks)
 
     @property
     def slug(self) -> str:
         """A file name."""
-        return re.sub(r"[^A-Za-z0-9_.-]+", "-", self.name).strip("-.")
+        return re.sub(r"[^A-Za-z0-9_.-]+", "-", self.label).strip("-.")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A row of the table.
+
+    Attributes:
+        run: (subject, task, setup) -> result.
+        about: one line for people.
+        argument: what stands behind the colon: "corpus", "task", or "" for nothing.
+        needs: which optional fields of `Subject` it reads.
+        of: "both" the dense and the compressed model are measured, or only one of them.
+    """
+
+    run: Callable[[Subject, Task, Setup], EvalResult]
+    about: str
+    argument: str = "corpus"
+    needs: frozenset[str] = frozenset()
+    of: str = "both"
 
 
 def evaluate(
@@ -48,33 +99,52 @@ def evaluate(
     tasks: Sequence[str | Task],
     *,
     data: Path | None = None,
+    batch_size: int = 8,
+    path: Path | None = None,
+    reference: PreTrainedModel | None = None,
+    calibration: Tokens | None = None,
+    watched: Sequence[str] = (),
     track: Track = silent,
 ) -> list[EvalResult]:
     """Run evaluations on a model, in order.
 
     Args:
-        tasks: names such as "perplexity:wikitext2", "perplexity:builtin/code", "perplexity:notes.txt", or `Task`s.
-        data: folder with local copies of known corpora; None asks the hub.
+        tasks: names such as "perplexity:wikitext2", "perplexity:notes.txt", "lm-eval:piqa", "stereoset", or `Task`s.
+        data: folder with local copies of known corpora and tasks; None asks the hub.
+        batch_size: examples at a time, for tasks of examples.
+        path, reference, calibration, watched: see `Subject`; only some evaluations need them.
 
     Raises:
-        ValueError: an unknown evaluation or corpus, and what the evaluation itself raises. Names are checked before
+        ValueError: an unknown evaluation or corpus, a tokenizer that is plainly another model's, something that an
+            evaluation needs and was not given, and what the evaluation itself raises. All names are checked before
             anything runs.
     """
     chosen = [task if isinstance(task, Task) else Task(task) for task in tasks]
-    runners = [find_task(task.name) for task in chosen]
-    return [run(model, tokenizer, task, data, track) for run, task in zip(runners, chosen, strict=True)]
+    subject = Subject(model, tokenizer, path, reference, calibration, tuple(watched))
+    for task in chosen:
+        missing = [name for name in sorted(find_task(task.name).needs) if not getattr(subject, name)]
+        if missing:
+            raise ValueError(f"{task.name} needs {' and '.join(NEEDS[name] for name in missing)}")
+    check_evaluating(model)
+    check_tokenizer(model, tokenizer)
+    setup = Setup(data, batch_size, track)
+    return [find_task(task.name).run(subject, task, setup) for task in chosen]
 
 
-def find_task(name: str) -> Callable[..., EvalResult]:
+def find_task(name: str) -> Evaluation:
     """The evaluation behind a task's name. Raises ValueError with the nearest known name."""
-    kind, _, corpus = name.partition(":")
+    kind, _, argument = name.partition(":")
     if kind not in EVALUATIONS:
         near = difflib.get_close_matches(kind, EVALUATIONS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(EVALUATIONS)}"
         raise ValueError(f"unknown evaluation {kind!r} in {name!r}; {hint}")
-    if not corpus:
-        raise ValueError(f"{name!r} names no corpus; write {kind}:wikitext2, or {kind}:FILE")
-    return EVALUATIONS[kind]
+    row = EVALUATIONS[kind]
+    if row.argument and not argument:
+        example = "wikitext2, or " + f"{kind}:FILE" if row.argument == "corpus" else "piqa"
+        raise ValueError(f"{name!r} names no {row.argument}; write {kind}:{example}")
+    if argument and not row.argument:
+        raise ValueError(f"{name!r}: {kind} stands alone; write {kind}")
+    return row
 
 
 def default_length(model: PreTrainedModel) -> int:
@@ -82,14 +152,114 @@ def default_length(model: PreTrainedModel) -> int:
     return min(DEFAULT_LENGTH, getattr(model.config, "max_position_embeddings", None) or DEFAULT_LENGTH)
 
 
-def _perplexity(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, data: Path | None, track: Track
-) -> EvalResult:
-    check_causal(model)
-    text = read_text(task.name.partition(":")[2], split=task.split, data=data, column=task.column)
-    length = task.length or default_length(model)
-    stream = encode(text.joined, tokenizer)
-    return perplexity(model, stream, length=length, limit=task.limit, task=task.name, settings=text.source, track=track)
+def _text(task: Task, setup: Setup) -> Text:
+    return read_text(task.argument, split=task.split, data=setup.data, column=task.column)
 
 
-EVALUATIONS: dict[str, Callable[..., EvalResult]] = {"perplexity": _perplexity}
+def _perplexity(subject: Subject, task: Task, setup: Setup) -> EvalResult:
+    text = _text(task, setup)
+    return perplexity(
+        subject.model,
+        encode(text.joined, subject.tokenizer),
+        length=task.length or default_length(subject.model),
+        limit=task.limit,
+        task=task.label,
+        settings=text.source,
+        track=setup.track,
+    )
+
+
+def _divergence(subject: Subject, task: Task, setup: Setup) -> EvalResult:
+    assert subject.reference is not None
+    text = _text(task, setup)
+    return divergence(
+        subject.model,
+        subject.reference,
+        encode(text.joined, subject.tokenizer),
+        length=task.length or default_length(subject.model),
+        limit=task.limit,
+        task=task.label,
+        settings=text.source,
+        track=setup.track,
+    )
+
+
+def _similarity(subject: Subject, task: Task, setup: Setup) -> EvalResult:
+    assert subject.calibration is not None
+    text = _text(task, setup)
+    return similarity(
+        subject.model,
+        subject.calibration,
+        encode(text.joined, subject.tokenizer),
+        watched=subject.watched,
+        length=task.length or subject.calibration.ids.shape[1],
+        limit=task.limit,
+        task=task.label,
+        settings=text.source,
+        track=setup.track,
+    )
+
+
+def _harness(subject: Subject, task: Task, setup: Setup) -> EvalResult:
+    return run_harness(
+        subject.model,
+        subject.tokenizer,
+        task.argument,
+        split=task.split,
+        shots=task.shots,
+        seed=task.seed,
+        limit=task.limit,
+        data=setup.data,
+        batch_size=setup.batch_size,
+        task=task.label,
+        track=setup.track,
+    )
+
+
+def _stereoset(subject: Subject, task: Task, setup: Setup) -> EvalResult:
+    return stereoset(
+        subject.model,
+        subject.tokenizer,
+        read_stereoset(setup.data),
+        limit=task.limit,
+        batch_size=setup.batch_size,
+        task=task.label,
+        track=setup.track,
+    )
+
+
+def _cost(subject: Subject, task: Task, setup: Setup) -> EvalResult:
+    return cost(
+        subject.model,
+        reference=subject.reference,
+        path=subject.path,
+        prompt=task.length,
+        task=task.label,
+        track=setup.track,
+    )
+
+
+NEEDS = {
+    "reference": "the dense model to compare with",
+    "calibration": "the calibration text",
+    "watched": "the names of the modules to watch",
+}
+
+EVALUATIONS: dict[str, Evaluation] = {
+    "perplexity": Evaluation(_perplexity, "exp of the mean negative log-likelihood per token"),
+    "lm-eval": Evaluation(_harness, "a task of lm-evaluation-harness, by its name there", "task"),
+    "stereoset": Evaluation(_stereoset, "StereoSet: language modelling, stereotype and ICAT scores", ""),
+    "divergence": Evaluation(
+        _divergence,
+        "KL divergence and top-1 agreement of next tokens, against the dense model",
+        needs=frozenset({"reference"}),
+        of="compressed",
+    ),
+    "similarity": Evaluation(
+        _similarity,
+        "cosine between activations on calibration and evaluation text",
+        needs=frozenset({"calibration", "watched"}),
+        of="dense",
+    ),
+    "cost": Evaluation(_cost, "parameters, bytes, multiply-accumulates, speed", ""),
+}

@@ -1,0 +1,233 @@
+"""Cost: what a model takes: numbers, bytes, multiply-accumulates, and time beside another model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from eckart.evals.result import EvalResult, Score
+from eckart.evals.speed import Timing, time_in_turns
+from eckart.sizes import num_params, tensor_bytes
+from eckart.tracking import Track, silent
+
+# SFSD Table 1 counts at 64 tokens; a model with fewer positions is counted at what is left of them.
+DEFAULT_PROMPT = 64
+# In order: the first kind that a directory has is the one that loaders read.
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates of one forward pass over one sequence, in total.
+
+    Attributes:
+        linear: of the linears, d_in d_out for each token that one reads; a head that is tied counts like any other.
+        attention: of every other product: the scores and the weighted values. The whole square of scores counts,
+            the masked half as well, as published counts do.
+        length: tokens of the sequence.
+    """
+
+    linear: int
+    attention: int
+    length: int
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.attention
+
+
+def cost(
+    model: PreTrainedModel,
+    *,
+    reference: PreTrainedModel | None = None,
+    path: Path | None = None,
+    batch: int = 1,
+    prompt: int | None = None,
+    tokens: int = 32,
+    rounds: int = 3,
+    task: str = "cost",
+    track: Track = silent,
+) -> EvalResult:
+    """Parameters, bytes, multiply-accumulates per token, and speeds beside `reference`.
+
+    Scores, the main one is `params`:
+        params: numbers stored, tied ones once; a quantised weight counts the numbers that it stands for.
+        bytes.resident: of parameters and buffers as they lie in memory: a quantised weight counts its codes and scales.
+        bytes.disk: of the weight files in `path`.
+        macs, macs.linear, macs.attention: per token of a sequence of `prompt` tokens, see `count_macs`. SFSD Table 1
+            prints the total of a sequence of 64 tokens: 423.93 G for LLaMA-7B is 64 times the `macs` here.
+        params.kept, bytes.kept, macs.kept: shares of the reference's.
+        prefill_speed, decode_speed: tokens per second over the reference's, medians of runs in turns. A model that does
+            not generate has no decode speed. Tokens per second as such are in details["tokens_per_second"]: noisy
+            numbers, of one machine in one minute.
+
+    Args:
+        reference: the dense model. Without it there are no shares and no speeds.
+        path: directory of the checkpoint.
+        batch: sequences at a time, for the speeds.
+        prompt: tokens of context; None is 64, or what the model's positions leave beside `tokens`.
+        tokens: generated in each round. rounds: of timing.
+
+    Raises:
+        ValueError: an encoder-decoder, more tokens than positions, a path without weight files, a count that is not
+            positive, or a logit that is not finite.
+
+    Cost: one forward pass for the count, 2 + `rounds` (prefill and `tokens` steps) for each model's speed.
+    """
+    prompt = _check_length(model, prompt, tokens)
+    values = _sizes(model, prompt)
+    if path is not None:
+        values["bytes.disk"] = disk_bytes(path)
+    models = [model] if reference is None else [model, reference]
+    if reference is not None:
+        dense = _sizes(reference, _check_length(reference, prompt, tokens))
+        for share, name in (("params.kept", "params"), ("bytes.kept", "bytes.resident"), ("macs.kept", "macs")):
+            values[share] = values[name] / dense[name]
+    timings = time_in_turns(models, tokens=tokens, prompt=prompt, rounds=rounds, batch=batch, task=task, track=track)
+    if len(timings) == 2:
+        one, other = timings
+        values["prefill_speed"] = other.prefill / one.prefill
+        if one.decode is not None and other.decode is not None:
+            values["decode_speed"] = other.decode / one.decode
+    return EvalResult(
+        task=task,
+        metric="params",
+        value=values.pop("params"),
+        stderr=None,
+        n=1,
+        better="lower",
+        settings={"batch": batch, "prompt": prompt, "tokens": tokens, "rounds": rounds, "dtype": str(model.dtype)[6:]},
+        scores={name: Score(value) for name, value in values.items()},
+        details={
+            "tokens_per_second": {
+                "note": "noisy: of one machine in one minute; compare the ratios",
+                **{
+                    name: _rates(timing, batch, prompt, tokens)
+                    for name, timing in zip(("model", "reference"), timings, strict=False)
+                },
+            }
+        },
+    )
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of the model's parameters and buffers as they lie in memory, tied ones once."""
+    return sum(tensor_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
+
+
+def disk_bytes(path: Path) -> int:
+    """Bytes of the weight files in a directory: *.safetensors, or pytorch_model*.bin where there are none.
+
+    Raises:
+        ValueError: it is no directory, or holds no weights.
+    """
+    for pattern in WEIGHT_FILES:
+        files = list(path.glob(pattern)) if path.is_dir() else []
+        if files:
+            return sum(file.stat().st_size for file in files)
+    raise ValueError(f"{path} holds no weight files ({' or '.join(WEIGHT_FILES)}); give the checkpoint's directory")
+
+
+@torch.inference_mode()
+def count_macs(model: PreTrainedModel, length: int) -> Macs:
+    """Count the multiply-accumulates of one forward pass over one sequence of `length` tokens.
+
+    Linears are counted from their shapes and the rows that each is given, so a module that runs twice counts twice
+    and one that reads a single token counts once. The rest is what torch's FLOP counter sees outside of them, at two
+    operations for each. The model may lie on the meta device.
+
+    Raises:
+        ValueError: an attention kernel that the counter cannot see into, or a logit that is not finite.
+    """
+    attention = getattr(model.config, "_attn_implementation", None)
+    if attention not in (None, "eager", "sdpa"):
+        raise ValueError(f"attention {attention!r} cannot be counted; load the model with attn_implementation='sdpa'")
+    ids = torch.ones(1, length, dtype=torch.int64, device=model.device)
+    counter = FlopCounterMode(display=False)
+    # The plain kernel is made of products that the counter knows, on every device.
+    with counter, sdpa_kernel(SDPBackend.MATH), _counting_linears(model, counter) as linears:
+        output = model(input_ids=ids)[0]
+    if output.device.type != "meta" and not torch.isfinite(output).all():
+        raise ValueError(f"{type(model).__name__}: a logit is not finite; the model is broken, there is no result")
+    return Macs(linears.macs, (counter.get_total_flops() - linears.flops) // 2, length)
+
+
+@dataclass
+class _Linears:
+    """What the linears of a forward pass did: counted by their shapes, and as the counter saw them."""
+
+    macs: int = 0
+    flops: int = 0
+    before: int = 0
+
+
+@contextmanager
+def _counting_linears(model: nn.Module, counter: FlopCounterMode) -> Iterator[_Linears]:
+    """Inside, every linear adds to the count that this yields."""
+    linears = _Linears()
+
+    def enter(_module: nn.Module, _args: object) -> None:
+        linears.before = counter.get_total_flops()
+
+    def leave(module: nn.Module, args: tuple[Tensor, ...], _output: object) -> None:
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        linears.macs += args[0].shape[:-1].numel() * weight.numel()
+        linears.flops += counter.get_total_flops() - linears.before
+
+    handles = []
+    try:
+        for module in model.modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+        yield linears
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _sizes(model: PreTrainedModel, prompt: int) -> dict[str, float]:
+    """The scores that need no other model and no clock."""
+    macs = count_macs(model, prompt)
+    return {
+        "params": num_params(model),
+        "bytes.resident": resident_bytes(model),
+        "macs": macs.total / prompt,
+        "macs.linear": macs.linear / prompt,
+        "macs.attention": macs.attention / prompt,
+    }
+
+
+def _check_length(model: PreTrainedModel, prompt: int | None, tokens: int) -> int:
+    """The prompt's length, once it and `tokens` are sure to fit the model."""
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder; its cost per token is not defined here")
+    for which, value in {"tokens": tokens, "prompt": prompt}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{which} {value} is not positive")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if prompt is None:
+        prompt = DEFAULT_PROMPT if positions is None else min(DEFAULT_PROMPT, positions - tokens)
+    needed = prompt + tokens if model.can_generate() else prompt
+    if positions is not None and (needed > positions or prompt < 1):
+        raise ValueError(
+            f"{name} has {positions} positions: a prompt of {max(prompt, 1)} and {tokens} tokens do not fit; lower them"
+        )
+    return prompt
+
+
+def _rates(timing: Timing, batch: int, prompt: int, tokens: int) -> dict[str, float]:
+    """Tokens per second."""
+    rates = {"prefill": batch * prompt / timing.prefill}
+    if timing.decode is not None:
+        rates["decode"] = batch * tokens / timing.decode
+    return {name: round(rate, 1) for name, rate in rates.items()}

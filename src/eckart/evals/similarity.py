@@ -1,0 +1,151 @@
+"""Activation similarity: how much an evaluation text's activations look like the calibration text's (NSVD Figure 1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from eckart.corpora import Tokens
+from eckart.evals.result import EvalResult, Score
+from eckart.evals.windows import cut_windows
+from eckart.tracking import Track, silent
+
+# Of the histogram over [-1, 1].
+BINS = 40
+# Rows read at a time: memory and speed only.
+ROWS = 8
+
+
+@torch.inference_mode()
+def similarity(
+    model: PreTrainedModel,
+    calibration: Tokens,
+    stream: Int[Tensor, "tokens"],
+    *,
+    watched: Sequence[str],
+    length: int,
+    limit: int | None = None,
+    task: str = "similarity",
+    settings: dict[str, Any] | None = None,
+    track: Track = silent,
+) -> EvalResult:
+    """Cosine similarity between the activations of a text and those of the calibration text.
+
+    For every watched module and every window of the text: the cosine between the mean input over the window's tokens
+    and the mean input over all calibration tokens. NSVD (Figure 1, Table 2) prints means and deviations of "cosine
+    similarities for activations between the calibration set and each evaluation set" without saying between which
+    vectors; this is our reading of it.
+
+    Args:
+        calibration: the calibration rows; padding is left out.
+        stream: (n,) token ids of the evaluation text.
+        watched: names of modules; similarity is taken of what they read.
+        length, limit: windows of the text, as in `perplexity`.
+
+    Returns:
+        value = mean cosine over windows and modules; stderr from the spread between windows. Scores: `std` over windows
+        and modules; `calibration`, the same mean for the calibration's own rows, what a text of that kind would
+        have. details: histogram {edges, counts}, `modules` {name: mean cosine}. examples: mean cosine of each window.
+
+    Raises:
+        ValueError: no module to watch, an input that is not finite, and what `cut_windows` raises.
+
+    Cost: a forward pass over both texts; memory for one mean vector per row and module.
+    """
+    if not watched:
+        raise ValueError("similarity needs the names of the modules whose inputs are compared")
+    windows = cut_windows(model, stream, length=length, limit=limit)
+    rows = calibration.batches(ROWS)
+    own = _means(model, watched, track(rows, f"{task}: calibration", len(rows)), task)
+    weights = calibration.mask.sum(1).double()
+    texts = [(batch, torch.ones_like(batch, dtype=torch.bool)) for batch in windows.split(ROWS)]
+    means = _means(model, watched, track(texts, task, len(texts)), task)
+    cosines, ceiling = {}, []
+    for name in watched:
+        centre = (weights @ own[name]) / weights.sum()
+        cosines[name] = torch.nn.functional.cosine_similarity(means[name], centre[None], dim=1)
+        ceiling.append(torch.nn.functional.cosine_similarity(own[name], centre[None], dim=1))
+    table = torch.stack(list(cosines.values()))  # (modules, windows)
+    per_window = table.mean(0)
+    edges = torch.linspace(-1, 1, BINS + 1, dtype=torch.float64)
+    counts = torch.histogram(table.flatten().clamp(-1, 1), edges).hist
+    return EvalResult(
+        task=task,
+        metric="cosine",
+        value=float(table.mean()),
+        stderr=float(per_window.std()) / math.sqrt(len(windows)) if len(windows) > 1 else None,
+        n=len(windows),
+        settings={
+            "length": length,
+            "windows": len(windows),
+            "modules": len(watched),
+            "calibration": calibration.source,
+            **(settings or {}),
+        },
+        examples=[round(value, 6) for value in per_window.tolist()],
+        scores={
+            "std": Score(float(table.std(correction=0)), None, table.numel()),
+            "calibration": Score(float(torch.stack(ceiling).mean()), None, len(calibration)),
+        },
+        details={
+            "histogram": {
+                "edges": [round(edge, 4) for edge in edges.tolist()],
+                "counts": [int(count) for count in counts.tolist()],
+            },
+            "modules": {name: round(float(values.mean()), 6) for name, values in cosines.items()},
+        },
+    )
+
+
+def _means(
+    model: PreTrainedModel, watched: Sequence[str], batches: Any, task: str
+) -> dict[str, Float[Tensor, "rows width"]]:
+    """{module: mean input over each row's tokens}, in float64 on the CPU."""
+    found: dict[str, list[Tensor]] = {name: [] for name in watched}
+    with watch_inputs(model, watched) as seen:
+        for ids, mask in batches:
+            whole = bool(mask.all())
+            model(input_ids=ids.to(model.device), attention_mask=None if whole else mask.to(model.device).long())
+            for name in watched:
+                found[name].append(_masked_mean(seen[name], mask.to(seen[name].device)).cpu())
+                if not torch.isfinite(found[name][-1]).all():
+                    raise ValueError(f"{task}: an input of {name} is not finite; the model is broken")
+            seen.clear()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _masked_mean(x: Float[Tensor, "*tokens width"], mask: Bool[Tensor, "rows tokens"]) -> Float[Tensor, "rows width"]:
+    x = x.reshape(*mask.shape, x.shape[-1])  # some models flatten rows and tokens before their MLP
+    kept = torch.where(mask[..., None], x.double(), 0.0)
+    return kept.sum(1) / mask.sum(1, keepdim=True)
+
+
+@contextmanager
+def watch_inputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Inside, {name: the last input} of the named modules; the hooks are taken off at the end.
+
+    Raises:
+        ValueError: the model has no module of that name.
+    """
+    seen: dict[str, Tensor] = {}
+    handles = []
+    try:
+        for name in names:
+            try:
+                module = model.get_submodule(name)
+            except AttributeError:
+                raise ValueError(f"{type(model).__name__} has no module {name!r}") from None
+            handles.append(
+                module.register_forward_pre_hook(lambda _module, args, name=name: seen.__setitem__(name, args[0]))
+            )
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

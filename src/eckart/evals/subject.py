@@ -1,0 +1,46 @@
+"""Subject: what is evaluated, and what it may be compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eckart.corpora import Tokens
+from eckart.tracking import Track, silent
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under evaluation. Only evaluations that need more than the first two fields ask for it.
+
+    Attributes:
+        model, tokenizer: the model and the tokenizer beside it.
+        path: the directory that it was loaded from, for its bytes on disk.
+        reference: the model that it was made from, for comparisons of one with the other.
+        calibration: the text that it was calibrated on.
+        watched: names of the modules whose inputs `similarity` compares, one for every input that linears share.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    path: Path | None = None
+    reference: PreTrainedModel | None = None
+    calibration: Tokens | None = None
+    watched: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where an evaluation reads and how fast it goes; nothing of it changes a number beyond rounding.
+
+    Attributes:
+        data: folder with local copies of known corpora and tasks; None asks the hub.
+        batch_size: examples at a time, where an evaluation does not choose for itself.
+        track: shows progress.
+    """
+
+    data: Path | None = None
+    batch_size: int = 8
+    track: Track = silent

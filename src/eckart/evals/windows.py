@@ -1,0 +1,77 @@
+"""Windows: a stream of tokens cut into rows that a model can read, and the checks that come before."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eckart.corpora import check_positions, check_vocabulary
+
+# Logits of one batch in float32 are the largest tensor of an evaluation; this bounds them at 256 MB.
+LOGITS_PER_BATCH = 2**26
+
+
+def cut_windows(
+    model: PreTrainedModel, stream: Int[Tensor, "tokens"], *, length: int, limit: int | None = None
+) -> Int[Tensor, "windows length"]:
+    """The stream cut into windows of `length` from its start, without overlap; a shorter rest is left out.
+
+    Args:
+        stream: (n,) token ids.
+        limit: at most this many windows.
+
+    Raises:
+        ValueError: less than one window of text, a length past the model's positions, a token outside its vocabulary,
+            or a model in training mode.
+    """
+    check_evaluating(model)
+    if length < 2:
+        raise ValueError(f"length {length} leaves nothing to predict")
+    check_positions(model, length)
+    windows = len(stream) // length
+    if windows == 0:
+        raise ValueError(f"the text has {len(stream)} tokens, less than one window of {length}: lower the length")
+    windows = windows if limit is None else min(windows, limit)
+    if windows < 1:
+        raise ValueError(f"limit {limit} leaves no window to read")
+    rows = stream[: windows * length].view(windows, length)
+    check_vocabulary(model, rows)
+    return rows
+
+
+def windows_per_batch(length: int, vocabulary: int, models: int = 1) -> int:
+    """Windows at a time, so that the logits of `models` models stay within LOGITS_PER_BATCH numbers."""
+    return max(1, LOGITS_PER_BATCH // (length * vocabulary * models))
+
+
+def check_causal(model: PreTrainedModel, what: str = "perplexity") -> None:
+    """Raises ValueError unless the model predicts the next token; `what` is not defined for others."""
+    if not is_causal(model):
+        raise ValueError(f"{type(model).__name__} is not a causal language model; {what} is not defined for it")
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether the model predicts the next token from those before it."""
+    return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def check_evaluating(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model in training mode, whose dropout makes every number random."""
+    if model.training:
+        raise ValueError(f"{type(model).__name__} is in training mode, with its dropout: call model.eval() first")
+
+
+def check_finite(logits: Tensor, what: str, first: int) -> None:
+    """Raises ValueError where a logit is not finite: a broken model has no result.
+
+    Args:
+        logits: (rows, ...) of one batch.
+        what: names the evaluation, in the message.
+        first: number of the batch's first row.
+    """
+    finite = torch.isfinite(logits).flatten(1).all(1)
+    if not finite.all():
+        window = first + int((~finite).nonzero()[0])
+        raise ValueError(f"{what}: a logit in window {window} is not finite; the model is broken, there is no result")
