@@ -13,9 +13,12 @@ PACKAGE = Path(eckart.__file__).parent
 # A room may import rooms to its right, never to its left.
 ORDER = [
     "cli",
+    "study",
     "pipeline",
     "demo",
     "card",
+    "recipe",
+    "baselines",
     "compression",
     "calibration",
     "gradients",
@@ -61,15 +64,25 @@ def test_lowrank_never_imports_transformers() -> None:
 
 
 def test_evals_know_nothing_of_compression() -> None:
-    allowed = ("eckart.evals", "eckart.corpora", "eckart.tracking")
+    allowed = ("eckart.evals", "eckart.corpora", "eckart.quiet", "eckart.sizes", "eckart.tracking")
     for file in files_of("evals"):
         for module in imports_of(file):
             assert not module.startswith("eckart") or module.startswith(allowed), (file, module)
 
 
+def test_reports_know_files_and_no_models() -> None:
+    for file in files_of("reports"):
+        for module in imports_of(file):
+            assert module.split(".")[0] not in {"torch", "transformers"}, (file, module)
+            assert not module.startswith("eckart") or module.startswith(("eckart.reports", "eckart.evals")), (
+                file,
+                module,
+            )
+
+
 def test_only_the_terminal_knows_rich() -> None:
     for file in PACKAGE.rglob("*.py"):
-        if file.name not in {"terminal.py", "cli.py"}:
+        if file.name != "terminal.py" and file.parent.name != "cli":
             assert not any(module.split(".")[0] in {"rich", "typer"} for module in imports_of(file)), file
 
 

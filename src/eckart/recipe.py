@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from eckart.baselines import BASELINES, build_baseline
+from eckart.evals.tasks import Task, find_task
 from eckart.lowrank import build_method
 
 
@@ -22,14 +24,17 @@ class Section(BaseModel):
 
 
 class MethodSection(Section):
-    """A method of the catalogue and its settings."""
+    """A method of the catalogue, or a baseline (int8, int4, llm-pruner), and its settings."""
 
     name: str = "nsvd-i"
     options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _known(self) -> MethodSection:
-        build_method(self.name, self.options)
+        if self.name in BASELINES:
+            build_baseline(self.name, self.options)
+        else:
+            build_method(self.name, self.options)
         return self
 
 
@@ -64,6 +69,17 @@ class EvaluationSection(Section):
     column: str | None = None
     length: int | None = Field(None, gt=1)
     limit: int | None = Field(None, gt=0)
+    shots: int | None = Field(None, ge=0, description="examples in front of each question; default: the task's own")
+    seed: int = Field(0, description="draws those examples")
+
+    @model_validator(mode="after")
+    def _known(self) -> EvaluationSection:
+        find_task(self.task)
+        return self
+
+    def to_task(self) -> Task:
+        """As `evaluate` takes it."""
+        return Task(self.task, self.split, self.column, self.length, self.limit, self.shots, self.seed)
 
 
 class Recipe(Section):
@@ -93,9 +109,33 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _one_allocation(self) -> Recipe:
-        if sum(given is not None for given in (self.keep, self.rules, self.plan)) != 1:
+        given = [name for name in ("keep", "rules", "plan") if getattr(self, name) is not None]
+        if not self.is_baseline and len(given) != 1:
             raise ValueError("give exactly one of keep, rules and plan")
+        if self.is_baseline:
+            baseline = build_baseline(self.method.name, self.method.options)
+            wanted = ["keep"] if baseline.needs_keep else []
+            if given != wanted:
+                raise ValueError(f"{self.method.name} takes {'keep' if wanted else 'no keep'}, no rules and no plan")
         return self
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Recipe:
+        labels = [item.to_task().label for item in self.evaluate]
+        twice = [label for label in dict.fromkeys(labels) if labels.count(label) > 1]
+        if twice:
+            raise ValueError(f"evaluate has {twice[0]!r} twice")
+        return self
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the method is a rival of low rank, and not a method of the catalogue."""
+        return self.method.name in BASELINES
+
+    @property
+    def tasks(self) -> list[Task]:
+        """What to measure."""
+        return [item.to_task() for item in self.evaluate]
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)

@@ -79,3 +79,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
 def megabytes(count: float) -> str:
     """1234567 -> "1.23 MB"."""
     return f"{count / 1e6:,.2f} MB"
+
+
+def number(value: float) -> str:
+    """Four decimals where they say something: 0.0123, 13.7413, 1,234.6, 1.2e+06."""
+    size = abs(value)
+    if size >= 1e6 or 0 < size < 1e-4:
+        return f"{value:.2e}"
+    return f"{value:,.1f}" if size >= 1000 else f"{value:.4f}"

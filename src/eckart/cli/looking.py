@@ -1,0 +1,128 @@
+"""Commands that look: inspect, methods, evaluations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eckart.allocation import RankPlan, plan, summarise
+from eckart.cli.app import app, console
+from eckart.corpora import CORPORA
+from eckart.evals.harness_tasks import LOCAL_TASKS
+from eckart.evals.tasks import EVALUATIONS
+from eckart.lowrank import METHODS, build_method, method_options
+from eckart.models.loading import load_model
+from eckart.models.sites import find_sites, low_rank_modules
+from eckart.sizes import num_bytes, num_params
+from eckart.terminal import megabytes, table
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Dense or compressed: a Hugging Face directory or hub name")],
+    keep: Annotated[float | None, typer.Option(help="Show the plan that this share would make")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="As in compress")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="As in compress")] = None,
+    blocks: Annotated[str | None, typer.Option(help="As in compress")] = None,
+    rank_multiple: Annotated[int, typer.Option(help="As in compress")] = 1,
+    save_plan: Annotated[Path | None, typer.Option(help="Write the plan as JSON, to edit and give to compress")] = None,
+) -> None:
+    """Show a model's compressible linears, the ranks a plan would give them, or the ranks of a compressed model."""
+    if save_plan is not None and save_plan.exists():
+        raise FileExistsError(f"{save_plan} exists; give another place")
+    loaded = load_model(model)
+    low_rank = low_rank_modules(loaded)
+    if save_plan is not None and (low_rank or keep is None):
+        raise ValueError("--save-plan needs a dense model and --keep")
+    if low_rank:
+        rows = [
+            [
+                name,
+                f"{m.out_features} x {m.in_features}",
+                str(m.rank),
+                f"{_kept(m.rank, m.out_features, m.in_features):.3f}",
+            ]
+            for name, m in low_rank.items()
+        ]
+        console.print(table(model, ["low-rank linear", "out x in", "rank", "kept"], rows))
+        recipe = loaded.config.quantization_config.recipe
+        console.print(f"made by {json.dumps(recipe, ensure_ascii=False)}")
+    else:
+        ranks: RankPlan | None = None
+        if keep is not None:
+            ranks = plan(
+                loaded,
+                keep,
+                include=include or (),
+                exclude=exclude or (),
+                blocks=blocks,
+                rank_multiple=rank_multiple,
+            )
+        rows = []
+        for site in find_sites(loaded):
+            rank = ranks.rank(site) if ranks else None
+            shown = "dense" if rank is None else str(rank)
+            rows.append([site.name, site.part, f"{site.d_out} x {site.d_in}", str(site.break_even_rank), shown])
+        console.print(table(model, ["linear", "part", "out x in", "break-even rank", "rank"], rows, text_columns=2))
+        if ranks is not None:
+            summary = summarise(ranks, loaded)
+            console.print(
+                f"keeps {summary['keep_of_linears']:.1%} of the block linears, "
+                f"{summary['keep_of_model']:.1%} of the model"
+            )
+            for name, note in ranks.notes.items():
+                console.print(f"{name}: {note}")
+            if save_plan is not None:
+                save_plan.write_text(ranks.to_json(), encoding="utf-8")
+    console.print(f"{num_params(loaded):,} parameters, {megabytes(num_bytes(loaded))} in {loaded.dtype}")
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show one method whole")] = None,
+) -> None:
+    """List the published methods, or show one: its paper, equation, assumptions and settings."""
+    if name is None:
+        rows = [
+            [
+                entry,
+                (METHODS[entry].__doc__ or "").splitlines()[0],
+                ", ".join(f"{key}={value}" for key, value in method_options(entry).items()),
+            ]
+            for entry in METHODS
+        ]
+        console.print(table("Methods", ["name", "what it is", "settings"], rows, text_columns=3))
+        return
+    method = build_method(name)
+    settings = ", ".join(f"{key} = {value}" for key, value in method_options(name).items())
+    facts = {
+        "": METHODS[name].__doc__ or "",
+        "paper": method.paper,
+        "equation": method.equation,
+        "assumes": method.assumes,
+        "fails": method.fails,
+        "needs": ", ".join(sorted(method.needs)) or "no calibration",
+        "settings": settings or "none",
+    }
+    console.print(table(name, ["", ""], [[key, value] for key, value in facts.items()], text_columns=2))
+
+
+@app.command()
+def evaluations() -> None:
+    """List what can be measured: evaluations, the corpora that they read, the local tasks."""
+    rows = [
+        [f"{name}:{row.argument.upper()}" if row.argument else name, row.about] for name, row in EVALUATIONS.items()
+    ]
+    console.print(table("Evaluations", ["name", "what it measures"], rows, text_columns=2))
+    rows = [[name, corpus.hub or "", ", ".join(corpus.files)] for name, corpus in CORPORA.items()]
+    console.print(
+        table("Corpora (or a file, or a hub data set)", ["name", "hub", "local splits"], rows, text_columns=3)
+    )
+    console.print(f"lm-eval tasks that local files serve: {', '.join(LOCAL_TASKS)}; any other is read from the hub")
+
+
+def _kept(rank: int, d_out: int, d_in: int) -> float:
+    return rank * (d_out + d_in) / (d_out * d_in)

@@ -1,0 +1,186 @@
+"""Commands that make models: demo, compress, export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eckart.cli.app import CACHE, Batch, Cache, Data, Device, Force, NoCache, app, console
+from eckart.demo import run_demo
+from eckart.lowrank import method_options
+from eckart.models.dense import export_dense
+from eckart.models.loading import check_free, load_model, load_tokenizer, save
+from eckart.models.sites import low_rank_modules
+from eckart.pipeline import How, make_checkpoint
+from eckart.recipe import parse_recipe
+from eckart.sizes import num_bytes, num_params
+from eckart.terminal import TerminalTrack, megabytes, table
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Also write the table as JSON to this file")] = None,
+) -> None:
+    """Compress the built-in model by five methods at five sizes and print what it cost.
+
+    Needs no network. Calibrated on Python's documentation (prose); code is the text it has not been calibrated on.
+    """
+    rows = []
+    for row in run_demo(track=TerminalTrack(console)):
+        rows.append(row)
+        if not console.is_terminal:
+            console.print(f"{row.method} {row.keep}: {row.in_domain:.2f} in domain, {row.out_of_domain:.2f} out of it")
+    console.print(
+        table(
+            "Perplexity of held-out text after compression, calibrated on prose",
+            ["method", "keep", "prose (in)", "code (out)", "parameters", "stored", "decode speed"],
+            [
+                [
+                    row.method,
+                    f"{row.keep:.1f}",
+                    f"{row.in_domain:.2f}",
+                    f"{row.out_of_domain:.2f}",
+                    f"{row.params:,}",
+                    megabytes(row.bytes),
+                    f"{row.decode_speed:.2f} x",
+                ]
+                for row in rows
+            ],
+        )
+    )
+    console.print(
+        "keep is the share of each linear kept; embeddings stay dense. Decode speed is against dense, same run."
+    )
+    if out is not None:
+        out.write_text(json.dumps([row.to_dict() for row in rows], indent=1), encoding="utf-8")
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name")],
+    out: Annotated[Path, typer.Argument(help="Directory for the compressed checkpoint")],
+    method: Annotated[str, typer.Option(help="See `eckart methods`")] = "nsvd-i",
+    option: Annotated[list[str] | None, typer.Option(help="Setting of the method, NAME=VALUE (repeatable)")] = None,
+    keep: Annotated[float | None, typer.Option(help="Share of each chosen linear kept, in (0, 1]")] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Only these sites: a part (mlp), a role (q_proj) or a pattern (repeatable)"),
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Not these sites (repeatable)")] = None,
+    blocks: Annotated[str | None, typer.Option(help="Only these blocks: 'last 12', 'first 4', '8-19', '0,5,7'")] = None,
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="Ranks from a plan.json instead of --keep; edit it by hand")
+    ] = None,
+    rank_multiple: Annotated[int, typer.Option(help="Round ranks down to a multiple; 8 (CPU), 16 or 64 (GPU)")] = 1,
+    calibration: Annotated[
+        str, typer.Option(help="Corpus name, .txt or .jsonl(.gz) file, 'builtin', or hub data set owner/name")
+    ] = "wikitext2",
+    split: Annotated[str, typer.Option(help="Split of the calibration corpus")] = "train",
+    column: Annotated[str | None, typer.Option(help="Field that holds the text")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows or documents")] = 256,
+    length: Annotated[int | None, typer.Option(help="Tokens in each; default 2048 or the model's limit")] = None,
+    seed: Annotated[int, typer.Option(help="Which windows are drawn")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16")] = "auto",
+    data: Data = None,
+    device: Device = "cpu",
+    batch_size: Batch = 8,
+    cache: Cache = CACHE,
+    no_cache: NoCache = False,
+    force: Force = False,
+) -> None:
+    """Factor a model's linears and write a checkpoint that stock transformers loads after `import eckart`.
+
+    \b
+    eckart compress MODEL OUT --method nsvd-i --keep 0.7 --calibration wikitext2
+    eckart compress MODEL OUT --method svd --keep 0.9 --include mlp
+    eckart compress MODEL OUT --method sfsd --keep 0.46 --blocks "last 12"
+    """
+    if (keep is None) == (plan_file is None):
+        raise ValueError("give --keep (the share kept, such as 0.7) or --plan FILE")
+    if plan_file is not None and (include or exclude or blocks):
+        raise ValueError("--plan says which sites are compressed; leave out --include, --exclude and --blocks")
+    chosen = {"keep": keep, "include": include or [], "exclude": exclude or [], "blocks": blocks}
+    narrowed = bool(include or exclude or blocks)
+    recipe = parse_recipe(
+        {
+            "model": model,
+            "dtype": dtype,
+            "method": {"name": method, "options": parse_options(method, option or [])},
+            "keep": None if narrowed else keep,
+            "rules": [chosen] if narrowed else None,
+            "plan": None if plan_file is None else str(plan_file),
+            "rank_multiple": rank_multiple,
+            "calibration": {
+                "corpus": calibration,
+                "split": split,
+                "column": column,
+                "samples": samples,
+                "length": length,
+                "seed": seed,
+            },
+        },
+        where="command line",
+    )
+    how = How(device, batch_size, None if no_cache else cache, data, TerminalTrack(console))
+    outcome = make_checkpoint(recipe, out, how, force=force)
+    for name, note in outcome.plan.notes.items():
+        console.print(f"{name}: {note}")
+    report = outcome.report
+    console.print(
+        table(
+            f"{out}",
+            ["", "dense", "compressed", "kept"],
+            [
+                ["parameters", *_pair(report.params_before, report.params_after)],
+                ["MB", *_pair(report.bytes_before / 1e6, report.bytes_after / 1e6)],
+                ["in the linears", *_pair(outcome.plan.dense_params, outcome.plan.kept_params)],
+            ],
+        )
+    )
+    console.print(", ".join(f"{stage} {value:.1f} s" for stage, value in outcome.seconds.items()))
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A compressed checkpoint")],
+    out: Annotated[Path, typer.Argument(help="Directory for the exported model")],
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Multiply the factors back: an ordinary model of full size")
+    ] = False,
+    force: Force = False,
+) -> None:
+    """Write a compressed model in another form. --dense is for people and programs without eckart."""
+    if not dense:
+        raise ValueError("say which form: --dense multiplies the factors back into an ordinary model")
+    check_free(out, force=force)
+    loaded = load_model(model)
+    if not low_rank_modules(loaded):
+        raise ValueError(f"{model} holds no low-rank linear: it is dense already")
+    save(export_dense(loaded), out, load_tokenizer(model), force=force)
+    console.print(f"{out}: {num_params(loaded):,} parameters, {megabytes(num_bytes(loaded))}, loads without eckart")
+
+
+def parse_options(method: str, pairs: list[str]) -> dict[str, object]:
+    """{"alpha": 1.0} out of ["alpha=1"]: values become numbers where the method's default is one.
+
+    Raises:
+        ValueError: not NAME=VALUE, or not a number where one is needed.
+    """
+    defaults = method_options(method)
+    options: dict[str, object] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--option {pair!r} is not NAME=VALUE")
+        try:
+            options[key] = float(value) if isinstance(defaults.get(key), float) else value
+        except ValueError as error:
+            raise ValueError(f"--option {key}: {value!r} is not a number") from error
+    return options
+
+
+def _pair(before: float, after: float) -> list[str]:
+    return [f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.1%}"]

@@ -1,0 +1,103 @@
+"""Commands that measure: eval, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eckart.cli.app import Batch, Data, Device, Force, app, console
+from eckart.corpora import read_text, sample_windows
+from eckart.evals.result import EvalResult
+from eckart.evals.tasks import Task, default_length, evaluate, find_task
+from eckart.models.loading import load_model, load_tokenizer
+from eckart.models.sites import input_groups
+from eckart.pipeline import write_result
+from eckart.reports import write_report
+from eckart.terminal import TerminalTrack, number, table
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[str, typer.Argument(help="Dense or compressed: a Hugging Face directory or hub name")],
+    task: Annotated[list[str], typer.Option(help="See `eckart evaluations`, such as perplexity:CORPUS (repeatable)")],
+    out: Annotated[Path | None, typer.Option(help="Directory for one JSON file per task")] = None,
+    split: Annotated[str, typer.Option(help="Split of the corpus; of a task sfsd-search, sfsd-evaluation")] = "test",
+    column: Annotated[str | None, typer.Option(help="Field that holds the text")] = None,
+    length: Annotated[int | None, typer.Option(help="Window length; default 2048 or the model's limit")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read at most this many windows or examples")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Examples before each question; default the task's")] = None,
+    seed: Annotated[int, typer.Option(help="Draws those examples, and the calibration windows")] = 0,
+    reference: Annotated[
+        str | None, typer.Option(help="The dense model, for divergence, and for cost's ratios")
+    ] = None,
+    calibration: Annotated[str | None, typer.Option(help="The calibration corpus, for similarity")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows, for similarity")] = 256,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16")] = "auto",
+    data: Data = None,
+    device: Device = "cpu",
+    batch_size: Batch = 8,
+    force: Force = False,
+) -> None:
+    """Measure a model.
+
+    \b
+    eckart eval MODEL --task perplexity:wikitext2 --data DIR --limit 100 --out results/
+    eckart eval MODEL --task lm-eval:piqa --task lm-eval:mmlu --shots 5
+    eckart eval OUT --task stereoset --task divergence:wikitext2 --task cost --reference MODEL
+    """
+    tasks = [Task(name, split, column, length, limit, shots, seed) for name in task]
+    for item in tasks:
+        find_task(item.name)
+        if out is not None and (out / f"{item.slug}.json").exists() and not force:
+            raise FileExistsError(f"{out / f'{item.slug}.json'} exists; give another --out, or --force")
+    track = TerminalTrack(console)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device), load_tokenizer(model)
+    dense = None if reference is None else load_model(reference, dtype=dtype, device=device)
+    tokens = None
+    if calibration is not None:
+        text = read_text(calibration, data=data)
+        tokens = sample_windows(text, tokenizer, samples=samples, length=length or default_length(loaded), seed=seed)
+    results: list[EvalResult] = []
+    for item in tasks:
+        results += evaluate(
+            loaded,
+            tokenizer,
+            [item],
+            data=data,
+            batch_size=batch_size,
+            path=Path(model) if Path(model).is_dir() else None,
+            reference=dense,
+            calibration=tokens,
+            watched=input_groups(loaded if dense is None else dense) if tokens is not None else (),
+            track=track,
+        )
+        if out is not None:
+            write_result(results[-1], out / f"{item.slug}.json")
+    rows = [
+        row
+        for result in results
+        for row in [
+            _score_row(result.task, result.metric, result.value, result.stderr, result.n),
+            *(_score_row("", name, score.value, score.stderr, score.n) for name, score in result.scores.items()),
+        ]
+    ]
+    console.print(table(model, ["task", "metric", "value", "stderr", "n"], rows, text_columns=2))
+
+
+def _score_row(task: str, metric: str, value: float, stderr: float | None, n: int) -> list[str]:
+    return [task, metric, number(value), "" if stderr is None else number(stderr), f"{n:,}"]
+
+
+@app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="Run or study directories")],
+    out: Annotated[Path, typer.Option(help="The page to write")] = Path("report.html"),
+    title: Annotated[str | None, typer.Option(help="Its heading")] = None,
+    force: Force = False,
+) -> None:
+    """Write one HTML page from run directories: tables and figures, no network, opens from disk."""
+    if out.exists() and not force:
+        raise FileExistsError(f"{out} exists; give another --out, or --force")
+    console.print(f"{write_report(directories, out, title=title)}")

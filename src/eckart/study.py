@@ -1,0 +1,410 @@
+"""Study: many runs as data, a published table with its numbers, at the paper's scale or at a smaller one."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from eckart.builtin import builtin_model_path
+from eckart.evals.harness_tasks import LOCAL_TASKS
+from eckart.evals.improvement import average_improvement
+from eckart.evals.result import EvalResult
+from eckart.pipeline import How, Measured, run
+from eckart.recipe import Recipe, Section, parse_recipe
+
+# Evaluations whose `limit` counts windows of text; the others' counts examples.
+OF_WINDOWS = ("perplexity", "divergence", "similarity")
+BUILTIN = "builtin"
+
+
+class Row(Section):
+    """One run of a study: recipe keys that differ from the base, and what the paper printed for it.
+
+    Attributes:
+        recipe: keys of a recipe.
+        published: the paper's numbers, in the order of the study's columns; None where it printed none.
+        improvement: the paper's average improvement over the baseline, as a share.
+        label: what the table calls the row; default: its method and size.
+    """
+
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    published: list[float | None] | None = None
+    improvement: float | None = None
+    label: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError("expected recipe keys and `published`")
+        own = {"published", "improvement", "label", "recipe"}
+        rest = {key: item for key, item in value.items() if key not in own}
+        kept = {key: item for key, item in value.items() if key in own}
+        return {**kept, "recipe": {**kept.get("recipe", {}), **rest}}
+
+
+class Comparison(Section):
+    """Against what the average improvement is taken: recipe keys of the baseline, and the tasks left out."""
+
+    baseline: dict[str, Any] = Field(default_factory=dict)
+    in_domain: list[str] = Field(default_factory=list)
+
+
+class Scale(Section):
+    """What changes at another scale; see `Study.at`."""
+
+    base: dict[str, Any] = Field(default_factory=dict)
+    limits: dict[str, int] = Field(
+        default_factory=dict,
+        description="windows; documents; members: documents of each member of a family such as mmlu",
+    )
+    evaluate: list[Any] | None = None
+    columns: list[str] | None = None
+    runs: list[Row] | None = None
+    compare: dict[str, Any] = Field(default_factory=dict)
+    note: str = ""
+
+
+class Study(Section):
+    """A table or figure: its runs, its columns, the paper's numbers, and the scales at which it can be repeated.
+
+    Attributes:
+        base: recipe keys of every run.
+        models: every run once for each of these models; default: the base's or the run's own.
+        columns: what is printed: a task, or task#score.
+        dense: the paper's row for the dense model.
+    """
+
+    title: str
+    paper: str = ""
+    about: str = ""
+    base: dict[str, Any]
+    models: list[str] = Field(default_factory=list)
+    columns: list[str]
+    dense: list[float | None] | None = None
+    runs: list[Row] = Field(min_length=1)
+    compare: Comparison | None = None
+    scales: dict[str, Scale] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _rows_fit_columns(self) -> Study:
+        for published in (self.dense, *(row.published for row in self.runs)):
+            if published is not None and len(published) != len(self.columns):
+                raise ValueError(f"{len(published)} published numbers for {len(self.columns)} columns: {published}")
+        return self
+
+    def at(self, scale: str = "paper", changes: Mapping[str, Any] | None = None) -> Study:
+        """The study at a scale, with changes on top; "paper" is the study as it is written.
+
+        A scale's `base` is laid over the base and over every run; its `evaluate`, `columns` and `runs` replace the
+        study's, whose published numbers are then for something else and are dropped; its `limits` bound evaluations.
+
+        Args:
+            changes: {dotted recipe key: value}, such as {"model": "path", "calibration.samples": 64}; "models" is a
+                list. They win over everything.
+
+        Raises:
+            ValueError: an unknown scale (the message lists those there are).
+        """
+        if scale != "paper" and scale not in self.scales:
+            raise ValueError(f"no scale {scale!r} in this study; it has paper, {', '.join(self.scales)}")
+        chosen = self.scales.get(scale, Scale())
+        given: dict[str, Any] = {}
+        for key, value in (changes or {}).items():
+            _put(given, key.split("."), value)
+        models = given.pop("models", None) or ([] if {"model"} & {*given, *chosen.base} else self.models)
+        over = _merge(chosen.base, given)
+        replaced = bool(chosen.evaluate or chosen.columns)
+        base = _merge(self.base, over)
+        if chosen.evaluate is not None:
+            base["evaluate"] = chosen.evaluate
+        base["evaluate"] = [_limited(item, chosen.limits) for item in base.get("evaluate", [])]
+        runs = []
+        for row in chosen.runs or self.runs:
+            recipe = _merge(row.recipe, over)
+            recipe.pop("evaluate", None) if replaced else None
+            if "evaluate" in recipe:
+                recipe["evaluate"] = [_limited(item, chosen.limits) for item in recipe["evaluate"]]
+            published = None if replaced else row.published
+            runs.append(row.model_copy(update={"recipe": recipe, "published": published}))
+        columns = chosen.columns or (
+            [item if isinstance(item, str) else item["task"] for item in chosen.evaluate]
+            if chosen.evaluate
+            else self.columns
+        )
+        compare = self.compare and self.compare.model_copy(update=chosen.compare)
+        return self.model_copy(
+            update={
+                "about": "\n\n".join(part.strip() for part in (chosen.note, self.about) if part.strip()),
+                "base": base,
+                "models": models,
+                "columns": columns,
+                "dense": None if replaced else self.dense,
+                "runs": runs,
+                "compare": compare,
+                "scales": {},
+            }
+        )
+
+    def recipes(self) -> list[tuple[str, Row, Recipe]]:
+        """(name, row, recipe) of every run; rows that a scale has made the same recipe are one run.
+
+        Raises:
+            ValueError: as `parse_recipe`, with the run's name.
+        """
+        found: dict[str, tuple[str, Row, Recipe]] = {}
+        several = len(self.models) > 1 or len({row.recipe.get("model") for row in self.runs}) > 1
+        models: list[str | None] = [*self.models] or [None]
+        for model in models:
+            for row in self.runs:
+                data = _merge(_merge(self.base, row.recipe), {"model": model} if model else {})
+                if data.get("model") == BUILTIN:
+                    data["model"] = str(builtin_model_path())
+                label = row.label or describe(data)
+                if several:
+                    label = f"{Path(str(data.get('model'))).name}, {label}"
+                recipe = parse_recipe(data, where=label)
+                found.setdefault(recipe.to_yaml(), (label, row, recipe))
+        return list(found.values())
+
+
+def describe(recipe: Mapping[str, Any]) -> str:
+    """A run in a few words: "nsvd-i (share=0.9), keep 0.7"."""
+    method = recipe.get("method", "nsvd-i")
+    name, options = (method, {}) if isinstance(method, str) else (method.get("name", "nsvd-i"), method.get("options"))
+    words = name + (f" ({', '.join(f'{key}={value}' for key, value in options.items())})" if options else "")
+    if recipe.get("keep") is not None:
+        return f"{words}, keep {recipe['keep']:g}"
+    if recipe.get("rules"):
+        return f"{words}, " + "; ".join(
+            f"keep {rule['keep']:g} of {rule.get('blocks') or 'all blocks'}" for rule in recipe["rules"]
+        )
+    return words
+
+
+def studies() -> dict[str, Path]:
+    """{name: file} of the studies that come with eckart."""
+    folder = Path(str(resources.files("eckart") / "studies"))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def load_study(name: str) -> Study:
+    """A study that comes with eckart, or one in a YAML file.
+
+    Raises:
+        ValueError: no such study (with the nearest known name), not YAML, or a key or value that does not fit.
+    """
+    known = studies()
+    path = known.get(name, Path(name))
+    if not path.is_file():
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}, or a YAML file"
+        raise ValueError(f"no study {name!r}; {hint}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Study.model_validate(data)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise ValueError(f"{path}: {'; '.join(problems)}") from None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a study's table, all lists in the order of the columns; None where there is no number.
+
+    Attributes:
+        label: of the row.
+        run: name of its run directory; None for the dense model's row.
+        ours, published: numbers.
+        improvement, published_improvement: average improvement over the baseline, as a share.
+        refusals: {task: why it was not measured}.
+    """
+
+    label: str
+    run: str | None
+    ours: list[float | None]
+    published: list[float | None]
+    improvement: float | None = None
+    published_improvement: float | None = None
+    refusals: dict[str, str] | None = None
+
+    @property
+    def difference(self) -> list[float | None]:
+        """Ours minus the paper's."""
+        return [None if a is None or b is None else a - b for a, b in zip(self.ours, self.published, strict=True)]
+
+
+def run_study(study: Study, directory: Path, how: How, *, force: bool = False) -> list[Line]:
+    """Carry out every run of a study that `Study.at` has put at a scale, and lay its table out.
+
+    The directory gets runs/<name>/ (run directories), dense/ (dense results, shared by the runs) and study.json (the
+    table). Runs and evaluations that are there are not done again. An evaluation that refuses leaves a gap in the
+    table, with its reason; it is never a number.
+
+    Raises:
+        FileExistsError: a run directory holds another recipe and `force` is not given.
+        ValueError: a recipe that does not fit, found before anything runs; and what compression raises.
+    """
+    planned = study.recipes()
+    measured: dict[str, list[Measured]] = {}
+    for label, _, recipe in how.track(planned, "runs", len(planned)):
+        name = slug(label)
+        measured[name] = run(
+            recipe, directory / "runs" / name, how, force=force, shared=directory / "dense", keep_going=True
+        )
+        write_study(study, tabulate(study, planned, measured), directory)
+    return tabulate(study, planned, measured)
+
+
+def tabulate(
+    study: Study, planned: Sequence[tuple[str, Row, Recipe]], measured: Mapping[str, Sequence[Measured]]
+) -> list[Line]:
+    """The table of the runs measured so far; a dense row before the first run of each model."""
+    nothing: list[float | None] = [None] * len(study.columns)
+    lines: list[Line] = []
+    models: list[str] = []
+    for label, row, recipe in planned:
+        name = slug(label)
+        if name not in measured:
+            continue
+        if recipe.model not in models:
+            models.append(recipe.model)
+            lines.append(
+                Line(
+                    f"{Path(recipe.model).name}, dense",
+                    None,
+                    [read(measured[name], column, dense=True) for column in study.columns],
+                    study.dense if study.dense and len(models) == 1 else nothing,
+                )
+            )
+        refusals = {item.task.label: "; ".join(item.refusals.values()) for item in measured[name] if item.refusals}
+        lines.append(
+            Line(
+                label,
+                name,
+                [read(measured[name], column) for column in study.columns],
+                row.published or nothing,
+                _improvement(study, recipe, planned, measured),
+                row.improvement if row.published else None,
+                refusals,
+            )
+        )
+    return lines
+
+
+def read(measured: Sequence[Measured], column: str, *, dense: bool = False) -> float | None:
+    """The number of a column, "task" or "task#score", in a run; None where the run has none."""
+    task, _, score = column.partition("#")
+    kind, _, inner = task.partition(":")
+    for item in measured:
+        result: EvalResult | None
+        if kind == "agreement" and item.task.name == inner:
+            result = None if dense else item.agreement
+        elif item.task.name == task:
+            result = item.dense if dense or item.compressed is None else item.compressed
+        else:
+            continue
+        return None if result is None else result.read(score or None)
+    return None
+
+
+def _improvement(
+    study: Study,
+    recipe: Recipe,
+    planned: Sequence[tuple[str, Row, Recipe]],
+    measured: Mapping[str, Sequence[Measured]],
+) -> float | None:
+    """This run's average improvement over the study's baseline at the same size; None for the baseline itself."""
+    if study.compare is None:
+        return None
+    wanted = _merge(recipe.model_dump(exclude_none=True), study.compare.baseline)
+    for label, _, other in planned:
+        data = other.model_dump(exclude_none=True)
+        if slug(label) not in measured or data != parse_recipe(wanted).model_dump(exclude_none=True):
+            continue
+        if other == recipe:
+            return None
+        ours, theirs = (
+            {column: read(measured[slug(name)], column) for column in study.columns}
+            for name in (next(text for text, _, made in planned if made == recipe), label)
+        )
+        kept = [c for c in study.columns if ours[c] is not None and theirs[c] is not None]
+        if not [c for c in kept if c not in study.compare.in_domain]:
+            return None
+        return average_improvement(
+            {c: ours[c] or 0.0 for c in kept},
+            {c: theirs[c] or 0.0 for c in kept},
+            in_domain=study.compare.in_domain,
+        )
+    return None
+
+
+def write_study(study: Study, lines: Sequence[Line], directory: Path) -> None:
+    """study.json, the table for the report and for machines; it appears whole or not at all."""
+    data = {
+        "title": study.title,
+        "paper": study.paper,
+        "about": study.about,
+        "columns": study.columns,
+        "rows": [
+            {
+                "label": line.label,
+                "run": line.run,
+                "ours": line.ours,
+                "published": line.published,
+                "difference": line.difference,
+                "improvement": line.improvement,
+                "published_improvement": line.published_improvement,
+                "refusals": line.refusals or {},
+            }
+            for line in lines
+        ],
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / "study.partial"
+    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
+    partial.rename(directory / "study.json")
+
+
+def slug(label: str) -> str:
+    """A folder name."""
+    return re.sub(r"[^A-Za-z0-9_.=-]+", "-", label).strip("-.")
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, sections key by key, except a method, which is replaced whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key != "method":
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for step in path[:-1]:
+        tree = tree.setdefault(step, {})
+    tree[path[-1]] = value
+
+
+def _limited(item: Any, limits: Mapping[str, int]) -> dict[str, Any]:
+    """An evaluation with the scale's limit, unless it has its own."""
+    entry = {"task": item} if isinstance(item, str) else dict(item)
+    kind, _, argument = str(entry["task"]).partition(":")
+    family = kind == "lm-eval" and argument in LOCAL_TASKS and LOCAL_TASKS[argument].member is not None
+    limit = limits.get("windows" if kind in OF_WINDOWS else "members" if family else "documents")
+    if limit is not None and kind != "cost":
+        entry.setdefault("limit", limit)
+    return entry

@@ -1,0 +1,188 @@
+"""Studies: scales laid over a study, its runs carried out on a tiny model, and its table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import eckart
+from eckart.pipeline import How
+from eckart.study import Study, describe, load_study, read, run_study, slug, studies
+from tiny import tiny_model, tiny_text, tiny_tokenizer
+
+BASE: dict[str, Any] = {
+    "title": "Table 0",
+    "base": {
+        "model": "owner/big",
+        "calibration": {"corpus": "text.txt", "samples": 8, "length": 16},
+        "evaluate": ["perplexity:text.txt", {"task": "perplexity:other.txt", "length": 16}],
+    },
+    "columns": ["perplexity:text.txt", "perplexity:other.txt"],
+    "dense": [5.0, 6.0],
+    "runs": [
+        {"method": "svd", "keep": 0.5, "published": [50.0, None]},
+        {"method": "asvd-i", "keep": 0.5, "published": [7.0, 8.0]},
+        {
+            "method": {"name": "nsvd-i", "options": {"share": 0.5}},
+            "keep": 0.5,
+            "published": [7.5, 7.0],
+            "improvement": 0.1,
+        },
+    ],
+    "compare": {"baseline": {"method": "asvd-i"}, "in_domain": ["perplexity:text.txt"]},
+    "scales": {
+        "small": {"base": {"model": "small", "calibration": {"samples": 4}}, "limits": {"windows": 3}},
+        "other": {"base": {"model": "small"}, "evaluate": ["perplexity:text.txt"], "note": "Only one corpus."},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and two texts."""
+    folder = tmp_path_factory.mktemp("study")
+    eckart.save(tiny_model("llama"), folder / "model", tiny_tokenizer())
+    for name, seed in (("text.txt", 0), ("other.txt", 1)):
+        (folder / name).write_text(tiny_text(400, seed=seed))
+    return folder
+
+
+def at_place(place: Path, **changes: Any) -> Study:
+    data = json.loads(
+        json.dumps(BASE).replace("text.txt", str(place / "text.txt")).replace("other.txt", str(place / "other.txt"))
+    )
+    return Study.model_validate({**data, **changes}).at("paper", {"model": str(place / "model")})
+
+
+def test_a_scale_is_laid_over_base_and_runs() -> None:
+    study = Study.model_validate(BASE).at("small")
+    (_, row, recipe), *others = study.recipes()
+    assert recipe.model == "small"
+    assert recipe.calibration.samples == 4
+    assert recipe.calibration.length == 16
+    assert [task.limit for task in recipe.tasks] == [3, 3]
+    assert row.published == [50.0, None]
+    assert len(others) == 2
+
+
+def test_a_scale_with_other_evaluations_has_nothing_published_to_compare() -> None:
+    study = Study.model_validate(BASE).at("other")
+    assert study.columns == ["perplexity:text.txt"]
+    assert study.dense is None
+    assert all(row.published is None for row in study.runs)
+    assert study.about.startswith("Only one corpus.")
+
+
+def test_changes_win_and_make_equal_runs_one() -> None:
+    study = Study.model_validate(BASE).at("small", {"method": "svd", "calibration.samples": 2, "model": "mine"})
+    ((label, _, recipe),) = study.recipes()
+    assert label == "svd, keep 0.5"
+    assert (recipe.model, recipe.calibration.samples, recipe.calibration.length) == ("mine", 2, 16)
+
+
+def test_several_models() -> None:
+    study = Study.model_validate(BASE).at("small", {"models": ["a/x", "b/y"]})
+    labels = [label for label, *_ in study.recipes()]
+    assert labels[0] == "x, svd, keep 0.5"
+    assert labels[3] == "y, svd, keep 0.5"
+    assert len(labels) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dense": [1.0]}, "1 published numbers for 2 columns"),
+        ({"runs": []}, "runs"),
+        ({"collumns": []}, "collumns"),
+    ],
+)
+def test_a_study_that_does_not_fit_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(json.dumps({**BASE, **change}))
+    with pytest.raises(ValueError, match=message):
+        load_study(str(file))
+
+
+def test_unknown_names_say_what_there_is() -> None:
+    with pytest.raises(ValueError, match="did you mean 'nsvd-table-1'"):
+        load_study("nsvd-table1")
+    with pytest.raises(ValueError, match="no scale 'tiny' in this study; it has paper, small, other"):
+        Study.model_validate(BASE).at("tiny")
+
+
+def test_a_whole_study(place: Path, tmp_path: Path) -> None:
+    study = at_place(place)
+    dense, svd, asvd, nsvd = run_study(study, tmp_path / "out", How())
+    assert dense.run is None
+    assert dense.published == [5.0, 6.0]
+    text, other = (column.partition("#")[0] for column in study.columns)
+    for line in (svd, asvd, nsvd):
+        assert line.run is not None
+        written = tmp_path / "out" / "runs" / line.run / "evals"
+        values = {
+            data["task"]: data["value"]
+            for file in written.glob("*.json")
+            if not file.name.endswith(".dense.json") and (data := json.loads(file.read_text()))
+        }
+        assert line.ours[0] == values[text]
+    assert svd.difference == [pytest.approx(svd.ours[0] - 50.0), None]
+    assert asvd.improvement is None
+    assert asvd.ours[1] is not None
+    assert nsvd.ours[1] is not None
+    assert nsvd.improvement == pytest.approx(1 - nsvd.ours[1] / asvd.ours[1])
+    assert nsvd.published_improvement == 0.1
+    table = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert [row["ours"] for row in table["rows"]] == [line.ours for line in (dense, svd, asvd, nsvd)]
+    assert len(list((tmp_path / "out" / "dense").iterdir())) == 2, "dense is measured once for all runs"
+    assert other
+
+
+def test_a_study_goes_on_where_it_stopped(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, out = at_place(place), tmp_path / "out"
+    first = run_study(study, out, How())
+
+    def nothing(*_args: Any, **_options: Any) -> Any:
+        raise AssertionError("was done already")
+
+    monkeypatch.setattr("eckart.pipeline.load_model", nothing)
+    assert run_study(study, out, How()) == first
+
+
+def test_what_is_refused_is_a_gap_with_its_reason(place: Path, tmp_path: Path) -> None:
+    base = json.loads(json.dumps(BASE["base"]).replace("text.txt", str(place / "text.txt")))
+    base["evaluate"] = [f"perplexity:{place / 'text.txt'}", {"task": "perplexity:nowhere.txt", "length": 16}]
+    study = at_place(place, base=base, columns=[f"perplexity:{place / 'text.txt'}", "perplexity:nowhere.txt"])
+    _, svd, *_ = run_study(study, tmp_path / "out", How())
+    assert svd.ours[0] is not None
+    assert svd.ours[1] is None
+    assert svd.refusals is not None
+    assert "no corpus 'nowhere.txt'" in svd.refusals["perplexity:nowhere.txt@16"]
+    assert svd.run is not None
+    assert (tmp_path / "out" / "runs" / svd.run / "refusals.json").is_file()
+
+
+def test_labels_and_folders() -> None:
+    assert describe({"method": "svd", "keep": 0.7}) == "svd, keep 0.7"
+    assert describe({"method": {"name": "nsvd-i", "options": {"share": 0.9}}, "keep": 0.5}) == (
+        "nsvd-i (share=0.9), keep 0.5"
+    )
+    assert (
+        describe({"method": "sfsd", "rules": [{"keep": 0.46, "blocks": "last 3/8"}]}) == "sfsd, keep 0.46 of last 3/8"
+    )
+    assert slug("llama-7b, nsvd-i (share=0.9), keep 0.5") == "llama-7b-nsvd-i-share=0.9-keep-0.5"
+
+
+@pytest.mark.parametrize("name", studies())
+@pytest.mark.parametrize("scale", ["paper", "small", "builtin"])
+def test_every_study_makes_recipes_at_every_scale(name: str, scale: str) -> None:
+    study = load_study(name).at(scale)
+    planned = study.recipes()
+    assert planned
+    names = [slug(label) for label, *_ in planned]
+    assert len(set(names)) == len(names), "two runs would share a folder"
+    for _, row, _ in planned:
+        assert row.published is None or len(row.published) == len(study.columns)
+    assert read([], study.columns[0]) is None
