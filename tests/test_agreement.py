@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eckart.evals.agreement import agreement
+from eckart.evals.agreement import agreement, has_answers
 from eckart.evals.result import EvalResult
 
 
@@ -139,3 +139,14 @@ def test_results_without_examples() -> None:
         agreement(result_of([], []), result_of([], []))
     with pytest.raises(ValueError, match=r"the dense model's result has no details\['answers'\]"):
         agreement(result_of([0], [1], details={}), result_of([0], [1]))
+
+
+def test_only_answers_that_are_right_or_wrong_can_be_compared() -> None:
+    def result(examples: list[float], **details: object) -> EvalResult:
+        return EvalResult("t", "acc", 0.5, None, len(examples), examples=examples, details=dict(details))
+
+    assert has_answers(result([0.0, 1.0], answers=[0, 1]))
+    assert not has_answers(result([0.3, 1.0], answers=[0, 1])), "a probability is no answer"
+    assert not has_answers(result([0.0, 1.0]))
+    assert not has_answers(result([], answers=[]))
+    assert not has_answers(None)

@@ -22,8 +22,9 @@ from eckart.calibration import calibrate_by_block
 from eckart.card import write_card
 from eckart.compression import CompressionReport, compress
 from eckart.corpora import Tokens, parts_of, read_text, sample_documents, sample_windows
-from eckart.evals.agreement import agreement
+from eckart.evals.agreement import agreement, has_answers
 from eckart.evals.result import EvalResult
+from eckart.evals.similarity import Activations, read_activations
 from eckart.evals.tasks import Task, default_length, evaluate, find_task
 from eckart.lowrank import build_method
 from eckart.models.loading import check_free, load_model, load_tokenizer, own_memory, save
@@ -179,7 +180,7 @@ def run(
     measured = []
     for task, before, after in zip(recipe.tasks, dense, compressed, strict=True):
         both = None
-        if before and after and "answers" in before.details and "answers" in after.details:
+        if before and after and has_answers(before) and has_answers(after):
             both = agreement(before, after)
             write_result(both, directory / "evals" / f"{task.slug}.agreement.json")
         measured.append(Measured(task, before, after, both, refusals.get(task.label, {})))
@@ -254,10 +255,6 @@ class _Models:
         compare = which == "compressed" and (task.kind == "cost" or "reference" in needs)
         path = Path(self.recipe.model) if which == "dense" else self.directory
         stored = path.is_dir() and not (which == "compressed" and self.recipe.is_baseline)
-        extra: dict[str, Any] = {}
-        if "calibration" in needs:
-            extra["calibration"] = make_tokens(self.recipe, model, self.tokenizer, self.how.data)
-            extra["watched"] = input_groups(model)
         return evaluate(
             model,
             self.tokenizer,
@@ -266,9 +263,16 @@ class _Models:
             batch_size=self.how.batch_size,
             path=path if stored else None,
             reference=self.get("dense") if compare else None,
+            activations=self.activations if "activations" in needs else None,
             track=self.how.track,
-            **extra,
         )[0]
+
+    @functools.cached_property
+    def activations(self) -> Activations:
+        """Of the dense model on the calibration text."""
+        model = self.get("dense")
+        tokens = make_tokens(self.recipe, model, self.tokenizer, self.how.data)
+        return read_activations(model, tokens, input_groups(model), track=self.how.track)
 
 
 class _Results:
@@ -294,7 +298,7 @@ class _Results:
         files = [self.folder / f"{task.slug}{'.dense' if which == 'dense' else ''}.json"]
         if which == "dense" and self.shared is not None:
             made_of: list[Any] = [self.recipe.model, self.recipe.dtype, asdict(task)]
-            if "calibration" in find_task(task.name).needs:
+            if "activations" in find_task(task.name).needs:
                 made_of.append(self.recipe.calibration.model_dump())
             digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
             files.append(self.shared / f"{task.slug}-{digest}.json")

@@ -10,6 +10,7 @@ import typer
 from eckart.cli.app import Batch, Data, Device, Force, app, console
 from eckart.corpora import read_text, sample_windows
 from eckart.evals.result import EvalResult
+from eckart.evals.similarity import read_activations
 from eckart.evals.tasks import Task, default_length, evaluate, find_task
 from eckart.models.loading import load_model, load_tokenizer
 from eckart.models.sites import input_groups
@@ -55,10 +56,11 @@ def eval_command(
     track = TerminalTrack(console)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device), load_tokenizer(model)
     dense = None if reference is None else load_model(reference, dtype=dtype, device=device)
-    tokens = None
+    activations = None
     if calibration is not None:
         text = read_text(calibration, data=data)
         tokens = sample_windows(text, tokenizer, samples=samples, length=length or default_length(loaded), seed=seed)
+        activations = read_activations(loaded, tokens, input_groups(dense or loaded), track=track)
     results: list[EvalResult] = []
     for item in tasks:
         results += evaluate(
@@ -69,8 +71,7 @@ def eval_command(
             batch_size=batch_size,
             path=Path(model) if Path(model).is_dir() else None,
             reference=dense,
-            calibration=tokens,
-            watched=input_groups(loaded if dense is None else dense) if tokens is not None else (),
+            activations=activations,
             track=track,
         )
         if out is not None:

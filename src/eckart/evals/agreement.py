@@ -70,6 +70,13 @@ def agreement(dense: EvalResult, compressed: EvalResult) -> EvalResult:
     )
 
 
+def has_answers(result: EvalResult | None) -> bool:
+    """Whether a result is of questions that are answered rightly or wrongly, so that two can be compared."""
+    if result is None or not isinstance(result.details.get("answers"), list):
+        return False
+    return bool(result.examples) and all(outcome in (0, 1) for outcome in result.examples)
+
+
 def _check_comparable(dense: EvalResult, compressed: EvalResult) -> None:
     if dense.task != compressed.task:
         raise ValueError(f"results of {dense.task} and {compressed.task} cannot be compared: give two of one task")

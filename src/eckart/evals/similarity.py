@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eckart.corpora import Tokens
+from eckart.corpora import Tokens, check_positions, check_vocabulary
 from eckart.evals.result import EvalResult, Score
-from eckart.evals.windows import cut_windows
+from eckart.evals.windows import check_evaluating, cut_windows
 from eckart.tracking import Track, silent
 
 # Of the histogram over [-1, 1].
@@ -23,14 +24,55 @@ BINS = 40
 ROWS = 8
 
 
+@dataclass(frozen=True)
+class Activations:
+    """What modules read on a text: the mean input of every row, for each of them.
+
+    Attributes:
+        means: {module: (rows, width)}, float64.
+        counts: (rows,) tokens in each row.
+        length: of the rows, padding included.
+        source: where the text came from.
+    """
+
+    means: dict[str, Float[Tensor, "rows width"]]
+    counts: Int[Tensor, "rows"]
+    length: int
+    source: dict[str, Any]
+
+
+@torch.inference_mode()
+def read_activations(
+    model: PreTrainedModel, tokens: Tokens, watched: Sequence[str], *, track: Track = silent
+) -> Activations:
+    """The activations of a calibration text, to compare evaluation texts with; padding is left out.
+
+    Args:
+        watched: names of modules.
+
+    Raises:
+        ValueError: no module to watch or one that the model has not, an input that is not finite, rows longer than the
+            model reads, or a model in training mode.
+
+    Cost: a forward pass over the text; memory for one mean vector per row and module.
+    """
+    if not watched:
+        raise ValueError("similarity needs the names of the modules whose inputs are compared")
+    check_evaluating(model)
+    check_vocabulary(model, tokens.ids)
+    check_positions(model, tokens.ids.shape[1], "calibration length")
+    rows = tokens.batches(ROWS)
+    means = _means(model, watched, track(rows, "similarity: calibration", len(rows)), "similarity: calibration")
+    return Activations(means, tokens.mask.sum(1), tokens.ids.shape[1], tokens.source)
+
+
 @torch.inference_mode()
 def similarity(
     model: PreTrainedModel,
-    calibration: Tokens,
+    calibration: Activations,
     stream: Int[Tensor, "tokens"],
     *,
-    watched: Sequence[str],
-    length: int,
+    length: int | None = None,
     limit: int | None = None,
     task: str = "similarity",
     settings: dict[str, Any] | None = None,
@@ -44,10 +86,9 @@ def similarity(
     vectors; this is our reading of it.
 
     Args:
-        calibration: the calibration rows; padding is left out.
+        calibration: of the same model.
         stream: (n,) token ids of the evaluation text.
-        watched: names of modules; similarity is taken of what they read.
-        length, limit: windows of the text, as in `perplexity`.
+        length, limit: windows of the text, as in `perplexity`; the default length is the calibration's.
 
     Returns:
         value = mean cosine over windows and modules; stderr from the spread between windows. Scores: `std` over windows
@@ -55,20 +96,17 @@ def similarity(
         have. details: histogram {edges, counts}, `modules` {name: mean cosine}. examples: mean cosine of each window.
 
     Raises:
-        ValueError: no module to watch, an input that is not finite, and what `cut_windows` raises.
+        ValueError: an input that is not finite, and what `cut_windows` raises.
 
-    Cost: a forward pass over both texts; memory for one mean vector per row and module.
+    Cost: a forward pass over the text.
     """
-    if not watched:
-        raise ValueError("similarity needs the names of the modules whose inputs are compared")
+    length = length or calibration.length
     windows = cut_windows(model, stream, length=length, limit=limit)
-    rows = calibration.batches(ROWS)
-    own = _means(model, watched, track(rows, f"{task}: calibration", len(rows)), task)
-    weights = calibration.mask.sum(1).double()
     texts = [(batch, torch.ones_like(batch, dtype=torch.bool)) for batch in windows.split(ROWS)]
-    means = _means(model, watched, track(texts, task, len(texts)), task)
+    own, weights = calibration.means, calibration.counts.double()
+    means = _means(model, list(own), track(texts, task, len(texts)), task)
     cosines, ceiling = {}, []
-    for name in watched:
+    for name in own:
         centre = (weights @ own[name]) / weights.sum()
         cosines[name] = torch.nn.functional.cosine_similarity(means[name], centre[None], dim=1)
         ceiling.append(torch.nn.functional.cosine_similarity(own[name], centre[None], dim=1))
@@ -85,14 +123,14 @@ def similarity(
         settings={
             "length": length,
             "windows": len(windows),
-            "modules": len(watched),
+            "modules": len(own),
             "calibration": calibration.source,
             **(settings or {}),
         },
         examples=[round(value, 6) for value in per_window.tolist()],
         scores={
             "std": Score(float(table.std(correction=0)), None, table.numel()),
-            "calibration": Score(float(torch.stack(ceiling).mean()), None, len(calibration)),
+            "calibration": Score(float(torch.stack(ceiling).mean()), None, len(weights)),
         },
         details={
             "histogram": {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.corpora import Tokens
+from eckart.evals.similarity import Activations
 from eckart.tracking import Track, silent
 
 
@@ -19,16 +19,14 @@ class Subject:
         model, tokenizer: the model and the tokenizer beside it.
         path: the directory that it was loaded from, for its bytes on disk.
         reference: the model that it was made from, for comparisons of one with the other.
-        calibration: the text that it was calibrated on.
-        watched: names of the modules whose inputs `similarity` compares, one for every input that linears share.
+        activations: of the model on its calibration text; see `similarity.read_activations`.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     path: Path | None = None
     reference: PreTrainedModel | None = None
-    calibration: Tokens | None = None
-    watched: tuple[str, ...] = ()
+    activations: Activations | None = None
 
 
 @dataclass(frozen=True)

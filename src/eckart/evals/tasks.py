@@ -10,13 +10,13 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.corpora import Text, Tokens, check_tokenizer, encode, read_text
+from eckart.corpora import Text, check_tokenizer, encode, read_text
 from eckart.evals.cost import cost
 from eckart.evals.divergence import divergence
 from eckart.evals.harness import run_harness
 from eckart.evals.perplexity import perplexity
 from eckart.evals.result import EvalResult
-from eckart.evals.similarity import similarity
+from eckart.evals.similarity import Activations, similarity
 from eckart.evals.stereoset import read_stereoset, stereoset
 from eckart.evals.subject import Setup, Subject
 from eckart.evals.windows import check_evaluating
@@ -102,8 +102,7 @@ def evaluate(
     batch_size: int = 8,
     path: Path | None = None,
     reference: PreTrainedModel | None = None,
-    calibration: Tokens | None = None,
-    watched: Sequence[str] = (),
+    activations: Activations | None = None,
     track: Track = silent,
 ) -> list[EvalResult]:
     """Run evaluations on a model, in order.
@@ -112,7 +111,7 @@ def evaluate(
         tasks: names such as "perplexity:wikitext2", "perplexity:notes.txt", "lm-eval:piqa", "stereoset", or `Task`s.
         data: folder with local copies of known corpora and tasks; None asks the hub.
         batch_size: examples at a time, for tasks of examples.
-        path, reference, calibration, watched: see `Subject`; only some evaluations need them.
+        path, reference, activations: see `Subject`; only some evaluations need them.
 
     Raises:
         ValueError: an unknown evaluation or corpus, a tokenizer that is plainly another model's, something that an
@@ -120,7 +119,7 @@ def evaluate(
             anything runs.
     """
     chosen = [task if isinstance(task, Task) else Task(task) for task in tasks]
-    subject = Subject(model, tokenizer, path, reference, calibration, tuple(watched))
+    subject = Subject(model, tokenizer, path, reference, activations)
     for task in chosen:
         missing = [name for name in sorted(find_task(task.name).needs) if not getattr(subject, name)]
         if missing:
@@ -185,14 +184,13 @@ def _divergence(subject: Subject, task: Task, setup: Setup) -> EvalResult:
 
 
 def _similarity(subject: Subject, task: Task, setup: Setup) -> EvalResult:
-    assert subject.calibration is not None
+    assert subject.activations is not None
     text = _text(task, setup)
     return similarity(
         subject.model,
-        subject.calibration,
+        subject.activations,
         encode(text.joined, subject.tokenizer),
-        watched=subject.watched,
-        length=task.length or subject.calibration.ids.shape[1],
+        length=task.length,
         limit=task.limit,
         task=task.label,
         settings=text.source,
@@ -241,8 +239,7 @@ def _cost(subject: Subject, task: Task, setup: Setup) -> EvalResult:
 
 NEEDS = {
     "reference": "the dense model to compare with",
-    "calibration": "the calibration text",
-    "watched": "the names of the modules to watch",
+    "activations": "the model's activations on the calibration text",
 }
 
 EVALUATIONS: dict[str, Evaluation] = {
@@ -258,7 +255,7 @@ EVALUATIONS: dict[str, Evaluation] = {
     "similarity": Evaluation(
         _similarity,
         "cosine between activations on calibration and evaluation text",
-        needs=frozenset({"calibration", "watched"}),
+        needs=frozenset({"activations"}),
         of="dense",
     ),
     "cost": Evaluation(_cost, "parameters, bytes, multiply-accumulates, speed", ""),
