@@ -19,12 +19,12 @@ import eckart
 from eckart.baselines import BASELINES, Baseline, baseline_options, build_baseline, pruning
 from eckart.baselines.pruning import LAYOUTS, Part, Units, allocate, find_units, importances, prune_structures, remove
 from eckart.baselines.quantization import quantize_weights
-from eckart.corpora import Tokens, encode
 from eckart.evals.cost import count_macs, resident_bytes
 from eckart.evals.perplexity import perplexity
 from eckart.models.families import UnsupportedModelError
 from eckart.models.sites import blocks_of, find_sites, read_weight
 from eckart.sizes import num_params
+from eckart.tokens import Tokens, encode
 from tiny import DECODERS, FAMILY_CONFIGS, VOCABULARY, logits_of, relative, tiny_model, tiny_tokens
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from eckart.allocation import plan
 from eckart.calibration import BlockCalibration, Calibration, calibrate, calibrate_by_block, calibration_digest
 from eckart.compression import compress
-from eckart.corpora import Tokens
 from eckart.lowrank import Method, build_method
 from eckart.models.families import FAMILIES
 from eckart.models.sites import blocks_of, find_sites
+from eckart.tokens import Tokens
 from tiny import (
     BLOCKS,
     DEFAULT_CONFIGS,

@@ -13,18 +13,8 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from eckart.corpora import (
-    CORPORA,
-    MIXTURES,
-    Text,
-    check_tokenizer,
-    check_vocabulary,
-    encode,
-    parts_of,
-    read_text,
-    sample_documents,
-    sample_windows,
-)
+from eckart.corpora import CORPORA, MIXTURES, Text, parts_of, read_text
+from eckart.tokens import check_tokenizer, check_vocabulary, encode, sample_documents, sample_windows
 from tiny import BOS, EOS, PAD, VOCABULARY, tiny_model, tiny_text, tiny_tokenizer, tiny_tokens
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from eckart.corpora import Tokens
 from eckart.gradients import MASKED_SHARE, collect_gradients, sample_loss
 from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.models.families import FAMILIES
 from eckart.models.sites import find_sites
+from eckart.tokens import Tokens
 from tiny import ENCODERS, MASK, logits_of, relative, tiny_model, tiny_tokens
 
 IGNORED = -100  # labels that transformers leaves out of a loss

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from eckart.corpora import Tokens
 from eckart.evals.result import EvalResult
 from eckart.evals.similarity import BINS, read_activations, similarity, watch_inputs
 from eckart.models.sites import find_sites
+from eckart.tokens import Tokens
 from tiny import FAMILY_CONFIGS, POSITIONS, tiny_model, tiny_tokens
 
 WATCHED = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")

@@ -10,7 +10,8 @@ import pytest
 
 import eckart
 from eckart.pipeline import How
-from eckart.study import Study, describe, load_study, read, run_study, slug, studies
+from eckart.reproduction import read, run_study, slug
+from eckart.study import Study, describe, load_study, studies
 from tiny import tiny_model, tiny_text, tiny_tokenizer
 
 BASE: dict[str, Any] = {
@@ -147,7 +148,7 @@ def test_a_study_goes_on_where_it_stopped(place: Path, tmp_path: Path, monkeypat
     def nothing(*_args: Any, **_options: Any) -> Any:
         raise AssertionError("was done already")
 
-    monkeypatch.setattr("eckart.pipeline.load_model", nothing)
+    monkeypatch.setattr("eckart.experiment.load_model", nothing)
     assert run_study(study, out, How()) == first
 
 

@@ -23,8 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from eckart.corpora import Tokens
 from eckart.models.sites import Site
+from eckart.tokens import Tokens
 
 VOCABULARY = 96
 POSITIONS = 64

@@ -17,7 +17,7 @@ with quiet("torchao", "torch.utils._pytree"):
 from eckart.allocation import RankPlan, Rule, plan
 from eckart.calibration import Calibration, calibrate, calibrate_by_block
 from eckart.compression import CompressionReport, compress
-from eckart.corpora import Tokens, read_text, sample_documents, sample_windows
+from eckart.corpora import read_text
 from eckart.evals.result import EvalResult
 from eckart.evals.tasks import Task, evaluate
 from eckart.lowrank import METHODS, Method, build_method
@@ -26,6 +26,7 @@ from eckart.models.dense import export_dense
 from eckart.models.families import UnsupportedModelError
 from eckart.models.linear import LowRankLinear
 from eckart.models.loading import load_model, load_tokenizer, save
+from eckart.tokens import Tokens, sample_documents, sample_windows
 
 __all__ = [
     "METHODS",

@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eckart.corpora import Tokens, check_positions, check_vocabulary
 from eckart.gradients import collect_gradients
 from eckart.lowrank import GradientMoments, InputMoments, Method
 from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
 from eckart.models.sites import Site, blocks_of, find_sites
+from eckart.tokens import Tokens, check_positions, check_vocabulary
 from eckart.tracking import Track, silent
 
 # Number of this layout and of the way moments are taken; part of every digest, so that a change reuses nothing.

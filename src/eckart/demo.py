@@ -12,12 +12,13 @@ from eckart.allocation import plan
 from eckart.builtin import builtin_model_path
 from eckart.calibration import calibrate
 from eckart.compression import compress
-from eckart.corpora import encode, read_text, sample_windows
+from eckart.corpora import read_text
 from eckart.evals.perplexity import perplexity
 from eckart.evals.speed import decode_speed
 from eckart.lowrank import Factored, build_method
 from eckart.models.loading import load_model, load_tokenizer
 from eckart.sizes import num_params
+from eckart.tokens import encode, sample_windows
 from eckart.tracking import Track, silent
 
 METHODS = ("svd", "asvd-0", "asvd-i", "nsvd-i", "sfsd")

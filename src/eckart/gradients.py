@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from eckart.corpora import Tokens
 from eckart.lowrank import GradientMoments
 from eckart.models.sites import Site
+from eckart.tokens import Tokens
 from eckart.tracking import Track, silent
 
 # A masked language model is asked for this share of its tokens, as in its pretraining (BERT, section 3.1).

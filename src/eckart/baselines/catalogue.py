@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from eckart.baselines.pruning import prune_structures
 from eckart.baselines.quantization import check_group_size, quantize_weights
-from eckart.corpora import Tokens
 from eckart.sizes import num_bytes, num_params
+from eckart.tokens import Tokens
 from eckart.tracking import Track, silent
 
 TORCHAO = "torchao, Or et al., arXiv 2507.16099; rounding to nearest, no calibration"

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from eckart.corpora import Tokens, check_vocabulary
 from eckart.models.families import UnsupportedModelError
 from eckart.models.sites import blocks_of, find_sites, read_weight
+from eckart.tokens import Tokens, check_vocabulary
 from eckart.tracking import Track, silent
 
 Part = Literal["heads", "channels"]

@@ -8,15 +8,16 @@ from typing import Annotated
 import typer
 
 from eckart.cli.app import Batch, Data, Device, Force, app, console
-from eckart.corpora import read_text, sample_windows
+from eckart.corpora import read_text
 from eckart.evals.result import EvalResult
 from eckart.evals.similarity import read_activations
 from eckart.evals.tasks import Task, default_length, evaluate, find_task
+from eckart.experiment import write_result
 from eckart.models.loading import load_model, load_tokenizer
 from eckart.models.sites import input_groups
-from eckart.pipeline import write_result
 from eckart.reports import write_report
 from eckart.terminal import TerminalTrack, number, table
+from eckart.tokens import sample_windows
 
 
 @app.command("eval")

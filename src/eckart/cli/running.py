@@ -11,10 +11,12 @@ import yaml
 from rich.table import Table
 
 from eckart.cli.app import CACHE, Batch, Cache, Data, Device, Force, NoCache, app, console
-from eckart.pipeline import How, run
+from eckart.experiment import run
+from eckart.pipeline import How
 from eckart.recipe import load_recipe
 from eckart.reports import write_report
-from eckart.study import Line, Study, load_study, run_study, studies
+from eckart.reproduction import Line, run_study
+from eckart.study import Study, load_study, studies
 from eckart.terminal import TerminalTrack, number, table
 
 

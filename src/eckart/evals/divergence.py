@@ -10,9 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eckart.corpora import check_vocabulary
 from eckart.evals.result import EvalResult, Score
 from eckart.evals.windows import check_causal, check_finite, cut_windows, windows_per_batch
+from eckart.tokens import check_vocabulary
 from eckart.tracking import Track, silent
 
 # What is kept of a window: means over its predicted tokens, in this order.

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.corpora import check_vocabulary
 from eckart.evals.harness_tasks import (
     LOCAL_TASKS,
     SPLIT_SEED,
@@ -33,6 +32,7 @@ from eckart.evals.harness_tasks import (
 )
 from eckart.evals.result import EvalResult, Score
 from eckart.evals.windows import check_causal, check_evaluating
+from eckart.tokens import check_vocabulary
 from eckart.tracking import Track, silent
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.corpora import check_vocabulary
+from eckart.tokens import check_vocabulary
 from eckart.tracking import Track, silent
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.corpora import Text, check_tokenizer, encode, read_text
+from eckart.corpora import Text, read_text
 from eckart.evals.cost import cost
 from eckart.evals.divergence import divergence
 from eckart.evals.harness import run_harness
@@ -20,6 +20,7 @@ from eckart.evals.similarity import Activations, similarity
 from eckart.evals.stereoset import read_stereoset, stereoset
 from eckart.evals.subject import Setup, Subject
 from eckart.evals.windows import check_evaluating
+from eckart.tokens import check_tokenizer, encode
 from eckart.tracking import Track, silent
 
 # The window of the published tables; a model with fewer positions is read at its own.

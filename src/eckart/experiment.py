@@ -1,0 +1,243 @@
+"""Experiment: a recipe carried out in a run directory, both models measured, resumed where it was stopped."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from eckart.card import write_card
+from eckart.evals.agreement import agreement, has_answers
+from eckart.evals.result import EvalResult
+from eckart.evals.similarity import Activations, read_activations
+from eckart.evals.tasks import Task, evaluate, find_task
+from eckart.models.loading import load_model, load_tokenizer
+from eckart.models.sites import input_groups
+from eckart.pipeline import How, make_baseline, make_checkpoint, make_tokens
+from eckart.recipe import Recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run knows of one task: the dense model's result, the compressed one's, and how the two agree.
+
+    None stands where the evaluation is of the other model only, or where it was refused (`refusals` says why).
+    """
+
+    task: Task
+    dense: EvalResult | None = None
+    compressed: EvalResult | None = None
+    agreement: EvalResult | None = None
+    refusals: dict[str, str] = field(default_factory=dict)
+
+
+def run(
+    recipe: Recipe,
+    directory: Path,
+    how: How,
+    *,
+    force: bool = False,
+    shared: Path | None = None,
+    keep_going: bool = False,
+) -> list[Measured]:
+    """Carry out a whole recipe in a run directory, and go on where a killed run stopped.
+
+    The directory gets recipe.yaml (as given), environment.json, model/ (see `make_checkpoint`; of a baseline only what
+    it did), evals/<task>.json of the compressed model, evals/<task>.dense.json of the one it was made from and
+    evals/<task>.agreement.json of the two. What is there already is not done again.
+
+    Args:
+        shared: folder of dense results that several runs share, named by model, task and settings.
+        keep_going: an evaluation that refuses is noted in refusals.json, and the others go on; otherwise the run stops.
+
+    Raises:
+        FileExistsError: the directory holds a run of another recipe and `force` is not given.
+        ValueError: as the stages raise it; an unknown task is found before anything runs.
+    """
+    fresh = _claim(directory, recipe, force)
+    (directory / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
+    models = _Models(recipe, directory / "model", how)
+    results = _Results(directory / "evals", shared, recipe, fresh)
+    refusals: dict[str, dict[str, str]] = {}
+
+    def measure(task: Task, which: str) -> EvalResult | None:
+        if find_task(task.name).of not in ("both", which):
+            return None
+        found = results.read(task, which)
+        if found is None:
+            try:
+                found = models.evaluate(task, which)
+            except ValueError as error:
+                if not keep_going:
+                    raise
+                refusals.setdefault(task.label, {})[which] = str(error)
+                return None
+            results.write(found, task, which)
+        return found
+
+    dense = [measure(task, "dense") for task in recipe.tasks]
+    if recipe.keep == 1:
+        _note_refusals(directory, refusals)
+        return [
+            Measured(task, before, refusals=refusals.get(task.label, {}))
+            for task, before in zip(recipe.tasks, dense, strict=True)
+        ]
+    models.compress(fresh=fresh)
+    compressed = [measure(task, "compressed") for task in recipe.tasks]
+    measured = []
+    for task, before, after in zip(recipe.tasks, dense, compressed, strict=True):
+        both = None
+        if before and after and has_answers(before) and has_answers(after):
+            both = agreement(before, after)
+            write_result(both, directory / "evals" / f"{task.slug}.agreement.json")
+        measured.append(Measured(task, before, after, both, refusals.get(task.label, {})))
+    _note_refusals(directory, refusals)
+    facts = json.loads((directory / "model" / "compression.json").read_text(encoding="utf-8"))
+    if not recipe.is_baseline:
+        card = write_card(
+            load_recipe(directory / "model" / "recipe.yaml"),
+            facts,
+            [(item.dense, item.compressed) for item in measured if item.dense and item.compressed],
+        )
+        (directory / "model" / "README.md").write_text(card, encoding="utf-8")
+    return measured
+
+
+def _claim(directory: Path, recipe: Recipe, force: bool) -> bool:
+    """Make the directory this recipe's; whether it is new (or made new by `force`)."""
+    written = directory / "recipe.yaml"
+    if written.is_file() and written.read_text(encoding="utf-8") == recipe.to_yaml():
+        return False
+    if directory.exists() and any(directory.iterdir()) and not force:
+        raise FileExistsError(
+            f"{directory} holds something else than a run of this recipe; give another place, or --force"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    written.write_text(recipe.to_yaml(), encoding="utf-8")
+    return True
+
+
+def _note_refusals(directory: Path, refusals: dict[str, dict[str, str]]) -> None:
+    """refusals.json: {task: {"dense" or "compressed": why}}; no file where nothing was refused."""
+    file = directory / "refusals.json"
+    if refusals:
+        file.write_text(json.dumps(refusals, indent=2, ensure_ascii=False), encoding="utf-8")
+    else:
+        file.unlink(missing_ok=True)
+
+
+class _Models:
+    """The two models of a run, each loaded when something first asks for it."""
+
+    def __init__(self, recipe: Recipe, directory: Path, how: How) -> None:
+        self.recipe, self.directory, self.how = recipe, directory, how
+        self.loaded: dict[str, PreTrainedModel] = {}
+        self.tokenizer = load_tokenizer(recipe.model)
+
+    def get(self, which: str) -> PreTrainedModel:
+        """The "dense" or the "compressed" model."""
+        if which not in self.loaded:
+            if which == "dense":
+                self.loaded[which] = load_model(self.recipe.model, dtype=self.recipe.dtype, device=self.how.device)
+            elif self.recipe.is_baseline:
+                self.loaded[which] = make_baseline(self.recipe, self.directory, self.how)
+            else:
+                self.loaded[which] = load_model(self.directory, device=self.how.device)
+        return self.loaded[which]
+
+    def compress(self, *, fresh: bool) -> None:
+        """Make the compressed model's directory, unless it is there. The dense model is let go first."""
+        self.loaded.clear()
+        made = "compression.json" if self.recipe.is_baseline else "config.json"
+        if not fresh and (self.directory / made).is_file():
+            return
+        if self.recipe.is_baseline:
+            self.get("compressed")
+        else:
+            make_checkpoint(self.recipe, self.directory, self.how, force=True)
+
+    def evaluate(self, task: Task, which: str) -> EvalResult:
+        """One evaluation of one of the models, with what it needs beside it."""
+        model, needs = self.get(which), find_task(task.name).needs
+        compare = which == "compressed" and (task.kind == "cost" or "reference" in needs)
+        path = Path(self.recipe.model) if which == "dense" else self.directory
+        stored = path.is_dir() and not (which == "compressed" and self.recipe.is_baseline)
+        return evaluate(
+            model,
+            self.tokenizer,
+            [task],
+            data=self.how.data,
+            batch_size=self.how.batch_size,
+            path=path if stored else None,
+            reference=self.get("dense") if compare else None,
+            activations=self.activations if "activations" in needs else None,
+            track=self.how.track,
+        )[0]
+
+    @functools.cached_property
+    def activations(self) -> Activations:
+        """Of the dense model on the calibration text."""
+        model = self.get("dense")
+        tokens = make_tokens(self.recipe, model, self.tokenizer, self.how.data)
+        return read_activations(model, tokens, input_groups(model), track=self.how.track)
+
+
+class _Results:
+    """Results on disk: those of a run directory, and dense ones that runs share."""
+
+    def __init__(self, folder: Path, shared: Path | None, recipe: Recipe, fresh: bool) -> None:
+        self.folder, self.shared, self.recipe, self.fresh = folder, shared, recipe, fresh
+
+    def read(self, task: Task, which: str) -> EvalResult | None:
+        for file in self._files(task, which):
+            if file.is_file() and not (self.fresh and file.parent == self.folder):
+                result = EvalResult.from_json(file.read_text(encoding="utf-8"))
+                if file.parent != self.folder:
+                    write_result(result, self._files(task, which)[0])
+                return result
+        return None
+
+    def write(self, result: EvalResult, task: Task, which: str) -> None:
+        for file in self._files(task, which):
+            write_result(result, file)
+
+    def _files(self, task: Task, which: str) -> list[Path]:
+        files = [self.folder / f"{task.slug}{'.dense' if which == 'dense' else ''}.json"]
+        if which == "dense" and self.shared is not None:
+            made_of: list[Any] = [self.recipe.model, self.recipe.dtype, asdict(task)]
+            if "activations" in find_task(task.name).needs:
+                made_of.append(self.recipe.calibration.model_dump())
+            digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
+            files.append(self.shared / f"{task.slug}-{digest}.json")
+        return files
+
+
+def write_result(result: EvalResult, file: Path) -> None:
+    """Write a result; the file appears whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(result.to_json(), encoding="utf-8")
+    partial.rename(file)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, as far as they may move a number."""
+    packages = ("eckart", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "scipy")
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+    }

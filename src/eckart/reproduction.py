@@ -1,0 +1,179 @@
+"""Reproduction: the runs of a study carried out, and its table with the paper's numbers beside ours."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eckart.evals.improvement import average_improvement
+from eckart.evals.result import EvalResult
+from eckart.experiment import Measured, run
+from eckart.pipeline import How
+from eckart.recipe import Recipe, parse_recipe
+from eckart.study import Row, Study, merge
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a study's table, all lists in the order of the columns; None where there is no number.
+
+    Attributes:
+        label: of the row.
+        run: name of its run directory; None for the dense model's row.
+        ours, published: numbers.
+        improvement, published_improvement: average improvement over the baseline, as a share.
+        refusals: {task: why it was not measured}.
+    """
+
+    label: str
+    run: str | None
+    ours: list[float | None]
+    published: list[float | None]
+    improvement: float | None = None
+    published_improvement: float | None = None
+    refusals: dict[str, str] | None = None
+
+    @property
+    def difference(self) -> list[float | None]:
+        """Ours minus the paper's."""
+        return [None if a is None or b is None else a - b for a, b in zip(self.ours, self.published, strict=True)]
+
+
+def run_study(study: Study, directory: Path, how: How, *, force: bool = False) -> list[Line]:
+    """Carry out every run of a study that `Study.at` has put at a scale, and lay its table out.
+
+    The directory gets runs/<name>/ (run directories), dense/ (dense results, shared by the runs) and study.json (the
+    table). Runs and evaluations that are there are not done again. An evaluation that refuses leaves a gap in the
+    table, with its reason; it is never a number.
+
+    Raises:
+        FileExistsError: a run directory holds another recipe and `force` is not given.
+        ValueError: a recipe that does not fit, found before anything runs; and what compression raises.
+    """
+    planned = study.recipes()
+    measured: dict[str, list[Measured]] = {}
+    for label, _, recipe in how.track(planned, "runs", len(planned)):
+        name = slug(label)
+        measured[name] = run(
+            recipe, directory / "runs" / name, how, force=force, shared=directory / "dense", keep_going=True
+        )
+        write_study(study, tabulate(study, planned, measured), directory)
+    return tabulate(study, planned, measured)
+
+
+def tabulate(
+    study: Study, planned: Sequence[tuple[str, Row, Recipe]], measured: Mapping[str, Sequence[Measured]]
+) -> list[Line]:
+    """The table of the runs measured so far; a dense row before the first run of each model."""
+    nothing: list[float | None] = [None] * len(study.columns)
+    lines: list[Line] = []
+    models: list[str] = []
+    for label, row, recipe in planned:
+        name = slug(label)
+        if name not in measured:
+            continue
+        if recipe.model not in models:
+            models.append(recipe.model)
+            lines.append(
+                Line(
+                    f"{Path(recipe.model).name}, dense",
+                    None,
+                    [read(measured[name], column, dense=True) for column in study.columns],
+                    study.dense if study.dense and len(models) == 1 else nothing,
+                )
+            )
+        refusals = {item.task.label: "; ".join(item.refusals.values()) for item in measured[name] if item.refusals}
+        lines.append(
+            Line(
+                label,
+                name,
+                [read(measured[name], column) for column in study.columns],
+                row.published or nothing,
+                _improvement(study, recipe, planned, measured),
+                row.improvement if row.published else None,
+                refusals,
+            )
+        )
+    return lines
+
+
+def read(measured: Sequence[Measured], column: str, *, dense: bool = False) -> float | None:
+    """The number of a column, "task" or "task#score", in a run; None where the run has none."""
+    task, _, score = column.partition("#")
+    kind, _, inner = task.partition(":")
+    for item in measured:
+        result: EvalResult | None
+        if kind == "agreement" and item.task.name == inner:
+            result = None if dense else item.agreement
+        elif item.task.name == task:
+            result = item.dense if dense or item.compressed is None else item.compressed
+        else:
+            continue
+        return None if result is None else result.read(score or None)
+    return None
+
+
+def _improvement(
+    study: Study,
+    recipe: Recipe,
+    planned: Sequence[tuple[str, Row, Recipe]],
+    measured: Mapping[str, Sequence[Measured]],
+) -> float | None:
+    """This run's average improvement over the study's baseline at the same size; None for the baseline itself."""
+    if study.compare is None:
+        return None
+    wanted = merge(recipe.model_dump(exclude_none=True), study.compare.baseline)
+    for label, _, other in planned:
+        data = other.model_dump(exclude_none=True)
+        if slug(label) not in measured or data != parse_recipe(wanted).model_dump(exclude_none=True):
+            continue
+        if other == recipe:
+            return None
+        ours, theirs = (
+            {column: read(measured[slug(name)], column) for column in study.columns}
+            for name in (next(text for text, _, made in planned if made == recipe), label)
+        )
+        kept = [c for c in study.columns if ours[c] is not None and theirs[c] is not None]
+        if not [c for c in kept if c not in study.compare.in_domain]:
+            return None
+        return average_improvement(
+            {c: ours[c] or 0.0 for c in kept},
+            {c: theirs[c] or 0.0 for c in kept},
+            in_domain=study.compare.in_domain,
+        )
+    return None
+
+
+def write_study(study: Study, lines: Sequence[Line], directory: Path) -> None:
+    """study.json, the table for the report and for machines; it appears whole or not at all."""
+    data = {
+        "title": study.title,
+        "paper": study.paper,
+        "about": study.about,
+        "columns": study.columns,
+        "rows": [
+            {
+                "label": line.label,
+                "run": line.run,
+                "ours": line.ours,
+                "published": line.published,
+                "difference": line.difference,
+                "improvement": line.improvement,
+                "published_improvement": line.published_improvement,
+                "refusals": line.refusals or {},
+            }
+            for line in lines
+        ],
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / "study.partial"
+    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
+    partial.rename(directory / "study.json")
+
+
+def slug(label: str) -> str:
+    """A folder name."""
+    return re.sub(r"[^A-Za-z0-9_.=-]+", "-", label).strip("-.")
