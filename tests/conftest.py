@@ -2,13 +2,21 @@
 
 A hook has to be in place before the first import, and this file is read before any test module of any
 folder. The checks are off until a test asks for them (tests/lowrank/conftest.py): everybody else meets the
-package as its users do.
+package as its users do. Also the fixture `run`, the command line in this process.
 """
 
-import sys
+from __future__ import annotations
 
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
 import torch
 from jaxtyping import config, install_import_hook
+
+if TYPE_CHECKING:
+    from tiny import Run
 
 assert "eckart.lowrank" not in sys.modules, "imported too early: its shape types can no longer be hooked"
 install_import_hook("eckart.lowrank", "beartype.beartype")
@@ -16,3 +24,23 @@ config.update("jaxtyping_disable", True)
 
 # Tiny matrices gain nothing from two threads, and two threads that wait for each other on a busy machine lose minutes.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `eckart ARGUMENTS` in this process; gives the exit status and everything printed."""
+    from eckart import cli  # not above: the hook comes first
+
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: str | Path) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["eckart", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    return call

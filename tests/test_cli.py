@@ -1,36 +1,14 @@
 """The command line on a tiny model: every command, and one clear line for what goes wrong."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from eckart import cli
 from eckart.evals.result import EvalResult
-from tiny import tiny_model, tiny_text, tiny_tokenizer
-
-Run = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `eckart ARGUMENTS` in this process; gives the exit status and everything printed."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: str | Path) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["eckart", *map(str, arguments)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out + captured.err
-
-    return call
+from tiny import Run, tiny_model, tiny_text, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

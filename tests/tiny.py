@@ -6,7 +6,7 @@ A family's row in `eckart.models.families.FAMILIES` needs its tiny config here; 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ from transformers import (
 
 from eckart.models.sites import Site
 from eckart.tokens import Tokens
+
+# `eckart ARGUMENTS` in this process: the exit status and everything printed. See the fixture `run`.
+Run = Callable[..., tuple[int, str]]
 
 VOCABULARY = 96
 POSITIONS = 64

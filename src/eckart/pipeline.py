@@ -66,6 +66,8 @@ def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False)
         FileExistsError: `out` exists and `force` is not given; nothing is read or computed then.
         ValueError, UnsupportedModelError, DecompositionError: as the stages raise them.
     """
+    if recipe.is_baseline:
+        raise ValueError(f"{recipe.method.name} is a baseline: `eckart run` measures it; it makes no checkpoint")
     check_free(out, force=force)
     start = time.perf_counter()
     model = load_model(recipe.model, dtype=recipe.dtype, device=how.device)

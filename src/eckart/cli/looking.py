@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from eckart.allocation import RankPlan, plan, summarise
+from eckart.baselines import BASELINES, baseline_options, build_baseline
 from eckart.cli.app import app, console
 from eckart.corpora import CORPORA
 from eckart.evals.harness_tasks import LOCAL_TASKS
@@ -84,30 +86,43 @@ def inspect(
 def methods(
     name: Annotated[str | None, typer.Argument(help="Show one method whole")] = None,
 ) -> None:
-    """List the published methods, or show one: its paper, equation, assumptions and settings."""
+    """List the published methods and the baselines, or show one: its paper, equation, assumptions and settings."""
     if name is None:
-        rows = [
-            [
-                entry,
-                (METHODS[entry].__doc__ or "").splitlines()[0],
-                ", ".join(f"{key}={value}" for key, value in method_options(entry).items()),
-            ]
-            for entry in METHODS
-        ]
+        rows = [[entry, _first_line(METHODS[entry]), _settings(method_options(entry))] for entry in METHODS]
         console.print(table("Methods", ["name", "what it is", "settings"], rows, text_columns=3))
+        rows = [[entry, _first_line(BASELINES[entry]), _settings(baseline_options(entry))] for entry in BASELINES]
+        console.print(table("Baselines, for `run`", ["name", "what it is", "settings"], rows, text_columns=3))
         return
-    method = build_method(name)
-    settings = ", ".join(f"{key} = {value}" for key, value in method_options(name).items())
-    facts = {
-        "": METHODS[name].__doc__ or "",
-        "paper": method.paper,
-        "equation": method.equation,
-        "assumes": method.assumes,
-        "fails": method.fails,
-        "needs": ", ".join(sorted(method.needs)) or "no calibration",
-        "settings": settings or "none",
-    }
+    if name in BASELINES:
+        baseline = build_baseline(name)
+        facts = {
+            "": BASELINES[name].__doc__ or "",
+            "paper": baseline.paper,
+            "does": baseline.about,
+            "size": "keep" if baseline.needs_keep else "one",
+            "needs": "calibration text" if baseline.needs_tokens else "no calibration",
+            "settings": _settings(baseline_options(name)) or "none",
+        }
+    else:
+        method = build_method(name)
+        facts = {
+            "": METHODS[name].__doc__ or "",
+            "paper": method.paper,
+            "equation": method.equation,
+            "assumes": method.assumes,
+            "fails": method.fails,
+            "needs": ", ".join(sorted(method.needs)) or "no calibration",
+            "settings": _settings(method_options(name)) or "none",
+        }
     console.print(table(name, ["", ""], [[key, value] for key, value in facts.items()], text_columns=2))
+
+
+def _first_line(entry: Callable[..., object]) -> str:
+    return (entry.__doc__ or "").splitlines()[0]
+
+
+def _settings(options: Mapping[str, object]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in options.items())
 
 
 @app.command()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import functools
 import importlib.util
-import logging
 import math
 import os
 import random
@@ -20,6 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eckart.evals.harness_model import make_scorer
 from eckart.evals.harness_tasks import (
     LOCAL_TASKS,
     SPLIT_SEED,
@@ -32,7 +31,7 @@ from eckart.evals.harness_tasks import (
 )
 from eckart.evals.result import EvalResult, Score
 from eckart.evals.windows import check_causal, check_evaluating
-from eckart.tokens import check_vocabulary
+from eckart.quiet import quiet
 from eckart.tracking import Track, silent
 
 
@@ -107,7 +106,7 @@ def run_harness(
             loaded, sources = _load_from_files(name, row, Path(data), shots or 0)
         _set_shots(loaded["tasks"], shots, seed)
         rows = _rows(loaded["tasks"], split, limit)
-        scorer = _scorer(model, tokenizer, batch_size, rows, name, track)
+        scorer = make_scorer(model, tokenizer, batch_size, rows, name, track)
         try:
             with np.errstate(all="ignore"):  # what is not a number is refused below
                 found = evaluate(scorer, loaded, limit=None if rows else limit, samples=rows, bootstrap_iters=0)
@@ -136,14 +135,11 @@ def _contained(seed: int, device: torch.device) -> Iterator[None]:
     import datasets
     import lm_eval.api.task as building  # sets environment variables
 
-    # The second one warns of prompts past the model's positions, which the harness cuts and the result counts.
-    loggers = [logging.getLogger("lm_eval"), logging.getLogger("transformers.tokenization_utils_base")]
-    levels, bars, tqdm = [logger.level for logger in loggers], datasets.are_progress_bars_disabled(), building.tqdm
+    bars, tqdm = datasets.are_progress_bars_disabled(), building.tqdm
     devices = list(range(torch.cuda.device_count())) if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    # The second logger warns of prompts past the model's positions, which the harness cuts and the result counts.
+    with torch.random.fork_rng(devices=devices), quiet("lm_eval", "transformers.tokenization_utils_base"):
         try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
             datasets.disable_progress_bars()
             building.tqdm = functools.partial(tqdm, disable=True)  # it has no switch of its own
             random.seed(seed)
@@ -154,8 +150,6 @@ def _contained(seed: int, device: torch.device) -> Iterator[None]:
             building.tqdm = tqdm
             if not bars:
                 datasets.enable_progress_bars()
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
             random.setstate(state)
             np.random.set_state(numpy_state)
             for key in os.environ.keys() - environment.keys():
@@ -245,105 +239,6 @@ def _rows(tasks: dict[str, Any], split: str, limit: int | None) -> dict[str, lis
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return rows
-
-
-def _scorer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    rows: dict[str, list[int]] | None,
-    name: str,
-    track: Track,
-) -> Any:
-    """The harness's wrapper of a model, which also checks what goes in and what comes out, and shows progress."""
-    from lm_eval.models.huggingface import HFLM
-
-    class Scorer(HFLM):
-        truncated = 0
-
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            self.asked = requests
-            with self._followed(requests):
-                return super().loglikelihood(requests, disable_tqdm=True)
-
-        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            self.asked = []  # what is scored are windows of the requests, which always fit
-            with self._followed(requests):
-                return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            with self._followed(requests):
-                return super().generate_until(requests, disable_tqdm=True)
-
-        def _loglikelihood_tokens(
-            self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
-        ) -> Any:
-            for request, (_, context, continuation) in zip(self.asked, requests, strict=False):
-                if not continuation:
-                    raise ValueError(f"{self._place(request)}: the tokenizer makes nothing of a continuation")
-                if len(continuation) > self.max_length:
-                    raise ValueError(
-                        f"{self._place(request)}: a continuation has {len(continuation)} tokens, "
-                        f"more than the model's {self.max_length} positions"
-                    )
-                self.truncated += len(context) + len(continuation) > self.max_length + 1
-            self._check_tokens(max(max(context + continuation) for _, context, continuation in requests))
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
-
-        def tok_batch_encode(self, *args: Any, **kwargs: Any) -> Any:
-            ids, mask = super().tok_batch_encode(*args, **kwargs)
-            self._check_tokens(int(ids.max()))
-            return ids, mask
-
-        def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
-            def check(_module: Any, _inputs: Any, output: Any) -> None:
-                if not torch.isfinite(output.logits[:, -1]).all():
-                    raise ValueError(f"{name}: a logit is not finite; the model is broken, there is no result")
-
-            handle = self.model.register_forward_hook(check)
-            try:
-                return super()._model_generate(*args, **kwargs)
-            finally:
-                handle.remove()
-
-        def _check_tokens(self, largest: int) -> None:
-            try:
-                check_vocabulary(self.model, torch.tensor([largest]))
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-
-        def _place(self, request: Any) -> str:
-            document = rows[request.task_name][request.doc_id] if rows else request.doc_id
-            return f"{request.task_name}: document {document}"
-
-        @contextmanager
-        def _followed(self, requests: list[Any]) -> Iterator[None]:
-            """Every answer is seen as it is made, so that a broken model ends the run at once."""
-            first = {request.args[:2]: request for request in reversed(requests) if isinstance(request.args[-1], str)}
-            steps = iter(track(range(len(requests)), name, len(requests)))
-            next(steps, None)
-
-            class Follower:
-                def add_partial(_self, kind: str, request: Any, answer: Any) -> None:
-                    value = answer[0] if kind == "loglikelihood" else answer
-                    if not isinstance(value, str) and not math.isfinite(value):
-                        raise ValueError(
-                            f"{self._place(first[request])} has a log-likelihood of {value}; "
-                            "the model is broken, there is no result"
-                        )
-                    next(steps, None)
-
-            before = self.cache_hook
-            self.set_cache_hook(Follower())
-            try:
-                yield
-            finally:
-                self.set_cache_hook(before)
-                if hasattr(steps, "close"):
-                    steps.close()
-
-    # The harness gives a tokenizer without a pad token one; that stays with the copy.
-    return Scorer(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size)
 
 
 def _with_errors(found: Any, loaded: Any) -> dict[str, dict[str, Any]]:
