@@ -165,6 +165,18 @@ def test_what_is_refused_is_a_gap_with_its_reason(place: Path, tmp_path: Path) -
     assert (tmp_path / "out" / "runs" / svd.run / "refusals.json").is_file()
 
 
+def test_a_rival_of_one_size_stands_in_the_table_without_an_improvement(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="needs the extra 'baselines'")
+    runs = [{"method": "asvd-i", "keep": 0.5}, {"method": "int8"}]
+    study = at_place(place, runs=runs, columns=["cost#params"], dense=None)
+    study = study.model_copy(update={"columns": [item["task"] for item in study.base["evaluate"]]})
+    _, asvd, int8 = run_study(study, tmp_path / "out", How())
+    assert int8.improvement is None
+    assert asvd.ours[0] is not None
+    assert int8.ours[0] is not None
+    assert int8.ours[0] != asvd.ours[0]
+
+
 def test_labels_and_folders() -> None:
     assert describe({"method": "svd", "keep": 0.7}) == "svd, keep 0.7"
     assert describe({"method": {"name": "nsvd-i", "options": {"share": 0.9}}, "keep": 0.5}) == (

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,7 @@ def environment() -> dict[str, Any]:
     """Versions and machine, as far as they may move a number."""
     packages = ("eckart", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "scipy")
     return {
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
         "machine": platform.machine(),

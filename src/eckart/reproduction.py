@@ -92,7 +92,7 @@ def tabulate(
                 name,
                 [read(measured[name], column) for column in study.columns],
                 row.published or nothing,
-                _improvement(study, recipe, planned, measured),
+                _improvement(study, label, recipe, planned, measured),
                 row.improvement if row.published else None,
                 refusals,
             )
@@ -118,33 +118,31 @@ def read(measured: Sequence[Measured], column: str, *, dense: bool = False) -> f
 
 def _improvement(
     study: Study,
+    label: str,
     recipe: Recipe,
     planned: Sequence[tuple[str, Row, Recipe]],
     measured: Mapping[str, Sequence[Measured]],
 ) -> float | None:
-    """This run's average improvement over the study's baseline at the same size; None for the baseline itself."""
+    """This run's average improvement in perplexity over the study's baseline at the same size.
+
+    None for the baseline itself, for a run that has no counterpart, and where no corpus out of domain was measured.
+    """
     if study.compare is None:
         return None
-    wanted = merge(recipe.model_dump(exclude_none=True), study.compare.baseline)
-    for label, _, other in planned:
-        data = other.model_dump(exclude_none=True)
-        if slug(label) not in measured or data != parse_recipe(wanted).model_dump(exclude_none=True):
-            continue
-        if other == recipe:
-            return None
-        ours, theirs = (
-            {column: read(measured[slug(name)], column) for column in study.columns}
-            for name in (next(text for text, _, made in planned if made == recipe), label)
-        )
-        kept = [c for c in study.columns if ours[c] is not None and theirs[c] is not None]
-        if not [c for c in kept if c not in study.compare.in_domain]:
-            return None
-        return average_improvement(
-            {c: ours[c] or 0.0 for c in kept},
-            {c: theirs[c] or 0.0 for c in kept},
-            in_domain=study.compare.in_domain,
-        )
-    return None
+    try:
+        wanted = parse_recipe(merge(recipe.model_dump(exclude_none=True), study.compare.baseline))
+    except ValueError:
+        return None  # a rival of one size has no keep, which the baseline needs
+    counterpart = next((other for other, _, made in planned if made == wanted and slug(other) in measured), None)
+    if counterpart is None or counterpart == label:
+        return None
+    outside = [c for c in study.columns if c.startswith("perplexity:") and c not in study.compare.in_domain]
+    ours, theirs = (
+        {c: value for c in outside if (value := read(measured[slug(name)], c)) is not None}
+        for name in (label, counterpart)
+    )
+    shared = [c for c in outside if c in ours and c in theirs]
+    return average_improvement({c: ours[c] for c in shared}, {c: theirs[c] for c in shared}) if shared else None
 
 
 def write_study(study: Study, lines: Sequence[Line], directory: Path) -> None:

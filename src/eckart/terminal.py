@@ -70,7 +70,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
     """A table whose first `text_columns` columns are words and the others numbers."""
     drawn = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if index < text_columns else "right", overflow="fold")
+        words = index < text_columns
+        drawn.add_column(column, justify="left" if words else "right", overflow="fold", no_wrap=index == 0)
     for row in rows:
         drawn.add_row(*row)
     return drawn

@@ -23,7 +23,8 @@ app = typer.Typer(
     Start with [bold]eckart demo[/bold] (the built-in model, no network), then [bold]eckart compress[/bold] and
     [bold]eckart eval[/bold] on your own. "keep" is always the share of parameters kept, not removed.""",
 )
-console = Console()
+# What is not a terminal, a file or a pipe, has room for a wide table.
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps")]
 Data = Annotated[Path | None, typer.Option(help="Folder with local copies of known corpora; default: ask the hub")]

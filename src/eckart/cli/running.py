@@ -117,7 +117,10 @@ def study_table(study: Study, lines: Sequence[Line]) -> Table:
 
 
 def _cell(value: float | None) -> str:
-    return "" if value is None else number(value)
+    """Four digits that say something."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
 def _share(value: float | None) -> str:

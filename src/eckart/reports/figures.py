@@ -1,0 +1,17 @@
+"""Figures: all sections of a report that are drawn, in the order of the page."""
+
+from __future__ import annotations
+
+from eckart.reports.answers import agreement
+from eckart.reports.bars import cost, stereoset, tasks
+from eckart.reports.charts import Chart
+from eckart.reports.histograms import similarity
+from eckart.reports.linears import kept_share, spectra
+from eckart.reports.runs import Collection
+from eckart.reports.sizes import divergence, perplexity
+
+
+def all_figures(collection: Collection) -> list[Chart]:
+    """The figures that there is something to draw for, in the order of the page."""
+    makers = (perplexity, kept_share, spectra, tasks, stereoset, agreement, divergence, similarity, cost)
+    return [chart for maker in makers if (chart := maker(collection)) is not None]

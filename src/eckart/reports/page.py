@@ -1,0 +1,189 @@
+"""Page: everything a report shows, in one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+from eckart.reports.charts import Chart, View
+from eckart.reports.figures import all_figures
+from eckart.reports.palette import DARK
+from eckart.reports.runs import Collection, Run, read_runs
+from eckart.reports.tables import Table, environments, incomplete, paper_table, summary
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(
+    directories: Sequence[Path], out: Path, *, title: str | None = None, baseline: str | None = None
+) -> Path:
+    """Write one self-contained HTML page about run directories.
+
+    The page holds its script, its styles and its numbers; it asks the network for nothing and opens from disk.
+    Sections without data are left out; what a run lacks is listed.
+
+    Args:
+        directories: run directories, or folders of them (a study, perhaps with its study.json), in any mixture.
+        out: the HTML file; its folder is made. It appears whole or not at all.
+        title: of the page; None is the studies' titles, or the models' names.
+        baseline: the method whose perplexity improvements are counted from (NSVD's "Avg. Impro."); None is asvd-i, and
+            no improvement where there is none.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: a folder that is not there or holds no run, a file that cannot be read (the message names it), or
+            a baseline that no run has.
+    """
+    out = Path(out)
+    page = render(read_runs(directories), title=title, baseline=baseline)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(out)
+    return out
+
+
+def render(collection: Collection, *, title: str | None = None, baseline: str | None = None) -> str:
+    """The page as text. Raises ValueError as `write_report` does."""
+    charts = all_figures(collection)
+    data = {"dark": DARK, "charts": {chart.slug: _chart_data(chart) for chart in charts}}
+    jinja = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return jinja.get_template("page.html").render(
+        title=title or _title(collection),
+        studies=[(study, paper_table(study, place)) for place, study in enumerate(collection.studies, 1) if study.rows],
+        facts=_facts(collection),
+        when=_when(collection),
+        summary=summary(collection, baseline),
+        charts=charts,
+        incomplete=incomplete(collection),
+        environments=environments(collection),
+        runs=[(run, _settings_text(run)) for run in collection.runs],
+        css=(TEMPLATES / "page.css").read_text(encoding="utf-8"),
+        js=(TEMPLATES / "page.js").read_text(encoding="utf-8"),
+        plotly=get_plotlyjs(),
+        data=script_json(data),
+    )
+
+
+def script_json(data: Any) -> str:
+    """JSON that may stand inside a script element: null for NaN and infinity, nothing that ends the element."""
+    text = json.dumps(_finite(data), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _finite(value: Any) -> Any:
+    """Plain data with null for every number that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _chart_data(chart: Chart) -> dict[str, Any]:
+    options = [
+        list(dict.fromkeys(view.choices[place] for view in chart.views)) for place in range(len(chart.selectors))
+    ]
+    return {
+        "title": chart.title,
+        "selectors": [{"name": name, "options": found} for name, found in zip(chart.selectors, options, strict=True)],
+        "start": _start(chart),
+        "views": [_view_data(view) for view in chart.views],
+        "table": _table_data(chart.table),
+    }
+
+
+def _start(chart: Chart) -> int:
+    """The view that is shown first: the first, at the middle one of its sizes, where methods differ visibly."""
+    first = chart.views[0].choices
+    if "Size" not in chart.selectors:
+        return 0
+    place = chart.selectors.index("Size")
+    alike = [
+        number
+        for number, view in enumerate(chart.views)
+        if all(a == b for at, (a, b) in enumerate(zip(view.choices, first, strict=True)) if at != place)
+    ]
+    return alike[len(alike) // 2]
+
+
+def _view_data(view: View) -> dict[str, Any]:
+    figure = view.figure.to_plotly_json()
+    return {"choices": view.choices, "notes": view.notes, "data": figure["data"], "layout": figure["layout"]}
+
+
+def _table_data(table: Table) -> dict[str, Any]:
+    """The table for the script that builds it when it is opened; a cell's value only where it is not its text."""
+    return {
+        "slug": table.slug,
+        "title": table.title,
+        "groups": table.groups,
+        "columns": [[column.label, column.numeric, column.group] for column in table.columns],
+        "rows": [
+            [[cell.text] if cell.value in (cell.text, None) else [cell.text, _plain(cell.value)] for cell in row]
+            for row in table.rows
+        ],
+    }
+
+
+def _plain(value: float | str | None) -> float | str | None:
+    """The value as JSON and JavaScript's Number() both read it."""
+    if isinstance(value, float) and math.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _title(collection: Collection) -> str:
+    if collection.studies:
+        return "; ".join(study.title for study in collection.studies)
+    models = collection.models
+    return f"{' and '.join(models[:3])}{' and others' if len(models) > 3 else ''}, compressed"
+
+
+def _facts(collection: Collection) -> list[tuple[str, str, str]]:
+    """(label, what there is of it, names) for the head of the page."""
+    runs = [run for run in collection.runs if not run.is_dense]
+    methods = list(dict.fromkeys(run.method for run in runs))
+    sizes = [f"{keep:g}" for keep in sorted({run.keep for run in runs if run.keep is not None}, reverse=True)]
+    tasks = {task for run in collection.runs for found in (run.compressed, run.dense) for task in found}
+    facts = [
+        (_count(collection.models, "model"), ", ".join(collection.models)),
+        (_count(methods, "method"), ", ".join(dict.fromkeys(run.series for run in runs))),
+        (_count(runs, "run"), f"keeping {', '.join(sizes)} of each linear" if sizes else ""),
+        (_count(tasks, "evaluation"), "of the dense and of the compressed models"),
+    ]
+    return [(*head.split(" ", 1), names) for head, names in facts]  # type: ignore[misc]
+
+
+def _count(things: Any, noun: str) -> str:
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
+
+
+def _when(collection: Collection) -> str:
+    """The days on which the runs were made."""
+    days = sorted({f"{run.when:%Y-%m-%d}" for run in collection.runs if run.when is not None})
+    if not days:
+        return "at an unknown time"
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+
+
+def _settings_text(run: Run) -> str:
+    """The recipe, as it is in the run directory."""
+    return yaml.safe_dump(dict(run.recipe), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,481 @@
+"""Runs: what is in run directories, read and put in order."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+
+from eckart.evals.result import EvalResult
+
+# The order of methods in every table and figure; others follow by name.
+ORDER = (
+    "svd",
+    "weight-space",
+    "fwsvd",
+    "asvd-0",
+    "asvd-i",
+    "asvd-ii",
+    "asvd-iii",
+    "nsvd-i",
+    "nsvd-ii",
+    "nid-i",
+    "nid-ii",
+    "sfsd",
+    "feature-space",
+    "llm-pruner",
+    "int8",
+    "int4",
+)
+# Methods without a share to keep. They stand beside every share.
+SIZELESS = ("int8", "int4")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One compressible linear after compression.
+
+    Attributes:
+        block, role, part: where it stands; "self_attn.q_proj" of the "attention" in block 3.
+        shape: (d_out, d_in).
+        rank: of its factors; None is dense.
+        relative_error, tail: what the cut lost, as compression.json has it.
+        spectrum: share of the loss left at evenly spaced ranks from 0 to min(d_out, d_in); empty where it was not kept.
+    """
+
+    name: str
+    block: int
+    role: str
+    part: str
+    shape: tuple[int, int]
+    rank: int | None
+    relative_error: float | None
+    tail: float | None
+    spectrum: tuple[float, ...]
+
+    @property
+    def kept(self) -> float:
+        """Share of the weight's numbers that are stored: rank (d_out + d_in) / (d_out d_in), 1 where dense."""
+        d_out, d_in = self.shape
+        return 1.0 if self.rank is None else self.rank * (d_out + d_in) / (d_out * d_in)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory.
+
+    Attributes:
+        name: unique among the runs of a report.
+        recipe, environment: the files of these names.
+        compression: compression.json; None where it is missing.
+        compressed, dense, agreement: results by task.
+        missing: what the directory should hold and does not, and what was refused.
+        when: the time in environment.json.
+        model: the model's name as shown: its last part where that is unique.
+        series: the method's name as shown, with the settings in which runs of this method differ.
+    """
+
+    directory: Path
+    name: str
+    recipe: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    compression: Mapping[str, Any] | None
+    compressed: Mapping[str, EvalResult]
+    dense: Mapping[str, EvalResult]
+    agreement: Mapping[str, EvalResult]
+    missing: tuple[str, ...]
+    when: datetime | None
+    model: str = ""
+    series: str = ""
+
+    @property
+    def method(self) -> str:
+        section = self.recipe.get("method", "?")
+        return str(section.get("name", "?") if isinstance(section, Mapping) else section)
+
+    @property
+    def keep(self) -> float | None:
+        """The share asked for at every site; None for rules, plans and methods without one."""
+        keep = self.recipe.get("keep")
+        return None if keep is None or self.method in SIZELESS else float(keep)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it compresses nothing, and is there for the dense model's results."""
+        return self.keep == 1 and self.compression is None
+
+    @property
+    def size(self) -> str | None:
+        """What was asked for, in words; None for a method without a share to keep."""
+        if self.keep is not None:
+            return f"keep {self.keep:g}"
+        for kind in ("rules", "plan"):
+            if self.recipe.get(kind) is not None and self.method not in SIZELESS:
+                share = (self.compression or {}).get("keep_of_linears")
+                return f"by {kind}" if share is None else f"by {kind}, {share:.2f} of linears"
+        return None
+
+    @property
+    def corpus(self) -> str | None:
+        """The corpus that it was calibrated on."""
+        section = self.recipe.get("calibration")
+        return section.get("corpus") if isinstance(section, Mapping) else None
+
+    def counted(self, what: str, moment: int) -> float | None:
+        """ "params" or "bytes" of the whole model before (0) and after (1)."""
+        pair = (self.compression or {}).get(what)
+        return None if pair is None else float(pair[moment])
+
+    @property
+    def share(self) -> float | None:
+        """Share of the whole model's parameters that are left."""
+        before, after = self.counted("params", 0), self.counted("params", 1)
+        return None if before is None or after is None or before == 0 else after / before
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites whose place and shape are known."""
+        found = _sites_of(self.compression or {})
+        return tuple(
+            Site(
+                name,
+                int(item["block"]),
+                str(item["role"]),
+                str(item.get("part", "")),
+                (int(item["shape"][0]), int(item["shape"][1])),
+                item.get("rank"),
+                item.get("relative_error"),
+                item.get("tail"),
+                tuple(item.get("spectrum") or ()),
+            )
+            for name, item in found.items()
+            if item.get("block") is not None and item.get("role") is not None and item.get("shape") is not None
+        )
+
+
+@dataclass(frozen=True)
+class Study:
+    """study.json: the published numbers beside ours.
+
+    Attributes:
+        columns: what was measured, "perplexity:wikitext2" or "stereoset#icat.gender".
+        rows: {"label", "run", "ours", "published", "difference"}, each list as long as `columns`; perhaps
+            "improvement" and "published_improvement", shares, and "refusals", {task: why}.
+    """
+
+    title: str
+    paper: str
+    about: str
+    columns: tuple[str, ...]
+    rows: tuple[Mapping[str, Any], ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Collection:
+    """All runs of a report in order (model, method, size), and the studies that they belong to."""
+
+    runs: tuple[Run, ...]
+    studies: tuple[Study, ...]
+
+    @property
+    def models(self) -> list[str]:
+        return list(dict.fromkeys(run.model for run in self.runs))
+
+    def of(self, model: str) -> list[Run]:
+        """The runs of one model that compress it."""
+        return [run for run in self.runs if run.model == model and not run.is_dense]
+
+    def sizes(self, model: str) -> list[str]:
+        """The sizes of a model's runs, in order; "all" where no run has one."""
+        return list(dict.fromkeys(run.size for run in self.of(model) if run.size is not None)) or ["all"]
+
+    def at(self, model: str, size: str) -> list[Run]:
+        """The runs of a model at one size, and those without one."""
+        return [run for run in self.of(model) if run.size in (size, None)]
+
+    def dense(self, model: str, task: str) -> EvalResult | None:
+        """The dense model's result on a task, from the first run that has it."""
+        return next((run.dense[task] for run in self.runs if run.model == model and task in run.dense), None)
+
+    def tasks(self, keep: Any, *, where: str = "compressed") -> list[str]:
+        """Tasks in order of appearance whose name `keep` accepts."""
+        found = dict.fromkeys(task for run in self.runs for task in getattr(run, where))
+        return [task for task in found if keep(task)]
+
+
+def kind_of(task: str) -> str:
+    """ "perplexity" of "perplexity:wikitext2"."""
+    return task.partition(":")[0]
+
+
+def base_of(task: str) -> str:
+    """ "lm-eval:mmlu" of "lm-eval:mmlu@5-shot", the task without its settings."""
+    return task.partition("@")[0]
+
+
+def read_runs(directories: Sequence[Path]) -> Collection:
+    """The runs in run directories and in folders of run directories, in order.
+
+    Raises:
+        ValueError: no such folder, a folder without any run, or a file that cannot be read (the message names it).
+    """
+    runs: list[Run] = []
+    studies: list[Study] = []
+    seen: set[Path] = set()
+    for given in directories:
+        given = Path(given)
+        if not given.is_dir():
+            raise ValueError(f"no folder at {given}")
+        found = list(_find(given))
+        if not found:
+            raise ValueError(f"{given} holds no run: a run directory has a recipe.yaml")
+        for folder in found:
+            if folder.resolve() in seen:
+                continue
+            seen.add(folder.resolve())
+            runs.append(_read_run(folder))
+        if (given / "study.json").is_file() and (given / "study.json").resolve() not in seen:
+            seen.add((given / "study.json").resolve())
+            studies.append(_read_study(given / "study.json"))
+    if not runs:
+        raise ValueError("no run to report: give at least one run directory")
+    return Collection(tuple(_order(_label(_name(runs)))), tuple(studies))
+
+
+def _find(folder: Path) -> Iterator[Path]:
+    """Run directories at or below a folder. What is inside a run directory is its own, not another run."""
+    for place, below, files in os.walk(folder):
+        below.sort()
+        if "recipe.yaml" in files:
+            below.clear()
+            yield Path(place)
+
+
+def _read_run(folder: Path) -> Run:
+    recipe = _read_recipe(folder / "recipe.yaml")
+    environment = folder / "environment.json"
+    machine = _read_object(environment) if environment.is_file() else {}
+    facts = folder / "model" / "compression.json"
+    wanted = [item["task"] if isinstance(item, Mapping) else str(item) for item in recipe.get("evaluate") or []]
+    dense, compressed, agreement = _read_results(folder / "evals", wanted)
+    missing = [] if environment.is_file() else ["environment.json"]
+    if recipe.get("keep") != 1:
+        missing += [] if facts.is_file() else ["the compressed model's compression.json"]
+        missing += _lost(wanted, compressed, "compressed", ("similarity",))
+    missing += _lost(wanted, dense, "dense", ("divergence",))
+    refused = folder / "refusals.json"
+    for task, reasons in (_read_object(refused) if refused.is_file() else {}).items():
+        missing += [f"{task} ({which}, refused: {why})" for which, why in dict(reasons).items()]
+    return Run(
+        directory=folder,
+        name=folder.name,
+        recipe=recipe,
+        environment={key: value for key, value in machine.items() if key != "when"},
+        compression=_check_compression(_read_object(facts), facts) if facts.is_file() else None,
+        compressed=compressed,
+        dense=dense,
+        agreement=agreement,
+        missing=tuple(missing),
+        when=_when(machine, environment),
+    )
+
+
+def _when(machine: Mapping[str, Any], file: Path) -> datetime | None:
+    try:
+        return datetime.fromisoformat(machine["when"]) if "when" in machine else None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: 'when' is no ISO 8601 time: {error}") from error
+
+
+def _read_results(
+    folder: Path, wanted: Sequence[str]
+) -> tuple[dict[str, EvalResult], dict[str, EvalResult], dict[str, EvalResult]]:
+    """Results of the dense model, of the compressed one, and of their agreement: {task: result} in the recipe's order.
+
+    A task that was read twice, at two lengths say, is told apart by what its file's name has beyond the task's.
+    """
+    found: dict[str, list[tuple[str, EvalResult]]] = {"dense": [], "": [], "agreement": []}
+    for file in sorted(folder.glob("*.json")):
+        stem, _, end = file.name.removesuffix(".json").rpartition(".")
+        kind, name = (end, stem) if end in ("dense", "agreement") else ("", file.name.removesuffix(".json"))
+        found[kind].append((name, _read_result(file)))
+
+    def place(item: tuple[str, EvalResult]) -> int:
+        task = base_of(item[1].task.removeprefix("agreement:"))
+        return wanted.index(task) if task in wanted else len(wanted)
+
+    named: list[dict[str, EvalResult]] = []
+    for results in found.values():
+        tasks = [result.task for _, result in results]
+        named.append({})
+        for name, result in sorted(results, key=place):
+            plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", result.task.removeprefix("agreement:")).strip("-.")
+            extra = name.removeprefix(plain).strip("-")
+            twice = tasks.count(result.task) > 1 and extra
+            named[-1][f"{result.task}@{extra}" if twice else result.task] = result
+    return named[0], named[1], named[2]
+
+
+def _lost(wanted: Sequence[str], found: Mapping[str, EvalResult], which: str, without: Sequence[str]) -> list[str]:
+    """The evaluations of a recipe that have no result; kinds in `without` have none of this model."""
+    have = [base_of(result.task) for result in found.values()]
+    return [
+        f"{task} ({which})"
+        for task in dict.fromkeys(wanted)
+        if kind_of(task) not in without and have.count(task) < wanted.count(task)
+    ]
+
+
+def _read_recipe(file: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML: {error}") from error
+    if not isinstance(data, dict) or "model" not in data:
+        raise ValueError(f"{file} is no recipe: it names no model")
+    evaluate = data.get("evaluate") or []
+    if not isinstance(evaluate, list) or any(isinstance(item, Mapping) and "task" not in item for item in evaluate):
+        raise ValueError(f"{file}: evaluate is not a list of tasks")
+    return data
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}; was its writer stopped? Delete it and run again") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return data
+
+
+def _read_result(file: Path) -> EvalResult:
+    _read_object(file)
+    try:
+        return EvalResult.from_json(file.read_text(encoding="utf-8"))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is no result of an evaluation: {error}") from error
+
+
+def _check_compression(facts: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The facts, if what the report reads of them has the right form."""
+    for what in ("params", "bytes"):
+        pair = facts.get(what)
+        if pair is not None and not (isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair))):
+            raise ValueError(f"{file}: {what} is not a pair of numbers, before and after")
+    for name, site in _sites_of(facts).items():
+        shape = site.get("shape") if isinstance(site, Mapping) else ()
+        if shape is not None and not (isinstance(shape, list) and len(shape) == 2 and all(map(_is_number, shape))):
+            raise ValueError(f"{file}: site {name} has no shape [d_out, d_in]")
+        if site.get("block") is not None and not _is_number(site["block"]):
+            raise ValueError(f"{file}: site {name} has block {site['block']!r}, not a number")
+    return facts
+
+
+def _sites_of(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The sites of a compression by name; none where it only counts them, as a baseline does."""
+    sites = facts.get("sites")
+    return sites if isinstance(sites, Mapping) else {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_study(file: Path) -> Study:
+    data = _read_object(file)
+    columns = tuple(str(column) for column in data.get("columns") or ())
+    rows = tuple(data.get("rows") or ())
+    for place, row in enumerate(rows):
+        for key in ("ours", "published", "difference"):
+            values = row.get(key) or [None] * len(columns)
+            if len(values) != len(columns) or any(not isinstance(value, int | float | None) for value in values):
+                raise ValueError(f"{file}: row {place} has {key} that does not fit its {len(columns)} columns")
+    return Study(
+        str(data.get("title") or file.parent.name),
+        str(data.get("paper") or ""),
+        str(data.get("about") or ""),
+        columns,
+        rows,
+        tuple(str(note) for note in data.get("notes") or ()),
+    )
+
+
+def _name(runs: list[Run]) -> list[Run]:
+    """Names that are unique: as much of the path's end as that takes."""
+    parts = 1
+    names = [run.name for run in runs]
+    while len(set(names)) < len(names) and parts < 8:
+        parts += 1
+        names = ["/".join(part for part in run.directory.resolve().parts[-parts:] if part != "runs") for run in runs]
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def _label(runs: list[Run]) -> list[Run]:
+    """The runs with the names under which model and method are shown."""
+    full = {str(run.recipe["model"]) for run in runs}
+    short = {name: PurePath(name).name or name for name in full}
+    models = {name: short[name] if list(short.values()).count(short[name]) == 1 else name for name in full}
+    varied: dict[str, set[str]] = {}
+    for group in _groups(runs, lambda run: (run.recipe["model"], run.method)):
+        settings = [_settings(run) for run in group]
+        for key in {key for setting in settings for key in setting}:
+            if len({json.dumps(setting.get(key), sort_keys=True, default=str) for setting in settings}) > 1:
+                varied.setdefault(group[0].method, set()).add(key)
+    labelled = []
+    for run in runs:
+        own = _settings(run)
+        words = [_words(key, own.get(key)) for key in sorted(varied.get(run.method, ()))]
+        series = f"{run.method} ({', '.join(words)})" if words else run.method
+        labelled.append(replace(run, model=models[str(run.recipe["model"])], series=series))
+    done: list[Run] = []
+    for group in _groups(labelled, lambda run: (run.model, run.series, run.size)):
+        done += [replace(run, series=f"{run.series} [{run.name}]") for run in group] if len(group) > 1 else group
+    return done
+
+
+def _groups(runs: list[Run], key: Any) -> list[list[Run]]:
+    found: dict[Any, list[Run]] = {}
+    for run in runs:
+        found.setdefault(key(run), []).append(run)
+    return list(found.values())
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """What may tell two runs of one method and size apart."""
+    section = run.recipe.get("method")
+    options = section.get("options") if isinstance(section, Mapping) else None
+    calibration = run.recipe.get("calibration")
+    return {
+        **{f"{key}": run.recipe.get(key) for key in ("dtype", "rank_multiple")},
+        **{f"options.{key}": value for key, value in (options or {}).items()},
+        **{f"calibration.{key}": v for key, v in (calibration if isinstance(calibration, Mapping) else {}).items()},
+        "allocation": next((kind for kind in ("rules", "plan") if run.recipe.get(kind) is not None), "keep"),
+    }
+
+
+def _words(key: str, value: Any) -> str:
+    """A setting in a label: "alpha 0.5", "corpus ptb", "by rules"."""
+    if key == "allocation":
+        return {"keep": "uniform"}.get(value, f"by {value}")
+    return f"{key.rpartition('.')[2]} {'default' if value is None else value}"
+
+
+def _order(runs: list[Run]) -> list[Run]:
+    """By model, method, series, and from large to small."""
+
+    def place(run: Run) -> tuple[Any, ...]:
+        rank = ORDER.index(run.method) if run.method in ORDER else len(ORDER)
+        size = run.keep if run.keep is not None else (run.share or 0.0)
+        return (run.model, rank, run.method, run.series, run.keep is None, -size, run.name)
+
+    return sorted(runs, key=place)

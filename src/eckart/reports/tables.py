@@ -1,0 +1,350 @@
+"""Tables: rows and columns of a report, with what is shown, what is sorted by, and what goes into a CSV file."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from eckart.evals.improvement import average_improvement
+from eckart.evals.result import EvalResult
+from eckart.reports.formats import MISSING, amount, number, percent, score
+from eckart.reports.runs import Collection, Run, Study, base_of, kind_of
+
+# Against which the NSVD paper prints its average improvement.
+BASELINE = "asvd-i"
+TITLES = {"perplexity": "Perplexity", "stereoset": "StereoSet", "divergence": "Divergence from dense"}
+# Kinds that have a main value of the compressed model and no place of their own in the summary.
+UNLISTED = ("similarity", "cost", "agreement")
+ARROWS = {"higher": "↑", "lower": "↓", None: ""}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column.
+
+    Attributes:
+        label: what stands above it. group: what stands above several.
+        numeric: it is aligned right and starts its sorting with the largest.
+    """
+
+    label: str
+    numeric: bool = True
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell.
+
+    Attributes:
+        text: as shown. value: sorted by and exported, in full; None where there is nothing.
+        hint: a longer reading, shown on hover. best: the best of its kind.
+    """
+
+    text: str
+    value: float | str | None = None
+    hint: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: as many cells in every row as there are columns."""
+
+    slug: str
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    reading: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        """(group, columns under it) from left to right; empty where no column has a group."""
+        found: list[tuple[str, int]] = []
+        for column in self.columns:
+            if found and found[-1][0] == column.group:
+                found[-1] = (column.group, found[-1][1] + 1)
+            else:
+                found.append((column.group, 1))
+        return found if any(group for group, _ in found) else []
+
+
+def text_cell(text: object, hint: str = "") -> Cell:
+    """A cell of text."""
+    return Cell(str(text), str(text), hint)
+
+
+def number_cell(value: float | None, text: str | None = None, hint: str = "") -> Cell:
+    """A cell with a number, shown by `number` where no text is given."""
+    return Cell(number(value) if text is None else text, value, hint)
+
+
+def corpus_of(task: str) -> str:
+    """ "wikitext2" of "perplexity:wikitext2"; the whole name where there is no corpus."""
+    return task.partition(":")[2] or task
+
+
+def gain(run: Run, baseline: Run | None) -> float | None:
+    """The average improvement in perplexity over the baseline's run, on the corpora that were not calibrated on.
+
+    None where the two share no such corpus, or a perplexity of the baseline is infinite.
+    """
+    if baseline is None:
+        return None
+    own = re.split(r"[+,]", run.corpus or "")
+    values = {
+        task: result.value
+        for task, result in run.compressed.items()
+        if result.metric == "perplexity" and task in baseline.compressed and corpus_of(base_of(task)) not in own
+    }
+    bases = {task: baseline.compressed[task].value for task in values}
+    if not values or any(math.isinf(base) for base in bases.values()):
+        return None
+    return average_improvement(values, bases)
+
+
+def summary(collection: Collection, baseline: str | None = None) -> Table:
+    """One row for every model as it was and one for every run: what is left of it, and the main value of every task.
+
+    Args:
+        baseline: the method that improvements are counted from; None is asvd-i, where there is one.
+
+    Raises:
+        ValueError: a baseline that no run has.
+    """
+    methods = {run.method for run in collection.runs}
+    if baseline is not None and baseline not in methods:
+        raise ValueError(f"no run has the baseline {baseline!r}; there are {', '.join(sorted(methods))}")
+    chosen = baseline or BASELINE
+    tasks = collection.tasks(lambda task: kind_of(task) not in UNLISTED)
+    tasks += [t for t in collection.tasks(lambda t: kind_of(t) not in UNLISTED, where="dense") if t not in tasks]
+    tasks = sorted(tasks, key=lambda task: [*TITLES, ""].index(_group_key(task)))
+    better = {
+        task: next(
+            found[task].better for run in collection.runs for found in (run.compressed, run.dense) if task in found
+        )
+        for task in tasks
+    }
+    compared = chosen in methods and len(methods) > 1
+    columns = [
+        Column("Model", False),
+        Column("Method", False),
+        Column("Keep"),
+        Column("Parameters left"),
+        Column("Bytes"),
+        *([Column(f"Gain on {chosen}")] if compared else []),
+        *(Column(f"{corpus_of(task)} {ARROWS[better[task]]}".strip(), group=_group(task)) for task in tasks),
+        Column("Run", False),
+    ]
+    rows: list[tuple[Cell, ...]] = []
+    for model in collection.models:
+        runs = collection.of(model)
+        counted = next((run for run in runs if run.compression), None)
+        full = next(str(run.recipe["model"]) for run in collection.runs if run.model == model)
+        results = {task: found for task in tasks if (found := collection.dense(model, task)) is not None}
+        rows.append(
+            (
+                text_cell(model, full),
+                text_cell("dense"),
+                Cell(MISSING),
+                *_counts(counted, 0),
+                *([Cell(MISSING)] if compared else []),
+                *(_value(results.get(task)) for task in tasks),
+                Cell(MISSING),
+            )
+        )
+        best = _best(runs, tasks, better)
+        for run in runs:
+            base = _baseline(runs, run, chosen)
+            share = gain(run, base)
+            rows.append(
+                (
+                    text_cell(model, str(run.recipe["model"])),
+                    text_cell(run.series),
+                    number_cell(run.keep, f"{run.keep:g}") if run.keep is not None else Cell(run.size or MISSING),
+                    *_counts(run, 1),
+                    *(
+                        [Cell("baseline", 0.0) if base is run else number_cell(share, percent(share, signed=True))]
+                        if compared
+                        else []
+                    ),
+                    *(
+                        replace(
+                            _value(run.compressed.get(task), run.dense.get(task)),
+                            best=best.get((run.size, task)) == _reading(run, task) is not None,
+                        )
+                        for task in tasks
+                    ),
+                    text_cell(run.name, str(run.directory)),
+                )
+            )
+    notes = ["Bold: the best of a model at one share kept."]
+    if compared:
+        notes.append(
+            f"Gain: mean over corpora of 1 \u2212 perplexity ÷ {chosen}'s at the same share kept, "
+            "without the corpus of the calibration."
+        )
+    return Table(
+        "summary",
+        "Summary",
+        tuple(columns),
+        tuple(rows),
+        "The dense model of each kind comes first; hover a number for its error and for the dense value beside it.",
+        tuple(notes),
+    )
+
+
+def _group_key(task: str) -> str:
+    return kind_of(task) if kind_of(task) in TITLES else ""
+
+
+def _group(task: str) -> str:
+    return TITLES.get(kind_of(task), "Tasks")
+
+
+def _counts(run: Run | None, moment: int) -> tuple[Cell, Cell]:
+    """Parameters and bytes before (0) or after (1)."""
+    if run is None or run.compression is None:
+        return Cell(MISSING), Cell(MISSING)
+    params, size = run.counted("params", moment), run.counted("bytes", moment)
+    share = run.share if moment else 1.0
+    return (
+        number_cell(share, percent(share), f"{params:,.0f} parameters" if params is not None else ""),
+        number_cell(size, amount(size, "B"), f"{size:,.0f} bytes" if size is not None else ""),
+    )
+
+
+def _value(result: EvalResult | None, dense: EvalResult | None = None) -> Cell:
+    if result is None:
+        return Cell(MISSING)
+    text = score(result.value, result.metric)
+    error = "" if result.stderr is None else f" ± {score(result.stderr, result.metric)}"
+    before = "" if dense is None else f"dense {score(dense.value, dense.metric)} → "
+    return number_cell(result.value, text, f"{before}{text}{error} {result.metric}, n = {result.n:,}")
+
+
+def _reading(run: Run, task: str) -> float | None:
+    return run.compressed[task].value if task in run.compressed else None
+
+
+def _best(
+    runs: Sequence[Run], tasks: Sequence[str], better: Mapping[str, str | None]
+) -> dict[tuple[str | None, str], float]:
+    """{(size, task): best value} where at least two runs of that size can be compared."""
+    found: dict[tuple[str | None, str], float] = {}
+    for task in tasks:
+        pick: Callable[[list[float]], float] = max if better[task] == "higher" else min
+        for size in {run.size for run in runs if run.size is not None}:
+            values = [v for run in runs if run.size == size and (v := _reading(run, task)) is not None]
+            if len(values) > 1 and better[task] is not None and len(set(values)) > 1:
+                found[size, task] = pick(values)
+    return found
+
+
+def _baseline(runs: Sequence[Run], run: Run, method: str) -> Run | None:
+    """The run of the baseline at the same size; itself where it is one."""
+    if run.method == method:
+        return run
+    return next((other for other in runs if other.method == method and other.size == run.size and run.size), None)
+
+
+def paper_table(study: Study, place: int) -> Table:
+    """The published numbers of a study beside ours; ours alone where nothing was published.
+
+    Args:
+        place: of the study in the report, for its anchor.
+    """
+    columns = [Column("", False)]
+    published_any = any(value is not None for row in study.rows for value in row.get("published") or ())
+    improved = any(row.get(key) is not None for row in study.rows for key in ("improvement", "published_improvement"))
+    labels = [_label(column) for column in study.columns]
+    labels = [  # two evaluations of one corpus
+        f"{kind_of(column)} {label}" if labels.count(label) > 1 else label
+        for column, label in zip(study.columns, labels, strict=True)
+    ]
+    for label in [*labels, *(["average improvement"] if improved else [])]:
+        beside = [Column("ours", group=label), Column("published", group=label), Column("difference", group=label)]
+        columns += beside if published_any else [Column(label)]
+    rows = []
+    for row in study.rows:
+        cells = [text_cell(row.get("label", ""), str(row.get("run") or "no run"))]
+        lists: list[Sequence[Any]] = [
+            row.get(key) or [None] * len(study.columns) for key in ("ours", "published", "difference")
+        ]
+        refusals = dict(row.get("refusals") or {})
+        for name, ours, published, difference in zip(study.columns, *lists, strict=True):
+            task, _, metric = name.partition("#")
+            show = amount if kind_of(task) == "cost" else partial(score, metric=metric)
+            why = next((str(why) for refused, why in refusals.items() if base_of(refused) == base_of(task)), None)
+            cells.append(Cell("refused", None, why) if ours is None and why else number_cell(ours, show(ours)))
+            if published_any:
+                cells += [number_cell(published, show(published)), number_cell(difference, _signed(difference, show))]
+        if improved:
+            ours, published = row.get("improvement"), row.get("published_improvement")
+            apart = None if ours is None or published is None else ours - published
+            shown = (ours, published, apart) if published_any else (ours,)
+            cells += [number_cell(value, percent(value, signed=True)) for value in shown]
+        rows.append(tuple(cells))
+    return Table(f"paper-{place}", study.title, tuple(columns), tuple(rows), study.about, study.notes)
+
+
+def _label(column: str) -> str:
+    """ "piqa delta" of "agreement:lm-eval:piqa#delta"."""
+    task, _, inner = column.partition("#")
+    if ":" not in task:
+        return inner or task
+    return f"{task.rpartition(':')[2]} {inner}".strip()
+
+
+def _signed(value: float | None, show: Callable[[float | None], str]) -> str:
+    text = show(value)
+    return f"+{text}" if value is not None and value > 0 else text
+
+
+def incomplete(collection: Collection) -> list[tuple[str, str]]:
+    """(run, what it lacks) for every run that is not whole."""
+    return [(run.name, "; ".join(run.missing)) for run in collection.runs if run.missing]
+
+
+def environments(collection: Collection) -> list[tuple[str, list[str]]]:
+    """(where and with what, names of the runs) for every environment that differs."""
+    found: dict[str, list[str]] = {}
+    for run in collection.runs:
+        found.setdefault(describe_environment(run.environment), []).append(run.name)
+    return list(found.items())
+
+
+def describe_environment(environment: Mapping[str, Any]) -> str:
+    """An environment in a line: machine, cores, Python, packages."""
+    if not environment:
+        return "not recorded"
+    packages = environment.get("packages")
+    place = [environment.get("system"), environment.get("machine")]
+    parts = [" ".join(str(word) for word in place if word)]
+    parts += [f"{environment['cores']} cores"] if environment.get("cores") else []
+    parts += [f"CUDA {environment['cuda']}"] if environment.get("cuda") else []
+    parts += [f"Python {environment['python']}"] if environment.get("python") else []
+    parts += [f"{name} {version}" for name, version in (packages if isinstance(packages, Mapping) else {}).items()]
+    return " · ".join(part for part in parts if part)
+
+
+def clashes(collection: Collection, task: str) -> list[str]:
+    """Warnings for a task that was measured under different settings on one model: such values do not compare."""
+    warnings = []
+    for model in collection.models:
+        settings = [
+            found[task].settings
+            for run in collection.runs
+            for found in (run.dense, run.compressed)
+            if run.model == model and task in found
+        ]
+        keys = sorted({key for setting in settings for key in setting})
+        differ = [key for key in keys if len({repr(setting.get(key)) for setting in settings}) > 1]
+        if differ:
+            warnings.append(f"{task} on {model} was measured with different {', '.join(differ)}: do not compare.")
+    return warnings

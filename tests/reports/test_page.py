@@ -1,0 +1,114 @@
+"""The page as a file: what is in it, what is escaped, what it never asks for."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from eckart.reports import write_report
+from eckart.reports.page import script_json
+
+from .make_runs import change_result, make_run, make_study
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("page")
+    return write_report([make_study(folder / "study")], folder / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def stored(page: str) -> dict[str, object]:
+    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
+    assert found
+    return json.loads(found[1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))  # type: ignore[no-any-return]
+
+
+def without_plotly(page: str) -> str:
+    start = page.index("/**\n* plotly.js")
+    return page[:start] + page[page.index("</script>", start) :]
+
+
+def test_the_page_has_its_parts(page: str) -> None:
+    assert page.startswith("<!doctype html>")
+    for part in ("Summary", "Beside the paper", "Perplexity against size", "Runs and settings", "torch 2.13.0"):
+        assert part in page
+    assert "incomplete; the report" not in page
+    assert len(stored(page)["charts"]) == 9  # type: ignore[arg-type]
+
+
+def test_the_page_may_not_ask_the_network(page: str) -> None:
+    assert "default-src 'none'" in page
+    own = without_plotly(page)
+    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", own)
+    assert not re.search(r"@import|url\(", own)
+
+
+def test_the_same_runs_give_the_same_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    one = write_report([run], tmp_path / "one.html").read_text(encoding="utf-8")
+    assert one == write_report([run], tmp_path / "two.html").read_text(encoding="utf-8")
+
+
+def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", method="</script><script>alert(1)</script>")
+    recipe = (run / "recipe.yaml").read_text().replace("example-org/heron-15M", "x/<img src=x onerror=alert(2)>")
+    (run / "recipe.yaml").write_text(recipe)
+    page = write_report([run], tmp_path / "r.html", title="<script>alert(3)</script>").read_text(encoding="utf-8")
+    own = without_plotly(page)
+    assert "<script>alert" not in own
+    assert "<img" not in own
+    assert "&lt;script&gt;alert(3)" in own
+    assert own.count("<script") == own.count("</script>") == 3
+
+
+def test_infinity_is_null_in_the_script_and_inf_for_the_reader(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    change_result(run / "evals" / "perplexity-ptb.json", value=math.inf, stderr=None)
+    page = write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert 'data-v="inf"' in page or ">inf<" in page
+    charts = stored(page)["charts"]
+    notes = charts["perplexity"]["views"][0]["notes"]  # type: ignore[index]
+    assert notes == ["asvd-i, keep 0.7 is infinite on ptb and not drawn."]
+    cells = [cell for row in charts["perplexity"]["table"]["rows"] for cell in row]  # type: ignore[index]
+    assert ["inf", "Infinity"] in cells
+
+
+def test_script_json_is_json_and_cannot_end_its_element() -> None:
+    data = {"a": [math.nan, math.inf, (1, -math.inf)], "b": "</script><!-- \u2028 &"}
+    text = script_json(data)
+    assert "<" not in text
+    assert "\u2028" not in text
+    assert json.loads(text) == {"a": [None, None, [1, None]], "b": "</script><!-- \u2028 &"}
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "whole")
+    run = make_run(tmp_path / "runs" / "killed", keep=0.5)
+    (run / "evals" / "perplexity-ptb.json").unlink()
+    page = write_report([tmp_path], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "1 of 2 runs is incomplete" in page
+    assert "<b>killed</b> lacks perplexity:ptb (compressed)" in page
+
+
+def test_a_run_with_nothing_but_a_recipe_still_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("model: some/model\nmethod: svd\nkeep: 0.5\n")
+    page = write_report([tmp_path], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "model, compressed" in page
+    assert stored(page)["charts"] == {}
+
+
+def test_a_title_of_ones_own(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert "<title>Mine</title>" in write_report([run], tmp_path / "r.html", title="Mine").read_text(encoding="utf-8")
+
+
+def test_a_page_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="no run has the baseline 'x'"):
+        write_report([run], tmp_path / "r.html", baseline="x")
+    assert not list(tmp_path.glob("r.html*"))

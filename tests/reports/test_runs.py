@@ -1,0 +1,234 @@
+"""Reading run directories: what is found, what is missing, what is refused, and under which names runs are shown."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from eckart.reports.runs import read_runs
+
+from .make_runs import CORPORA, KEEPS, METHODS, change_result, make_run, make_study, write_json
+
+
+def test_a_study_is_read_whole_and_in_order(tmp_path: Path) -> None:
+    found = read_runs([make_study(tmp_path / "study")])
+    assert len(found.runs) == 2 * (len(METHODS) * len(KEEPS) + 1)
+    assert found.models == ["heron-15M", "sable-60M"]
+    first = [(run.series, run.keep) for run in found.of("heron-15M")]
+    assert first == [(method, keep) for method in METHODS for keep in KEEPS] + [("int8", None)]
+    assert [study.title for study in found.studies] == ["NSVD, Table 1 (small)"]
+    assert all(not run.missing for run in found.runs)
+
+
+def test_tasks_follow_the_recipe_not_the_alphabet(tmp_path: Path) -> None:
+    run = read_runs([make_run(tmp_path / "run")]).runs[0]
+    assert [task for task in run.compressed if task.startswith("perplexity")] == [f"perplexity:{c}" for c in CORPORA]
+
+
+def test_kept_share_counts_factors_and_leaves_dense_at_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    file = run / "model" / "compression.json"
+    facts = json.loads(file.read_text())
+    names = list(facts["sites"])[:2]
+    facts["sites"][names[0]] |= {"shape": [6, 4], "rank": 2}
+    facts["sites"][names[1]] |= {"rank": None}
+    write_json(file, facts)
+    sites = {site.name: site for site in read_runs([run]).runs[0].sites}
+    assert sites[names[0]].kept == pytest.approx(2 * (6 + 4) / 24)
+    assert sites[names[1]].kept == 1
+
+
+def test_a_checkpoint_inside_a_run_is_no_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    shutil.copy(run / "recipe.yaml", run / "model" / "recipe.yaml")
+    assert len(read_runs([tmp_path]).runs) == 1
+
+
+def test_the_same_run_given_twice_counts_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert len(read_runs([run, tmp_path, run]).runs) == 1
+
+
+def test_a_killed_run_shows_what_it_has_and_says_what_it_lacks(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "model" / "compression.json").unlink()
+    (run / "environment.json").unlink()
+    (run / "evals" / "perplexity-ptb.json").unlink()
+    (run / "evals" / "stereoset.dense.json").unlink()
+    (run / "evals" / "perplexity-snips.partial").write_text("{")
+    found = read_runs([run]).runs[0]
+    assert found.missing == (
+        "environment.json",
+        "the compressed model's compression.json",
+        "perplexity:ptb (compressed)",
+        "stereoset (dense)",
+    )
+    assert "perplexity:ptb" in found.dense
+    assert found.share is None
+
+
+def test_refusals_are_passed_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "evals" / "perplexity-ptb.json").unlink()
+    write_json(run / "refusals.json", {"perplexity:ptb@256": {"compressed": "window 3 is not finite"}})
+    assert "perplexity:ptb@256 (compressed, refused: window 3 is not finite)" in read_runs([run]).runs[0].missing
+
+
+def test_a_run_that_keeps_everything_lacks_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", method="svd", keep=1)
+    shutil.rmtree(run / "model")
+    for file in (run / "evals").glob("*.json"):
+        if ".dense" not in file.name:
+            file.unlink()
+    found = read_runs([run])
+    assert found.runs[0].is_dense
+    assert not found.runs[0].missing
+    assert found.of("heron-15M") == []
+    assert found.dense("heron-15M", "perplexity:ptb") is not None
+
+
+def test_one_task_at_two_lengths_is_two_tasks(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    file = run / "evals" / "perplexity-ptb.json"
+    file.rename(run / "evals" / "perplexity-ptb-256.json")
+    shutil.copy(run / "evals" / "perplexity-ptb-256.json", run / "evals" / "perplexity-ptb-64.json")
+    change_result(run / "evals" / "perplexity-ptb-64.json", value=77.0)
+    found = read_runs([run]).runs[0].compressed
+    assert found["perplexity:ptb@64"].value == 77
+    assert found["perplexity:ptb@256"].value != 77
+    assert "perplexity:ptb" not in found
+
+
+def test_a_result_that_names_its_settings_is_the_task_that_was_asked_for(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for end in ("", ".dense"):
+        change_result(run / "evals" / f"lm-eval-piqa{end}.json", task="lm-eval:piqa@5-shot")
+    found = read_runs([run]).runs[0]
+    assert not found.missing
+    assert [task for task in found.compressed if task.startswith("lm-eval")] == [
+        *("lm-eval:boolq", "lm-eval:piqa@5-shot", "lm-eval:arc_easy")
+    ]
+
+
+def test_settings_that_differ_are_in_the_name(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", method="asvd-0", options={"alpha": 0.5})
+    make_run(tmp_path / "b", method="asvd-0", options={"alpha": 1.0})
+    make_run(tmp_path / "c", method="asvd-i")
+    make_run(tmp_path / "d", method="asvd-i", keep=0.5)
+    make_run(tmp_path / "e", method="svd", corpus="ptb")
+    make_run(tmp_path / "f", method="svd")
+    found = {run.name: run.series for run in read_runs([tmp_path]).runs}
+    assert found == {
+        "a": "asvd-0 (alpha 0.5)",
+        "b": "asvd-0 (alpha 1.0)",
+        "c": "asvd-i",
+        "d": "asvd-i",
+        "e": "svd (corpus ptb)",
+        "f": "svd (corpus wikitext2)",
+    }
+
+
+def test_one_recipe_run_twice_is_told_apart_by_its_folder(tmp_path: Path) -> None:
+    make_run(tmp_path / "one" / "run")
+    make_run(tmp_path / "two" / "run")
+    found = read_runs([tmp_path / "one", tmp_path / "two"]).runs
+    assert [run.name for run in found] == ["one/run", "two/run"]
+    assert [run.series for run in found] == ["asvd-i [one/run]", "asvd-i [two/run]"]
+
+
+def test_models_of_one_last_name_keep_their_whole_name(tmp_path: Path) -> None:
+    for owner in ("first", "second"):
+        run = make_run(tmp_path / owner)
+        recipe = (run / "recipe.yaml").read_text().replace("example-org/heron-15M", f"{owner}/heron-15M")
+        (run / "recipe.yaml").write_text(recipe)
+    assert read_runs([tmp_path]).models == ["first/heron-15M", "second/heron-15M"]
+
+
+def test_infinity_is_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    change_result(run / "evals" / "perplexity-ptb.json", value=math.inf, stderr=None)
+    assert "Infinity" in (run / "evals" / "perplexity-ptb.json").read_text()
+    assert read_runs([run]).runs[0].compressed["perplexity:ptb"].value == math.inf
+
+
+def test_folders_that_hold_no_run_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no folder at .*nowhere"):
+        read_runs([tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match=r"holds no run: a run directory has a recipe\.yaml"):
+        read_runs([tmp_path])
+    with pytest.raises(ValueError, match="no run to report"):
+        read_runs([])
+
+
+@pytest.mark.parametrize(
+    "name", ["environment.json", "model/compression.json", "evals/cost.json", "evals/cost.dense.json", "refusals.json"]
+)
+@pytest.mark.parametrize("text", ["{", "[1, 2]", "\xff"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, text: str) -> None:
+    run = make_run(tmp_path / "run")
+    (run / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{name} (is not JSON|holds no JSON object)"):
+        read_runs([run])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "is not YAML"),
+        ("keep: 1", "names no model"),
+        ("- a", "names no model"),
+        ("model: x\nevaluate: {a: 1}", "evaluate is not a list of tasks"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path, text: str, message: str) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"recipe\.yaml.*{message}"):
+        read_runs([run])
+
+
+@pytest.mark.parametrize("changes", [{"value": math.nan}, {"surprise": 1}, {"scores": {"a": {"wrong": 1}}}])
+def test_a_result_that_is_none_is_named(tmp_path: Path, changes: dict[str, object]) -> None:
+    run = make_run(tmp_path / "run")
+    change_result(run / "evals" / "cost.json", **changes)
+    with pytest.raises(ValueError, match=r"evals/cost\.json is no result of an evaluation"):
+        read_runs([run])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"params": 5}, "params is not a pair"),
+        ({"bytes": [1, None]}, "bytes is not a pair"),
+        ({"sites": {"a": {"shape": [1]}}}, "site a has no shape"),
+        ({"sites": {"a": {"shape": [1, 2], "block": "x"}}}, "site a has block 'x'"),
+    ],
+)
+def test_a_compression_of_another_form_is_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    run = make_run(tmp_path / "run")
+    write_json(run / "model" / "compression.json", changes)
+    with pytest.raises(ValueError, match=rf"compression\.json: {message}"):
+        read_runs([run])
+
+
+def test_a_study_whose_rows_do_not_fit_is_named(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "run")
+    write_json(tmp_path / "study.json", {"columns": ["a", "b"], "rows": [{"label": "x", "ours": [1.0]}]})
+    with pytest.raises(ValueError, match=r"study\.json: row 0 has ours that does not fit its 2 columns"):
+        read_runs([tmp_path])
+
+
+def test_the_time_of_a_run_is_what_it_noted(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    (run,) = read_runs([folder]).runs
+    assert run.when is not None
+    assert run.when.isoformat() == "2026-11-22T10:00:00+00:00"
+    assert "when" not in run.environment
+    facts = json.loads((folder / "environment.json").read_text())
+    write_json(folder / "environment.json", {**facts, "when": "yesterday"})
+    with pytest.raises(ValueError, match=r"environment\.json: 'when' is no ISO 8601 time"):
+        read_runs([folder])
