@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 import eckart
 from eckart.builtin import builtin_model_path
 from eckart.corpora import CORPORA, read_text
+from eckart.evals.improvement import average_improvement
 from eckart.evals.perplexity import perplexity
 from eckart.lowrank import Factored
 from eckart.tokens import encode
@@ -110,8 +111,7 @@ def present(name: str, data: Path) -> bool:
 def show(label: str, values: dict[str, float], baseline: dict[str, float] | None, own: str) -> None:
     line = f"{label:22s}" + "".join(f"{value:12.5g}" for value in values.values())
     if baseline is not None:
-        changes = [1 - values[name] / baseline[name] for name in values if name != own]
-        line += f"   {sum(changes) / len(changes):+.1%}"
+        line += f"   {average_improvement(values, baseline, in_domain=[own]):+.1%}"
     print(line, flush=True)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,6 +10,7 @@ from transformers import PreTrainedModel
 
 from eckart.baselines.pruning import prune_structures
 from eckart.baselines.quantization import check_group_size, quantize_weights
+from eckart.lowrank.entries import build_entry, entry_options
 from eckart.sizes import num_bytes, num_params
 from eckart.tokens import Tokens
 from eckart.tracking import Track, silent
@@ -145,7 +144,7 @@ BASELINES: dict[str, Callable[..., Baseline]] = {"int8": int8, "int4": int4, "ll
 
 def baseline_options(name: str) -> dict[str, Any]:
     """{setting: default} of a baseline. Raises ValueError on an unknown name, with the nearest known one."""
-    return {p.name: p.default for p in inspect.signature(_entry(name)).parameters.values()}
+    return entry_options(BASELINES, "baseline", name)
 
 
 def build_baseline(name: str, options: dict[str, Any] | None = None) -> Baseline:
@@ -154,17 +153,4 @@ def build_baseline(name: str, options: dict[str, Any] | None = None) -> Baseline
     Raises:
         ValueError: an unknown baseline or setting (the message has the nearest known name), or a bad value.
     """
-    entry, known, options = _entry(name), baseline_options(name), options or {}
-    for option in options:
-        if option not in known:
-            listed = ", ".join(known) or "none"
-            raise ValueError(f"baseline {name} has no setting {option!r}; its settings: {listed}")
-    return entry(**options)
-
-
-def _entry(name: str) -> Callable[..., Baseline]:
-    if name not in BASELINES:
-        near = difflib.get_close_matches(name, BASELINES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown baseline {name!r}; {hint}known: {', '.join(BASELINES)}")
-    return BASELINES[name]
+    return build_entry(BASELINES, "baseline", name, options)

@@ -7,10 +7,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.corpora import Text, read_text
+from eckart.corpora import read_text
 from eckart.evals.cost import cost
 from eckart.evals.divergence import divergence
 from eckart.evals.harness import run_harness
@@ -19,7 +21,7 @@ from eckart.evals.result import EvalResult
 from eckart.evals.similarity import Activations, similarity
 from eckart.evals.stereoset import read_stereoset, stereoset
 from eckart.evals.subject import Setup, Subject
-from eckart.evals.windows import check_evaluating
+from eckart.evals.windows import check_causal, check_evaluating
 from eckart.tokens import check_tokenizer, encode
 from eckart.tracking import Track, silent
 
@@ -152,51 +154,30 @@ def default_length(model: PreTrainedModel) -> int:
     return min(DEFAULT_LENGTH, getattr(model.config, "max_position_embeddings", None) or DEFAULT_LENGTH)
 
 
-def _text(task: Task, setup: Setup) -> Text:
-    return read_text(task.argument, split=task.split, data=setup.data, column=task.column)
+def _text(subject: Subject, task: Task, setup: Setup) -> tuple[Tensor, dict[str, Any]]:
+    """The task's corpus as a stream of tokens, and the arguments that every evaluation on text takes."""
+    text = read_text(task.argument, split=task.split, data=setup.data, column=task.column)
+    shared = {"limit": task.limit, "task": task.label, "settings": text.source, "track": setup.track}
+    return encode(text.joined, subject.tokenizer), shared
 
 
 def _perplexity(subject: Subject, task: Task, setup: Setup) -> EvalResult:
-    text = _text(task, setup)
-    return perplexity(
-        subject.model,
-        encode(text.joined, subject.tokenizer),
-        length=task.length or default_length(subject.model),
-        limit=task.limit,
-        task=task.label,
-        settings=text.source,
-        track=setup.track,
-    )
+    check_causal(subject.model, "perplexity")
+    stream, shared = _text(subject, task, setup)
+    return perplexity(subject.model, stream, length=task.length or default_length(subject.model), **shared)
 
 
 def _divergence(subject: Subject, task: Task, setup: Setup) -> EvalResult:
     assert subject.reference is not None
-    text = _text(task, setup)
-    return divergence(
-        subject.model,
-        subject.reference,
-        encode(text.joined, subject.tokenizer),
-        length=task.length or default_length(subject.model),
-        limit=task.limit,
-        task=task.label,
-        settings=text.source,
-        track=setup.track,
-    )
+    stream, shared = _text(subject, task, setup)
+    length = task.length or default_length(subject.model)
+    return divergence(subject.model, subject.reference, stream, length=length, **shared)
 
 
 def _similarity(subject: Subject, task: Task, setup: Setup) -> EvalResult:
     assert subject.activations is not None
-    text = _text(task, setup)
-    return similarity(
-        subject.model,
-        subject.activations,
-        encode(text.joined, subject.tokenizer),
-        length=task.length,
-        limit=task.limit,
-        task=task.label,
-        settings=text.source,
-        track=setup.track,
-    )
+    stream, shared = _text(subject, task, setup)
+    return similarity(subject.model, subject.activations, stream, length=task.length, **shared)
 
 
 def _harness(subject: Subject, task: Task, setup: Setup) -> EvalResult:

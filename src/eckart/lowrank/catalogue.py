@@ -6,12 +6,11 @@ where it stands, what it assumes and when it fails.
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
+from eckart.lowrank.entries import build_entry, entry_options
 from eckart.lowrank.method import Method, Stage
 from eckart.lowrank.metrics import (
     absolute_mean_root,
@@ -209,7 +208,7 @@ METHODS: dict[str, Callable[..., Method]] = {
 
 def method_options(name: str) -> dict[str, Any]:
     """{setting: default} of a method. Raises ValueError on an unknown name, with the nearest known one."""
-    return {p.name: p.default for p in inspect.signature(_entry(name)).parameters.values()}
+    return entry_options(METHODS, "method", name)
 
 
 def build_method(name: str, options: dict[str, Any] | None = None) -> Method:
@@ -218,17 +217,4 @@ def build_method(name: str, options: dict[str, Any] | None = None) -> Method:
     Raises:
         ValueError: an unknown method or setting (the message has the nearest known name), or a bad value.
     """
-    entry, known, options = _entry(name), method_options(name), options or {}
-    for option in options:
-        if option not in known:
-            listed = ", ".join(known) or "none"
-            raise ValueError(f"method {name} has no setting {option!r}; its settings: {listed}")
-    return entry(**options)
-
-
-def _entry(name: str) -> Callable[..., Method]:
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown method {name!r}; {hint}known: {', '.join(METHODS)}")
-    return METHODS[name]
+    return build_entry(METHODS, "method", name, options)
