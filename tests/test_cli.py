@@ -88,6 +88,10 @@ def test_a_plan_is_written_edited_and_used(run: Run, place: Path, tmp_path: Path
     assert config["quantization_config"]["sites"] == {first: {"rank": 3, "bias": False}}
 
 
+def stop(*_args: object, **_options: object) -> None:
+    raise OSError("no space left on device")
+
+
 def test_run_goes_on_where_it_was(run: Run, place: Path, tmp_path: Path) -> None:
     recipe = {
         "model": str(place / "model"),
@@ -101,7 +105,13 @@ def test_run_goes_on_where_it_was(run: Run, place: Path, tmp_path: Path) -> None
     status, printed = run(*arguments)
     assert status == 0, printed
     folder = tmp_path / "run"
-    assert {file.name for file in folder.iterdir()} == {"recipe.yaml", "environment.json", "evals", "model"}
+    assert {file.name for file in folder.iterdir()} == {
+        "recipe.yaml",
+        "made.yaml",
+        "environment.json",
+        "evals",
+        "model",
+    }
     assert "perplexity" in (folder / "model/README.md").read_text()
     weights = folder / "model/model.safetensors"
     before = weights.stat().st_mtime_ns
@@ -117,7 +127,12 @@ def test_run_goes_on_where_it_was(run: Run, place: Path, tmp_path: Path) -> None
     assert status == 2
     assert "something else" in printed
     assert weights.stat().st_mtime_ns == before
-    assert run(*arguments, "--force")[0] == 0
+    # Stopped while the old model is being replaced: it stays, and is not taken for the new one afterwards.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eckart.experiment.make_checkpoint", stop)
+        assert run(*arguments, "--force")[0] == 2
+    assert weights.stat().st_mtime_ns == before
+    assert run(*arguments)[0] == 0
     assert weights.stat().st_mtime_ns != before
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -53,8 +54,9 @@ def run(
     """Carry out a whole recipe in a run directory, and go on where a killed run stopped.
 
     The directory gets recipe.yaml (as given), environment.json, model/ (see `make_checkpoint`; of a baseline only what
-    it did), evals/<task>.json of the compressed model, evals/<task>.dense.json of the one it was made from and
-    evals/<task>.agreement.json of the two. What is there already is not done again.
+    it did), made.yaml (the recipe that made it), evals/<task>.json of the compressed model, evals/<task>.dense.json of
+    the one it was made from and evals/<task>.agreement.json of the two. What is there already is not done again. A
+    recipe that keeps everything (keep 1) compresses nothing, and only the dense model is measured.
 
     Args:
         shared: folder of dense results that several runs share, named by model, task and settings.
@@ -64,10 +66,10 @@ def run(
         FileExistsError: the directory holds a run of another recipe and `force` is not given.
         ValueError: as the stages raise it; an unknown task is found before anything runs.
     """
-    fresh = _claim(directory, recipe, force)
+    _claim(directory, recipe, force)
     (directory / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
     models = _Models(recipe, directory / "model", how)
-    results = _Results(directory / "evals", shared, recipe, fresh)
+    results = _Results(directory / "evals", shared, recipe)
     refusals: dict[str, dict[str, str]] = {}
 
     def measure(task: Task, which: str) -> EvalResult | None:
@@ -92,7 +94,7 @@ def run(
             Measured(task, before, refusals=refusals.get(task.label, {}))
             for task, before in zip(recipe.tasks, dense, strict=True)
         ]
-    models.compress(fresh=fresh)
+    models.compress()
     compressed = [measure(task, "compressed") for task in recipe.tasks]
     measured = []
     for task, before, after in zip(recipe.tasks, dense, compressed, strict=True):
@@ -113,18 +115,22 @@ def run(
     return measured
 
 
-def _claim(directory: Path, recipe: Recipe, force: bool) -> bool:
-    """Make the directory this recipe's; whether it is new (or made new by `force`)."""
+def _claim(directory: Path, recipe: Recipe, force: bool) -> None:
+    """Make the directory this recipe's.
+
+    With `force` the results of another recipe go at once, and its model when the new one is complete.
+    """
     written = directory / "recipe.yaml"
     if written.is_file() and written.read_text(encoding="utf-8") == recipe.to_yaml():
-        return False
+        return
     if directory.exists() and any(directory.iterdir()) and not force:
         raise FileExistsError(
             f"{directory} holds something else than a run of this recipe; give another place, or --force"
         )
+    if written.is_file():
+        shutil.rmtree(directory / "evals", ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
     written.write_text(recipe.to_yaml(), encoding="utf-8")
-    return True
 
 
 def _note_refusals(directory: Path, refusals: dict[str, dict[str, str]]) -> None:
@@ -155,16 +161,18 @@ class _Models:
                 self.loaded[which] = load_model(self.directory, device=self.how.device)
         return self.loaded[which]
 
-    def compress(self, *, fresh: bool) -> None:
-        """Make the compressed model's directory, unless it is there. The dense model is let go first."""
+    def compress(self) -> None:
+        """Make the compressed model's directory, unless this recipe has made it already. The dense model is let go."""
         self.loaded.clear()
-        made = "compression.json" if self.recipe.is_baseline else "config.json"
-        if not fresh and (self.directory / made).is_file():
+        mark, recipe = self.directory.with_name("made.yaml"), self.recipe.to_yaml()
+        whole = (self.directory / "compression.json").is_file()
+        if whole and mark.is_file() and mark.read_text(encoding="utf-8") == recipe:
             return
         if self.recipe.is_baseline:
             self.get("compressed")
         else:
             make_checkpoint(self.recipe, self.directory, self.how, force=True)
+        mark.write_text(recipe, encoding="utf-8")
 
     def evaluate(self, task: Task, which: str) -> EvalResult:
         """One evaluation of one of the models, with what it needs beside it."""
@@ -195,12 +203,12 @@ class _Models:
 class _Results:
     """Results on disk: those of a run directory, and dense ones that runs share."""
 
-    def __init__(self, folder: Path, shared: Path | None, recipe: Recipe, fresh: bool) -> None:
-        self.folder, self.shared, self.recipe, self.fresh = folder, shared, recipe, fresh
+    def __init__(self, folder: Path, shared: Path | None, recipe: Recipe) -> None:
+        self.folder, self.shared, self.recipe = folder, shared, recipe
 
     def read(self, task: Task, which: str) -> EvalResult | None:
         for file in self._files(task, which):
-            if file.is_file() and not (self.fresh and file.parent == self.folder):
+            if file.is_file():
                 result = EvalResult.from_json(file.read_text(encoding="utf-8"))
                 if file.parent != self.folder:
                     write_result(result, self._files(task, which)[0])
