@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 
 import eckart
+from eckart import experiment
+from eckart.evals.result import EvalResult
+from eckart.evals.tasks import Task
 from eckart.pipeline import How
+from eckart.reports import write_report
 from eckart.reproduction import read, run_study, slug
 from eckart.study import Study, describe, load_study, studies
 from tiny import tiny_model, tiny_text, tiny_tokenizer
@@ -163,6 +167,52 @@ def test_what_is_refused_is_a_gap_with_its_reason(place: Path, tmp_path: Path) -
     assert "no corpus 'nowhere.txt'" in svd.refusals["perplexity:nowhere.txt@16"]
     assert svd.run is not None
     assert (tmp_path / "out" / "runs" / svd.run / "refusals.json").is_file()
+
+
+def test_a_compressed_model_without_a_result_does_not_get_the_dense_one_s(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, whole = at_place(place), experiment._Models.evaluate
+
+    def broken(self: experiment._Models, task: Task, which: str) -> EvalResult:
+        if which == "compressed":
+            raise ValueError("a logit in window 0 is not finite")
+        return whole(self, task, which)
+
+    monkeypatch.setattr(experiment._Models, "evaluate", broken)
+    dense, *others = run_study(study, tmp_path / "out", How())
+    assert None not in dense.ours
+    for line in others:
+        assert line.ours == [None, None]
+        assert line.improvement is None
+        assert set((line.refusals or {}).values()) == {"a logit in window 0 is not finite"}
+
+
+def test_a_model_that_cannot_be_compressed_is_a_row_of_gaps(place: Path, tmp_path: Path) -> None:
+    runs = [{"method": "svd", "keep": 0.5}, {"method": "asvd-i", "keep": 0.5, "calibration": {"samples": 9999}}]
+    _, svd, asvd = run_study(at_place(place, runs=runs), tmp_path / "out", How())
+    assert None not in svd.ours
+    assert asvd.ours == [None, None]
+    assert all("the model was not compressed: corpus" in why for why in (asvd.refusals or {"": ""}).values())
+    assert write_report([tmp_path / "out"], tmp_path / "report.html").is_file()
+
+
+def test_keeping_everything_is_the_dense_model(place: Path, tmp_path: Path) -> None:
+    dense, kept = run_study(at_place(place, runs=[{"method": "svd", "keep": 1}]), tmp_path / "out", How())
+    assert kept.ours == dense.ours
+    assert not (tmp_path / "out" / "runs" / "svd-keep-1" / "model").exists()
+
+
+def test_the_context_is_the_window_of_text_that_names_none(place: Path, tmp_path: Path) -> None:
+    base = json.loads(json.dumps(BASE["base"]).replace("text.txt", str(place / "text.txt")))
+    base |= {"context": 24, "evaluate": [f"perplexity:{place / 'text.txt'}"]}
+    del base["calibration"]["length"]
+    study = at_place(place, base=base, columns=base["evaluate"], dense=None, runs=[{"method": "asvd-i", "keep": 0.5}])
+    run_study(study, tmp_path / "out", How())
+    (run,) = (tmp_path / "out" / "runs").iterdir()
+    (result,) = (run / "evals").glob("*.dense.json")
+    assert json.loads(result.read_text())["settings"]["length"] == 24
+    assert "length: 24" in (run / "model" / "recipe.yaml").read_text()
 
 
 def test_a_rival_of_one_size_stands_in_the_table_without_an_improvement(place: Path, tmp_path: Path) -> None:

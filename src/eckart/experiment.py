@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from eckart.evals.agreement import agreement, has_answers
 from eckart.evals.result import EvalResult
 from eckart.evals.similarity import Activations, read_activations
 from eckart.evals.tasks import Task, evaluate, find_task
+from eckart.lowrank import DecompositionError
 from eckart.models.loading import load_model, load_tokenizer
 from eckart.models.sites import input_groups
 from eckart.pipeline import How, make_baseline, make_checkpoint, make_tokens
@@ -60,7 +62,8 @@ def run(
 
     Args:
         shared: folder of dense results that several runs share, named by model, task and settings.
-        keep_going: an evaluation that refuses is noted in refusals.json, and the others go on; otherwise the run stops.
+        keep_going: an evaluation that refuses, or a compression that fails, is noted in refusals.json and the rest goes
+            on; otherwise the run stops.
 
     Raises:
         FileExistsError: the directory holds a run of another recipe and `force` is not given.
@@ -70,7 +73,7 @@ def run(
     (directory / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
     models = _Models(recipe, directory / "model", how)
     results = _Results(directory / "evals", shared, recipe)
-    refusals: dict[str, dict[str, str]] = {}
+    refusals: dict[str, dict[str, str]] = {task.label: {} for task in recipe.tasks}
 
     def measure(task: Task, which: str) -> EvalResult | None:
         if find_task(task.name).of not in ("both", which):
@@ -82,37 +85,44 @@ def run(
             except ValueError as error:
                 if not keep_going:
                     raise
-                refusals.setdefault(task.label, {})[which] = str(error)
+                refusals[task.label][which] = str(error)
                 return None
             results.write(found, task, which)
         return found
 
     dense = [measure(task, "dense") for task in recipe.tasks]
+    compressed: list[EvalResult | None] = [None] * len(dense)
     if recipe.keep == 1:
-        _note_refusals(directory, refusals)
-        return [
-            Measured(task, before, refusals=refusals.get(task.label, {}))
-            for task, before in zip(recipe.tasks, dense, strict=True)
-        ]
-    models.compress()
-    compressed = [measure(task, "compressed") for task in recipe.tasks]
+        compressed = dense
+    else:
+        try:
+            models.compress()
+        except (ValueError, DecompositionError) as error:
+            if not keep_going:
+                raise
+            for reasons in refusals.values():
+                reasons["compressed"] = f"the model was not compressed: {error}"
+        else:
+            compressed = [measure(task, "compressed") for task in recipe.tasks]
     measured = []
     for task, before, after in zip(recipe.tasks, dense, compressed, strict=True):
         both = None
-        if before and after and has_answers(before) and has_answers(after):
+        if recipe.keep != 1 and before and after and has_answers(before) and has_answers(after):
             both = agreement(before, after)
             write_result(both, directory / "evals" / f"{task.slug}.agreement.json")
-        measured.append(Measured(task, before, after, both, refusals.get(task.label, {})))
-    _note_refusals(directory, refusals)
-    facts = json.loads((directory / "model" / "compression.json").read_text(encoding="utf-8"))
-    if not recipe.is_baseline:
-        card = write_card(
-            load_recipe(directory / "model" / "recipe.yaml"),
-            facts,
-            [(item.dense, item.compressed) for item in measured if item.dense and item.compressed],
-        )
-        (directory / "model" / "README.md").write_text(card, encoding="utf-8")
+        measured.append(Measured(task, before, after, both, refusals[task.label]))
+    _note_refusals(directory, {label: reasons for label, reasons in refusals.items() if reasons})
+    _write_card(directory / "model", measured)
     return measured
+
+
+def _write_card(model: Path, measured: Sequence[Measured]) -> None:
+    """The checkpoint's README with the results in it; nothing where there is no checkpoint."""
+    if not (model / "config.json").is_file():
+        return
+    facts = json.loads((model / "compression.json").read_text(encoding="utf-8"))
+    pairs = [(item.dense, item.compressed) for item in measured if item.dense and item.compressed]
+    (model / "README.md").write_text(write_card(load_recipe(model / "recipe.yaml"), facts, pairs), encoding="utf-8")
 
 
 def _claim(directory: Path, recipe: Recipe, force: bool) -> None:
@@ -189,6 +199,7 @@ class _Models:
             path=path if stored else None,
             reference=self.get("dense") if compare else None,
             activations=self.activations if "activations" in needs else None,
+            context=self.recipe.context,
             track=self.how.track,
         )[0]
 
@@ -222,7 +233,7 @@ class _Results:
     def _files(self, task: Task, which: str) -> list[Path]:
         files = [self.folder / f"{task.slug}{'.dense' if which == 'dense' else ''}.json"]
         if which == "dense" and self.shared is not None:
-            made_of: list[Any] = [self.recipe.model, self.recipe.dtype, asdict(task)]
+            made_of: list[Any] = [self.recipe.model, self.recipe.dtype, self.recipe.context, asdict(task)]
             if "activations" in find_task(task.name).needs:
                 made_of.append(self.recipe.calibration.model_dump())
             digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]

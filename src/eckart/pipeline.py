@@ -168,7 +168,7 @@ def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
         update={
             "calibration": section.model_copy(
                 update={
-                    "length": section.length or default_length(model),
+                    "length": section.length or default_length(model, recipe.context),
                     "cut": section.cut or ("windows" if decoder else "documents"),
                 }
             )

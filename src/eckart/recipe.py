@@ -54,7 +54,7 @@ class CalibrationSection(Section):
     split: str = "train"
     column: str | None = None
     samples: int = Field(256, gt=0)
-    length: int | None = Field(None, gt=0, description="default: 2048, or the model's positions if fewer")
+    length: int | None = Field(None, gt=0, description="default: the context, or the model's positions if fewer")
     seed: int = 0
     cut: Literal["windows", "documents"] | None = Field(
         None, description="default: windows of a stream for decoders, documents for encoders"
@@ -92,6 +92,9 @@ class Recipe(Section):
     rules: list[RuleSection] | None = None
     plan: str | None = Field(None, description="a plan.json, perhaps edited by hand")
     rank_multiple: int = Field(1, gt=0)
+    context: int | None = Field(
+        None, gt=1, description="window of calibration and text where they name none; default 2048, or the positions"
+    )
     calibration: CalibrationSection = CalibrationSection()
     evaluate: list[EvaluationSection] = Field(default_factory=list)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from eckart.evals.improvement import average_improvement
 from eckart.evals.result import EvalResult
+from eckart.evals.tasks import find_task
 from eckart.experiment import Measured, run
 from eckart.pipeline import How
 from eckart.recipe import Recipe, parse_recipe
@@ -109,7 +110,8 @@ def read(measured: Sequence[Measured], column: str, *, dense: bool = False) -> f
         if kind == "agreement" and item.task.name == inner:
             result = None if dense else item.agreement
         elif item.task.name == task:
-            result = item.dense if dense or item.compressed is None else item.compressed
+            of_dense = dense or find_task(item.task.name).of == "dense"
+            result = item.dense if of_dense else item.compressed
         else:
             continue
         return None if result is None else result.read(score or None)

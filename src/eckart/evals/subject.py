@@ -20,6 +20,7 @@ class Subject:
         path: the directory that it was loaded from, for its bytes on disk.
         reference: the model that it was made from, for comparisons of one with the other.
         activations: of the model on its calibration text; see `similarity.read_activations`.
+        context: the window for text where a task names none; a model with fewer positions is read at its own.
     """
 
     model: PreTrainedModel
@@ -27,6 +28,7 @@ class Subject:
     path: Path | None = None
     reference: PreTrainedModel | None = None
     activations: Activations | None = None
+    context: int | None = None
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ class Task:
         name: "<evaluation>:<corpus or task>", or "<evaluation>" for one that reads neither.
         split: of the corpus; of a harness task "sfsd-search" (20 %) and "sfsd-evaluation" (the other 80 %) as well.
         column: field of the corpus that holds the text.
-        length: window; None is 2048, or the model's positions if fewer. Of `cost`: the length of the prompt.
+        length: window; None is the subject's context, 2048 by default, or the model's positions if fewer. Of `cost`:
+            the length of the prompt.
         limit: windows, or examples, read at most.
         shots: examples in front of each question; None is the task's own number.
         seed: draws those examples.
@@ -106,6 +107,7 @@ def evaluate(
     path: Path | None = None,
     reference: PreTrainedModel | None = None,
     activations: Activations | None = None,
+    context: int | None = None,
     track: Track = silent,
 ) -> list[EvalResult]:
     """Run evaluations on a model, in order.
@@ -114,7 +116,7 @@ def evaluate(
         tasks: names such as "perplexity:wikitext2", "perplexity:notes.txt", "lm-eval:piqa", "stereoset", or `Task`s.
         data: folder with local copies of known corpora and tasks; None asks the hub.
         batch_size: examples at a time, for tasks of examples.
-        path, reference, activations: see `Subject`; only some evaluations need them.
+        path, reference, activations, context: see `Subject`; only some evaluations need them.
 
     Raises:
         ValueError: an unknown evaluation or corpus, a tokenizer that is plainly another model's, something that an
@@ -122,7 +124,7 @@ def evaluate(
             anything runs.
     """
     chosen = [task if isinstance(task, Task) else Task(task) for task in tasks]
-    subject = Subject(model, tokenizer, path, reference, activations)
+    subject = Subject(model, tokenizer, path, reference, activations, context)
     for task in chosen:
         missing = [name for name in sorted(find_task(task.name).needs) if not getattr(subject, name)]
         if missing:
@@ -149,9 +151,10 @@ def find_task(name: str) -> Evaluation:
     return row
 
 
-def default_length(model: PreTrainedModel) -> int:
-    """The window of a model where none is asked for: 2048 tokens, or its positions if it has fewer."""
-    return min(DEFAULT_LENGTH, getattr(model.config, "max_position_embeddings", None) or DEFAULT_LENGTH)
+def default_length(model: PreTrainedModel, context: int | None = None) -> int:
+    """The window of a model where none is asked for: `context` (None is 2048) tokens, or its positions if fewer."""
+    longest = context or DEFAULT_LENGTH
+    return min(longest, getattr(model.config, "max_position_embeddings", None) or longest)
 
 
 def _text(subject: Subject, task: Task, setup: Setup) -> tuple[Tensor, dict[str, Any]]:
@@ -161,17 +164,20 @@ def _text(subject: Subject, task: Task, setup: Setup) -> tuple[Tensor, dict[str,
     return encode(text.joined, subject.tokenizer), shared
 
 
+def _length(subject: Subject, task: Task) -> int:
+    return task.length or default_length(subject.model, subject.context)
+
+
 def _perplexity(subject: Subject, task: Task, setup: Setup) -> EvalResult:
     check_causal(subject.model, "perplexity")
     stream, shared = _text(subject, task, setup)
-    return perplexity(subject.model, stream, length=task.length or default_length(subject.model), **shared)
+    return perplexity(subject.model, stream, length=_length(subject, task), **shared)
 
 
 def _divergence(subject: Subject, task: Task, setup: Setup) -> EvalResult:
     assert subject.reference is not None
     stream, shared = _text(subject, task, setup)
-    length = task.length or default_length(subject.model)
-    return divergence(subject.model, subject.reference, stream, length=length, **shared)
+    return divergence(subject.model, subject.reference, stream, length=_length(subject, task), **shared)
 
 
 def _similarity(subject: Subject, task: Task, setup: Setup) -> EvalResult:
