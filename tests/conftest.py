@@ -44,3 +44,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return status, captured.out + captured.err
 
     return call
+
+
+@pytest.fixture
+def index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few of lm-evaluation-harness's tasks in place of all, whose index takes seconds to make."""
+    import lm_eval.tasks
+
+    make, stock = lm_eval.tasks.TaskManager, Path(lm_eval.tasks.__file__).parent
+    folders = [stock / name for name in ("arc", "benchmarks", "gsm8k", "triviaqa", "wikitext", "winogrande")]
+    some = {"include_path": folders, "include_defaults": False}
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **options: make(**(options or some)))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -16,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.models.families import UnsupportedModelError
 from eckart.models.sites import find_sites, read_weight, replace_module
+from eckart.quiet import quiet
 from eckart.tracking import Track, silent
 
 # At 16, a float32 scale and a zero point are two and a half bits more for each number.
@@ -92,23 +90,12 @@ def check_group_size(group_size: int) -> None:
 
 def _import_torchao() -> Any:
     """torchao.quantization, imported without the warnings about kernels for other machines that it logs."""
-    with _quiet():
+    with quiet("torchao", "torch.utils._pytree"):
         try:
             import torchao.quantization
         except ImportError as error:
             raise ValueError("torchao is not installed: pip install 'eckart[baselines]'") from error
         return torchao.quantization
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No log lines up to warnings inside."""
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _largest_divisor(number: int, limit: int) -> int:
