@@ -197,6 +197,18 @@ def test_a_model_that_cannot_be_compressed_is_a_row_of_gaps(place: Path, tmp_pat
     assert write_report([tmp_path / "out"], tmp_path / "report.html").is_file()
 
 
+def test_weights_are_let_go_and_made_again_when_asked_for(place: Path, tmp_path: Path) -> None:
+    study, out = at_place(place, runs=[{"method": "svd", "keep": 0.5}]), tmp_path / "out"
+    first = run_study(study, out, How())
+    assert not list(out.rglob("*.safetensors"))
+    (result,) = [file for file in out.glob("runs/*/evals/*other*.json") if ".dense" not in file.name]
+    before = result.read_text()
+    result.unlink()
+    assert run_study(study, out, How(), keep_weights=True) == first
+    assert result.read_text() == before
+    assert len(list(out.rglob("*.safetensors"))) == 1
+
+
 def test_keeping_everything_is_the_dense_model(place: Path, tmp_path: Path) -> None:
     dense, kept = run_study(at_place(place, runs=[{"method": "svd", "keep": 1}]), tmp_path / "out", How())
     assert kept.ours == dense.ours

@@ -29,6 +29,8 @@ from eckart.models.sites import input_groups
 from eckart.pipeline import How, make_baseline, make_checkpoint, make_tokens
 from eckart.recipe import Recipe, load_recipe
 
+WEIGHTS = "*.safetensors"
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -52,6 +54,7 @@ def run(
     force: bool = False,
     shared: Path | None = None,
     keep_going: bool = False,
+    keep_weights: bool = True,
 ) -> list[Measured]:
     """Carry out a whole recipe in a run directory, and go on where a killed run stopped.
 
@@ -64,6 +67,8 @@ def run(
         shared: folder of dense results that several runs share, named by model, task and settings.
         keep_going: an evaluation that refuses, or a compression that fails, is noted in refusals.json and the rest goes
             on; otherwise the run stops.
+        keep_weights: otherwise the compressed model's weight files are removed once it is measured, and made again when
+            something asks for them.
 
     Raises:
         FileExistsError: the directory holds a run of another recipe and `force` is not given.
@@ -113,6 +118,9 @@ def run(
         measured.append(Measured(task, before, after, both, refusals[task.label]))
     _note_refusals(directory, {label: reasons for label, reasons in refusals.items() if reasons})
     _write_card(directory / "model", measured)
+    if not keep_weights:
+        for file in (directory / "model").glob(WEIGHTS):
+            file.unlink()
     return measured
 
 
@@ -168,6 +176,8 @@ class _Models:
             elif self.recipe.is_baseline:
                 self.loaded[which] = make_baseline(self.recipe, self.directory, self.how)
             else:
+                if not any(self.directory.glob(WEIGHTS)):
+                    make_checkpoint(self.recipe, self.directory, self.how, force=True)
                 self.loaded[which] = load_model(self.directory, device=self.how.device)
         return self.loaded[which]
 

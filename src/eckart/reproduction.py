@@ -43,12 +43,17 @@ class Line:
         return [None if a is None or b is None else a - b for a, b in zip(self.ours, self.published, strict=True)]
 
 
-def run_study(study: Study, directory: Path, how: How, *, force: bool = False) -> list[Line]:
+def run_study(
+    study: Study, directory: Path, how: How, *, force: bool = False, keep_weights: bool = False
+) -> list[Line]:
     """Carry out every run of a study that `Study.at` has put at a scale, and lay its table out.
 
     The directory gets runs/<name>/ (run directories), dense/ (dense results, shared by the runs) and study.json (the
     table). Runs and evaluations that are there are not done again. An evaluation that refuses leaves a gap in the
     table, with its reason; it is never a number.
+
+    Args:
+        keep_weights: of the compressed models; a table of thirty 7B models would be 300 GB.
 
     Raises:
         FileExistsError: a run directory holds another recipe and `force` is not given.
@@ -59,7 +64,13 @@ def run_study(study: Study, directory: Path, how: How, *, force: bool = False) -
     for label, _, recipe in how.track(planned, "runs", len(planned)):
         name = slug(label)
         measured[name] = run(
-            recipe, directory / "runs" / name, how, force=force, shared=directory / "dense", keep_going=True
+            recipe,
+            directory / "runs" / name,
+            how,
+            force=force,
+            shared=directory / "dense",
+            keep_going=True,
+            keep_weights=keep_weights,
         )
         write_study(study, tabulate(study, planned, measured), directory)
     return tabulate(study, planned, measured)

@@ -70,6 +70,9 @@ def reproduce(
             "--set", help="KEY=VALUE over every run: model=DIR, models=[A,B], calibration.samples=64, data=DIR"
         ),
     ] = None,
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models", help="Keep the compressed models' weights, and not their results alone")
+    ] = False,
     data: Data = None,
     device: Device = "cpu",
     batch_size: Batch = 8,
@@ -93,7 +96,7 @@ def reproduce(
     out = out or Path("runs") / f"{Path(study).stem}-{scale}"
     chosen = load_study(study).at(scale, changes)
     how = How(device, batch_size, None if no_cache else cache, data, TerminalTrack(console))
-    lines = run_study(chosen, out, how, force=force)
+    lines = run_study(chosen, out, how, force=force, keep_weights=keep_models)
     console.print(study_table(chosen, lines))
     refused = {f"{line.label}: {task}": why for line in lines for task, why in (line.refusals or {}).items()}
     for what, why in refused.items():
