@@ -184,8 +184,14 @@ def test_another_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="piqa: token 95 is outside the model's vocabulary of 95"):
         run(tmp_path, "piqa", model=model)
     assert not called
-    with pytest.raises(ValueError, match="neither a begin nor an end token"):
-        run(tmp_path, "piqa", tokenizer=tiny_tokenizer(bos_token=None, eos_token=None))
+
+
+def test_without_a_start_token_only_prompts_are_continued(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(bos_token=None, eos_token=None)
+    found, usual = (run(corpus(tmp_path, "piqa"), "piqa", tokenizer=t) for t in (tokenizer, tiny_tokenizer()))
+    assert found.details["answers"] == usual.details["answers"]
+    with pytest.raises(ValueError, match=r"blimp_\w+: document 0 has no prompt.*neither a begin nor an end token"):
+        run(corpus(tmp_path, "blimp"), MEMBERS["blimp"], tokenizer=tokenizer)
 
 
 def test_a_continuation_that_does_not_fit(tmp_path: Path) -> None:

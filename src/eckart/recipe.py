@@ -71,6 +71,7 @@ class EvaluationSection(Section):
     limit: int | None = Field(None, gt=0)
     shots: int | None = Field(None, ge=0, description="examples in front of each question; default: the task's own")
     seed: int = Field(0, description="draws those examples")
+    leave_out_long: bool = Field(False, description="StereoSet: leave out what is past the model's positions")
 
     @model_validator(mode="after")
     def _known(self) -> EvaluationSection:
@@ -79,7 +80,8 @@ class EvaluationSection(Section):
 
     def to_task(self) -> Task:
         """As `evaluate` takes it."""
-        return Task(self.task, self.split, self.column, self.length, self.limit, self.shots, self.seed)
+        values = self.model_dump(exclude={"task"})
+        return Task(self.task, **values)
 
 
 class Recipe(Section):

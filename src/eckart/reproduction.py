@@ -97,7 +97,11 @@ def tabulate(
                     study.dense if study.dense and len(models) == 1 else nothing,
                 )
             )
-        refusals = {item.task.label: "; ".join(item.refusals.values()) for item in measured[name] if item.refusals}
+        refusals = {
+            item.task.label: "; ".join(dict.fromkeys(item.refusals.values()))
+            for item in measured[name]
+            if item.refusals
+        }
         lines.append(
             Line(
                 label,

@@ -31,6 +31,9 @@ def eval_command(
     limit: Annotated[int | None, typer.Option(min=1, help="Read at most this many windows or examples")] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Examples before each question; default the task's")] = None,
     seed: Annotated[int, typer.Option(help="Draws those examples, and the calibration windows")] = 0,
+    leave_out_long: Annotated[
+        bool, typer.Option("--leave-out-long", help="StereoSet: leave out what is past the model's positions")
+    ] = False,
     reference: Annotated[
         str | None, typer.Option(help="The dense model, for divergence, and for cost's ratios")
     ] = None,
@@ -49,7 +52,7 @@ def eval_command(
     eckart eval MODEL --task lm-eval:piqa --task lm-eval:mmlu --shots 5
     eckart eval OUT --task stereoset --task divergence:wikitext2 --task cost --reference MODEL
     """
-    tasks = [Task(name, split, column, length, limit, shots, seed) for name in task]
+    tasks = [Task(name, split, column, length, limit, shots, seed, leave_out_long) for name in task]
     for item in tasks:
         find_task(item.name)
         if out is not None and (out / f"{item.slug}.json").exists() and not force:

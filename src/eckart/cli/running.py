@@ -98,9 +98,13 @@ def reproduce(
     how = How(device, batch_size, None if no_cache else cache, data, TerminalTrack(console))
     lines = run_study(chosen, out, how, force=force, keep_weights=keep_models)
     console.print(study_table(chosen, lines))
-    refused = {f"{line.label}: {task}": why for line in lines for task, why in (line.refusals or {}).items()}
-    for what, why in refused.items():
-        console.print(f"[yellow]not measured[/yellow] {what}: {why}", highlight=False)
+    refused: dict[str, list[str]] = {}
+    for line in lines:
+        for task, why in (line.refusals or {}).items():
+            refused.setdefault(why, []).append(f"{task} of {line.label}")
+    for why, what in refused.items():
+        others = f" and {len(what) - 1} more" if len(what) > 1 else ""
+        console.print(f"[yellow]not measured[/yellow] {what[0]}{others}: {why}", highlight=False)
     page = write_report([out], out / "report.html")
     console.print(f"{out / 'study.json'}, {page}")
 

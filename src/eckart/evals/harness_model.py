@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,21 +30,25 @@ def make_scorer(
         name: of what is evaluated, for the messages.
 
     Raises (when it is asked):
-        ValueError: a continuation without tokens or past the model's positions, a token outside the vocabulary, a
-            likelihood or logit that is not finite.
+        ValueError: an empty prompt without a token to start from, a continuation without tokens or past the model's
+            positions, a token outside the vocabulary, a likelihood or logit that is not finite.
     """
     from lm_eval.models.huggingface import HFLM
+
+    startless = tokenizer.bos_token_id is None and tokenizer.eos_token_id is None
 
     class Scorer(HFLM):
         truncated = 0
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             self.asked = requests
+            self._check_start(request for request in requests if not request.args[0])
             with self._followed(requests):
                 return super().loglikelihood(requests, disable_tqdm=True)
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             self.asked = []  # what is scored are windows of the requests, which always fit
+            self._check_start(requests)
             with self._followed(requests):
                 return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
@@ -89,6 +93,15 @@ def make_scorer(
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
 
+        def _check_start(self, unprompted: Iterable[Any]) -> None:
+            """Raises ValueError where a text without a prompt has no token to start from."""
+            request = next(iter(unprompted), None)
+            if request is not None and startless:
+                raise ValueError(
+                    f"{self._place(request)} has no prompt, and the tokenizer has neither a begin nor an end token, "
+                    "one of which the harness starts it with"
+                )
+
         def _place(self, request: Any) -> str:
             document = rows[request.task_name][request.doc_id] if rows else request.doc_id
             return f"{request.task_name}: document {document}"
@@ -119,5 +132,13 @@ def make_scorer(
                 if hasattr(steps, "close"):
                     steps.close()
 
+    # It decodes its start token for every prompt; where there is none any other serves, since no prompt is empty.
+    start = 0 if startless else None
     # The harness gives a tokenizer without a pad token one; that stays with the copy.
-    return Scorer(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size)
+    return Scorer(
+        pretrained=model,
+        tokenizer=copy.deepcopy(tokenizer),
+        backend="causal",
+        batch_size=batch_size,
+        prefix_token_id=start,
+    )

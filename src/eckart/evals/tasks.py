@@ -42,6 +42,7 @@ class Task:
         limit: windows, or examples, read at most.
         shots: examples in front of each question; None is the task's own number.
         seed: draws those examples.
+        leave_out_long: StereoSet leaves out, and counts, what is past the model's positions, instead of refusing.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Task:
     limit: int | None = None
     shots: int | None = None
     seed: int = 0
+    leave_out_long: bool = False
 
     @property
     def kind(self) -> str:
@@ -209,6 +211,7 @@ def _stereoset(subject: Subject, task: Task, setup: Setup) -> EvalResult:
         read_stereoset(setup.data),
         limit=task.limit,
         batch_size=setup.batch_size,
+        leave_out_long=task.leave_out_long,
         task=task.label,
         track=setup.track,
     )
