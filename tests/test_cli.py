@@ -192,3 +192,64 @@ def test_methods_and_help_teach(run: Run) -> None:
     assert "2207.00112" in printed
     status, printed = run("--help")
     assert all(command in printed for command in ("demo", "compress", "eval", "inspect", "export", "methods", "run"))
+
+
+def study_of(place: Path, columns: int) -> dict[str, object]:
+    """A study of one run, read at several lengths for as many columns."""
+    tasks = [{"task": f"perplexity:{place / 'test.txt'}", "length": 16}]
+    return {
+        "title": "Table 9",
+        "base": {"model": "nowhere", "calibration": {"corpus": str(place / "train.txt"), "samples": 8, "length": 16}},
+        "columns": [f"perplexity:{place / 'test.txt'}#{name}" for name in ["perplexity", *["n"] * (columns - 1)]],
+        "runs": [{"method": "svd", "keep": 0.5, "evaluate": tasks, "published": [7.0, *[None] * (columns - 1)]}],
+    }
+
+
+@pytest.mark.parametrize("columns", [2, 12])
+def test_a_study_is_reproduced_and_reported(run: Run, place: Path, tmp_path: Path, columns: int) -> None:
+    (tmp_path / "nine.yaml").write_text(yaml.safe_dump(study_of(place, columns)))
+    arguments = ("reproduce", tmp_path / "nine.yaml", "--set", f"model={place / 'model'}", "--out", tmp_path / "out")
+    status, printed = run(*arguments)
+    assert status == 0, printed
+    assert "ours - paper" in printed
+    table = json.loads((tmp_path / "out/study.json").read_text())
+    (line,) = [row for row in table["rows"] if row["run"]]
+    assert line["difference"][0] == pytest.approx(line["ours"][0] - 7.0)
+    assert f"{line['ours'][0]:.4g}" in printed
+    assert (tmp_path / "out/report.html").is_file()
+    assert run("report", tmp_path / "out", "--out", tmp_path / "out/report.html")[0] == 2
+    assert run("report", tmp_path / "out", "--out", tmp_path / "page.html", "--title", "Mine")[0] == 0
+    assert "<title>Mine</title>" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nsvd-table-9"], "did you mean 'nsvd-table-"),
+        (["nsvd-table-1", "--scale", "medium"], "no scale 'medium' in this study; it has paper, small, builtin"),
+        (["nsvd-table-1", "--set", "keep"], "'keep' is not KEY=VALUE"),
+        (["nsvd-table-1", "--set", "kep=0.5"], "unknown key 'kep'; did you mean 'keep'?"),
+        (["nsvd-table-1", "--set", "keep=[0.5"], "is not YAML"),
+    ],
+)
+def test_a_study_that_cannot_be_run_is_one_line(run: Run, tmp_path: Path, arguments: list[str], said: str) -> None:
+    status, printed = run("reproduce", *arguments, "--out", tmp_path / "out")
+    assert status == 2
+    assert said in printed
+    assert printed.count("error:") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_there_is_can_be_listed(run: Run) -> None:
+    status, printed = run("evaluations")
+    assert status == 0
+    assert all(name in printed for name in ("stereoset", "lm-eval:TASK", "cmrc2018", "truthfulqa_mc2"))
+    status, printed = run("reproduce")
+    assert status == 0
+    assert "sfsd-figure-3" in printed
+    status, printed = run("methods", "llm-pruner")
+    assert status == 0
+    assert "2305.11627" in printed
+    status, printed = run("compress", "nowhere", "out", "--method", "llm-pruner", "--keep", "0.7")
+    assert status == 2
+    assert "makes no checkpoint" in printed

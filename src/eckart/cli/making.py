@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from eckart.baselines import BASELINES, baseline_options
 from eckart.cli.app import CACHE, Batch, Cache, Data, Device, Force, NoCache, app, console
 from eckart.demo import run_demo
 from eckart.lowrank import method_options
@@ -169,7 +170,7 @@ def parse_options(method: str, pairs: list[str]) -> dict[str, object]:
     Raises:
         ValueError: not NAME=VALUE, or not a number where one is needed.
     """
-    defaults = method_options(method)
+    defaults = baseline_options(method) if method in BASELINES else method_options(method)
     options: dict[str, object] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")

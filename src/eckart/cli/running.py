@@ -19,6 +19,9 @@ from eckart.reproduction import Line, run_study
 from eckart.study import Study, load_study, studies
 from eckart.terminal import TerminalTrack, number, table
 
+# Columns of a study that a terminal shows side by side.
+WIDEST = 10
+
 
 @app.command("run")
 def run_command(
@@ -110,7 +113,10 @@ def reproduce(
 
 
 def study_table(study: Study, lines: Sequence[Line]) -> Table:
-    """A study's lines: ours, and under it the paper's number and the difference where there is one."""
+    """A study's lines: ours, and beside it the paper's number and the difference where there is one.
+
+    A study of few rows and many columns is laid on its side.
+    """
     improved = any(line.improvement is not None for line in lines)
     rows = []
     for line in lines:
@@ -119,8 +125,12 @@ def study_table(study: Study, lines: Sequence[Line]) -> Table:
             extra = [_share(line.published_improvement)] if improved else []
             rows.append(["    paper", *map(_cell, line.published), *extra])
             rows.append(["    ours - paper", *map(_cell, line.difference), *([""] if improved else [])])
-    heads = [column.removeprefix("perplexity:").removeprefix("lm-eval:") for column in study.columns]
-    return table(study.title, ["", *heads, *(["improvement"] if improved else [])], rows)
+    kinds = {column.partition(":")[0] for column in study.columns}
+    heads = [column.partition(":")[2] if len(kinds) == 1 else column for column in study.columns]
+    grid = [["", *heads, *(["improvement"] if improved else [])], *rows]
+    if len(heads) > WIDEST:
+        grid = [list(column) for column in zip(*grid, strict=True)]
+    return table(study.title, grid[0], grid[1:])
 
 
 def _cell(value: float | None) -> str:
