@@ -112,3 +112,10 @@ def test_a_page_that_fails_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no run has the baseline 'x'"):
         write_report([run], tmp_path / "r.html", baseline="x")
     assert not list(tmp_path.glob("r.html*"))
+
+
+def test_one_study_of_several_models_has_one_title(tmp_path: Path) -> None:
+    folders = [make_study(tmp_path / name) for name in ("a", "b")]
+    page = write_report(folders, tmp_path / "r.html").read_text(encoding="utf-8")
+    assert page.count("NSVD, Table 1 (small)") >= 1
+    assert "NSVD, Table 1 (small); NSVD, Table 1 (small)" not in page

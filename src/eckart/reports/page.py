@@ -152,7 +152,7 @@ def _plain(value: float | str | None) -> float | str | None:
 
 def _title(collection: Collection) -> str:
     if collection.studies:
-        return "; ".join(study.title for study in collection.studies)
+        return "; ".join(dict.fromkeys(study.title for study in collection.studies))
     models = collection.models
     return f"{' and '.join(models[:3])}{' and others' if len(models) > 3 else ''}, compressed"
 
