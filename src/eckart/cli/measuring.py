@@ -15,7 +15,6 @@ from eckart.evals.tasks import Task, default_length, evaluate, find_task
 from eckart.experiment import write_result
 from eckart.models.loading import load_model, load_tokenizer
 from eckart.models.sites import input_groups
-from eckart.reports import write_report
 from eckart.terminal import TerminalTrack, number, table
 from eckart.tokens import sample_windows
 
@@ -105,4 +104,6 @@ def report(
     """Write one HTML page from run directories: tables and figures, no network, opens from disk."""
     if out.exists() and not force:
         raise FileExistsError(f"{out} exists; give another --out, or --force")
+    from eckart.reports import write_report  # plotly takes a second to import
+
     console.print(f"{write_report(directories, out, title=title)}")

@@ -14,7 +14,6 @@ from eckart.cli.app import CACHE, Batch, Cache, Data, Device, Force, NoCache, ap
 from eckart.experiment import run
 from eckart.pipeline import How
 from eckart.recipe import load_recipe
-from eckart.reports import write_report
 from eckart.reproduction import Line, run_study
 from eckart.study import Study, load_study, studies
 from eckart.terminal import TerminalTrack, number, table
@@ -108,6 +107,8 @@ def reproduce(
     for why, what in refused.items():
         others = f" and {len(what) - 1} more" if len(what) > 1 else ""
         console.print(f"[yellow]not measured[/yellow] {what[0]}{others}: {why}", highlight=False)
+    from eckart.reports import write_report  # plotly takes a second to import
+
     page = write_report([out], out / "report.html")
     console.print(f"{out / 'study.json'}, {page}")
 
