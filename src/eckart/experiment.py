@@ -24,7 +24,7 @@ from eckart.evals.result import EvalResult
 from eckart.evals.similarity import Activations, read_activations
 from eckart.evals.tasks import Task, evaluate, find_task
 from eckart.lowrank import DecompositionError
-from eckart.models.loading import load_model, load_tokenizer
+from eckart.models.loading import load_model, load_tokenizer, locate
 from eckart.models.sites import input_groups
 from eckart.pipeline import How, make_baseline, make_checkpoint, make_tokens
 from eckart.recipe import Recipe, load_recipe
@@ -198,7 +198,7 @@ class _Models:
         """One evaluation of one of the models, with what it needs beside it."""
         model, needs = self.get(which), find_task(task.name).needs
         compare = which == "compressed" and (task.kind == "cost" or "reference" in needs)
-        path = Path(self.recipe.model) if which == "dense" else self.directory
+        path = Path(locate(self.recipe.model)) if which == "dense" else self.directory
         stored = path.is_dir() and not (which == "compressed" and self.recipe.is_baseline)
         return evaluate(
             model,

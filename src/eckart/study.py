@@ -11,13 +11,11 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from eckart.builtin import builtin_model_path
 from eckart.evals.harness_tasks import LOCAL_TASKS
 from eckart.recipe import Recipe, Section, parse_recipe
 
 # Evaluations whose `limit` counts windows of text; the others' counts examples.
 OF_WINDOWS = ("perplexity", "divergence", "similarity")
-BUILTIN = "builtin"
 
 
 class Row(Section):
@@ -161,8 +159,6 @@ class Study(Section):
         for model in models:
             for row in self.runs:
                 data = merge(merge(self.base, row.recipe), {"model": model} if model else {})
-                if data.get("model") == BUILTIN:
-                    data["model"] = str(builtin_model_path())
                 label = row.label or describe(data)
                 if several:
                     label = f"{Path(str(data.get('model'))).name}, {label}"

@@ -162,3 +162,9 @@ def test_leftovers_of_a_killed_run_do_no_harm(kept: Path) -> None:
         (staging / "again").write_text("")
     assert contents(kept.parent / "out") == {"again": b""}
     assert sorted(path.name for path in kept.parent.iterdir()) == ["kept", "out"]
+
+
+def test_the_model_that_comes_along_has_a_name() -> None:
+    model, tokenizer = load_model("builtin"), load_tokenizer("builtin")
+    assert sum(parameter.numel() for parameter in model.parameters()) > 1e6
+    assert len(tokenizer) == model.config.vocab_size

@@ -24,7 +24,7 @@ from eckart.terminal import megabytes, table
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="Dense or compressed: a Hugging Face directory or hub name")],
+    model: Annotated[str, typer.Argument(help="Dense or compressed: a Hugging Face directory, a hub name, or builtin")],
     keep: Annotated[float | None, typer.Option(help="Show the plan that this share would make")] = None,
     include: Annotated[list[str] | None, typer.Option(help="As in compress")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="As in compress")] = None,

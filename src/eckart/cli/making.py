@@ -61,7 +61,7 @@ def demo(
 
 @app.command()
 def compress(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name")],
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub name, or builtin")],
     out: Annotated[Path, typer.Argument(help="Directory for the compressed checkpoint")],
     method: Annotated[str, typer.Option(help="See `eckart methods`")] = "nsvd-i",
     option: Annotated[list[str] | None, typer.Option(help="Setting of the method, NAME=VALUE (repeatable)")] = None,

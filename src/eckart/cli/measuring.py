@@ -21,7 +21,7 @@ from eckart.tokens import sample_windows
 
 @app.command("eval")
 def eval_command(
-    model: Annotated[str, typer.Argument(help="Dense or compressed: a Hugging Face directory or hub name")],
+    model: Annotated[str, typer.Argument(help="Dense or compressed: a Hugging Face directory, a hub name, or builtin")],
     task: Annotated[list[str], typer.Option(help="See `eckart evaluations`, such as perplexity:CORPUS (repeatable)")],
     out: Annotated[Path | None, typer.Option(help="Directory for one JSON file per task")] = None,
     split: Annotated[str, typer.Option(help="Split of the corpus; of a task sfsd-search, sfsd-evaluation")] = "test",

@@ -138,7 +138,7 @@ def _cell(value: float | None) -> str:
     """Four digits that say something."""
     if value is None:
         return ""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e10 else f"{value:.4g}"
 
 
 def _share(value: float | None) -> str:

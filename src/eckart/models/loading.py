@@ -12,15 +12,17 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from eckart.builtin import builtin_model_path
 from eckart.models.checkpoint import CheckpointError, describe
 from eckart.models.families import UnsupportedModelError
 from eckart.models.sites import low_rank_modules
 
+BUILTIN = "builtin"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(path: str | Path, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
-    """The model at `path` (a directory or a hub name), in the class that its config names, ready to evaluate.
+    """The model at `path` (a directory, a hub name, or "builtin") in the class that its config names, ready to evaluate.
 
     Args:
         dtype: "auto" keeps the stored type; else one of float32, bfloat16, float16.
@@ -32,6 +34,7 @@ def load_model(path: str | Path, *, dtype: str = "auto", device: str = "cpu") ->
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    path = locate(path)
     config = _found(f"the model {path}", path, lambda: AutoConfig.from_pretrained(path))
     architecture = (config.architectures or [None])[0]
     model_class = getattr(transformers, architecture or "", None)
@@ -52,12 +55,18 @@ def own_memory(model: PreTrainedModel) -> None:
         parameter.data = parameter.data.clone()
 
 
+def locate(path: str | Path) -> str | Path:
+    """The directory or hub name as it is; "builtin" is the directory of the model that comes with eckart."""
+    return builtin_model_path() if str(path) == BUILTIN else path
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside the model at `path`.
 
     Raises:
         ValueError: there is none.
     """
+    path = locate(path)
     return _found(f"the tokenizer of {path}", path, lambda: AutoTokenizer.from_pretrained(path))
 
 
