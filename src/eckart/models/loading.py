@@ -22,7 +22,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(path: str | Path, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
-    """The model at `path` (a directory, a hub name, or "builtin") in the class that its config names, ready to evaluate.
+    """The model at `path` (a directory, a hub name, or "builtin") in the class that its config names, in eval mode.
 
     Args:
         dtype: "auto" keeps the stored type; else one of float32, bfloat16, float16.
