@@ -61,6 +61,7 @@ def run_study(
     """
     planned = study.recipes()
     measured: dict[str, list[Measured]] = {}
+    lines: list[Line] = []
     for label, _, recipe in how.track(planned, "runs", len(planned)):
         name = slug(label)
         measured[name] = run(
@@ -72,8 +73,9 @@ def run_study(
             keep_going=True,
             keep_weights=keep_weights,
         )
-        write_study(study, tabulate(study, planned, measured), directory)
-    return tabulate(study, planned, measured)
+        lines = tabulate(study, planned, measured)
+        write_study(study, lines, directory)
+    return lines
 
 
 def tabulate(
