@@ -6,7 +6,7 @@ Every test here runs over METHODS, so that a new entry is under the laws as soon
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eckart.lowrank import METHODS, DecompositionError, Method, build_method, method_options
-from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
+from eckart.lowrank import METHODS, DecompositionError, GradientMoments, Method, Moments, build_method, method_options
+from eckart.lowrank.metrics import BlockDiagonal
+from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS, JointGradients
 
 from .reference import (
     KINDS,
@@ -55,6 +56,9 @@ OTHER_SETTINGS = (
     Entry("nsvd-i", {"share": 0.5}),
     Entry("nsvd-ii", {"share": 1.0}),
     Entry("nid-i", {"share": 0.5}),
+    Entry("shrunk", {"share": 0.5, "bias": True}),
+    Entry("kfac", {"shrink_in": 0.0, "bias": False}),
+    Entry("kfac", {"shrink_out": 1.0}),
 )
 ENTRIES = (*map(Entry, METHODS), *OTHER_SETTINGS)
 SINGLE_STAGE = tuple(entry for entry in ENTRIES if entry.build().residual is None)
@@ -104,6 +108,20 @@ def test_every_cut_is_a_finite_map_of_its_rank(entry: Entry, layer: Layer) -> No
         parts = [part for part in (factors.left, factors.right, factors.bias) if part is not None]
         assert all(torch.isfinite(part).all() for part in parts)
         assert factors.num_params == rank * (d_out + d_in) + (d_out if run.method.centred else 0)
+
+
+@every_entry
+@laws(16)
+@given(layer=layers())
+def test_tails_are_the_tail_at_every_rank(entry: Entry, layer: Layer) -> None:
+    """Of nested stages: the first one's, which the second only lowers as far as its own metric agrees."""
+    run = Run(entry.build(), layer)
+    tails = run.factored.tails().tolist()
+    assert len(tails) == run.factored.max_rank + 1
+    first = run.factored if run.method.residual is None else run.factored.first
+    for rank, tail in enumerate(tails):
+        k1 = rank if run.method.residual is None else min(rank, max(1, round(run.method.share * rank)))
+        assert math.isclose(tail, first.tail(k1), abs_tol=RELATIVE * run.scale)
 
 
 @every_entry
@@ -319,6 +337,58 @@ def test_a_third_fisher_axis_is_refused() -> None:
 
 
 # Identities between entries
+
+
+@laws(16)
+@given(layer=layers(), share=st.floats(0, 1))
+def test_shrunk_runs_from_asvd_i_to_svd(layer: Layer, share: float) -> None:
+    assert_same_answers(Entry("shrunk", {"share": 0.0}), Entry("asvd-i"), layer)
+    assert_same_answers(Entry("shrunk", {"share": 0.0, "bias": True}), Entry("sfsd"), layer)
+    scale = float(layer.x.square().sum(1).mean()) / layer.x.shape[1]
+    if scale > 0:
+        assert_same_answers(Entry("shrunk", {"share": 1.0}), Entry("svd"), layer, ratio=scale)
+    assert Run(Entry("shrunk", {"share": share}).build(), layer).factored.max_rank == min(layer.weight.shape)
+
+
+@laws(16)
+@given(layer=layers(kinds=("rich",), tokens=(12, 24)))
+def test_kfac_without_the_gradient_side_is_shrunk(layer: Layer) -> None:
+    """Shrunk all the way the output metric is a multiple of the identity."""
+    for bias in (False, True):
+        one = Run(Entry("kfac", {"shrink_out": 1.0, "bias": bias}).build(), layer)
+        two = Run(Entry("shrunk", {"bias": bias}).build(), layer)
+        for rank in layer.ranks:
+            a, b = one.factored.cut(rank).dense(), two.factored.cut(rank).dense()
+            assert math.isclose(two.loss(a), two.loss(b), abs_tol=RELATIVE * two.scale)
+
+
+def joined(first: Layer, second: Layer, needs: frozenset[str]) -> tuple[Tensor, Moments]:
+    """Two layers that read the same input, as the one that they are."""
+    parts = [replace(second, x=first.x, xh=first.xh).moments(needs), first.moments(needs)]
+    gradients = [part.gradients for part in parts if isinstance(part.gradients, GradientMoments)]
+    return torch.cat([second.weight, first.weight]), Moments(parts[0].inputs, JointGradients(tuple(gradients)))
+
+
+@every_entry
+@laws(12)
+@given(layer=layers(kinds=("rich", "few")), other=st.integers(1, 6))
+def test_linears_that_read_one_input_are_one_linear(entry: Entry, layer: Layer, other: int) -> None:
+    """The joint cut is at the optimum in the joint metric, and its blocks see no output but their own."""
+    method = entry.build()
+    more = make_layer(other, layer.weight.shape[1], len(layer.dy), seed=other)
+    weight, moments = joined(layer, more, method.needs)
+    found: Any = method.factor(weight, moments)
+    first = found if method.residual is None else found.first
+    assert found.max_rank == min(weight.shape)
+    metric = first.metric
+    if isinstance(metric, BlockDiagonal):
+        metric = torch.block_diag(*metric.blocks)
+    root = method.root(moments)
+    for rank in (1, found.max_rank):
+        loss = weighted_loss(first.target - found.cut(rank).dense(), root, metric)
+        assert math.isclose(found.tail(rank), first.floor + loss, abs_tol=RELATIVE * found.tail(0))
+        if method.residual is None:
+            assert math.isclose(loss, optimum(first.target, rank, root, metric)[1], abs_tol=RELATIVE * found.tail(0))
 
 
 def assert_same_answers(first: Entry, second: Entry, layer: Layer, ratio: float = 1.0) -> None:

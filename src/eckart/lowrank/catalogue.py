@@ -18,6 +18,7 @@ from eckart.lowrank.metrics import (
     eigen_root,
     fisher_input_root,
     fisher_output_metric,
+    gradient_metric,
     of_covariance,
     of_second_moment,
     scaled_eigenvectors,
@@ -31,6 +32,9 @@ FIRST_SHARE = 0.95
 # An output metric is solved with. One per cent of the mean keeps a row whose Fisher information is zero solvable and
 # leaves rows of ordinary weight where they are.
 FISHER_OUT_SHRINKAGE = 0.01
+# Starting points of METHODS' two-sided metric; a gradient covariance has fewer effective samples than an input moment,
+# and without shrinkage the method collapses on recent models (GFWSVD's own results on Llama-3).
+INPUT_SHRINKAGE, GRADIENT_SHRINKAGE = 0.1, 0.3
 
 
 def svd() -> Method:
@@ -190,6 +194,41 @@ def feature_space() -> Method:
     )
 
 
+def shrunk(share: float = INPUT_SHRINKAGE, bias: bool = False) -> Method:
+    """asvd-i with the input moment shrunk towards its mean diagonal: nested decomposition's guard, without its ranks."""
+    return Method(
+        name="shrunk",
+        paper="the smooth cousin of NSVD: Ledoit and Wolf's shrinkage (2004) of SVD-LLM's moment",
+        equation="B B^T = (1 - share) G + share mean(diag G) I" + (", centred, d = W mu - M mu" if bias else ""),
+        assumes="directions that the calibration text does not use may be used elsewhere, all alike",
+        fails="where calibration and use agree it gives away what the shrinkage costs; share 1 is plain svd",
+        needs=SECOND_MOMENT,
+        stage=Stage(root=(of_covariance if bias else of_second_moment)(cholesky_root, share)),
+        centred=bias,
+        options={"share": share, "bias": bias},
+    )
+
+
+def kfac(
+    shrink_in: float = INPUT_SHRINKAGE, shrink_out: float = GRADIENT_SHRINKAGE, bias: bool = True
+) -> Method:
+    """Error weighed on both sides, by the inputs' moment and by the loss gradient's: its tail is in units of the loss."""
+    return Method(
+        name="kfac",
+        paper="Kronecker-factored Fisher (Martens and Grosse, arXiv 1503.05671) as a metric; GFWSVD, arXiv 2505.17974",
+        equation="A^T A = shrunk E[g g^T], B B^T = shrunk E[x x^T]" + (" - mu mu^T, d = W mu - M mu" if bias else ""),
+        assumes="the loss is locally quadratic, inputs and gradients of a linear are uncorrelated",
+        fails="on few tokens the gradient's covariance is noise: shrink it more; needs backward passes",
+        needs=SECOND_MOMENT | {"gradient_covariance"},
+        stage=Stage(
+            root=(of_covariance if bias else of_second_moment)(cholesky_root, shrink_in),
+            metric=partial(gradient_metric, share=shrink_out),
+        ),
+        centred=bias,
+        options={"shrink_in": shrink_in, "shrink_out": shrink_out, "bias": bias},
+    )
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     "svd": svd,
     "fwsvd": fwsvd,
@@ -203,6 +242,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "nid-ii": nid_ii,
     "sfsd": sfsd,
     "feature-space": feature_space,
+    "shrunk": shrunk,
+    "kfac": kfac,
 }
 
 

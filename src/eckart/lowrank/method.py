@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,11 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eckart.lowrank.factors import Factors
-from eckart.lowrank.metrics import anchored_target
+from eckart.lowrank.metrics import BlockDiagonal, Metric, anchored_target
 from eckart.lowrank.moments import GRADIENT_STATISTICS, Moments
 from eckart.lowrank.truncation import Spectrum, check_rank, factor, interpolate, weigh
 
 Root = Callable[[Moments], Tensor]
+OutputMetric = Callable[[Moments], Tensor | BlockDiagonal]
 
 
 @runtime_checkable
@@ -28,6 +29,8 @@ class Factored(Protocol):
     def cut(self, rank: int) -> Factors: ...
 
     def tail(self, rank: int) -> float: ...
+
+    def tails(self) -> Tensor: ...
 
     def losses(self, points: int) -> list[float]: ...
 
@@ -43,7 +46,7 @@ class Stage:
     """
 
     root: Root | None = None
-    metric: Root | None = None
+    metric: OutputMetric | None = None
     interpolative: bool = False
 
 
@@ -87,6 +90,10 @@ class Method:
     def needs_gradients(self) -> bool:
         return bool(self.needs & GRADIENT_STATISTICS)
 
+    def anchored(self, share: float) -> Method:
+        """The same method with the dense model's outputs as target of the compressed model's inputs: T = W X Gh^-1."""
+        return replace(self, anchor=share, needs=self.needs | {"cross_moment", "second_moment"}, exact=False)
+
     def root(self, moments: Moments) -> Tensor | None:
         """The first stage's input root. Layers that read the same input share it: make it once, pass it to `factor`."""
         return None if self.stage.root is None else self.stage.root(moments)
@@ -117,7 +124,7 @@ class Method:
             inputs = moments.require_inputs()
             output_mean, input_mean = weight @ inputs.reference_mean, inputs.mean
         if self.anchor is not None:
-            target, floor = self._anchor(weight, moments, root, metric, self.anchor)
+            target, floor = self._anchor(weight, moments, metric, self.anchor)
         first = factor(target, root=root, metric=metric, output_mean=output_mean, input_mean=input_mean, floor=floor)
         if self.residual is None:
             return first
@@ -126,7 +133,7 @@ class Method:
         return NestedSpectrum(first, root, self.residual, second_root, second_metric, self.share)
 
     def _anchor(
-        self, weight: Tensor, moments: Moments, root: Tensor | None, metric: Tensor | None, share: float
+        self, weight: Tensor, moments: Moments, metric: Metric, share: float
     ) -> tuple[Tensor, float]:
         """The anchored target T and the loss that no rank removes, E||A (W x - T xh)||^2 (centred: about the means)."""
         inputs = moments.require_inputs()
@@ -164,12 +171,18 @@ class NestedSpectrum:
     root: Tensor | None
     second: Stage
     second_root: Tensor | None
-    second_metric: Tensor | None
+    second_metric: Metric
     share: float
 
     @property
     def max_rank(self) -> int:
         return self.first.max_rank
+
+    def tails(self) -> Tensor:
+        """The first stage's loss at k1 of every rank, (max_rank + 1,): what the second stage gains is not in it."""
+        ranks = torch.arange(self.max_rank + 1)
+        # round() of Python and torch both take halves to the even number.
+        return self.first.tails()[(self.share * ranks.double()).round().long().clamp(min=1).minimum(ranks)]
 
     def losses(self, points: int) -> list[float]:
         """The first stage's curve; the second stage has another one for every rank."""
@@ -196,17 +209,24 @@ class NestedSpectrum:
 
 
 def output_error(weight: Float[Tensor, "out in"], factors: Factors, moments: Moments) -> tuple[float, float]:
-    """(E||W x - M x - d||^2, E||W x||^2) per token, from the second moment: what a replacement costs at the output.
+    """(E||W x - M xh - d||^2, E||W x||^2) per token, from the second moments: what a replacement costs at the output.
 
-    For a method whose root is that of the second moment (or, centred, of the covariance) the first equals its tail.
+    xh is x itself where the moments are of one stream. For a method whose root is that of the second moment (or,
+    centred, of the covariance) the first then equals its tail.
 
-    Cost: two products of 2 d_out d_in^2 operations.
+    Cost: two products of 2 d_out d_in^2 operations for each second moment there is.
     """
     inputs = moments.require_inputs()
-    weight, second = weight.double(), inputs.second_moment
-    lost = weight - factors.dense().double()
-    error = float(((lost @ second) * lost).sum())
+    weight, kept, second = weight.double(), factors.dense().double(), inputs.second_moment
+    if "cross_moment" in inputs.sums:
+        reference = inputs.reference_second_moment
+        energy = float(((weight @ reference) * weight).sum())
+        error = energy - 2 * float(((weight @ inputs.cross_moment) * kept).sum()) + float(((kept @ second) * kept).sum())
+    else:
+        lost = weight - kept
+        energy = float(((weight @ second) * weight).sum())
+        error = float(((lost @ second) * lost).sum())
     if factors.bias is not None:
         bias = factors.bias.double()
-        error += float(bias @ bias - 2 * bias @ (lost @ inputs.mean))
-    return max(error, 0.0), float(((weight @ second) * weight).sum())
+        error += float(bias @ bias - 2 * bias @ (weight @ inputs.reference_mean - kept @ inputs.mean))
+    return max(error, 0.0), energy

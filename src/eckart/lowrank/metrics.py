@@ -7,6 +7,7 @@ root or metric stands for a diagonal matrix. No function here inverts anything.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -17,6 +18,73 @@ from eckart.lowrank.moments import Moments
 
 class DecompositionError(RuntimeError):
     """A matrix decomposition did not converge or its input is unusable; the message has the shape and the numbers."""
+
+
+@dataclass(frozen=True)
+class BlockDiagonal:
+    """An output metric of stacked linears: each block (d, d) is of one of them, and none sees another's outputs."""
+
+    blocks: tuple[Tensor, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(len(block) for block in self.blocks)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size, self.size
+
+    def split(self, matrix: Float[Tensor, "out n"]) -> list[tuple[Tensor, Tensor]]:
+        """(block, the rows of `matrix` that it acts on), from the top."""
+        rows = matrix.split([len(block) for block in self.blocks])
+        return list(zip(self.blocks, rows, strict=True))
+
+
+# A, (d_out, d_out), its diagonal (d_out,), blocks of it, or None for the identity.
+Metric = Tensor | BlockDiagonal | None
+
+
+def apply_metric(metric: Metric, matrix: Float[Tensor, "out n"]) -> Float[Tensor, "out n"]:
+    """A times the matrix."""
+    if metric is None:
+        return matrix
+    if isinstance(metric, BlockDiagonal):
+        return torch.cat([block @ rows for block, rows in metric.split(matrix)])
+    return metric[:, None] * matrix if metric.ndim == 1 else metric @ matrix
+
+
+def transpose_metric(metric: Metric) -> Metric:
+    """A^T."""
+    if isinstance(metric, BlockDiagonal):
+        return BlockDiagonal(tuple(block.mT for block in metric.blocks))
+    return metric if metric is None or metric.ndim == 1 else metric.mT
+
+
+def solve_metric(metric: Metric, matrix: Float[Tensor, "out n"]) -> Float[Tensor, "out n"]:
+    """A^-1 times the matrix.
+
+    Raises:
+        DecompositionError: A is singular.
+    """
+    if metric is None:
+        return matrix
+    if isinstance(metric, BlockDiagonal):
+        return torch.cat([solve_metric(block, rows) for block, rows in metric.split(matrix)])
+    if metric.ndim == 1:
+        if (metric == 0).any():
+            raise singular(metric)
+        return matrix / metric[:, None]
+    solved, info = torch.linalg.solve_ex(metric, matrix)
+    if int(info) != 0:
+        raise singular(metric)
+    return solved
+
+
+def singular(metric: Tensor) -> DecompositionError:
+    """What is said of an output metric that cannot be solved with."""
+    return DecompositionError(
+        f"the output metric {tuple(metric.shape)} is singular: some output has no weight in it; shrink the metric"
+    )
 
 
 def cholesky_root(moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
@@ -70,14 +138,14 @@ def shrink(
     return shrunk
 
 
-def of_second_moment(root: Callable[[Tensor], Tensor]) -> Callable[[Moments], Tensor]:
-    """`root` of the uncentred G = E[x x^T], as a function of moments."""
-    return lambda moments: root(moments.require_inputs().second_moment)
+def of_second_moment(root: Callable[[Tensor], Tensor], share: float = 0.0) -> Callable[[Moments], Tensor]:
+    """`root` of the uncentred G = E[x x^T], shrunk by `share`, as a function of moments."""
+    return lambda moments: root(shrink(moments.require_inputs().second_moment, share))
 
 
-def of_covariance(root: Callable[[Tensor], Tensor]) -> Callable[[Moments], Tensor]:
-    """`root` of the centred C = G - mu mu^T, as a function of moments."""
-    return lambda moments: root(moments.require_inputs().covariance)
+def of_covariance(root: Callable[[Tensor], Tensor], share: float = 0.0) -> Callable[[Moments], Tensor]:
+    """`root` of the centred C = G - mu mu^T, shrunk by `share`, as a function of moments."""
+    return lambda moments: root(shrink(moments.require_inputs().covariance, share))
 
 
 def absolute_mean_root(moments: Moments, alpha: float) -> Float[Tensor, "in"]:
@@ -95,14 +163,21 @@ def fisher_output_metric(moments: Moments, share: float) -> Float[Tensor, "out"]
     return shrink(moments.require_gradients().fisher_out, share).sqrt()
 
 
-def gradient_metric(moments: Moments, share: float) -> Float[Tensor, "out out"]:
+def gradient_metric(moments: Moments, share: float) -> Float[Tensor, "out out"] | BlockDiagonal:
     """A with A^T A = H shrunk by `share`: upper-triangular chol(H)^T. The tail is then in units of the loss.
+
+    Of stacked linears each has its own H, and their gradients at different outputs are taken as uncorrelated.
 
     Raises:
         DecompositionError: H is singular even after shrinking (share = 0 on too few tokens).
     """
-    covariance = shrink(moments.require_gradients().gradient_covariance, share)
-    factor, info = torch.linalg.cholesky_ex(covariance)
+    blocks = [_gradient_root(gradients.gradient_covariance, share) for gradients in moments.require_gradients().members]
+    return blocks[0] if len(blocks) == 1 else BlockDiagonal(tuple(blocks))
+
+
+def _gradient_root(covariance: Float[Tensor, "out out"], share: float) -> Float[Tensor, "out out"]:
+    _check_finite(covariance, "gradient covariance")
+    factor, info = torch.linalg.cholesky_ex(shrink(covariance, share))
     if int(info) != 0:
         raise DecompositionError(
             f"the gradient covariance {tuple(covariance.shape)} is singular at shrinkage {share}; raise the shrinkage"

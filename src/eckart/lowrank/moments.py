@@ -251,6 +251,11 @@ class GradientMoments:
         return moments
 
     @property
+    def members(self) -> tuple[GradientMoments, ...]:
+        """Of each linear that these are of: this one."""
+        return (self,)
+
+    @property
     def fisher_in(self) -> Float[Tensor, "in"]:
         return self._mean_of("fisher_in", self.examples)
 
@@ -269,18 +274,33 @@ class GradientMoments:
 
 
 @dataclass(frozen=True)
+class JointGradients:
+    """The gradient statistics of linears that read one input, as those of the one linear [W1; W2; ...] that they are."""
+
+    members: tuple[GradientMoments, ...]
+
+    @property
+    def fisher_in(self) -> Float[Tensor, "in"]:
+        return torch.stack([member.fisher_in for member in self.members]).sum(0)
+
+    @property
+    def fisher_out(self) -> Float[Tensor, "out"]:
+        return torch.cat([member.fisher_out for member in self.members])
+
+
+@dataclass(frozen=True)
 class Moments:
     """All that a method may know of one layer: its inputs, and the loss gradient at it. Either may be absent."""
 
     inputs: InputMoments | None = None
-    gradients: GradientMoments | None = None
+    gradients: GradientMoments | JointGradients | None = None
 
     def require_inputs(self) -> InputMoments:
         if self.inputs is None:
             raise ValueError("this method needs statistics of the inputs; calibrate first")
         return self.inputs
 
-    def require_gradients(self) -> GradientMoments:
+    def require_gradients(self) -> GradientMoments | JointGradients:
         if self.gradients is None:
             raise ValueError("this method needs statistics of the gradient; calibrate first")
         return self.gradients

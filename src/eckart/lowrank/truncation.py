@@ -16,7 +16,16 @@ from scipy.linalg.interpolative import interp_decomp
 from torch import Tensor
 
 from eckart.lowrank.factors import Factors
-from eckart.lowrank.metrics import DecompositionError, eigh
+from eckart.lowrank.metrics import (
+    BlockDiagonal,
+    DecompositionError,
+    Metric,
+    apply_metric,
+    eigh,
+    singular,
+    solve_metric,
+    transpose_metric,
+)
 
 # Below this share of the largest eigenvalue of the Gram matrix, rounding (2^-53 times the size) is no longer far
 # below the eigenvalue itself, and the singular value decomposition of the product is taken instead.
@@ -31,7 +40,8 @@ class Spectrum:
         target: (d_out, d_in) T, what is approximated.
         basis: (d_out, p) U, left singular vectors of A T B, p = min(d_out, d_in), leading first.
         energies: (p,) squared singular values, descending: the loss that each direction carries.
-        metric: A, (d_out, d_out) or its diagonal (d_out,), or None for the identity.
+        metric: A, (d_out, d_out), its diagonal (d_out,), its blocks where linears are stacked, or None for the
+            identity.
         output_mean: (d_out,) W mu, and input_mean: (d_in,) mu of what the factors will read. Both or neither: with
             them the cut carries the bias d = W mu - M mu (SFSD Eq. 5).
         floor: the part of the loss that no rank removes (an anchored target whose input lost information).
@@ -40,7 +50,7 @@ class Spectrum:
     target: Float[Tensor, "out in"]
     basis: Float[Tensor, "out p"]
     energies: Float[Tensor, "p"]
-    metric: Tensor | None = None
+    metric: Metric = None
     output_mean: Float[Tensor, "out"] | None = None
     input_mean: Float[Tensor, "in"] | None = None
     floor: float = 0.0
@@ -59,16 +69,9 @@ class Spectrum:
         """
         check_rank(rank, self.max_rank)
         basis = self.basis[:, :rank]
-        if self.metric is None:
-            left, right = basis, basis.mT @ self.target
-        elif self.metric.ndim == 1:
-            left, right = basis / self.metric[:, None], (basis * self.metric[:, None]).mT @ self.target
-        else:
-            left, info = torch.linalg.solve_ex(self.metric, basis)
-            if int(info) != 0:
-                raise _singular(self.metric)
-            right = (basis.mT @ self.metric) @ self.target
-        return self.with_bias(Factors(left, right))
+        # U^T A first: at any rank that pays off it is no dearer than A T.
+        right = apply_metric(transpose_metric(self.metric), basis).mT @ self.target
+        return self.with_bias(Factors(solve_metric(self.metric, basis), right))
 
     def with_bias(self, factors: Factors) -> Factors:
         """The factors with the bias that fits them, d = W mu - M mu; as they are where no means are given."""
@@ -83,6 +86,11 @@ class Spectrum:
             check_rank(rank, self.max_rank)
         return self.floor + float(self.energies[rank:].sum())
 
+    def tails(self) -> Float[Tensor, "points"]:
+        """The loss at every rank from 0 to full, (max_rank + 1,)."""
+        left_out = self.energies.flip(0).cumsum(0).flip(0)
+        return self.floor + torch.cat([left_out, left_out.new_zeros(1)])
+
     def losses(self, points: int) -> list[float]:
         """The loss at `points` ranks spread evenly from 0 to full, as shares of the loss at rank 0: a curve to draw."""
         total = self.tail(0)
@@ -94,7 +102,7 @@ def factor(
     target: Float[Tensor, "out in"],
     *,
     root: Tensor | None = None,
-    metric: Tensor | None = None,
+    metric: Metric = None,
     output_mean: Tensor | None = None,
     input_mean: Tensor | None = None,
     floor: float = 0.0,
@@ -107,7 +115,7 @@ def factor(
     Args:
         target: (d_out, d_in); taken to float64.
         root: B, (d_in, d_in), or its diagonal (d_in,). None is the identity: plain SVD.
-        metric: A, (d_out, d_out), or its diagonal (d_out,), non-singular. None is the identity.
+        metric: A, (d_out, d_out), its diagonal (d_out,) or its blocks, non-singular. None is the identity.
         output_mean, input_mean, floor: see Spectrum.
 
     Raises:
@@ -127,21 +135,19 @@ def factor(
     product = weigh(target, root, metric)
     if not torch.isfinite(product).all():
         raise ValueError(f"the weighted {d_out} x {d_in} matrix has entries that are not finite")
-    if metric is not None and metric.ndim == 1 and (metric == 0).any():
-        raise _singular(metric)
+    if isinstance(metric, Tensor) and metric.ndim == 1 and (metric == 0).any():
+        raise singular(metric)
     basis, energies = left_basis(product)
     return Spectrum(target, basis, energies, metric, output_mean, input_mean, floor)
 
 
 def weigh(
-    matrix: Float[Tensor, "out in"], root: Tensor | None = None, metric: Tensor | None = None
+    matrix: Float[Tensor, "out in"], root: Tensor | None = None, metric: Metric = None
 ) -> Float[Tensor, "out in"]:
     """A T B: its squared Frobenius norm is the loss of dropping T. A vector stands for a diagonal matrix."""
     if root is not None:
         matrix = matrix * root if root.ndim == 1 else matrix @ root
-    if metric is not None:
-        matrix = metric[:, None] * matrix if metric.ndim == 1 else metric @ matrix
-    return matrix
+    return apply_metric(metric, matrix)
 
 
 def left_basis(product: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out p"], Float[Tensor, "p"]]:
@@ -206,12 +212,6 @@ def check_rank(rank: int, max_rank: int) -> None:
         raise ValueError(f"rank {rank} is not in 1 ... min(d_out, d_in) = {max_rank}")
 
 
-def _singular(metric: Tensor) -> DecompositionError:
-    return DecompositionError(
-        f"the output metric {tuple(metric.shape)} is singular: some output has no weight in it; shrink the metric"
-    )
-
-
-def _check_side(side: Tensor | None, size: int, what: str) -> None:
+def _check_side(side: Tensor | BlockDiagonal | None, size: int, what: str) -> None:
     if side is not None and tuple(side.shape) not in {(size,), (size, size)}:
         raise ValueError(f"{what} has shape {tuple(side.shape)}, expected ({size}, {size}) or its diagonal ({size},)")
