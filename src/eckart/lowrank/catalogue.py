@@ -209,9 +209,7 @@ def shrunk(share: float = INPUT_SHRINKAGE, bias: bool = False) -> Method:
     )
 
 
-def kfac(
-    shrink_in: float = INPUT_SHRINKAGE, shrink_out: float = GRADIENT_SHRINKAGE, bias: bool = True
-) -> Method:
+def kfac(shrink_in: float = INPUT_SHRINKAGE, shrink_out: float = GRADIENT_SHRINKAGE, bias: bool = True) -> Method:
     """Error weighed on both sides, by the inputs' moment and by the loss gradient's: its tail is in units of the loss."""
     return Method(
         name="kfac",

@@ -75,6 +75,17 @@ class Factors:
         """The product `left right`. Cost: 2 rank d_out d_in operations."""
         return self.left @ self.right
 
+    def balanced(self) -> Factors:
+        """The same map with column j of left and row j of right of one length, for every j.
+
+        A cut in an output metric has a left factor in units of one over the loss's gradient and a right one in units of
+        the gradient, a million apart. Half precision would lose one of them, and the step of an optimiser, which is of
+        one size for all numbers, would ruin it. A direction that is zero on either side stays as it is.
+        """
+        ratio = (self.right.norm(dim=1) / self.left.norm(dim=0)).sqrt()
+        ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
+        return Factors(self.left * ratio, self.right / ratio[:, None], self.bias)
+
     def to(self, dtype: torch.dtype) -> Factors:
         """The same map in another type. Used once, when factors leave the mathematics for a model."""
         return Factors(self.left.to(dtype), self.right.to(dtype), None if self.bias is None else self.bias.to(dtype))

@@ -132,9 +132,7 @@ class Method:
         second_metric = None if self.residual.metric is None else self.residual.metric(moments)
         return NestedSpectrum(first, root, self.residual, second_root, second_metric, self.share)
 
-    def _anchor(
-        self, weight: Tensor, moments: Moments, metric: Metric, share: float
-    ) -> tuple[Tensor, float]:
+    def _anchor(self, weight: Tensor, moments: Moments, metric: Metric, share: float) -> tuple[Tensor, float]:
         """The anchored target T and the loss that no rank removes, E||A (W x - T xh)||^2 (centred: about the means)."""
         inputs = moments.require_inputs()
         if self.centred:
@@ -221,7 +219,9 @@ def output_error(weight: Float[Tensor, "out in"], factors: Factors, moments: Mom
     if "cross_moment" in inputs.sums:
         reference = inputs.reference_second_moment
         energy = float(((weight @ reference) * weight).sum())
-        error = energy - 2 * float(((weight @ inputs.cross_moment) * kept).sum()) + float(((kept @ second) * kept).sum())
+        error = (
+            energy - 2 * float(((weight @ inputs.cross_moment) * kept).sum()) + float(((kept @ second) * kept).sum())
+        )
     else:
         lost = weight - kept
         energy = float(((weight @ second) * weight).sum())

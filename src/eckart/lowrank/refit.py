@@ -10,8 +10,11 @@ from eckart.lowrank.factors import Factors
 from eckart.lowrank.metrics import DecompositionError
 from eckart.lowrank.moments import Moments
 
+# Moments are kept in float32: a direction with less than this share of the largest variance is rounding.
+RESOLUTION = 1e-6
 
-def refit(weight: Float[Tensor, "out in"], factors: Factors, moments: Moments) -> Factors:
+
+def refit_left(weight: Float[Tensor, "out in"], factors: Factors, moments: Moments) -> Factors:
     """The left factor that reads the dense output W x best from what the right one keeps of xh.
 
         left = W X R^T (R Gh R^T)^-1,    d = W mu - left R mu_h    (moments centred where there is a bias)
@@ -36,11 +39,15 @@ def refit(weight: Float[Tensor, "out in"], factors: Factors, moments: Moments) -
         moment, cross = inputs.covariance, inputs.cross_covariance if crossed else inputs.covariance
     right = factors.right.double().to(moment.device)
     weight = weight.double()
+    kept = right @ moment @ right.mT
+    # Each direction to a variance of one, so that what counts as unused does not depend on the factors' scale.
+    scale = kept.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
     try:
-        inverse = torch.linalg.pinv(right @ moment @ right.mT, hermitian=True)
+        inverse = torch.linalg.pinv(scale[:, None] * kept * scale, hermitian=True, rtol=RESOLUTION)
     except torch.linalg.LinAlgError as error:
-        raise DecompositionError(f"refit: the moment of {factors.rank} kept directions cannot be solved with") from error
-    left = (weight @ cross @ right.mT) @ inverse
+        raise DecompositionError(f"the moment of {factors.rank} kept directions cannot be solved with") from error
+    left = (weight @ cross @ right.mT * scale) @ inverse * scale
     bias = None
     if factors.bias is not None:
         bias = weight @ inputs.reference_mean - left @ (right @ inputs.mean)

@@ -1,0 +1,110 @@
+"""Units: what is cut as one: a linear, or the linears of one input group whose weights are factored as one stack."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from eckart.lowrank import Factors, Layout, Pivoted, num_stored, pivot, pivoted_rank_for, rank_for, split
+from eckart.models.linear import LowRankLinear
+from eckart.models.sites import Site, read_weight
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is cut as one: a site, or the sites of one input group whose weights are factored as one stack.
+
+    Attributes:
+        sites: in the model's order, which is the order of the stack.
+    """
+
+    sites: tuple[Site, ...]
+
+    @property
+    def name(self) -> str:
+        """The site's name; of several, their input group's."""
+        return self.sites[0].name if len(self.sites) == 1 else self.sites[0].input_group
+
+    @property
+    def d_in(self) -> int:
+        return self.sites[0].d_in
+
+    @property
+    def d_out(self) -> int:
+        return sum(site.d_out for site in self.sites)
+
+    @property
+    def num_params(self) -> int:
+        return self.d_in * self.d_out
+
+    def rank_for(self, share: float, layout: Layout = "plain", multiple: int = 1) -> int:
+        """The rank whose factors hold a share of the numbers, rounded down to a multiple, but never below one."""
+        count = rank_for if layout == "plain" else pivoted_rank_for
+        rank = count(share, self.d_out, self.d_in)
+        return max(rank - rank % multiple, min(multiple, rank))
+
+    def num_stored(self, rank: int | None, layout: Layout = "plain") -> int:
+        """Numbers stored at this rank; None is dense."""
+        return self.num_params if rank is None else num_stored(self.d_out, self.d_in, rank, layout)
+
+    def weight(self, model: nn.Module) -> Tensor:
+        """(d_out, d_in): the dense weight that stands in the model, or the stack of them."""
+        weights = [read_weight(model.get_submodule(site.name)) for site in self.sites]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+    def split(self, factors: Factors) -> list[Factors]:
+        """The factors of each site, whose left one is its rows of the stack's; the right one is everybody's."""
+        members = split(factors, [site.d_out for site in self.sites])
+        assert all(isinstance(member, Factors) for member in members)
+        return members  # type: ignore[return-value]
+
+    def modules(self, model: nn.Module, factors: Factors, layout: Layout = "plain") -> dict[str, nn.Module]:
+        """{site name: what computes its part of the factors}, in the dense modules' type and on their device, with
+        their own biases added. The dense modules must stand in the model.
+
+        Raises:
+            ValueError: the factors are of another shape, or one is not finite in the dense type (attention kernels are
+                known to make a finite output of one); names the unit.
+        """
+        if (factors.d_out, factors.d_in) != (self.d_out, self.d_in):
+            raise ValueError(
+                f"{self.name}: its factors are of a {factors.d_out} x {factors.d_in} map, expected "
+                f"{self.d_out} x {self.d_in}"
+            )
+        whole: Factors | Pivoted = pivot(factors) if layout == "pivoted" else factors.balanced()
+        members: Sequence[Factors | Pivoted] = split(whole, [site.d_out for site in self.sites])
+        made: dict[str, LowRankLinear] = {}
+        for site, member in zip(self.sites, members, strict=True):
+            dense = model.get_submodule(site.name)
+            weight = read_weight(dense)
+            module = LowRankLinear.from_factors(
+                member,
+                dense.bias.detach() if site.has_bias else None,  # type: ignore[operator]
+                device=weight.device,
+                dtype=weight.dtype,
+                right_of=next(iter(made.values()), None),
+            )
+            if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
+                raise ValueError(
+                    f"{site.name}: its factors are not finite in {weight.dtype}; load the model in float32"
+                )
+            made[site.name] = module
+        return dict(made)
+
+
+def units_of(sites: Sequence[Site], joint: Collection[str] = ()) -> tuple[Unit, ...]:
+    """The sites in order, those of the input groups in `joint` as one unit each, at the place of their first.
+
+    Raises:
+        ValueError: no site has such an input group.
+    """
+    groups: dict[str, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(f"joint {site.input_group}" if site.input_group in joint else site.name, []).append(site)
+    for group in joint:
+        if f"joint {group}" not in groups:
+            raise ValueError(f"no site reads {group!r}; joint names input groups, such as {sites[0].input_group!r}")
+    return tuple(Unit(tuple(members)) for members in groups.values())
