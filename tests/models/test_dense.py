@@ -18,8 +18,10 @@ from eckart.lowrank import build_method
 from eckart.models.dense import export_dense
 from eckart.models.families import FAMILIES, UnsupportedModelError
 from eckart.models.loading import save
-from eckart.models.sites import low_rank_modules
-from tiny import DEFAULT_CONFIGS, ENCODERS, HEADS, logits_of, tiny_model, tiny_tokens
+from eckart.models.sites import low_rank_modules, read_weight
+from tiny import DEFAULT_CONFIGS, HEADS, logits_of, tiny_model, tiny_tokens
+
+from .layouts import KINDS, head_of, laid_out
 
 # Families with a bias on every linear, or with config switches for one: sfsd can be exported.
 TAKES_BIASES = {"llama", "opt", "gpt2", "gpt_neox", "bert", "roberta", "phi", "starcoder2", "bloom", "modernbert"}
@@ -30,10 +32,6 @@ def compressed(model: PreTrainedModel, method: str, **selection: str) -> PreTrai
     built = build_method(method)
     compress(model, built, plan(model, 0.6, **selection), calibrate(model, tiny_tokens(4, 12), built))
     return model
-
-
-def head_of(model_type: str) -> str:
-    return "masked" if model_type in ENCODERS else "causal"
 
 
 def is_ordinary(model: PreTrainedModel) -> bool:
@@ -58,6 +56,23 @@ def test_export_equals_the_factored_model(model_type: str, tmp_path: Path) -> No
     torch.testing.assert_close(logits_of(dense), expected, rtol=0, atol=1e-4)
     dense.save_pretrained(tmp_path)
     assert torch.equal(logits_of(HEADS[head_of(model_type)].from_pretrained(tmp_path)), logits_of(dense))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert"])
+def test_every_layout_is_exported(model_type: str, loaded: bool, kind: str, tmp_path: Path) -> None:
+    model = laid_out(model_type, kind)
+    matrices = {name: module.dense() for name, module in low_rank_modules(model).items()}
+    expected = logits_of(model)
+    if loaded:
+        model = HEADS[head_of(model_type)].from_pretrained(save(model, tmp_path / "low"))
+    dense = export_dense(model)
+    assert is_ordinary(dense)
+    assert not low_rank_modules(dense)
+    for name, matrix in matrices.items():
+        assert torch.equal(read_weight(dense.get_submodule(name)), matrix)
+    torch.testing.assert_close(logits_of(dense), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ALL)

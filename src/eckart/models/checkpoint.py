@@ -2,7 +2,8 @@
 
 transformers calls a plug-in for stored weight formats a "quantizer"; importing this file registers ours. `config.json`
 then carries, under `quantization_config`, a format number and the rank map; the loader builds the model empty, swaps
-each named linear for a LowRankLinear, checks the files against it, and loads.
+each named linear for a LowRankLinear, checks the files against it, and loads. A right factor that several linears share
+is a tensor of the one that lends it, on disk as in memory, so the model has no tied tensors because of it.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from eckart.lowrank.pivoting import check_order
 from eckart.models.dense import export_dense
 from eckart.models.families import is_linear
 from eckart.models.linear import LowRankLinear
 from eckart.models.sites import low_rank_modules, read_weight, replace_module
 
 QUANT_METHOD = "eckart"
-FORMAT = 1
+# 1: plain factors, each linear with its own. 2: pivoted layouts and shared right factors as well.
+FORMATS = (1, 2)
 
 
 class CheckpointError(ValueError):
@@ -42,34 +45,65 @@ class LowRankConfig(QuantizationConfigMixin):
     """The `quantization_config` section of a compressed model's config.json.
 
     Attributes:
-        format: number of this layout; a loader refuses a number it does not know.
-        sites: {module name: {"rank": int, "bias": bool}}; every other module is as its class builds it.
+        format: number of this layout; a loader refuses a number it does not know. A section is written with the lowest
+            number that can say it, so that older versions read what they can.
+        sites: {module name: {"rank": int, "bias": bool}}; every other module is as its class builds it. Of format 2 on
+            also "pivots": how many of its rows are pivots, where it is pivoted; and "right_of": the site whose right
+            factor it shares, where it has none of its own.
         recipe: method, settings and calibration that made it; for people, not read by the loader.
     """
 
     def __init__(
         self,
         sites: Mapping[str, Mapping[str, Any]] | None = None,
-        format: int = FORMAT,
+        format: int = FORMATS[0],
         recipe: Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
-        if format != FORMAT:
+        if format not in FORMATS:
             raise CheckpointError(
-                f"checkpoint format {format!r} is not known to this eckart, which reads format {FORMAT}; "
-                "install the eckart that wrote it, or a newer one"
+                f"checkpoint format {format!r} is not known to this eckart, which reads formats "
+                f"{' and '.join(map(str, FORMATS))}; install the eckart that wrote it, or a newer one"
             )
         if unknown:
             raise CheckpointError(f"unknown keys in the checkpoint's eckart section: {', '.join(sorted(unknown))}")
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.format = format
         for name, spec in (sites or {}).items():
-            rank, bias = (spec.get("rank"), spec.get("bias")) if isinstance(spec, Mapping) else (None, None)
-            if not isinstance(rank, int) or rank < 1 or not isinstance(bias, bool):
-                raise CheckpointError(f"{name}: its entry {spec} is not {{'rank': a positive int, 'bias': a bool}}")
+            _check_spec(name, spec, format)
         self.sites = {name: dict(spec) for name, spec in (sites or {}).items()}
+        for name, spec in self.sites.items():
+            _check_lender(name, spec, self.sites)
         self.recipe = dict(recipe or {})
+
+
+def _check_spec(name: str, spec: Any, format: int) -> None:
+    """Raises CheckpointError unless the entry says what an entry of this format may say."""
+    entry: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {}
+    rank, bias = entry.pop("rank", None), entry.pop("bias", None)
+    expected = "{'rank': a positive int, 'bias': a bool}"
+    valid = type(rank) is int and rank >= 1 and isinstance(bias, bool)
+    if valid and format > 1:
+        expected += ", and where they apply 'pivots': an int of 0 ... rank, 'right_of': the name of a site"
+        pivots, lender = entry.pop("pivots", 0), entry.pop("right_of", "")
+        valid = type(pivots) is int and 0 <= pivots <= rank and isinstance(lender, str)
+    if not valid or entry:
+        raise CheckpointError(f"{name}: its entry {spec} is not {expected}")
+
+
+def _check_lender(name: str, spec: Mapping[str, Any], sites: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises CheckpointError unless the site that `spec` borrows from has a right factor of the same kind."""
+    if "right_of" not in spec:
+        return
+    lender = sites.get(spec["right_of"])
+    if lender is None or "right_of" in lender:
+        raise CheckpointError(f"{name} shares the right factor of {spec['right_of']!r}, which has none of its own")
+    if lender["rank"] != spec["rank"] or ("pivots" in lender) != ("pivots" in spec):
+        raise CheckpointError(
+            f"{name} with {spec} shares the right factor of {spec['right_of']} with {lender}: "
+            "rank and layout of both have to be the same"
+        )
 
 
 class LowRankQuantizer(HfQuantizer):
@@ -79,34 +113,41 @@ class LowRankQuantizer(HfQuantizer):
     requires_calibration = True  # a dense checkpoint cannot be compressed on the fly by passing a config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        names = resolve_names(model, self.quantization_config.sites)
-        for name, spec in zip(names, self.quantization_config.sites.values(), strict=True):
+        sites = self.quantization_config.sites
+        names = dict(zip(sites, resolve_names(model, sites), strict=True))
+        # Lenders first: the others are built with them.
+        for saved in sorted(sites, key=lambda saved: "right_of" in sites[saved]):
+            name, spec = names[saved], sites[saved]
             dense = model.get_submodule(name)
             if not is_linear(dense):
                 raise CheckpointError(
                     f"{name} is in the checkpoint's rank map but is a {type(dense).__name__}, not a linear"
                 )
             weight = read_weight(dense)
-            replace_module(
-                model,
-                name,
-                LowRankLinear(
+            lender = model.get_submodule(names[spec["right_of"]]) if "right_of" in spec else None
+            try:
+                low_rank = LowRankLinear(
                     weight.shape[1],
                     weight.shape[0],
                     spec["rank"],
                     bias=spec["bias"],
+                    pivots=spec.get("pivots"),
+                    right_of=lender,  # type: ignore[arg-type]
                     device="meta",
                     dtype=weight.dtype,
-                ),
-            )
+                )
+            except ValueError as error:
+                raise CheckpointError(f"{name}: its entry {spec} does not fit the model: {error}") from error
+            replace_module(model, name, low_rank)
         files = kwargs.get("checkpoint_files") or ()
-        check_files(model, names, [file for file in files if str(file).endswith(".safetensors")])
+        check_files(model, list(names.values()), [file for file in files if str(file).endswith(".safetensors")])
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # The factors are ordinary float tensors: half(), float() and to(dtype) are safe and so is training, and
         # transformers forbids them while this is True. `hf_quantizer` stays, so that save_pretrained writes the rank
         # map again.
+        check_orders(model)
         model.is_quantized = False  # type: ignore[assignment]
         return model
 
@@ -135,14 +176,41 @@ def register() -> None:
 
 
 def describe(model: PreTrainedModel, recipe: Mapping[str, Any] | None = None) -> None:
-    """Write the model's rank map into its config, in place, so that `save_pretrained` writes a loadable checkpoint."""
-    sites = {
-        name: {"rank": module.rank, "bias": module.bias is not None} for name, module in low_rank_modules(model).items()
-    }
-    config = LowRankConfig(sites=sites, recipe=recipe)
+    """Write the model's rank map into its config, in place, so that `save_pretrained` writes a loadable checkpoint.
+
+    Raises:
+        CheckpointError: a linear shares the right factor of one that is no longer in the model.
+    """
+    modules = low_rank_modules(model)
+    names = {id(module): name for name, module in modules.items()}
+    sites: dict[str, dict[str, Any]] = {}
+    for name, module in modules.items():
+        spec: dict[str, Any] = {"rank": module.rank, "bias": module.bias is not None}
+        if module.pivots is not None:
+            spec["pivots"] = module.pivots
+        if module.lender is not None:
+            if id(module.lender) not in names:
+                raise CheckpointError(
+                    f"{name} shares the right factor of a linear that is not in the model any more; "
+                    "replace all linears that share one, or none"
+                )
+            spec["right_of"] = names[id(module.lender)]
+        sites[name] = spec
+    beyond = any(spec.keys() - {"rank", "bias"} for spec in sites.values())
+    config = LowRankConfig(sites=sites, format=2 if beyond else 1, recipe=recipe)
     model.config.quantization_config = config
     model.hf_quantizer = LowRankQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
     model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
+
+
+def check_orders(model: PreTrainedModel) -> None:
+    """Raises CheckpointError where the order of a pivoted linear, as loaded, is none: a gather would read outside."""
+    for name, module in low_rank_modules(model).items():
+        if module.order is not None and module.order.device.type != "meta":
+            try:
+                check_order(module.order, module.rank, module.left.out_features)
+            except ValueError as error:
+                raise CheckpointError(f"{name}.order: {error}. Save or download the checkpoint again") from error
 
 
 def resolve_names(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
