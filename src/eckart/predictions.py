@@ -1,0 +1,48 @@
+"""Predictions: what a model says of every token or example of some text, and how far two models' are apart."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eckart.evals.windows import is_causal
+
+# Predictions compared at a time, so that what is made in between stays far smaller than the predictions themselves.
+ROWS = 1024
+
+
+def log_probabilities(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Float[Tensor, "predictions outcomes"]:
+    """Float32, (predictions, outcomes): of every real token that something is predicted at, or of every example.
+
+    Of a causal model, the next-token distributions at every real token that has a next; of a masked language model,
+    the distribution at every real token; of a classifier, the one of each example.
+
+    Raises:
+        ValueError: the model makes no predictions, or one is not finite.
+    """
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    # As in calibration, a mask that hides nothing is left out.
+    output = model(input_ids=ids, attention_mask=None if bool(mask.all()) else mask.long())
+    if "logits" not in output or output.logits.shape[-1] < 2:
+        raise ValueError(
+            f"{type(model).__name__} makes no predictions to compare; load the model with a language-modelling or "
+            "classification head"
+        )
+    logits = output.logits
+    if is_causal(model):
+        logits = logits[:, :-1][mask[:, :-1] & mask[:, 1:]]
+    elif logits.ndim == 3:
+        logits = logits[mask]
+    if not torch.isfinite(logits).all():
+        raise ValueError("a prediction is not finite; the model is broken, or the cut is")
+    return logits.float().log_softmax(-1)
+
+
+def summed_divergence(dense: Float[Tensor, "n outcomes"], other: Float[Tensor, "n outcomes"]) -> float:
+    """Sum over predictions of KL(dense || other), in nats; both are log-probabilities. Summed in float64."""
+    return sum(
+        float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+        for log_p, log_q in zip(dense.split(ROWS), other.split(ROWS), strict=True)
+    )
