@@ -8,11 +8,9 @@ of more than one block, nor hidden states of more than one layer.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
 from eckart.models.sites import Site, blocks_of, find_sites
 from eckart.tokens import Tokens, check_positions, check_vocabulary
 from eckart.tracking import Track, silent
+from eckart.walk import hidden_of, record_calls
 
 # Number of this layout and of the way moments are taken; part of every digest, so that a change reuses nothing.
 FORMAT = 1
@@ -36,11 +35,16 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class BlockCalibration:
-    """The moments of one block: {input group: InputMoments} and {site name: GradientMoments}."""
+    """The moments of one block, or of a part of it: {input group: InputMoments} and {site name: GradientMoments}.
+
+    Attributes:
+        aside: {input group: InputMoments} of the tokens kept aside, for what has to prove itself on them.
+    """
 
     block: int
     inputs: dict[str, InputMoments] = field(default_factory=dict)
     gradients: dict[str, GradientMoments] = field(default_factory=dict)
+    aside: dict[str, InputMoments] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ def calibrate_by_block(
     *,
     sites: Sequence[Site] | None = None,
     cache: Path | None = None,
+    gradients: dict[str, GradientMoments] | None = None,
     batch_size: int = 8,
     track: Track = silent,
 ) -> Iterator[BlockCalibration]:
@@ -92,6 +97,7 @@ def calibrate_by_block(
         cache: folder for moments. A calibration is kept in `cache/<digest>`, a file a block, where the digest is of
             the model's weights and configuration, the token ids and mask, the statistics and the sites. Blocks that
             are there already are read, not computed, so a killed run goes on where it was.
+        gradients: of these sites, where they were gathered before (see `gather_gradients`).
         batch_size: rows at a time; it changes memory and speed only.
 
     Raises:
@@ -103,30 +109,15 @@ def calibrate_by_block(
     and backward pass per sample.
     """
     sites = find_sites(model) if sites is None else sites
-    store = None
-    if cache is not None and method.needs:
-        store = _Store(cache / calibration_digest(model, tokens, method.needs, sites))
-    yield from _blocks(model, tokens, method.needs, sites, store, batch_size, track)
-
-
-def _blocks(
-    model: PreTrainedModel,
-    tokens: Tokens,
-    needs: frozenset[str],
-    sites: Sequence[Site],
-    store: _Store | None,
-    batch_size: int,
-    track: Track,
-) -> Iterator[BlockCalibration]:
-    numbers = sorted({site.block for site in sites})
+    needs = method.needs
     if needs:
         check_readable(model, tokens)
-    gradients: dict[str, GradientMoments] = {}
-    if needs & GRADIENT_STATISTICS:
-        kept = store.read_gradients() if store else None
-        gradients = kept or collect_gradients(model, tokens, sites, needs & GRADIENT_STATISTICS, track=track)
-        if store and not kept:
-            store.write_gradients(gradients)
+    if gradients is None:
+        gradients = gather_gradients(model, tokens, method, sites=sites, cache=cache, track=track)
+    store = None
+    if cache is not None and needs & INPUT_STATISTICS:
+        store = _Store(cache / calibration_digest(model, tokens, needs & INPUT_STATISTICS, sites))
+    numbers = sorted({site.block for site in sites})
     wanted = needs & INPUT_STATISTICS
     groups: dict[int, dict[str, Site]] = {number: {} for number in numbers}
     for site in sites:
@@ -145,6 +136,36 @@ def _blocks(
                 walk.skip(number)  # now, with the dense block: the caller may replace it
         names = [site.name for site in sites if site.block == number]
         yield BlockCalibration(number, inputs, {name: gradients[name] for name in names if name in gradients})
+
+
+def gather_gradients(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    method: Method,
+    *,
+    sites: Sequence[Site] | None = None,
+    cache: Path | None = None,
+    track: Track = silent,
+) -> dict[str, GradientMoments]:
+    """{site name: gradient statistics that `method` needs}; empty for a method that needs none.
+
+    Args:
+        sites, cache: as in `calibrate_by_block`.
+
+    Raises and cost: see `collect_gradients`.
+    """
+    needs = method.needs & GRADIENT_STATISTICS
+    if not needs:
+        return {}
+    sites = find_sites(model) if sites is None else sites
+    check_readable(model, tokens)
+    store = None if cache is None else _Store(cache / calibration_digest(model, tokens, needs, sites))
+    gradients = store.read_gradients() if store else None
+    if gradients is None:
+        gradients = collect_gradients(model, tokens, sites, needs, track=track)
+        if store:
+            store.write_gradients(gradients)
+    return gradients
 
 
 class _Walk:
@@ -198,83 +219,9 @@ class _Walk:
             zip(self.recordings, self.masks, strict=True), description, len(self.recordings)
         ):
             args, kwargs = recording.calls[self.next]
-            recording.hidden = _hidden(block(recording.hidden, *args, **kwargs))
+            recording.hidden = hidden_of(block(recording.hidden, *args, **kwargs))
             yield mask
         self.next += 1
-
-
-@dataclass
-class Recording:
-    """One batch on its way: the hidden states it has reached, and the other arguments of every block's call."""
-
-    hidden: Tensor
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
-
-
-@torch.no_grad()
-def record_calls(
-    model: PreTrainedModel, batches: Sequence[tuple[Tensor, Tensor]], track: Track = silent
-) -> list[Recording]:
-    """Embed every batch and note with which masks and position embeddings the model calls each block.
-
-    The blocks themselves do not run (but for the first, once, to see the form of its output): what a model passes to
-    its blocks beside the hidden states does not depend on them.
-
-    Raises:
-        ValueError: the blocks are not called once each, in order.
-    """
-    base, blocks = model.base_model, blocks_of(model)
-    accepted = inspect.signature(base.forward).parameters
-    options = {"use_cache": False} if "use_cache" in accepted else {}
-    recordings = []
-    for ids, mask in track(batches, "embedding", len(batches)):
-        with _recording(blocks) as calls:
-            # A mask that hides nothing is left out: the attention kernels then need no mask tensor at all.
-            attention = None if bool(mask.all()) else mask.to(model.device).long()
-            base(input_ids=ids.to(model.device), attention_mask=attention, **options)
-        if [index for index, *_ in calls] != list(range(len(blocks))):
-            raise ValueError(
-                f"{type(model).__name__} does not call its {len(blocks)} blocks once each in order; "
-                "it cannot be calibrated block by block"
-            )
-        recordings.append(Recording(calls[0][1], [(args, kwargs) for _, _, args, kwargs in calls]))
-    return recordings
-
-
-@contextmanager
-def _recording(blocks: nn.ModuleList) -> Iterator[list[tuple[int, Tensor, tuple[Any, ...], dict[str, Any]]]]:
-    """Inside, a block's forward notes its call and passes the hidden states through."""
-    calls: list[tuple[int, Tensor, tuple[Any, ...], dict[str, Any]]] = []
-    tails: list[tuple[Any, ...] | None] = []
-
-    def stand_in(index: int, block: nn.Module) -> Callable[..., Any]:
-        forward = block.forward
-
-        def note(*args: Any, **kwargs: Any) -> Any:
-            hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-            rest = args if len(args) == 0 or args[0] is not hidden else args[1:]
-            calls.append((index, hidden, rest, kwargs))
-            if not tails:
-                output = forward(hidden, *rest, **kwargs)
-                tails.append(tuple(output[1:]) if isinstance(output, tuple | list) else None)
-            return hidden if tails[0] is None else (hidden, *tails[0])
-
-        return note
-
-    before = [vars(block).get("forward") for block in blocks]
-    for index, block in enumerate(blocks):
-        block.forward = stand_in(index, block)
-    try:
-        yield calls
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            del block.forward  # the instance attribute; the class's forward is visible again
-            if forward is not None:
-                block.forward = forward  # one that somebody else put there, as accelerate does to offload
-
-
-def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple | list) else output
 
 
 def check_readable(model: PreTrainedModel, tokens: Tokens) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,21 @@ from transformers import PreTrainedModel
 
 from eckart.allocation import RankPlan
 from eckart.calibration import BlockCalibration
-from eckart.lowrank import DecompositionError, Factored, Factors, Method, Moments, build_method, output_error
+from eckart.lowrank import (
+    DecompositionError,
+    Factored,
+    Factors,
+    InputMoments,
+    Method,
+    Moments,
+    build_method,
+    output_error,
+    refit_left,
+)
+from eckart.lowrank.moments import INPUT_STATISTICS, JointGradients
 from eckart.models.checkpoint import describe
-from eckart.models.linear import LowRankLinear
 from eckart.models.sites import Site, read_weight, replace_module
+from eckart.models.units import Unit, units_of
 from eckart.sizes import num_bytes, num_params
 from eckart.tracking import Track, silent
 
@@ -31,8 +42,10 @@ class SiteReport:
     Attributes:
         rank: of its factors.
         losses: the method's own loss at CURVE ranks from 0 to full, as shares of the loss at rank 0.
-        relative_error: E||W x - M x - d||^2 / E||W x||^2 on the calibration tokens; None without second moments.
+        relative_error: E||W x - M xh - d||^2 / E||W x||^2 on the calibration tokens; None without second moments.
         tail: the method's own loss at this rank, in its own metric; None for a nested method, whose loss is the error.
+            Of linears that share a right factor it is that of all of them.
+        refit: whether the left factor was refit and stood the test of the tokens kept aside; None where none was tried.
     """
 
     site: Site
@@ -40,6 +53,7 @@ class SiteReport:
     relative_error: float | None
     tail: float | None
     losses: tuple[float, ...]
+    refit: bool | None = None
 
     @property
     def name(self) -> str:
@@ -76,6 +90,7 @@ class CompressionReport:
                         "rank": report.rank,
                         "relative_error": report.relative_error,
                         "tail": report.tail,
+                        **({} if report.refit is None else {"refit": report.refit}),
                         "spectrum": [float(f"{loss:.4g}") for loss in report.losses],
                     }
                     for report in self.sites
@@ -96,19 +111,24 @@ def compress(
     calibration: Iterable[BlockCalibration] | None = None,
     *,
     spectra: dict[str, Factored] | None = None,
+    refit: bool = False,
     recipe: dict[str, Any] | None = None,
     track: Track = silent,
 ) -> CompressionReport:
     """Replace the planned linears of `model` by low-rank ones, in place.
 
-    The calibration is consumed block by block and nothing of a block is kept once its sites are replaced.
+    The calibration is consumed part by part and nothing of a part is kept once its sites are replaced.
 
     Args:
         method: of the catalogue, or its name.
         plan: of this model; sites without a rank stay as they are.
-        calibration: a `Calibration`, or the generator of `calibrate_by_block`; None for a method that needs none.
-        spectra: what this method made of this model's sites, by name. Sites that are in it are only cut; the others are
-            factored and put in, in place, so that a sweep over sizes factors each site once. It holds all their bases.
+        calibration: a `Calibration`, the generator of `calibrate_by_block`, or a `SequentialCalibration`, which makes
+            the moments of a part when the parts before it are replaced; None for a method that needs none.
+        spectra: what this method made of this model's sites, by name of site or of joint input group. What is in it is
+            only cut; the others are factored and put in, in place, so that a sweep over sizes factors each site once.
+            It holds all their bases.
+        refit: fit the left factors once more by least squares. Where the calibration has moments of tokens kept aside,
+            a refit that does not lower the squared output error on them is undone.
         recipe: noted in the model's config, for the checkpoint.
 
     Raises:
@@ -123,44 +143,58 @@ def compress(
     if method.needs and calibration is None:
         raise ValueError(f"{method.name} needs {', '.join(sorted(method.needs))}: calibrate first")
     planned = [site for site in plan.sites if plan.rank(site) is not None]
-    modules = dict(model.named_modules())
-    for site in planned:
-        if site.name not in modules or tuple(read_weight(modules[site.name]).shape) != (
-            site.d_out,
-            site.d_in,
-        ):
-            raise ValueError(f"the plan has {site.name} as {site.d_out} x {site.d_in}, which is not in this model")
-    del modules
+    _check_sites(model, planned)
     before = (num_params(model), num_bytes(model))
-    by_block: dict[int, list[Site]] = {}
-    for site in planned:
-        by_block.setdefault(site.block, []).append(site)
+    pending = list(units_of(planned, [group for group in plan.joint if any(s.input_group == group for s in planned)]))
     seconds = {"calibrate": 0.0, "factor": 0.0}
     reports: list[SiteReport] = []
-    blocks = _timed(calibration or [BlockCalibration(number) for number in by_block], seconds)
+    parts = _timed(calibration or _nothing(pending), seconds)
 
     def factored() -> Iterator[list[SiteReport]]:
-        for block in blocks:
+        for part in parts:
             start = time.perf_counter()
-            chosen = by_block.pop(block.block, [])
-            made = _factor_block(model, method, plan, chosen, block, spectra)
-            done = list(track(made, f"block {block.block}: factors", len(chosen)))
+            chosen = [unit for unit in pending if _is_of(unit, part, method)]
+            made = _replace_units(model, method, plan, chosen, part, spectra, refit)
+            done = [
+                report for reports in track(made, f"block {part.block}: factors", len(chosen)) for report in reports
+            ]
+            pending[:] = [unit for unit in pending if unit not in chosen]
             seconds["factor"] += time.perf_counter() - start
-            del block, made  # this block's moments end here, before the next block's are made
+            del part, made  # these moments end here, before the next ones are made
             yield done
 
-    for done in track(factored(), "blocks", len(by_block)):
+    for done in track(factored(), "blocks", len({(unit.sites[0].block) for unit in pending})):
         reports += done
-    if by_block:
-        raise ValueError(f"the calibration has no moments of block {min(by_block)}, which the plan compresses")
+    if pending:
+        raise ValueError(f"the calibration has no moments of {pending[0].name}, which the plan compresses")
     if planned:  # else the model is an ordinary dense one, and is saved as one
         describe(model, recipe or {"method": method.name, "options": method.options})
     dense = tuple(site for site in plan.sites if plan.rank(site) is None)
     return CompressionReport(tuple(reports), dense, before[0], num_params(model), before[1], num_bytes(model), seconds)
 
 
+def _check_sites(model: PreTrainedModel, planned: Sequence[Site]) -> None:
+    """Raises ValueError where a planned site is not in the model, or has another shape."""
+    modules = dict(model.named_modules())
+    for site in planned:
+        shape = (site.d_out, site.d_in)
+        if site.name not in modules or tuple(read_weight(modules[site.name]).shape) != shape:
+            raise ValueError(f"the plan has {site.name} as {site.d_out} x {site.d_in}, which is not in this model")
+
+
+def _nothing(units: Iterable[Unit]) -> list[BlockCalibration]:
+    """Parts without moments, a block each, for a method that needs none."""
+    return [BlockCalibration(block) for block in dict.fromkeys(unit.sites[0].block for unit in units)]
+
+
+def _is_of(unit: Unit, part: BlockCalibration, method: Method) -> bool:
+    """Whether the part has what the method needs of the unit: its block's turn, and its inputs' if any are needed."""
+    site = unit.sites[0]
+    return site.block == part.block and (not method.needs & INPUT_STATISTICS or site.input_group in part.inputs)
+
+
 def _timed(blocks: Iterable[BlockCalibration], seconds: dict[str, float]) -> Iterator[BlockCalibration]:
-    """The blocks; time spent making them is added to seconds["calibrate"]."""
+    """The parts; time spent making them is added to seconds["calibrate"]."""
     iterator = iter(blocks)
     while True:
         start = time.perf_counter()
@@ -172,57 +206,102 @@ def _timed(blocks: Iterable[BlockCalibration], seconds: dict[str, float]) -> Ite
         del block
 
 
-def _factor_block(
+def moments_of(unit: Unit, part: BlockCalibration) -> Moments:
+    """What a part of a calibration knows of a unit; of several sites, as of the one linear that they are stacked."""
+    inputs = part.inputs.get(unit.sites[0].input_group)
+    gradients = [part.gradients[site.name] for site in unit.sites if site.name in part.gradients]
+    if len(gradients) < len(unit.sites):
+        return Moments(inputs)
+    return Moments(inputs, gradients[0] if len(gradients) == 1 else JointGradients(tuple(gradients)))
+
+
+def factor_units(
+    model: PreTrainedModel, method: Method, units: Iterable[Unit], part: BlockCalibration
+) -> Iterator[tuple[Unit, Factored]]:
+    """Each unit's spectrum, one after the other. Units of one input group share the root.
+
+    Raises:
+        ValueError, DecompositionError: as the method raises them; the message names the unit.
+    """
+    root: torch.Tensor | None = None
+    group: str | None = None
+    for unit in units:
+        moments = moments_of(unit, part)
+        try:
+            # A root that is made of a linear's own gradients is no other linear's.
+            if unit.sites[0].input_group != group or method.needs_gradients:
+                root, group = method.root(moments), unit.sites[0].input_group
+            factored = method.factor(unit.weight(model), moments, root=root)
+        except (ValueError, DecompositionError) as error:
+            raise type(error)(f"{unit.name}: {error}") from error
+        yield unit, factored
+
+
+def _replace_units(
     model: PreTrainedModel,
     method: Method,
     plan: RankPlan,
-    sites: list[Site],
-    block: BlockCalibration,
+    units: Sequence[Unit],
+    part: BlockCalibration,
     spectra: dict[str, Factored] | None,
-) -> Iterator[SiteReport]:
-    """Factor and replace the sites of one block. Sites of one input group share the root."""
-    root: torch.Tensor | None = None
-    group: str | None = None
-    for site in sites:
-        inputs = block.inputs.get(site.input_group)
-        moments = Moments(inputs, block.gradients.get(site.name))
-        module = model.get_submodule(site.name)
-        weight = read_weight(module)
-        rank = plan.rank(site)
-        assert rank is not None
-        factored = None if spectra is None else spectra.get(site.name)
-        try:
-            if factored is None:
-                if site.input_group != group or method.needs_gradients:
-                    root, group = method.root(moments), site.input_group
-                factored = method.factor(weight, moments, root=root)
-            factors = factored.cut(rank)
-        except (ValueError, DecompositionError) as error:
-            raise type(error)(f"{site.name}: {error}") from error
+    refit: bool,
+) -> Iterator[list[SiteReport]]:
+    """Factor and replace the sites of some units; a list of reports for each."""
+    known = spectra or {}
+    fresh = factor_units(model, method, [unit for unit in units if unit.name not in known], part)
+    for unit in units:
+        factored = known[unit.name] if unit.name in known else next(fresh)[1]
         if spectra is not None:
-            spectra[site.name] = factored
+            spectra[unit.name] = factored
+        rank = plan.rank(unit.sites[0])
+        assert rank is not None
+        inputs = part.inputs.get(unit.sites[0].input_group)
+        try:
+            factors, took = factored.cut(rank), None
+            if refit and inputs is not None and "second_moment" in inputs.sums:
+                factors, took = _refit(unit.weight(model), factors, inputs, part.aside.get(unit.sites[0].input_group))
+            modules = unit.modules(model, factors, plan.layout)
+        except (ValueError, DecompositionError) as error:
+            message = str(error) if str(error).startswith(unit.sites[0].name) else f"{unit.name}: {error}"
+            raise type(error)(message) from error
         tail = None if method.residual is not None else factored.tail(rank)
-        relative = _relative_error(method, factored, tail, weight, factors, moments)
-        bias = module.bias.detach() if site.has_bias else None  # type: ignore[operator]
-        replace_module(
-            model,
-            site.name,
-            LowRankLinear.from_factors(factors, bias, device=weight.device, dtype=weight.dtype),
-        )
-        yield SiteReport(site, rank, relative, tail, tuple(factored.losses(CURVE)))
+        curve = tuple(factored.losses(CURVE))
+        reports = []
+        for site, member in zip(unit.sites, unit.split(factors), strict=True):
+            exact = tail if method.exact and not took and len(unit.sites) == 1 else None
+            weight = read_weight(model.get_submodule(site.name))
+            relative = _relative_error(method, factored, exact, weight, member, inputs)
+            reports.append(SiteReport(site, rank, relative, tail, curve, took))
+        for name, module in modules.items():
+            replace_module(model, name, module)
+        yield reports
+
+
+def _refit(weight: Tensor, factors: Factors, inputs: InputMoments, aside: InputMoments | None) -> tuple[Factors, bool]:
+    """The factors with their left one refit, and True; as they were, and False, where that is worse on those aside."""
+    better = refit_left(weight, factors, Moments(inputs))
+    if aside is not None:
+        before, after = (output_error(weight, each, Moments(aside))[0] for each in (factors, better))
+        if after >= before:
+            return factors, False
+    return better, True
 
 
 def _relative_error(
-    method: Method, factored: Factored, tail: float | None, weight: Tensor, factors: Factors, moments: Moments
+    method: Method,
+    factored: Factored,
+    tail: float | None,
+    weight: Tensor,
+    factors: Factors,
+    inputs: InputMoments | None,
 ) -> float | None:
-    """E||W x - M x - d||^2 / E||W x||^2, from the spectrum where it is there already (it saves two large products)."""
-    inputs = moments.inputs
+    """E||W x - M xh - d||^2 / E||W x||^2, from the spectrum where it is there already (it saves two large products)."""
     if inputs is None or "second_moment" not in inputs.sums:
         return None
-    if method.exact and tail is not None:
+    if tail is not None:
         error, energy = tail, factored.tail(0)
         if method.centred:
             energy += float((weight.double() @ inputs.mean.to(weight.device)).square().sum())
     else:
-        error, energy = output_error(weight, factors, moments)
+        error, energy = output_error(weight, factors, Moments(inputs))
     return error / energy if energy > 0 else 0.0
