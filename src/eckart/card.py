@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eckart.evals.result import EvalResult
-from eckart.lowrank import build_method
 from eckart.recipe import Recipe
 
 
@@ -17,7 +16,8 @@ def write_card(recipe: Recipe, facts: Mapping[str, Any], results: Sequence[tuple
         facts: what compression.json holds: `allocation.summarise` and `CompressionReport.to_dict`.
         results: (dense, compressed) pairs of the same task.
     """
-    method = build_method(recipe.method.name, recipe.method.options)
+    composition = recipe.composition
+    method = composition.method
     errors = [site["relative_error"] for site in facts["sites"].values() if site["relative_error"] is not None]
     params, size = facts["params"], facts["bytes"]
     lines = [
@@ -27,10 +27,11 @@ def write_card(recipe: Recipe, facts: Mapping[str, Any], results: Sequence[tuple
         "tags: [eckart, low-rank, compressed]",
         "---",
         "",
-        f"# {recipe.model} by {method.name}",
+        f"# {recipe.model} by {recipe.method.name}",
         "",
         f"Low-rank factors of {recipe.model}, made by eckart with **{method.name}**",
         f"({method.paper}; {method.equation}).",
+        f"{composition.describe()}.",
         "",
         "```python",
         "import eckart  # teaches transformers to read this checkpoint",
@@ -61,5 +62,8 @@ def write_card(recipe: Recipe, facts: Mapping[str, Any], results: Sequence[tuple
             "Relative squared error at their outputs, on the calibration tokens: "
             f"mean {sum(errors) / len(errors):.4g}, largest {max(errors):.4g}."
         )
+    undone = [done["place"] for done in facts.get("passes", ()) if not done["kept"]]
+    if undone:
+        lines.append(f"Refinement was undone where it did not help on samples kept aside: {', '.join(undone)}.")
     lines += ["", "## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
     return "\n".join(lines)

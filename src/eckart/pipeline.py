@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.allocation import RankPlan, Rule, plan, summarise
 from eckart.baselines import build_baseline
-from eckart.calibration import calibrate_by_block
+from eckart.calibration import BlockCalibration, calibrate_by_block, gather_gradients
 from eckart.card import write_card
 from eckart.compression import CompressionReport, compress
 from eckart.corpora import parts_of, read_text
 from eckart.evals.tasks import default_length
-from eckart.lowrank import build_method
+from eckart.lowrank import GradientMoments
 from eckart.models.loading import check_free, load_model, load_tokenizer, own_memory, save
-from eckart.models.sites import find_sites
+from eckart.models.sites import Site, find_sites, select_sites
+from eckart.ranking import Bench, Ranking, joint_groups, rank
 from eckart.recipe import Recipe
+from eckart.sequential import PassReport, SequentialCalibration
 from eckart.tokens import Tokens, sample_documents, sample_windows
 from eckart.tracking import Track, silent
 
@@ -47,13 +50,20 @@ class How:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `make_checkpoint` did: the recipe with every default filled in, the plan, the report, the seconds."""
+    """What `make_checkpoint` did: the recipe with every default filled in, the plan, the report, the seconds.
+
+    Attributes:
+        passes: what became of each pass over each block, as `PassReport`.
+        allocation: what was measured for the plan.
+    """
 
     recipe: Recipe
     plan: RankPlan
     summary: dict[str, Any]
     report: CompressionReport
     seconds: dict[str, float]
+    passes: tuple[dict[str, Any], ...] = ()
+    allocation: dict[str, Any] = field(default_factory=dict)
 
 
 def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False) -> Outcome:
@@ -74,35 +84,153 @@ def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False)
     own_memory(model)
     tokenizer = load_tokenizer(recipe.model)
     seconds = {"load": time.perf_counter() - start}
-    ranks = make_plan(model, recipe)
-    summary = summarise(ranks, model)
-    method = build_method(recipe.method.name, recipe.method.options)
-    blocks = None
-    if method.needs:
-        recipe = resolve(recipe, model, tokenizer)
-        blocks = calibrate_by_block(
-            model,
-            make_tokens(recipe, model, tokenizer, how.data),
-            method,
-            sites=[site for site in ranks.sites if ranks.rank(site) is not None],
-            cache=how.cache,
-            batch_size=how.batch_size,
-            track=how.track,
-        )
-    noted = recipe.model_dump(exclude_none=True, exclude={"evaluate"})
-    report = compress(model, method, ranks, blocks, recipe=noted, track=how.track)
+    work = Workbench(recipe, model, tokenizer, how)
+    start = time.perf_counter()
+    ranking = work.rank()
+    seconds["allocate"] = time.perf_counter() - start
+    composition = recipe.composition
+    summary = summarise(ranking.plan, model, bias=composition.method.centred)
+    noted = work.recipe.model_dump(exclude_none=True, exclude={"evaluate"})
+    blocks = work.calibration(ranking.plan)
+    report = compress(
+        model, composition.in_order, ranking.plan, blocks, refit=composition.refit, recipe=noted, track=how.track
+    )
     seconds |= report.seconds
     start = time.perf_counter()
-    facts = {**summary, **report.to_dict()}
+    done = blocks.reports if isinstance(blocks, SequentialCalibration) else []
+    passes = [asdict(report) for report in (*done, *work.distil())]
+    seconds["distil"] = time.perf_counter() - start
+    start = time.perf_counter()
+    facts = {**summary, **report.to_dict(), "passes": passes}
     files = {
-        "README.md": write_card(recipe, facts),
-        "plan.json": ranks.to_json(),
-        "recipe.yaml": recipe.to_yaml(),
+        "README.md": write_card(work.recipe, facts),
+        "plan.json": ranking.plan.to_json(),
+        "recipe.yaml": work.recipe.to_yaml(),
         "compression.json": json.dumps(facts, indent=2),
     }
+    if ranking.facts:
+        files["allocation.json"] = json.dumps(ranking.facts, indent=1)
     save(model, out, tokenizer, recipe=noted, files=files, force=force)
     seconds["save"] = time.perf_counter() - start
-    return Outcome(recipe, ranks, summary, report, seconds)
+    return Outcome(work.recipe, ranking.plan, summary, report, seconds, tuple(passes), ranking.facts)
+
+
+class Workbench:
+    """A recipe at work on its model: the calibration, the ranks, each made when it is asked for.
+
+    Attributes:
+        recipe: with its defaults filled in.
+    """
+
+    def __init__(self, recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: How) -> None:
+        self.recipe = resolve(recipe, model, tokenizer)
+        self.model, self.tokenizer, self.how = model, tokenizer, how
+        self.composition = recipe.composition
+
+    @functools.cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """The linears that the budget is shared among."""
+        chosen = self.recipe.sites
+        return select_sites(
+            find_sites(self.model), include=chosen.include, exclude=chosen.exclude, blocks=chosen.blocks
+        )
+
+    @functools.cached_property
+    def tokens(self) -> tuple[Tokens, Tokens | None]:
+        """The calibration samples, and those kept aside where something has to prove itself on them."""
+        tokens = make_tokens(self.recipe, self.model, self.tokenizer, self.how.data)
+        if not self.composition.keeps_aside:
+            return tokens, None
+        return tokens.keep_aside(self.recipe.calibration.aside)
+
+    @functools.cached_property
+    def gradients(self) -> dict[str, GradientMoments]:
+        """Of the chosen sites, where the method needs them."""
+        if not self.composition.method.needs_gradients:
+            return {}
+        return gather_gradients(
+            self.model,
+            self.tokens[0],
+            self.composition.method,
+            sites=self.sites,
+            cache=self.how.cache,
+            track=self.how.track,
+        )
+
+    def rank(self) -> Ranking:
+        """The recipe's ranks on this model."""
+        recipe, composition = self.recipe, self.composition
+        if recipe.plan is not None or recipe.rules is not None:
+            return Ranking(make_plan(self.model, recipe))
+        uniform = composition.allocation.name == "uniform"
+        if uniform and recipe.keep is not None:
+            return Ranking(make_plan(self.model, recipe))
+        needs = composition.method.needs if not uniform and composition.allocation.name != "per-role" else frozenset()
+        probes = composition.allocation.weights == "probes"
+        bench = Bench(
+            self.model,
+            self.sites,
+            blocks=self._one_shot if needs else None,
+            tokens=self.tokens[0] if needs or probes else None,
+            tokenizer=self.tokenizer,
+            data=self.how.data,
+            batch_size=self.how.batch_size,
+            context=recipe.context,
+            journals=None if self.how.cache is None else self.how.cache / "searches",
+            identity={
+                "model": recipe.model,
+                "dtype": recipe.dtype,
+                "method": recipe.method.model_dump(),
+                "calibration": recipe.calibration.model_dump(mode="json"),
+            },
+            track=self.how.track,
+        )
+        return rank(composition, recipe.budget, bench, rank_multiple=recipe.rank_multiple)
+
+    def calibration(self, plan: RankPlan) -> Iterable[BlockCalibration] | None:
+        """What `compress` needs for the plan, in the composition's order."""
+        composition, sites = self.composition, [site for site in plan.sites if plan.rank(site) is not None]
+        if composition.order == "one-shot" and not composition.keeps_aside:
+            return self._one_shot(sites) if composition.method.needs and sites else None
+        if not sites:
+            return None
+        tokens, aside = self.tokens
+        return SequentialCalibration(
+            self.model,
+            tokens,
+            composition.in_order,
+            order=composition.order,
+            aside=aside,
+            sites=sites,
+            gradients=self.gradients,
+            passes=() if composition.refinement is None else (composition.refinement,),
+            batch_size=self.how.batch_size,
+            track=self.how.track,
+        )
+
+    def distil(self) -> list[PassReport]:
+        """What became of the composition's distillation, once the model is compressed; nothing where it has none."""
+        distillation = self.composition.distillation
+        if distillation is None:
+            return []
+        tokens, aside = self.tokens
+        assert aside is not None
+        dense = load_model(self.recipe.model, dtype=self.recipe.dtype, device=self.how.device)
+        report = distillation(self.model, dense, tokens, aside, self.how.track)
+        return [] if report is None else [report]
+
+    def _one_shot(self, sites: Sequence[Site] | None = None) -> Iterator[BlockCalibration]:
+        """The dense model's moments of these sites; default the chosen ones."""
+        return calibrate_by_block(
+            self.model,
+            self.tokens[0],
+            self.composition.method,
+            sites=self.sites if sites is None else sites,
+            cache=self.how.cache,
+            gradients=self.gradients,
+            batch_size=self.how.batch_size,
+            track=self.how.track,
+        )
 
 
 def make_baseline(recipe: Recipe, directory: Path, how: How) -> PreTrainedModel:
@@ -127,16 +255,21 @@ def make_baseline(recipe: Recipe, directory: Path, how: How) -> PreTrainedModel:
 
 
 def make_plan(model: PreTrainedModel, recipe: Recipe) -> RankPlan:
-    """The recipe's allocation on this model."""
+    """The ranks that a recipe says outright: its plan, its rules, or the same share everywhere."""
     if recipe.plan is not None:
         path = Path(recipe.plan)
         if not path.is_file():
             raise ValueError(f"no plan at {path}")
         return RankPlan.from_json(path.read_text(encoding="utf-8"), find_sites(model))
+    composition, chosen = recipe.composition, recipe.sites
+    shared: dict[str, Any] = {"rank_multiple": recipe.rank_multiple, "layout": composition.layout}
+    if composition.joint:
+        sites = find_sites(model)
+        shared["joint"] = joint_groups(sites, sites)
     if recipe.rules is not None:
         rules = [Rule(r.keep, tuple(r.include), tuple(r.exclude), r.blocks) for r in recipe.rules]
-        return plan(model, rules=rules, rank_multiple=recipe.rank_multiple)
-    return plan(model, recipe.keep, rank_multiple=recipe.rank_multiple)
+        return plan(model, rules=rules, **shared)
+    return plan(model, recipe.keep, include=chosen.include, exclude=chosen.exclude, blocks=chosen.blocks, **shared)
 
 
 def make_tokens(

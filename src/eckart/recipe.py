@@ -5,6 +5,7 @@ Where and how fast a run goes (device, batch size, cache, data folder) is the co
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,9 +13,20 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from eckart.allocation import Budget
 from eckart.baselines import BASELINES, build_baseline
+from eckart.composition import COMPOSITIONS, Allocation, Composition, composition_options
+from eckart.distillation import Distillation
 from eckart.evals.tasks import Task, find_task
-from eckart.lowrank import build_method
+from eckart.lowrank import Layout, build_method
+from eckart.lowrank.entries import build_entry
+from eckart.refinement import Refinement
+from eckart.sequential import Order
+
+# Ways to say how large the result may be.
+BUDGETS = ("keep", "keep_total", "max_bytes", "rules", "plan")
+# What may be done around a method. What a recipe does not say is the composition's.
+AROUND = ("allocation", "layout", "order", "joint", "refit", "refine", "distil")
 
 
 class Section(BaseModel):
@@ -24,9 +36,9 @@ class Section(BaseModel):
 
 
 class MethodSection(Section):
-    """A method of the catalogue, or a baseline (int8, int4, llm-pruner), and its settings."""
+    """A composition (best), a method of the catalogue, or a baseline (int8, int4, llm-pruner), and its settings."""
 
-    name: str = "nsvd-i"
+    name: str = "best"
     options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -34,8 +46,32 @@ class MethodSection(Section):
         if self.name in BASELINES:
             build_baseline(self.name, self.options)
         else:
-            build_method(self.name, self.options)
+            self.composition()
         return self
+
+    def composition(self) -> Composition:
+        """The composition of this name; a method of the catalogue stands alone."""
+        composition_options(self.name)  # refuses an unknown name, with what there is
+        if self.name in COMPOSITIONS:
+            # Its settings are those of its method, which knows them.
+            method = build_entry(COMPOSITIONS, "composition", self.name).method
+            return COMPOSITIONS[self.name](**build_method(method.name, self.options).options)
+        return Composition(build_method(self.name, self.options))
+
+
+class SitesSection(Section):
+    """Which linears are compressed: see `select_sites`. The others stay dense, and are not counted in keep."""
+
+    include: list[str] = Field(default_factory=list)
+    exclude: list[str] = Field(default_factory=list)
+    blocks: str | None = None
+
+
+class RefineSection(Section):
+    """Gradient steps on each block: see `refinement.Refinement`. No steps, no refinement."""
+
+    steps: int = Field(Refinement.steps, ge=0)
+    rate: float = Field(Refinement.rate, gt=0, lt=1)
 
 
 class RuleSection(Section):
@@ -58,6 +94,9 @@ class CalibrationSection(Section):
     seed: int = 0
     cut: Literal["windows", "documents"] | None = Field(
         None, description="default: windows of a stream for decoders, documents for encoders"
+    )
+    aside: float = Field(
+        0.125, gt=0, lt=1, description="share of the samples kept aside where something has to prove itself on them"
     )
 
 
@@ -84,15 +123,33 @@ class EvaluationSection(Section):
         return Task(self.task, **values)
 
 
+class DistilSection(Section):
+    """Gradient steps on the whole model: see `distillation.Distillation`. No steps, no distillation."""
+
+    steps: int = Field(Distillation.steps, ge=0)
+    rate: float = Field(Distillation.rate, gt=0, lt=1)
+    batch: int = Field(Distillation.batch, gt=0)
+
+
 class Recipe(Section):
     """A model, a method, an allocation, a calibration, and what to measure."""
 
     model: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     method: MethodSection = MethodSection()
-    keep: float | None = Field(None, gt=0, le=1, description="share kept at every site; or give rules, or a plan")
-    rules: list[RuleSection] | None = None
+    keep: float | None = Field(None, gt=0, le=1, description="share of the chosen linears' numbers kept")
+    keep_total: float | None = Field(None, gt=0, le=1, description="share of the whole model's numbers kept")
+    max_bytes: int | None = Field(None, gt=0, description="of the weight files")
+    rules: list[RuleSection] | None = Field(None, description="shares by place, the first that matches decides")
     plan: str | None = Field(None, description="a plan.json, perhaps edited by hand")
+    sites: SitesSection = SitesSection()
+    allocation: Allocation | None = None
+    layout: Layout | None = None
+    order: Order | None = None
+    joint: bool | None = None
+    refit: bool | None = None
+    refine: RefineSection | None = None
+    distil: DistilSection | None = None
     rank_multiple: int = Field(1, gt=0)
     context: int | None = Field(
         None, gt=1, description="window of calibration and text where they name none; default 2048, or the positions"
@@ -105,6 +162,16 @@ class Recipe(Section):
     def _method_by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
+    @field_validator("allocation", mode="before")
+    @classmethod
+    def _allocation_by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("refine", "distil", mode="before")
+    @classmethod
+    def _steps_or_not(cls, value: Any) -> Any:
+        return ({} if value else {"steps": 0}) if isinstance(value, bool) else value
+
     @field_validator("evaluate", mode="before")
     @classmethod
     def _tasks_by_name(cls, value: Any) -> Any:
@@ -113,15 +180,24 @@ class Recipe(Section):
         )
 
     @model_validator(mode="after")
-    def _one_allocation(self) -> Recipe:
-        given = [name for name in ("keep", "rules", "plan") if getattr(self, name) is not None]
-        if not self.is_baseline and len(given) != 1:
-            raise ValueError("give exactly one of keep, rules and plan")
+    def _one_budget(self) -> Recipe:
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
         if self.is_baseline:
             baseline = build_baseline(self.method.name, self.method.options)
             wanted = ["keep"] if baseline.needs_keep else []
             if given != wanted:
-                raise ValueError(f"{self.method.name} takes {'keep' if wanted else 'no keep'}, no rules and no plan")
+                raise ValueError(f"{self.method.name} takes {'keep' if wanted else 'no keep'}, and no other budget")
+            around = [name for name in (*AROUND, "sites") if self._says(name)]
+            if around:
+                raise ValueError(f"{self.method.name} is no low-rank method: leave out {' and '.join(around)}")
+            return self
+        name = self.composition.allocation.name
+        if len(given) != 1 and not (name == "surgical" and not given):
+            raise ValueError(f"give exactly one of {', '.join(BUDGETS)}")
+        decided = {"rules": ("sites", "allocation"), "plan": ("sites", "allocation", "layout", "joint")}
+        twice = [name for by in given for name in decided.get(by, ()) if self._says(name)]
+        if twice:
+            raise ValueError(f"leave out {' and '.join(twice)}: what is in {given[0]} decides that")
         return self
 
     @model_validator(mode="after")
@@ -132,10 +208,36 @@ class Recipe(Section):
             raise ValueError(f"evaluate has {twice[0]!r} twice")
         return self
 
+    def _says(self, name: str) -> bool:
+        """Whether a section, or a part of what is around the method, differs from what it is by default."""
+        return getattr(self, name) != type(self).model_fields[name].get_default()
+
     @property
     def is_baseline(self) -> bool:
         """Whether the method is a rival of low rank, and not a method of the catalogue."""
         return self.method.name in BASELINES
+
+    @property
+    def composition(self) -> Composition:
+        """What the method's name stands for, with what the recipe says otherwise."""
+        made = self.method.composition()
+        said = {name: getattr(self, name) for name in ("layout", "order", "joint", "refit")}
+        changes: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+        if self.allocation is not None:
+            changes["allocation"] = self.allocation
+        if self.refine is not None:
+            changes["refinement"] = Refinement(self.refine.steps, self.refine.rate) if self.refine.steps else None
+        if self.distil is not None:
+            steps = Distillation(self.distil.steps, self.distil.rate, self.distil.batch) if self.distil.steps else None
+            changes["distillation"] = steps
+        return dataclasses.replace(made, **changes)
+
+    @property
+    def budget(self) -> Budget | None:
+        """What the chosen linears may take; None where rules or a plan say so, or nothing does."""
+        if self.keep is None and self.keep_total is None and self.max_bytes is None:
+            return None
+        return Budget(keep=self.keep, keep_total=self.keep_total, max_bytes=self.max_bytes)
 
     @property
     def tasks(self) -> list[Task]:

@@ -62,6 +62,24 @@ class Tokens:
             self.mask_token,
         )
 
+    def keep_aside(self, share: float) -> tuple[Tokens, Tokens]:
+        """(the others, those kept aside): a share of the samples, at least one, evenly spread over all of them.
+
+        Raises:
+            ValueError: the share is outside (0, 1), or there are fewer than two samples.
+        """
+        if not 0 < share < 1:
+            raise ValueError(f"share {share} is outside (0, 1)")
+        if len(self) < 2:
+            raise ValueError("one sample cannot be used and kept aside: give at least two")
+        count = min(max(1, round(share * len(self))), len(self) - 1)
+        aside = torch.zeros(len(self), dtype=torch.bool)
+        aside[[(2 * index + 1) * len(self) // (2 * count) for index in range(count)]] = True
+        return self._rows(~aside, "used"), self._rows(aside, "aside")
+
+    def _rows(self, chosen: Tensor, part: str) -> Tokens:
+        return Tokens(self.ids[chosen], self.mask[chosen], {**self.source, "part": part}, self.mask_token)
+
     def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
         """(ids, mask) in order, `size` rows at a time."""
         return list(zip(self.ids.split(size), self.mask.split(size), strict=True))

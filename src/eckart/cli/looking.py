@@ -12,6 +12,8 @@ import typer
 from eckart.allocation import RankPlan, plan, summarise
 from eckart.baselines import BASELINES, baseline_options, build_baseline
 from eckart.cli.app import app, console
+from eckart.cli.tables import sizes_table
+from eckart.composition import COMPOSITIONS, composition_options
 from eckart.corpora import CORPORA
 from eckart.evals.harness_tasks import LOCAL_TASKS
 from eckart.evals.tasks import EVALUATIONS
@@ -30,6 +32,7 @@ def inspect(
     exclude: Annotated[list[str] | None, typer.Option(help="As in compress")] = None,
     blocks: Annotated[str | None, typer.Option(help="As in compress")] = None,
     rank_multiple: Annotated[int, typer.Option(help="As in compress")] = 1,
+    layout: Annotated[str, typer.Option(help="plain or pivoted")] = "plain",
     save_plan: Annotated[Path | None, typer.Option(help="Write the plan as JSON, to edit and give to compress")] = None,
 ) -> None:
     """Show a model's compressible linears, the ranks a plan would give them, or the ranks of a compressed model."""
@@ -62,6 +65,7 @@ def inspect(
                 exclude=exclude or (),
                 blocks=blocks,
                 rank_multiple=rank_multiple,
+                layout=layout,  # type: ignore[arg-type]
             )
         rows = []
         for site in find_sites(loaded):
@@ -70,11 +74,7 @@ def inspect(
             rows.append([site.name, site.part, f"{site.d_out} x {site.d_in}", str(site.break_even_rank), shown])
         console.print(table(model, ["linear", "part", "out x in", "break-even rank", "rank"], rows, text_columns=2))
         if ranks is not None:
-            summary = summarise(ranks, loaded)
-            console.print(
-                f"keeps {summary['keep_of_linears']:.1%} of the block linears, "
-                f"{summary['keep_of_model']:.1%} of the model"
-            )
+            console.print(sizes_table("The same share everywhere", summarise(ranks, loaded), ranks))
             for name, note in ranks.notes.items():
                 console.print(f"{name}: {note}")
             if save_plan is not None:
@@ -86,8 +86,16 @@ def inspect(
 def methods(
     name: Annotated[str | None, typer.Argument(help="Show one method whole")] = None,
 ) -> None:
-    """List the published methods and the baselines, or show one: its paper, equation, assumptions and settings."""
+    """List compositions, methods and baselines, or show one: its paper, equation, assumptions and settings."""
     if name is None:
+        made = {entry: compose() for entry, compose in COMPOSITIONS.items()}
+        rows = [
+            [entry, f"{one.method.name}. {one.describe()}", _settings(composition_options(entry))]
+            for entry, one in made.items()
+        ]
+        console.print(
+            table("Compositions: the first is the default", ["name", "what it is", "settings"], rows, text_columns=3)
+        )
         rows = [[entry, _first_line(METHODS[entry]), _settings(method_options(entry))] for entry in METHODS]
         console.print(table("Methods", ["name", "what it is", "settings"], rows, text_columns=3))
         rows = [[entry, _first_line(BASELINES[entry]), _settings(baseline_options(entry))] for entry in BASELINES]
@@ -104,15 +112,17 @@ def methods(
             "settings": _settings(baseline_options(name)) or "none",
         }
     else:
-        method = build_method(name)
+        composed = COMPOSITIONS[name]() if name in COMPOSITIONS else None
+        method = composed.method if composed else build_method(name)
         facts = {
-            "": METHODS[name].__doc__ or "",
+            "": (COMPOSITIONS[name] if composed else METHODS[name]).__doc__ or "",
+            **({"method": method.name, "around it": composed.describe()} if composed else {}),
             "paper": method.paper,
             "equation": method.equation,
             "assumes": method.assumes,
             "fails": method.fails,
             "needs": ", ".join(sorted(method.needs)) or "no calibration",
-            "settings": _settings(method_options(name)) or "none",
+            "settings": _settings(composition_options(name)) or "none",
         }
     console.print(table(name, ["", ""], [[key, value] for key, value in facts.items()], text_columns=2))
 

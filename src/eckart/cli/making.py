@@ -10,8 +10,9 @@ import typer
 
 from eckart.baselines import BASELINES, baseline_options
 from eckart.cli.app import CACHE, Batch, Cache, Data, Device, Force, NoCache, app, console
+from eckart.cli.tables import sizes_table
+from eckart.composition import composition_options
 from eckart.demo import run_demo
-from eckart.lowrank import method_options
 from eckart.models.dense import export_dense
 from eckart.models.loading import check_free, load_model, load_tokenizer, save
 from eckart.models.sites import low_rank_modules
@@ -63,9 +64,11 @@ def demo(
 def compress(
     model: Annotated[str, typer.Argument(help="Hugging Face directory, hub name, or builtin")],
     out: Annotated[Path, typer.Argument(help="Directory for the compressed checkpoint")],
-    method: Annotated[str, typer.Option(help="See `eckart methods`")] = "nsvd-i",
+    method: Annotated[str, typer.Option(help="A composition or a method, see `eckart methods`")] = "best",
     option: Annotated[list[str] | None, typer.Option(help="Setting of the method, NAME=VALUE (repeatable)")] = None,
-    keep: Annotated[float | None, typer.Option(help="Share of each chosen linear kept, in (0, 1]")] = None,
+    keep: Annotated[float | None, typer.Option(help="Share of the chosen linears' numbers kept, in (0, 1]")] = None,
+    keep_total: Annotated[float | None, typer.Option(help="Share of the whole model's numbers, embeddings too")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Largest size of the weight files, in bytes")] = None,
     include: Annotated[
         list[str] | None,
         typer.Option(help="Only these sites: a part (mlp), a role (q_proj) or a pattern (repeatable)"),
@@ -75,7 +78,15 @@ def compress(
     plan_file: Annotated[
         Path | None, typer.Option("--plan", help="Ranks from a plan.json instead of --keep; edit it by hand")
     ] = None,
-    rank_multiple: Annotated[int, typer.Option(help="Round ranks down to a multiple; 8 (CPU), 16 or 64 (GPU)")] = 1,
+    rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this; 8 (CPU), 16 or 64 (GPU)")] = 1,
+    allocation: Annotated[
+        str | None, typer.Option(help="Who gets which rank: uniform, effective-rank, global; others in a recipe")
+    ] = None,
+    layout: Annotated[str | None, typer.Option(help="plain or pivoted")] = None,
+    order: Annotated[str | None, typer.Option(help="one-shot, sequential or anchored")] = None,
+    joint: Annotated[bool | None, typer.Option(help="Let linears that read one input share a right factor")] = None,
+    refit: Annotated[bool | None, typer.Option(help="Fit left factors once more by least squares")] = None,
+    refine: Annotated[int | None, typer.Option(min=0, help="Gradient steps on each block; 0 for none")] = None,
     calibration: Annotated[
         str, typer.Option(help="Corpus name, .txt or .jsonl(.gz) file, 'builtin', or hub data set owner/name")
     ] = "wikitext2",
@@ -95,24 +106,28 @@ def compress(
     """Factor a model's linears and write a checkpoint that stock transformers loads after `import eckart`.
 
     \b
-    eckart compress MODEL OUT --method nsvd-i --keep 0.7 --calibration wikitext2
+    eckart compress MODEL OUT --keep 0.7 --calibration wikitext2
+    eckart compress MODEL OUT --max-bytes 8000000000
     eckart compress MODEL OUT --method svd --keep 0.9 --include mlp
     eckart compress MODEL OUT --method sfsd --keep 0.46 --blocks "last 12"
     """
-    if (keep is None) == (plan_file is None):
-        raise ValueError("give --keep (the share kept, such as 0.7) or --plan FILE")
-    if plan_file is not None and (include or exclude or blocks):
-        raise ValueError("--plan says which sites are compressed; leave out --include, --exclude and --blocks")
-    chosen = {"keep": keep, "include": include or [], "exclude": exclude or [], "blocks": blocks}
-    narrowed = bool(include or exclude or blocks)
+    chosen = {"include": include or [], "exclude": exclude or [], "blocks": blocks}
     recipe = parse_recipe(
         {
             "model": model,
             "dtype": dtype,
             "method": {"name": method, "options": parse_options(method, option or [])},
-            "keep": None if narrowed else keep,
-            "rules": [chosen] if narrowed else None,
+            "keep": keep,
+            "keep_total": keep_total,
+            "max_bytes": max_bytes,
             "plan": None if plan_file is None else str(plan_file),
+            "sites": chosen,
+            "allocation": allocation,
+            "layout": layout,
+            "order": order,
+            "joint": joint,
+            "refit": refit,
+            "refine": None if refine is None else {"steps": refine},
             "rank_multiple": rank_multiple,
             "calibration": {
                 "corpus": calibration,
@@ -129,18 +144,11 @@ def compress(
     outcome = make_checkpoint(recipe, out, how, force=force)
     for name, note in outcome.plan.notes.items():
         console.print(f"{name}: {note}")
-    report = outcome.report
-    console.print(
-        table(
-            f"{out}",
-            ["", "dense", "compressed", "kept"],
-            [
-                ["parameters", *_pair(report.params_before, report.params_after)],
-                ["MB", *_pair(report.bytes_before / 1e6, report.bytes_after / 1e6)],
-                ["in the linears", *_pair(outcome.plan.dense_params, outcome.plan.kept_params)],
-            ],
-        )
-    )
+    console.print(sizes_table(str(out), outcome.summary, outcome.plan))
+    undone = [done["place"] for done in outcome.passes if not done["kept"]]
+    if outcome.passes:
+        told = f"; undone, as it did not help on samples kept aside: {', '.join(undone)}" if undone else ""
+        console.print(f"refined {len(outcome.passes) - len(undone)} of {len(outcome.passes)} blocks{told}")
     console.print(", ".join(f"{stage} {value:.1f} s" for stage, value in outcome.seconds.items()))
 
 
@@ -170,18 +178,19 @@ def parse_options(method: str, pairs: list[str]) -> dict[str, object]:
     Raises:
         ValueError: not NAME=VALUE, or not a number where one is needed.
     """
-    defaults = baseline_options(method) if method in BASELINES else method_options(method)
+    defaults = baseline_options(method) if method in BASELINES else composition_options(method)
     options: dict[str, object] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--option {pair!r} is not NAME=VALUE")
+        if isinstance(defaults.get(key), bool):
+            if value not in ("true", "false"):
+                raise ValueError(f"--option {key}: {value!r} is neither true nor false")
+            options[key] = value == "true"
+            continue
         try:
             options[key] = float(value) if isinstance(defaults.get(key), float) else value
         except ValueError as error:
             raise ValueError(f"--option {key}: {value!r} is not a number") from error
     return options
-
-
-def _pair(before: float, after: float) -> list[str]:
-    return [f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.1%}"]

@@ -16,6 +16,7 @@ from eckart.corpora import read_text
 from eckart.evals.cost import cost
 from eckart.evals.divergence import divergence
 from eckart.evals.harness import run_harness
+from eckart.evals.harness_tasks import SPLITS, split_rows
 from eckart.evals.perplexity import perplexity
 from eckart.evals.result import EvalResult
 from eckart.evals.similarity import Activations, similarity
@@ -35,7 +36,8 @@ class Task:
 
     Attributes:
         name: "<evaluation>:<corpus or task>", or "<evaluation>" for one that reads neither.
-        split: of the corpus; of a harness task "sfsd-search" (20 %) and "sfsd-evaluation" (the other 80 %) as well.
+        split: of the corpus. Also "sfsd-search" (20 %) and "sfsd-evaluation" (the other 80 %): of a harness task's
+            documents, or of the windows of a corpus's test split.
         column: field of the corpus that holds the text.
         length: window; None is the subject's context, 2048 by default, or the model's positions if fewer. Of `cost`:
             the length of the prompt.
@@ -160,10 +162,20 @@ def default_length(model: PreTrainedModel, context: int | None = None) -> int:
 
 
 def _text(subject: Subject, task: Task, setup: Setup) -> tuple[Tensor, dict[str, Any]]:
-    """The task's corpus as a stream of tokens, and the arguments that every evaluation on text takes."""
-    text = read_text(task.argument, split=task.split, data=setup.data, column=task.column)
-    shared = {"limit": task.limit, "task": task.label, "settings": text.source, "track": setup.track}
-    return encode(text.joined, subject.tokenizer), shared
+    """The task's corpus as a stream of tokens, and the arguments that every evaluation on text takes.
+
+    The splits that a rank search and its report read are windows of the text's test split.
+    """
+    searched = task.split in SPLITS
+    text = read_text(task.argument, split="test" if searched else task.split, data=setup.data, column=task.column)
+    source = {**text.source, "split": task.split}
+    shared = {"limit": task.limit, "task": task.label, "settings": source, "track": setup.track}
+    stream = encode(text.joined, subject.tokenizer)
+    if searched and task.split != "test":
+        length = _length(subject, task)
+        rows = stream[: len(stream) // length * length].view(-1, length)
+        stream = rows[split_rows(len(rows), task.split)].flatten()
+    return stream, shared
 
 
 def _length(subject: Subject, task: Task) -> int:
