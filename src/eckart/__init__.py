@@ -1,6 +1,9 @@
 """eckart: low-rank compression of Hugging Face language models.
 
-    plan = eckart.plan(model, keep=0.7)
+    recipe = eckart.parse_recipe({"model": "DIR", "keep": 0.7})            # method best: everything that helps
+    eckart.make_checkpoint(recipe, Path("out"), eckart.How())
+
+    plan = eckart.plan(model, keep=0.7)                                    # or one method, step by step
     stats = eckart.calibrate(model, tokens, eckart.build_method("nsvd-i"))
     eckart.compress(model, "nsvd-i", plan, stats)                          # in place
     eckart.save(model, "out/", tokenizer)
@@ -14,8 +17,9 @@ from eckart.quiet import quiet
 with quiet("torchao", "torch.utils._pytree"):
     import transformers.modeling_utils  # noqa: F401
 
-from eckart.allocation import RankPlan, Rule, plan
+from eckart.allocation import Budget, RankPlan, Rule, plan
 from eckart.calibration import Calibration, calibrate, calibrate_by_block
+from eckart.composition import COMPOSITIONS, Composition
 from eckart.compression import CompressionReport, compress
 from eckart.corpora import read_text
 from eckart.evals.result import EvalResult
@@ -26,20 +30,35 @@ from eckart.models.dense import export_dense
 from eckart.models.families import UnsupportedModelError
 from eckart.models.linear import LowRankLinear
 from eckart.models.loading import load_model, load_tokenizer, save
+from eckart.pipeline import How, make_checkpoint
+from eckart.probes import probe
+from eckart.rank_search import SearchResult, Tolerance, search
+from eckart.recipe import Recipe, load_recipe, parse_recipe
+from eckart.refinement import Refinement
+from eckart.sequential import SequentialCalibration
 from eckart.tokens import Tokens, sample_documents, sample_windows
 
 __all__ = [
+    "COMPOSITIONS",
     "METHODS",
+    "Budget",
     "Calibration",
     "CheckpointError",
+    "Composition",
     "CompressionReport",
     "EvalResult",
+    "How",
     "LowRankLinear",
     "Method",
     "RankPlan",
+    "Recipe",
+    "Refinement",
     "Rule",
+    "SearchResult",
+    "SequentialCalibration",
     "Task",
     "Tokens",
+    "Tolerance",
     "UnsupportedModelError",
     "build_method",
     "calibrate",
@@ -48,10 +67,15 @@ __all__ = [
     "evaluate",
     "export_dense",
     "load_model",
+    "load_recipe",
     "load_tokenizer",
+    "make_checkpoint",
+    "parse_recipe",
     "plan",
+    "probe",
     "read_text",
     "sample_documents",
     "sample_windows",
     "save",
+    "search",
 ]
