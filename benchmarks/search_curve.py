@@ -2,11 +2,11 @@
 
     python benchmarks/search_curve.py [--model DIR --data DIR] [--methods asvd-i kfac] [--out runs/search.jsonl]
 
-For each tolerance the surgical search walks from the last linear to the first, scored by perplexity on windows out of a
-fifth of the test text, and ends at some share kept. At that share the others get their ranks: the same share everywhere,
-ranks in proportion to effective ranks, ASVD's sensitivity search, the knapsack over the method's own losses, and the
-knapsack over losses weighed by probes. Printed is the increase of log-perplexity over dense and KL(dense || compressed)
-on the other four fifths, and how many scores or probes each took. Plain layout, one shot.
+For each tolerance the surgical search walks from the last linear to the first, scored by perplexity on windows out of
+a fifth of the test text, and ends at some share kept. At that share the others get their ranks: the same share
+everywhere, ranks in proportion to effective ranks, ASVD's sensitivity search, the knapsack over the method's own
+losses, and the knapsack over losses weighed by probes. Printed are the increase of log-perplexity over dense and
+KL(dense || compressed) on the other four fifths, and how many scores or probes each took. Plain layout, one shot.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,11 +14,12 @@ def write_card(recipe: Recipe, facts: Mapping[str, Any], results: Sequence[tuple
     """Markdown with the front matter that the hub reads.
 
     Args:
-        facts: what compression.json holds: `allocation.summarise` and `CompressionReport.to_dict`.
+        facts: what compression.json holds: the plan's layout and joint groups, `allocation.summarise` and
+            `CompressionReport.to_dict`.
         results: (dense, compressed) pairs of the same task.
     """
-    composition = recipe.composition
-    method = composition.method
+    composition = dataclasses.replace(recipe.composition, layout=facts["layout"], joint=bool(facts["joint"]))
+    method, given = composition.method, "as in plan.json" if recipe.plan else "by rules" if recipe.rules else None
     errors = [site["relative_error"] for site in facts["sites"].values() if site["relative_error"] is not None]
     params, size = facts["params"], facts["bytes"]
     lines = [
@@ -31,7 +33,7 @@ def write_card(recipe: Recipe, facts: Mapping[str, Any], results: Sequence[tuple
         "",
         f"Low-rank factors of {recipe.model}, made by eckart with **{method.name}**",
         f"({method.paper}; {method.equation}).",
-        f"{composition.describe()}.",
+        f"{composition.describe(given)}.",
         "",
         "```python",
         "import eckart  # teaches transformers to read this checkpoint",

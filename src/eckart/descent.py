@@ -71,28 +71,32 @@ def put_back(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> No
 
 @contextmanager
 def in_float32(module: nn.Module) -> Iterator[torch.dtype]:
-    """Inside, a module in half precision is in float32; gives the type that it then has. It is rounded back after."""
-    before = next(module.parameters()).dtype
-    half = before in (torch.float16, torch.bfloat16)
-    if half:
-        module.float()
+    """Inside, what a module has in half precision is in float32; gives the type of its inputs then. Rounded back after.
+
+    Tensors that are float32 beside it, such as rotary tables and the norms of some models, stay what they are.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    half = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.float16, torch.bfloat16)]
+    for tensor, _ in half:
+        tensor.data = tensor.data.float()
     try:
-        yield torch.float32 if half else before
+        yield torch.float32 if half else tensors[0].dtype
     finally:
-        if half:
-            module.to(before)
+        for tensor, dtype in half:
+            tensor.data = tensor.data.to(dtype)
 
 
 @contextmanager
 def _only(module: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Inside, these parameters of the module have gradients and no others."""
-    before = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    """Inside, these parameters of the module have gradients and no others; what they had before is put back."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in module.parameters()]
     chosen = {id(parameter) for parameter in parameters}
     try:
-        for parameter in before:
+        for parameter, _, _ in before:
+            parameter.grad = None
             parameter.requires_grad_(id(parameter) in chosen)
         yield
     finally:
-        for parameter, required in before.items():
+        for parameter, required, gradient in before:
             parameter.requires_grad_(required)
-            parameter.grad = None
+            parameter.grad = gradient

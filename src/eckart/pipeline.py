@@ -28,6 +28,9 @@ from eckart.sequential import PassReport, SequentialCalibration
 from eckart.tokens import Tokens, sample_documents, sample_windows
 from eckart.tracking import Track, silent
 
+# Samples in a step of block refinement. It changes numbers, so it is not the batch size that a run is given.
+REFINED_TOGETHER = 8
+
 
 @dataclass(frozen=True)
 class How:
@@ -101,7 +104,8 @@ def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False)
     passes = [asdict(report) for report in (*done, *work.distil())]
     seconds["distil"] = time.perf_counter() - start
     start = time.perf_counter()
-    facts = {**summary, **report.to_dict(), "passes": passes}
+    stored = {"layout": ranking.plan.layout, "joint": sorted(ranking.plan.joint)}
+    facts = {**stored, **summary, **report.to_dict(), "passes": passes}
     files = {
         "README.md": write_card(work.recipe, facts),
         "plan.json": ranking.plan.to_json(),
@@ -177,12 +181,6 @@ class Workbench:
             batch_size=self.how.batch_size,
             context=recipe.context,
             journals=None if self.how.cache is None else self.how.cache / "searches",
-            identity={
-                "model": recipe.model,
-                "dtype": recipe.dtype,
-                "method": recipe.method.model_dump(),
-                "calibration": recipe.calibration.model_dump(mode="json"),
-            },
             track=self.how.track,
         )
         return rank(composition, recipe.budget, bench, rank_multiple=recipe.rank_multiple)
@@ -190,10 +188,10 @@ class Workbench:
     def calibration(self, plan: RankPlan) -> Iterable[BlockCalibration] | None:
         """What `compress` needs for the plan, in the composition's order."""
         composition, sites = self.composition, [site for site in plan.sites if plan.rank(site) is not None]
-        if composition.order == "one-shot" and not composition.keeps_aside:
-            return self._one_shot(sites) if composition.method.needs and sites else None
         if not sites:
-            return None
+            return ()
+        if composition.order == "one-shot" and not composition.keeps_aside:
+            return self._one_shot(sites) if composition.method.needs else None
         tokens, aside = self.tokens
         return SequentialCalibration(
             self.model,
@@ -204,7 +202,7 @@ class Workbench:
             sites=sites,
             gradients=self.gradients,
             passes=() if composition.refinement is None else (composition.refinement,),
-            batch_size=self.how.batch_size,
+            batch_size=self.how.batch_size if composition.refinement is None else REFINED_TOGETHER,
             track=self.how.track,
         )
 
@@ -265,7 +263,8 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> RankPlan:
     shared: dict[str, Any] = {"rank_multiple": recipe.rank_multiple, "layout": composition.layout}
     if composition.joint:
         sites = find_sites(model)
-        shared["joint"] = joint_groups(sites, sites)
+        narrowed = select_sites(sites, include=chosen.include, exclude=chosen.exclude, blocks=chosen.blocks)
+        shared["joint"] = joint_groups(narrowed, sites)
     if recipe.rules is not None:
         rules = [Rule(r.keep, tuple(r.include), tuple(r.exclude), r.blocks) for r in recipe.rules]
         return plan(model, rules=rules, **shared)
@@ -291,10 +290,11 @@ def make_tokens(
 
 
 def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Recipe:
-    """The recipe with the defaults that depend on the model filled in: calibration length and cut.
+    """The recipe with every default filled in: what a composition's name stands for, calibration length and cut.
 
     A model that does not generate and whose tokenizer has a mask token is an encoder, and reads whole documents.
     """
+    recipe = recipe.spelled_out()
     section = recipe.calibration
     decoder = model.can_generate() or tokenizer.mask_token_id is None
     return recipe.model_copy(

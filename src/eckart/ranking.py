@@ -9,27 +9,29 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.allocation import ALLOCATIONS, NEED_CURVES, Budget, Curve, RankPlan
-from eckart.calibration import BlockCalibration
+from eckart.allocation import ALLOCATIONS, NEED_CURVES, Budget, Curve, RankPlan, settle
+from eckart.calibration import BlockCalibration, calibration_digest
 from eckart.composition import Allocation, Composition
 from eckart.compression import factor_units
-from eckart.evals.tasks import Task
+from eckart.evals.tasks import Task, windows_of
 from eckart.lowrank import Factored, Method
 from eckart.models.sites import Site, find_sites
 from eckart.models.units import Unit, units_of
 from eckart.probes import probe
 from eckart.rank_search import PERPLEXITY_TOLERANCE, SearchResult, Tolerance, search
-from eckart.scores import Criterion, task_score
+from eckart.scores import Criterion, perplexity_score, task_score
 from eckart.sensitivity import measure_sensitivity
 from eckart.spectra import spectra_on_demand
 from eckart.tokens import Tokens
 from eckart.tracking import Track, silent
-from eckart.trials import Better
 
 # A model's losses at one cut are measured on this many windows: the probes then cost a pass of them for every linear.
 PROBE_SAMPLES = 16
+# What a method is calibrated on that needs no text.
+NO_TEXT = Tokens(torch.zeros((0, 0), dtype=torch.int64), torch.zeros((0, 0), dtype=torch.bool))
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,6 @@ class Bench:
         tokens: of the calibration; None where nothing needs any.
         tokenizer, data, batch_size, context: for scores, as in `evals.tasks.evaluate`.
         journals: folder for the trials of probes and searches, which go on where they were stopped; None keeps none.
-        identity: what makes the spectra: model, method, calibration.
     """
 
     model: PreTrainedModel
@@ -66,7 +67,6 @@ class Bench:
     batch_size: int = 8
     context: int | None = None
     journals: Path | None = None
-    identity: dict[str, Any] = field(default_factory=dict)
     track: Track = silent
 
 
@@ -87,6 +87,8 @@ def rank(composition: Composition, budget: Budget | None, bench: Bench, *, rank_
     numbers = None
     if budget is not None:
         numbers = budget.numbers(bench.model, bench.sites, layout=composition.layout, joint=joint, bias=method.centred)
+        if numbers == sum(site.num_params for site in bench.sites):
+            return Ranking(settle(every, {site.name: None for site in bench.sites}, layout=composition.layout))
     options: dict[str, Any] = {"layout": composition.layout, "rank_multiple": rank_multiple}
     if allocation.searches:
         return _search(allocation, method, bench, numbers, joint, options)
@@ -147,15 +149,16 @@ def _weigh(
     )
     weights: dict[str, float] = {}
     evaluations = 0
+    identity = _identity(method, bench)
     for groups in ((), joint) if joint else ((),):
         result = probe(
             bench.model,
             _spectra(method, bench, groups),
             windows,
-            sites=bench.sites,
+            sites=[site for site in bench.sites if not groups or site.input_group in groups],
             joint=groups,
-            journal=_journal(bench, "probes", {"joint": sorted(groups), **options}),
-            identity=bench.identity,
+            journal=_journal(bench, "probes", {**identity, "joint": sorted(groups), **options}),
+            identity=identity,
             track=bench.track,
             **options,
         )
@@ -177,10 +180,11 @@ def _search(
 ) -> Ranking:
     """A search that measures the model with cuts in it."""
     assert allocation.score is not None
-    criterion = make_score(allocation.score, bench)
+    criterion = make_score(allocation, bench)
     dense = sum(site.num_params for site in find_sites(bench.model))
     beside = dense - sum(site.num_params for site in bench.sites)
-    identity = {**bench.identity, **criterion.about}
+    identity = {**_identity(method, bench), **criterion.about}
+    named = {**identity, **options, "joint": sorted(joint)}
     shared: dict[str, Any] = {
         "better": criterion.better,
         "sites": bench.sites,
@@ -191,35 +195,38 @@ def _search(
     }
     if allocation.name == "sensitivity":
         assert numbers is not None
-        journal = _journal(bench, "sensitivity", identity)
+        journal = _journal(bench, "sensitivity", named)
         found = measure_sensitivity(bench.model, _spectra(method, bench, joint), criterion, journal=journal, **shared)
         return Ranking(found.plan_within(beside + numbers), {"search": found.to_dict()})
     tolerance = make_tolerance(allocation, criterion)
+    stop = None if numbers is None else beside + numbers
     result: SearchResult = search(
         bench.model,
         _spectra(method, bench, joint),
         criterion,
         tolerance=tolerance,
-        stop=None if numbers is None else beside + numbers,
-        journal=_journal(bench, "surgical", {**identity, "tolerance": str(tolerance)}),
+        stop=stop,
+        journal=_journal(bench, "surgical", {**named, "tolerance": str(tolerance)}),
         **shared,
     )
+    if stop is not None and result.plan.kept_params > stop:
+        raise ValueError(
+            f"the search looked at every chosen linear, and its ranks keep {result.plan.kept_params - beside:,} of "
+            f"{dense - beside:,} numbers, more than the budget's {numbers:,}: raise the tolerance (it is {tolerance}), "
+            "or leave out the budget to take these ranks"
+        )
     return Ranking(result.plan, {"search": result.to_dict()})
 
 
-def make_score(task: str, bench: Bench) -> Criterion:
+def make_score(allocation: Allocation, bench: Bench) -> Criterion:
     """The score of a search: a task's main value, on the part of the data that is for searching where it has one."""
-    name = Task(task)
-    better: Better = "lower" if name.kind in ("perplexity", "divergence") else "higher"
-    split = "sfsd-search" if name.kind in ("perplexity", "lm-eval") else "test"
-    return task_score(
-        replace(name, split=split),
-        bench.tokenizer,
-        better=better,
-        data=bench.data,
-        batch_size=bench.batch_size,
-        context=bench.context,
-    )
+    assert allocation.score is not None
+    task = Task(allocation.score, limit=allocation.limit)
+    if task.kind in ("perplexity", "lm-eval"):
+        task = replace(task, split="sfsd-search")
+    if task.kind == "perplexity":
+        return perplexity_score(windows_of(bench.model, bench.tokenizer, task, data=bench.data, context=bench.context))
+    return task_score(task, bench.tokenizer, data=bench.data, batch_size=bench.batch_size, context=bench.context)
 
 
 def make_tolerance(allocation: Allocation, criterion: Criterion) -> Tolerance:
@@ -235,12 +242,20 @@ def _spectra(method: Method, bench: Bench, joint: Collection[str] = ()) -> Calla
     return spectra_on_demand(bench.model, method, blocks, joint=joint)
 
 
+def _identity(method: Method, bench: Bench) -> dict[str, Any]:
+    """What makes the spectra, for journals; nothing where none are kept."""
+    if bench.journals is None:
+        return {}
+    return {
+        "method": {"name": method.name, "options": method.options},
+        "made of": calibration_digest(bench.model, bench.tokens or NO_TEXT, method.needs, bench.sites),
+    }
+
+
 def _journal(bench: Bench, kind: str, identity: dict[str, Any]) -> Path | None:
     """The file of a search's trials, named by what makes them; None where none are kept."""
     if bench.journals is None:
         return None
     bench.journals.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(
-        [kind, bench.identity, identity, [site.name for site in bench.sites]], sort_keys=True, default=str
-    )
+    text = json.dumps([kind, identity], sort_keys=True, default=str)
     return bench.journals / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.jsonl"

@@ -27,6 +27,8 @@ from eckart.sequential import Order
 BUDGETS = ("keep", "keep_total", "max_bytes", "rules", "plan")
 # What may be done around a method. What a recipe does not say is the composition's.
 AROUND = ("allocation", "layout", "order", "joint", "refit", "refine", "distil")
+# What a budget of this kind says itself.
+DECIDED = {"rules": ("sites", "allocation"), "plan": ("sites", "allocation", "layout", "joint")}
 
 
 class Section(BaseModel):
@@ -194,8 +196,7 @@ class Recipe(Section):
         name = self.composition.allocation.name
         if len(given) != 1 and not (name == "surgical" and not given):
             raise ValueError(f"give exactly one of {', '.join(BUDGETS)}")
-        decided = {"rules": ("sites", "allocation"), "plan": ("sites", "allocation", "layout", "joint")}
-        twice = [name for by in given for name in decided.get(by, ()) if self._says(name)]
+        twice = [name for by in given for name in DECIDED.get(by, ()) if self._says(name)]
         if twice:
             raise ValueError(f"leave out {' and '.join(twice)}: what is in {given[0]} decides that")
         return self
@@ -231,6 +232,32 @@ class Recipe(Section):
             steps = Distillation(self.distil.steps, self.distil.rate, self.distil.batch) if self.distil.steps else None
             changes["distillation"] = steps
         return dataclasses.replace(made, **changes)
+
+    def spelled_out(self) -> Recipe:
+        """The same recipe without a composition's name: its method with every setting, and what is done around it.
+
+        A name may stand for something else in a later eckart, and a recipe that is kept should not.
+        """
+        if self.is_baseline:
+            return self
+        made, decided = self.composition, [name for by, names in DECIDED.items() if getattr(self, by) for name in names]
+        parts: dict[str, Any] = {
+            "allocation": made.allocation.model_dump(exclude_none=True),
+            "layout": made.layout,
+            "order": made.order,
+            "joint": made.joint,
+            "refit": made.refit,
+            "refine": {"steps": 0} if made.refinement is None else dataclasses.asdict(made.refinement),
+            "distil": {"steps": 0} if made.distillation is None else dataclasses.asdict(made.distillation),
+        }
+        assert parts.keys() == set(AROUND)
+        return Recipe.model_validate(
+            {
+                **self.model_dump(exclude_none=True),
+                "method": {"name": made.method.name, "options": made.method.options},
+                **{name: value for name, value in parts.items() if name not in decided},
+            }
+        )
 
     @property
     def budget(self) -> Budget | None:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from eckart.evals.harness_tasks import LOCAL_TASKS
-from eckart.recipe import Recipe, Section, parse_recipe
+from eckart.recipe import MethodSection, Recipe, Section, parse_recipe
 
 # Evaluations whose `limit` counts windows of text; the others' counts examples.
 OF_WINDOWS = ("perplexity", "divergence", "similarity")
@@ -98,7 +98,8 @@ class Study(Section):
         """The study at a scale, with changes on top; "paper" is the study as it is written.
 
         A scale's `base` is laid over the base and over every run; its `evaluate`, `columns` and `runs` replace the
-        study's, whose published numbers are then for something else and are dropped; its `limits` bound evaluations.
+        study's, whose published numbers are then for something else and are dropped; its `limits` bound evaluations
+        and the scores of searches.
 
         Args:
             changes: {dotted recipe key: value}, such as {"model": "path", "calibration.samples": 64}; "models" is a
@@ -120,9 +121,10 @@ class Study(Section):
         if chosen.evaluate is not None:
             base["evaluate"] = chosen.evaluate
         base["evaluate"] = [_limited(item, chosen.limits) for item in base.get("evaluate", [])]
+        base = _limited_search(base, chosen.limits)
         runs = []
         for row in chosen.runs or self.runs:
-            recipe = merge(row.recipe, over)
+            recipe = _limited_search(merge(row.recipe, over), chosen.limits)
             recipe.pop("evaluate", None) if replaced else None
             if "evaluate" in recipe:
                 recipe["evaluate"] = [_limited(item, chosen.limits) for item in recipe["evaluate"]]
@@ -151,7 +153,7 @@ class Study(Section):
         """(name, row, recipe) of every run; rows that a scale has made the same recipe are one run.
 
         Raises:
-            ValueError: as `parse_recipe`, with the run's name.
+            ValueError: as `parse_recipe`, with the run's name; or two different runs have one name.
         """
         found: dict[str, tuple[str, Row, Recipe]] = {}
         several = len(self.models) > 1 or len({row.recipe.get("model") for row in self.runs}) > 1
@@ -164,21 +166,50 @@ class Study(Section):
                     label = f"{Path(str(data.get('model'))).name}, {label}"
                 recipe = parse_recipe(data, where=label)
                 found.setdefault(recipe.to_yaml(), (label, row, recipe))
+        names = [label for label, *_ in found.values()]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"two different runs are both called {twice!r}: give each a label")
         return list(found.values())
 
 
 def describe(recipe: Mapping[str, Any]) -> str:
-    """A run in a few words: "nsvd-i (share=0.9), keep 0.7"."""
-    method = recipe.get("method", "nsvd-i")
-    name, options = (method, {}) if isinstance(method, str) else (method.get("name", "nsvd-i"), method.get("options"))
-    words = name + (f" ({', '.join(f'{key}={value}' for key, value in options.items())})" if options else "")
-    if recipe.get("keep") is not None:
-        return f"{words}, keep {recipe['keep']:g}"
+    """A run in a few words: method, what is said of things around it, size; "nsvd-i (share=0.9), pivoted, keep 0.7"."""
+    words = [_entry(recipe.get("method", MethodSection().name))]
+    if recipe.get("allocation") is not None:
+        words.append(_entry(recipe["allocation"]))
+    words += [str(recipe[key]) for key in ("layout", "order") if recipe.get(key) is not None]
+    for key in ("joint", "refit", "refine", "distil"):
+        said = recipe.get(key)
+        if said is not None:
+            off = not said or (isinstance(said, Mapping) and said.get("steps") == 0)
+            words.append(f"no {key}" if off else key + (_options(said) if isinstance(said, Mapping) else ""))
+    words += [f"{key} {recipe[key]:.12g}" for key in ("keep", "keep_total", "max_bytes") if recipe.get(key) is not None]
     if recipe.get("rules"):
-        return f"{words}, " + "; ".join(
-            f"keep {rule['keep']:g} of {rule.get('blocks') or 'all blocks'}" for rule in recipe["rules"]
-        )
-    return words
+        words.append("; ".join(f"keep {rule['keep']:g} of {_places(rule) or 'all blocks'}" for rule in recipe["rules"]))
+    if recipe.get("plan"):
+        words.append(f"plan {Path(recipe['plan']).stem}")
+    places = _places(recipe.get("sites") or {})
+    return ", ".join(words) + (f" of {places}" if places else "")
+
+
+def _places(section: Mapping[str, Any]) -> str:
+    """Which linears, in words: "mlp, not down_proj, last 12"; nothing for all."""
+    named = [*(section.get("include") or ()), *(f"not {name}" for name in section.get("exclude") or ())]
+    return ", ".join([*named, *([section["blocks"]] if section.get("blocks") else [])])
+
+
+def _entry(section: Any) -> str:
+    """A name, or a section's name with what else it says: "nsvd-i (share=0.9)". How much a score reads is left out."""
+    if not isinstance(section, Mapping):
+        return str(section)
+    name = str(section.get("name", MethodSection().name))
+    rest = {key: value for key, value in section.items() if key not in ("name", "options", "limit")}
+    return name + _options({**(section.get("options") or {}), **rest})
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    return f" ({', '.join(f'{key}={value}' for key, value in options.items())})" if options else ""
 
 
 def studies() -> dict[str, Path]:
@@ -229,9 +260,22 @@ def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
 def _limited(item: Any, limits: Mapping[str, int]) -> dict[str, Any]:
     """An evaluation with the scale's limit, unless it has its own."""
     entry = {"task": item} if isinstance(item, str) else dict(item)
-    kind, _, argument = str(entry["task"]).partition(":")
-    family = kind == "lm-eval" and argument in LOCAL_TASKS and LOCAL_TASKS[argument].member is not None
-    limit = limits.get("windows" if kind in OF_WINDOWS else "members" if family else "documents")
-    if limit is not None and kind != "cost":
+    if entry["task"] != "cost" and (limit := _limit(str(entry["task"]), limits)) is not None:
         entry.setdefault("limit", limit)
     return entry
+
+
+def _limited_search(recipe: dict[str, Any], limits: Mapping[str, int]) -> dict[str, Any]:
+    """A recipe whose search, where it has one, has the scale's limit of its score, unless it has its own."""
+    allocation = recipe.get("allocation")
+    if not isinstance(allocation, Mapping) or "score" not in allocation or "limit" in allocation:
+        return recipe
+    limit = _limit(str(allocation["score"]), limits)
+    return recipe if limit is None else {**recipe, "allocation": {**allocation, "limit": limit}}
+
+
+def _limit(task: str, limits: Mapping[str, int]) -> int | None:
+    """How much of a task a scale reads."""
+    kind, _, argument = task.partition(":")
+    family = kind == "lm-eval" and argument in LOCAL_TASKS and LOCAL_TASKS[argument].member is not None
+    return limits.get("windows" if kind in OF_WINDOWS else "members" if family else "documents")

@@ -18,6 +18,7 @@ from eckart.corpora import CORPORA
 from eckart.evals.harness_tasks import LOCAL_TASKS
 from eckart.evals.tasks import EVALUATIONS
 from eckart.lowrank import METHODS, build_method, method_options
+from eckart.models.linear import LowRankLinear
 from eckart.models.loading import load_model
 from eckart.models.sites import find_sites, low_rank_modules
 from eckart.sizes import num_bytes, num_params
@@ -48,7 +49,7 @@ def inspect(
                 name,
                 f"{m.out_features} x {m.in_features}",
                 str(m.rank),
-                f"{_kept(m.rank, m.out_features, m.in_features):.3f}",
+                f"{_kept(m):.3f}",
             ]
             for name, m in low_rank.items()
         ]
@@ -149,5 +150,8 @@ def evaluations() -> None:
     console.print(f"lm-eval tasks that local files serve: {', '.join(LOCAL_TASKS)}; any other is read from the hub")
 
 
-def _kept(rank: int, d_out: int, d_in: int) -> float:
-    return rank * (d_out + d_in) / (d_out * d_in)
+def _kept(module: LowRankLinear) -> float:
+    """Numbers that it stores as a share of the dense ones; a shared right factor counts for all its readers alike."""
+    readers = (module.lender or module).product.readers
+    stored = module.left.weight.numel() + module.right.weight.numel() / max(readers, 1)
+    return stored / (module.out_features * module.in_features)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,7 +23,7 @@ from eckart.evals.result import EvalResult
 from eckart.evals.similarity import Activations, similarity
 from eckart.evals.stereoset import read_stereoset, stereoset
 from eckart.evals.subject import Setup, Subject
-from eckart.evals.windows import check_causal, check_evaluating
+from eckart.evals.windows import check_causal, check_evaluating, cut_windows
 from eckart.tokens import check_tokenizer, encode
 from eckart.tracking import Track, silent
 
@@ -155,6 +156,25 @@ def find_task(name: str) -> Evaluation:
     return row
 
 
+def windows_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    *,
+    data: Path | None = None,
+    context: int | None = None,
+) -> Int[Tensor, "windows length"]:
+    """The windows of token ids that `evaluate` reads for a task on text: read once, to measure many models on.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    check_tokenizer(model, tokenizer)
+    subject = Subject(model, tokenizer, context=context)
+    stream, _ = _text(subject, task, Setup(data))
+    return cut_windows(model, stream, length=_length(subject, task), limit=task.limit)
+
+
 def default_length(model: PreTrainedModel, context: int | None = None) -> int:
     """The window of a model where none is asked for: `context` (None is 2048) tokens, or its positions if fewer."""
     longest = context or DEFAULT_LENGTH
@@ -174,7 +194,10 @@ def _text(subject: Subject, task: Task, setup: Setup) -> tuple[Tensor, dict[str,
     if searched and task.split != "test":
         length = _length(subject, task)
         rows = stream[: len(stream) // length * length].view(-1, length)
-        stream = rows[split_rows(len(rows), task.split)].flatten()
+        try:
+            stream = rows[split_rows(len(rows), task.split)].flatten()
+        except ValueError as error:
+            raise ValueError(f"{task.name}: of windows of {length} tokens, {error}") from error
     return stream, shared
 
 
