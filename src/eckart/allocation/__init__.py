@@ -1,0 +1,42 @@
+"""Allocation: which site gets which rank, within which budget."""
+
+from collections.abc import Callable
+
+from eckart.allocation.budget import Budget
+from eckart.allocation.curves import Curve
+from eckart.allocation.effective import effective_rank
+from eckart.allocation.files import weight_bytes
+from eckart.allocation.optimal import global_
+from eckart.allocation.ranks import RankPlan, settle, stored_params
+from eckart.allocation.rules import Rule, plan
+from eckart.allocation.shares import per_role, uniform
+from eckart.allocation.summary import linear_macs, summarise
+
+# {name: f(sites, units or curves, numbers, *, layout, rank_multiple, ...) -> RankPlan}.
+ALLOCATIONS: dict[str, Callable[..., RankPlan]] = {
+    "uniform": uniform,
+    "per-role": per_role,
+    "effective-rank": effective_rank,
+    "global": global_,
+}
+# Those that read losses, and not only which sites there are.
+NEED_CURVES = frozenset({"effective-rank", "global"})
+
+__all__ = [
+    "ALLOCATIONS",
+    "NEED_CURVES",
+    "Budget",
+    "Curve",
+    "RankPlan",
+    "Rule",
+    "effective_rank",
+    "global_",
+    "linear_macs",
+    "per_role",
+    "plan",
+    "settle",
+    "stored_params",
+    "summarise",
+    "uniform",
+    "weight_bytes",
+]

@@ -1,0 +1,150 @@
+"""Budget: how large a compressed model may be, in the measure that matters to the one who asks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from eckart.allocation.files import (
+    SHARD,
+    WORD,
+    dense_tensors,
+    entry,
+    header_bytes,
+    low_rank_twin,
+    type_name,
+    weight_bytes,
+    with_modules,
+)
+from eckart.allocation.ranks import RankPlan
+from eckart.lowrank import Layout
+from eckart.models.sites import Site, read_weight
+from eckart.models.units import units_of
+from eckart.sizes import num_params
+
+# Bytes that one more file takes: a word, a header without tensors, and what fills it up.
+ONE_MORE_FILE = 64
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large the compressed model may be. Exactly one of:
+
+    Attributes:
+        keep: share of the chosen linears' numbers, in (0, 1]. Everything else stays as it is and is not counted.
+        keep_total: share of all the model's numbers, in (0, 1]: embeddings, head and norms count, tied ones once.
+        max_bytes: of the weight files, as `save_pretrained` writes them.
+
+    Raises:
+        ValueError: none or several are given, or one is out of range.
+    """
+
+    keep: float | None = None
+    keep_total: float | None = None
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        named = {"keep": self.keep, "keep_total": self.keep_total, "max_bytes": self.max_bytes}
+        given = [name for name, value in named.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(named)}, not {' and '.join(given) or 'none'}")
+        for name, share, of in (
+            ("keep", self.keep, "the chosen linears"),
+            ("keep_total", self.keep_total, "the model"),
+        ):
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"{name} {share} is outside (0, 1]: it is the share of {of} kept, not removed")
+        if self.max_bytes is not None and (self.max_bytes < 1 or self.max_bytes != int(self.max_bytes)):
+            raise ValueError(f"max_bytes {self.max_bytes} is not a positive whole number")
+
+    def numbers(
+        self,
+        model: PreTrainedModel,
+        sites: Sequence[Site],
+        *,
+        layout: Layout = "plain",
+        joint: Collection[str] = (),
+        bias: bool = False,
+    ) -> int:
+        """How many numbers the chosen `sites` may store together; at most their dense ones.
+
+        What is not chosen stays dense. Of `max_bytes`, everything that comes with a low-rank site beside its factors is
+        taken off for every chosen site (see `weight_bytes`), so no plan of so many numbers makes larger files.
+
+        Args:
+            model: dense; its weights are not read.
+            joint: input groups whose sites are to share a right factor.
+            bias: the method adds a bias to every low-rank site that has none. Its numbers count in `keep_total`, its
+                bytes in `max_bytes`.
+
+        Raises:
+            ValueError: the chosen sites do not fit even at rank 1; the message says what the least possible is.
+        """
+        dense = sum(site.num_params for site in sites)
+        present = [group for group in joint if any(site.input_group == group for site in sites)]
+        least = sum(min(unit.num_stored(1, layout), unit.num_params) for unit in units_of(sites, present))
+        if self.keep is not None:
+            numbers = _share_of(dense, self.keep)
+            possible = f"keep {_rounded_up(least / dense)}"
+        elif self.keep_total is not None:
+            whole = num_params(model)
+            beside = whole - dense + sum(site.d_out for site in sites if bias and not site.has_bias)
+            numbers = dense if self.keep_total == 1 else _share_of(whole, self.keep_total) - beside
+            possible = f"keep_total {_rounded_up((beside + least) / whole)}"
+        else:
+            assert self.max_bytes is not None
+            most = int(self.max_bytes)
+            if weight_bytes(model, RankPlan(tuple(sites), {})) <= most:
+                return dense
+            size = max(read_weight(model.get_submodule(site.name)).itemsize for site in sites)
+            beside = _bytes_beside(model, sites, layout, bias, most)
+            numbers = (most - beside) // size
+            possible = f"max_bytes {beside + least * size:,}"
+        if numbers < least:
+            raise ValueError(
+                f"{self}: too small, the least possible is {possible}, with every chosen linear at rank 1; "
+                "allow more, or choose more linears"
+            )
+        return min(numbers, dense)
+
+    def __str__(self) -> str:
+        if self.max_bytes is not None:
+            return f"max_bytes {self.max_bytes:,}"
+        return f"keep {self.keep}" if self.keep is not None else f"keep_total {self.keep_total}"
+
+
+def _share_of(numbers: int, share: float) -> int:
+    """floor(share numbers). A share such as 0.58 is no binary fraction; what falls short only by that counts."""
+    return math.floor(round(share * numbers, 3))
+
+
+def _rounded_up(share: float) -> float:
+    """With four decimals: enough of the share, for messages."""
+    return math.ceil(share * 1e4) / 1e4
+
+
+def _bytes_beside(model: PreTrainedModel, sites: Sequence[Site], layout: Layout, bias: bool, max_bytes: int) -> int:
+    """The most that files of `max_bytes` hold beside the numbers of the chosen sites.
+
+    That is with every site low-rank and on its own: it then has more tensors than a dense or joint one, each with an
+    entry in the header. Shapes and places in the file are taken at their longest.
+    """
+    longest = {
+        site.name: low_rank_twin(model, site, min(site.d_out, site.d_in), 0 if layout == "pivoted" else None, bias=bias)
+        for site in sites
+    }
+    tensors = with_modules(dense_tensors(model), longest)
+    factors = {f"{name}.{side}.weight" for name in longest for side in ("left", "right")}
+    beside = sum(tensor.nbytes for name, tensor in tensors.items() if name not in factors)
+    stored = revert_weight_conversion(model, tensors)
+    entries = {
+        name: entry(type_name(name, tensor), list(tensor.shape), max_bytes, max_bytes)
+        for name, tensor in stored.items()
+    }
+    # Two files that follow each other hold more than one may, or they would be one.
+    files = 1 + 2 * max_bytes // SHARD
+    return WORD + header_bytes(entries) + files * ONE_MORE_FILE + beside

@@ -1,0 +1,111 @@
+"""Fitting: ranks that grow with one factor, as large as a budget lets them be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from eckart.allocation.curves import Curve
+from eckart.allocation.ranks import RankPlan, settle
+from eckart.lowrank import Layout
+from eckart.models.sites import Site
+from eckart.models.units import Unit
+
+# Halvings of the bracket: more than a float64 factor has binary digits.
+HALVINGS = 60
+
+
+def fit(
+    sites: Sequence[Site],
+    units: Sequence[Unit],
+    numbers: int,
+    rank_at: Callable[[Unit, float], int | None],
+    largest: float,
+    *,
+    layout: Layout,
+) -> RankPlan:
+    """The plan at the largest factor in (0, `largest`] whose units store no more than `numbers` together.
+
+    Args:
+        sites: every site of the model.
+        rank_at: a unit's rank at a factor; None is dense. It must not store less at a larger factor.
+        largest: a factor at which every unit is dense.
+
+    Raises:
+        ValueError: the smallest ranks store more than `numbers`; the message says how much.
+
+    Cost: some sixty times all units' ranks.
+    """
+    check_units(units)
+    if not units:
+        raise ValueError("there is nothing to share a budget among: no linear is chosen")
+
+    def ranks(factor: float) -> list[int | None]:
+        found = [rank_at(unit, factor) for unit in units]
+        return [None if pays_nothing(unit, rank, layout) else rank for unit, rank in zip(units, found, strict=True)]
+
+    def stored(chosen: Sequence[int | None]) -> int:
+        return sum(unit.num_stored(rank, layout) for unit, rank in zip(units, chosen, strict=True))
+
+    low, high = 0.0, largest
+    best = ranks(low)
+    if stored(best) > numbers:
+        raise ValueError(too_small(numbers, stored(best)))
+    if stored(ranks(high)) <= numbers:
+        best = ranks(high)
+    else:
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            chosen = ranks(middle)
+            if stored(chosen) <= numbers:
+                low, best = middle, chosen
+            else:
+                high = middle
+    return plan_of(sites, units, best, layout)
+
+
+def share_rank(unit: Unit, share: float, layout: Layout, rank_multiple: int) -> int | None:
+    """The unit's rank at a share of its numbers; None from 1 on, where the dense weight is as small, and exact."""
+    if share >= 1:
+        return None
+    return 1 if share == 0 else unit.rank_for(share, layout, rank_multiple)
+
+
+def check_multiple(rank_multiple: int) -> None:
+    """Raises ValueError unless it is positive."""
+    if rank_multiple < 1:
+        raise ValueError(f"rank_multiple {rank_multiple} is not positive")
+
+
+def bare(units: Sequence[Unit | Curve]) -> list[Unit]:
+    """The units; of a curve, the unit that it is of."""
+    return [unit.unit if isinstance(unit, Curve) else unit for unit in units]
+
+
+def plan_of(sites: Sequence[Site], units: Sequence[Unit], ranks: Sequence[int | None], layout: Layout) -> RankPlan:
+    """The plan in which each site has the rank of its unit, and low-rank units of several sites are joint."""
+    named = {site.name: rank for unit, rank in zip(units, ranks, strict=True) for site in unit.sites}
+    joint = [unit.group for unit, rank in zip(units, ranks, strict=True) if len(unit.sites) > 1 and rank is not None]
+    return settle(sites, named, layout=layout, joint=joint)
+
+
+def pays_nothing(unit: Unit, rank: int | None, layout: Layout) -> bool:
+    """Whether the rank is full, or its factors store no less than the dense weight."""
+    return rank is None or rank >= min(unit.d_out, unit.d_in) or unit.num_stored(rank, layout) >= unit.num_params
+
+
+def too_small(numbers: int, least: int) -> str:
+    """What to say of a budget that nothing fits."""
+    return (
+        f"a budget of {numbers:,} numbers is too small: at their smallest ranks the chosen linears take {least:,}; "
+        "allow more, or lower rank_multiple"
+    )
+
+
+def check_units(units: Sequence[Unit]) -> None:
+    """Raises ValueError where a site is in two units."""
+    seen: set[str] = set()
+    for unit in units:
+        for site in unit.sites:
+            if site.name in seen:
+                raise ValueError(f"{site.name} is in two of the units that a budget is shared among")
+            seen.add(site.name)

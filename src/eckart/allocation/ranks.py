@@ -1,0 +1,158 @@
+"""Plan: a rank for every site, as data; what it stores, and as JSON that people edit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from eckart.lowrank import LAYOUTS, Layout
+from eckart.models.sites import Site
+from eckart.models.units import Unit, units_of
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """A rank for every site that was planned, or None for dense; what a site costs before and after.
+
+    Attributes:
+        sites: every compressible site of the model, in order.
+        ranks: {site name: rank or None}; a site that is not named stays dense.
+        notes: {site name: why it stays dense although a rank was asked for}.
+        layout: how the factors of the low-rank sites are stored.
+        joint: input groups whose sites are factored as one stack and share a right factor.
+
+    Raises:
+        ValueError: an unknown layout, a joint group that no site has, or one whose sites differ in rank.
+    """
+
+    sites: tuple[Site, ...]
+    ranks: Mapping[str, int | None]
+    notes: Mapping[str, str] = field(default_factory=dict)
+    layout: Layout = "plain"
+    joint: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout {self.layout!r} is none of {', '.join(LAYOUTS)}")
+        for unit in self.units:
+            _common_rank(unit, self.ranks)
+
+    def rank(self, site: Site) -> int | None:
+        return self.ranks.get(site.name)
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """The sites in order, those of a joint group as one."""
+        return units_of(self.sites, self.joint)
+
+    @property
+    def dense_params(self) -> int:
+        """Numbers in the weights of all compressible sites before."""
+        return sum(site.num_params for site in self.sites)
+
+    @property
+    def kept_params(self) -> int:
+        """Numbers in them after: those of the factors, a shared one counted once, or d_out d_in where dense."""
+        return sum(unit.num_stored(self.rank(unit.sites[0]), self.layout) for unit in self.units)
+
+    def to_json(self) -> str:
+        """plan.json: meant to be read and edited by hand, and read back by `RankPlan.from_json`."""
+        return json.dumps(
+            {
+                "dense_params": self.dense_params,
+                "kept_params": self.kept_params,
+                "keep": round(self.kept_params / self.dense_params, 6),
+                "layout": self.layout,
+                "joint": sorted(self.joint),
+                "ranks": dict(self.ranks),
+                "notes": dict(self.notes),
+            },
+            indent=2,
+        )
+
+    @classmethod
+    def from_json(cls, text: str, sites: Sequence[Site]) -> RankPlan:
+        """The plan in `text` for a model with `sites`. Only "ranks", "layout" and "joint" are read.
+
+        Without "layout" it is plain, without "joint" every site has its own factors.
+
+        Raises:
+            ValueError: not JSON, no "ranks", an unknown site, layout or input group, a rank outside
+                1 ... min(d_out, d_in), or a joint group whose sites differ in rank.
+        """
+        try:
+            written = json.loads(text)
+            items = dict(written["ranks"]).items()
+            layout, joint = written.get("layout", "plain"), written.get("joint", [])
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"not a rank plan: {error}; expected JSON with a map 'ranks'") from error
+        if not isinstance(joint, list) or not all(isinstance(group, str) for group in joint):
+            raise ValueError(f"joint {joint!r} is not a list of input groups")
+        known = {site.name: site for site in sites}
+        for name, rank in items:
+            if name not in known:
+                raise ValueError(f"the plan names {name}, which this model has not")
+            if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool)):
+                raise ValueError(f"{name}: rank {rank!r} is neither a whole number nor null (dense)")
+        return settle(sites, dict(items), layout=layout, joint=joint)
+
+
+def settle(
+    sites: Sequence[Site],
+    ranks: Mapping[str, int | None],
+    *,
+    layout: Layout = "plain",
+    joint: Collection[str] = (),
+) -> RankPlan:
+    """A plan in which a site whose factors would store more than its dense weight stays dense, with a note.
+
+    A joint group is settled as the one stacked weight that is factored, all of its sites or none. In the pivoted layout
+    every rank below min(d_out, d_in) stores less than the dense weight; at min(d_out, d_in) the site is dense.
+
+    Raises:
+        ValueError: a rank outside 1 ... min(d_out, d_in), or what `RankPlan` raises.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is none of {', '.join(LAYOUTS)}")
+    settled = {site.name: ranks[site.name] for site in sites if site.name in ranks}
+    notes: dict[str, str] = {}
+    for unit in units_of(sites, joint):
+        rank = _common_rank(unit, ranks)
+        if rank is None:
+            continue
+        limit = min(unit.d_out, unit.d_in)
+        if not 1 <= rank <= limit:
+            raise ValueError(
+                f"{unit.name}: rank {rank} is not in 1 ... min(d_out, d_in) = {limit}; lower keep or exclude this site"
+            )
+        note = _why_dense(unit, rank, layout)
+        if note is not None:
+            for site in unit.sites:
+                settled[site.name], notes[site.name] = None, note
+    return RankPlan(tuple(sites), settled, notes, layout, frozenset(joint))
+
+
+def stored_params(site: Site, rank: int | None, layout: Layout = "plain") -> int:
+    """Numbers stored for the site's weight at this rank, with a right factor of its own; None is dense."""
+    return Unit((site,)).num_stored(rank, layout)
+
+
+def _why_dense(unit: Unit, rank: int, layout: Layout) -> str | None:
+    if layout == "pivoted":
+        full = rank == min(unit.d_out, unit.d_in)
+        return f"rank {rank} is full, and stores as much as the dense weight: left dense" if full else None
+    break_even = unit.num_params // (unit.d_in + unit.d_out)
+    return f"rank {rank} is past break-even ({break_even}): left dense" if rank > break_even else None
+
+
+def _common_rank(unit: Unit, ranks: Mapping[str, int | None]) -> int | None:
+    """The rank of the unit's sites. Raises ValueError where they differ; names the unit."""
+    found = {site.name: ranks.get(site.name) for site in unit.sites}
+    if len(set(found.values())) > 1:
+        given = ", ".join(f"{name} {'dense' if rank is None else rank}" for name, rank in found.items())
+        raise ValueError(
+            f"joint {unit.name}: its linears share a right factor and need one rank, or all stay dense; they have "
+            f"{given}"
+        )
+    return next(iter(found.values()))

@@ -1,0 +1,63 @@
+"""Summary: what a plan makes of a model, counted in every way that people count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from eckart.allocation.files import weight_bytes
+from eckart.allocation.ranks import RankPlan
+from eckart.sizes import num_params
+
+
+def summarise(plan: RankPlan, model: PreTrainedModel, *, bias: bool = False) -> dict[str, Any]:
+    """Shares kept, counted both ways people count, and sizes before and after.
+
+    Call before compressing. Keys:
+        sites_low_rank, sites_dense: how many.
+        keep_of_linears: share of the compressible linears' numbers.
+        keep_of_model: share of the whole model's; embeddings, heads and norms are counted.
+        params: [before, after], numbers of the whole model.
+        file_bytes: [before, after], of the weight files, see `weight_bytes`.
+        macs_per_token: [before, after], multiply-accumulates in linears, see `linear_macs`.
+
+    Args:
+        bias: the method adds a bias to every low-rank site that has none. It counts in all but keep_of_linears.
+    """
+    whole = num_params(model)
+    low_rank = [site for site in plan.sites if plan.rank(site) is not None]
+    removed = plan.dense_params - plan.kept_params
+    added = sum(site.d_out for site in low_rank if bias and not site.has_bias)
+    macs = linear_macs(model)
+    return {
+        "sites_low_rank": len(low_rank),
+        "sites_dense": len(plan.sites) - len(low_rank),
+        "keep_of_linears": plan.kept_params / plan.dense_params,
+        "keep_of_model": (whole - removed + added) / whole,
+        "params": [whole, whole - removed + added],
+        "file_bytes": [weight_bytes(model, RankPlan(plan.sites, {})), weight_bytes(model, plan, bias=bias)],
+        # Factors take a multiply-accumulate for each number that they store: the layouts and a shared right factor save
+        # as many of the one as of the other.
+        "macs_per_token": [macs, macs - removed],
+    }
+
+
+def linear_macs(model: PreTrainedModel) -> int:
+    """Multiply-accumulates per token of the dense model's linears: those that read each token, the head included.
+
+    A pooler and what a classifier has beside the base model read one token of a text; they are not counted. Products
+    that are no linear's, such as attention scores, grow with the text and are not counted either.
+    """
+    base = model.base_model
+    counted = [model] if model.get_output_embeddings() is not None else [base]
+    pooler = getattr(base, "pooler", None)
+    once = set(pooler.modules()) if isinstance(pooler, nn.Module) else set()
+    return sum(
+        module.weight.numel()
+        for root in counted
+        for module in root.modules()
+        if isinstance(module, nn.Linear | Conv1D) and module not in once
+    )

@@ -1,0 +1,64 @@
+"""Summaries: every size that is foretold is what compression then makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from eckart.allocation import Rule, linear_macs, plan, summarise
+from eckart.compression import compress
+from eckart.evals.cost import count_macs
+from eckart.lowrank import LAYOUTS, Layout
+from eckart.models.families import FAMILIES
+from eckart.models.sites import find_sites, low_rank_modules
+from eckart.sizes import num_params
+from tiny import DEFAULT_CONFIGS, tiny_model
+
+LENGTH = 8
+
+
+def counted(model: Any) -> float:
+    return count_macs(model, LENGTH).linear / LENGTH
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model_type", sorted({*FAMILIES, *DEFAULT_CONFIGS}))
+def test_the_summary_is_what_compression_then_does(model_type: str, layout: Layout) -> None:
+    model = tiny_model(model_type)
+    sites = find_sites(model)
+    joint = {site.input_group for site in sites if site.input_group != site.name}
+    made = plan(model, rules=[Rule(0.6, blocks="first 2")], layout=layout, joint=joint)
+    summary = summarise(made, model)
+    dense_params, dense_macs = num_params(model), counted(model)
+    compress(model, "svd", made)
+    assert summary["params"] == [dense_params, num_params(model)]
+    assert summary["macs_per_token"] == [dense_macs, counted(model)]
+    assert summary["keep_of_model"] == pytest.approx(num_params(model) / dense_params)
+    assert summary["keep_of_linears"] == pytest.approx(made.kept_params / made.dense_params)
+    assert (summary["sites_low_rank"], summary["sites_dense"]) == (len(low_rank_modules(model)), len(sites) // 3)
+
+
+def test_added_biases_are_counted() -> None:
+    model = tiny_model("llama")
+    made = plan(model, 0.5, include="mlp")
+    plain, biased = summarise(made, model), summarise(made, model, bias=True)
+    outputs = sum(site.d_out for site in made.sites if site.part == "mlp")
+    assert biased["params"][1] - plain["params"][1] == outputs
+    assert biased["keep_of_model"] > plain["keep_of_model"]
+    assert biased["keep_of_linears"] == plain["keep_of_linears"]
+    assert biased["file_bytes"][1] > plain["file_bytes"][1] + 4 * outputs
+    assert biased["macs_per_token"] == plain["macs_per_token"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "head"), [("llama", "base"), ("bert", "base"), ("bert", "classifier"), ("gpt2", "classifier")]
+)
+def test_what_reads_one_token_is_not_counted(model_type: str, head: str) -> None:
+    """A base model has no head, and poolers and classifiers are small beside the rest, per token of a longer text."""
+    model = tiny_model(model_type, head)
+    inside = linear_macs(model)
+    assert inside == sum(site.num_params for site in find_sites(model))
+    few, many = (count_macs(model, length).linear - length * inside for length in (2, 12))
+    assert few >= 0
+    assert many <= 12 * 32 * 2 + 32 * 32
