@@ -4,7 +4,7 @@
     python benchmarks/quality.py ablation ...
     python benchmarks/quality.py samples ...                # how many calibration tokens a method needs
 
-Every variant of one keep gets the same `max_bytes`: the size of the weight files of plain factors at that share of every
+Every variant of one keep gets the same `max_bytes`: the size of the weight files of plain factors at that share of each
 linear. Printed is the increase of log-perplexity over the dense model, in nats: in the domain of the calibration text
 and the mean over the other corpora; in brackets KL(dense || compressed). Rows are appended to --out as they come, and
 what is there is not computed again.
@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,12 +30,14 @@ from transformers import PreTrainedModel
 import eckart
 from eckart.allocation import plan, weight_bytes
 from eckart.corpora import read_text
-from eckart.evals.divergence import divergence
 from eckart.pipeline import How, make_checkpoint
+from eckart.predictions import log_probabilities, summed_divergence
 from eckart.recipe import parse_recipe
 from eckart.terminal import TerminalTrack
 from eckart.tokens import encode
 
+# Windows at a time.
+BATCH = 8
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 OTHERS = ("ptb", "c4", "snips", "alpaca_eval", "mctest", "japanese")
 CUT = {"allocation": "global"}
@@ -43,8 +46,9 @@ OFF = {"refine": False}
 
 # {name: recipe keys}.
 TABLE: dict[str, dict[str, Any]] = {
-    **{name: {"method": name} for name in ("svd", "asvd-0", "asvd-i", "nsvd-i", "sfsd", "shrunk", "kfac")},
+    **{name: {"method": name} for name in ("svd", "asvd-0", "asvd-i", "nsvd-i", "sfsd", "kfac")},
     "best": FULL,
+    "best-distilled": {"method": "best-distilled"},
 }
 # From the published method to the default, one ingredient after the other; then the default without each, and with what
 # it leaves out.
@@ -55,6 +59,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "kfac, global, pivoted": {"method": "kfac", **CUT, "layout": "pivoted"},
     "kfac, global, pivoted, anchored": {**FULL, **OFF},
     "best": FULL,
+    "best-distilled": {"method": "best-distilled"},
     "best with asvd-i, probes": {
         "method": "asvd-i",
         "allocation": {"name": "global", "weights": "probes"},
@@ -72,7 +77,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "best and refit": {**FULL, "refit": True},
 }
 SAMPLES: dict[str, dict[str, Any]] = {
-    name: TABLE[name] for name in ("svd", "asvd-0", "asvd-i", "nsvd-i", "sfsd", "shrunk", "kfac", "best")
+    name: TABLE[name] for name in ("asvd-0", "asvd-i", "nsvd-i", "sfsd", "kfac", "best")
 }
 STUDIES = {"table": TABLE, "ablation": ABLATION, "samples": SAMPLES}
 # 512 to 64k tokens, in windows of 256.
@@ -108,14 +113,17 @@ class Bench:
         self.model = eckart.load_model(arguments.model, dtype="float32")
         self.tokenizer = eckart.load_tokenizer(arguments.model)
         others = ("builtin/code",) if arguments.data is None else OTHERS
-        self.streams = {name: self.stream(name) for name in (self.own, *others)}
+        self.rows_of = {name: rows for name in (self.own, *others) if len(rows := self.windows(name))}
+        self.dense: dict[tuple[str, int], Tensor] = {}
         self.rows: list[dict[str, Any]] = []
         if arguments.out is not None and arguments.out.is_file():
             self.rows = [json.loads(line) for line in arguments.out.read_text(encoding="utf-8").splitlines()]
 
-    def stream(self, name: str) -> Tensor:
-        text = read_text(name, split="test", data=self.arguments.data)
-        return encode(text.joined, self.tokenizer)
+    def windows(self, name: str) -> Tensor:
+        """(windows, length) of a corpus's test split; none where it is shorter than one."""
+        stream = encode(read_text(name, split="test", data=self.arguments.data).joined, self.tokenizer)
+        length = self.arguments.length
+        return stream[: len(stream) // length * length].view(-1, length)[: self.arguments.windows]
 
     def run(self, variants: dict[str, dict[str, Any]], keeps: Any, counts: Any) -> None:
         print(
@@ -167,14 +175,22 @@ class Bench:
                 file.write(json.dumps(row) + "\n")
         return row
 
+    @torch.no_grad()
     def compare(self, model: PreTrainedModel) -> dict[str, tuple[float, float]]:
         """{corpus: (increase of log-perplexity, KL)}."""
         found = {}
-        for name, stream in self.streams.items():
-            if len(stream) < self.arguments.length:
-                continue
-            result = divergence(model, self.model, stream, length=self.arguments.length, limit=self.arguments.windows)
-            found[name] = (result.scores["log_perplexity.change"].value, result.value)
+        for name, rows in self.rows_of.items():
+            nats, kl, count = 0.0, 0.0, 0
+            for number, ids in enumerate(rows.split(BATCH)):
+                mask, targets = torch.ones_like(ids, dtype=torch.bool), ids[:, 1:].flatten()[:, None]
+                # The dense model's are computed once: they fit, and every variant is compared with them.
+                if (name, number) not in self.dense:
+                    self.dense[name, number] = log_probabilities(self.model, ids, mask)
+                log_p, log_q = self.dense[name, number], log_probabilities(model, ids, mask)
+                nats += float((log_p.gather(1, targets) - log_q.gather(1, targets)).sum(dtype=torch.float64))
+                kl += summed_divergence(log_p, log_q)
+                count += len(targets)
+            found[name] = (nats / count, kl / count)
         return found
 
     def show(self, row: dict[str, Any]) -> None:

@@ -34,8 +34,8 @@ class Distillation:
         ValueError: steps, a rate or a batch that are not positive.
     """
 
-    steps: int = 32
-    rate: float = 1e-3
+    steps: int = 64
+    rate: float = 5e-4
     batch: int = 8
 
     def __post_init__(self) -> None:

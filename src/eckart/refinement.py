@@ -24,7 +24,7 @@ class Refinement:
     The steps are taken in float32; the same samples come round in the same order.
 
     Attributes:
-        steps: of one batch each.
+        steps: of one batch each. A few dozen: with more the blocks begin to fit the calibration text.
         rate: of the largest step of a number, relative to the root mean square of the tensor that it is in.
 
     Raises:
@@ -32,7 +32,7 @@ class Refinement:
     """
 
     steps: int = 36
-    rate: float = 1e-3
+    rate: float = 3e-4
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 < self.rate < 1:

@@ -113,6 +113,7 @@ def methods(
             "settings": _settings(baseline_options(name)) or "none",
         }
     else:
+        settings = composition_options(name)  # refuses an unknown name, with what there is
         composed = COMPOSITIONS[name]() if name in COMPOSITIONS else None
         method = composed.method if composed else build_method(name)
         facts = {
@@ -123,7 +124,7 @@ def methods(
             "assumes": method.assumes,
             "fails": method.fails,
             "needs": ", ".join(sorted(method.needs)) or "no calibration",
-            "settings": _settings(composition_options(name)) or "none",
+            "settings": _settings(settings) or "none",
         }
     console.print(table(name, ["", ""], [[key, value] for key, value in facts.items()], text_columns=2))
 

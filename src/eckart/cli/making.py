@@ -145,10 +145,12 @@ def compress(
     for name, note in outcome.plan.notes.items():
         console.print(f"{name}: {note}")
     console.print(sizes_table(str(out), outcome.summary, outcome.plan))
-    undone = [done["place"] for done in outcome.passes if not done["kept"]]
-    if outcome.passes:
+    for what, name in (("refined", "refine"), ("distilled", "distil")):
+        done = [each for each in outcome.passes if each["name"] == name]
+        undone = [each["place"] for each in done if not each["kept"]]
         told = f"; undone, as it did not help on samples kept aside: {', '.join(undone)}" if undone else ""
-        console.print(f"refined {len(outcome.passes) - len(undone)} of {len(outcome.passes)} blocks{told}")
+        if done:
+            console.print(f"{what} {len(done) - len(undone)} of {len(done)}{told}")
     console.print(", ".join(f"{stage} {value:.1f} s" for stage, value in outcome.seconds.items()))
 
 

@@ -25,8 +25,13 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """The site's name; of several, their input group's."""
-        return self.sites[0].name if len(self.sites) == 1 else self.sites[0].input_group
+        """The site's name; of several, the first one's with the last parts of the others: "layers.0.attn.q+k+v"."""
+        return "+".join([self.sites[0].name, *(site.name.rsplit(".", 1)[-1] for site in self.sites[1:])])
+
+    @property
+    def group(self) -> str:
+        """The input group of its sites."""
+        return self.sites[0].input_group
 
     @property
     def d_in(self) -> int:
