@@ -3,6 +3,7 @@
     python benchmarks/quality.py table [--model DIR --data DIR] [--samples 64] [--out runs/quality.jsonl]
     python benchmarks/quality.py ablation ...
     python benchmarks/quality.py samples ...                # how many calibration tokens a method needs
+    python benchmarks/quality.py show --out runs/quality.jsonl                # what is there, as Markdown
 
 Every variant of one keep gets the same `max_bytes`: the size of the weight files of plain factors at that share of each
 linear. Printed is the increase of log-perplexity over the dense model, in nats: in the domain of the calibration text
@@ -86,7 +87,7 @@ COUNTS = (2, 4, 8, 16, 32, 64, 128, 256)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("study", choices=[*STUDIES, "show"])
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--variants", nargs="+", help="some of the study's")
@@ -97,11 +98,35 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder for moments, shared by the variants")
     parser.add_argument("--out", type=Path, help="JSON lines; a stopped run goes on from it")
     arguments = parser.parse_args()
+    if arguments.study == "show":
+        show_rows([json.loads(line) for line in arguments.out.read_text(encoding="utf-8").splitlines()])
+        return
     sweep = arguments.study == "samples"
     keeps = arguments.keeps or ([0.7] if sweep else KEEPS)
     counts = arguments.samples or (COUNTS if sweep else [64])
     variants = {name: STUDIES[arguments.study][name] for name in arguments.variants or STUDIES[arguments.study]}
     Bench(arguments).run(variants, keeps, counts)
+
+
+def show_rows(rows: list[dict[str, Any]]) -> None:
+    """Tables of variants by keep, nats and KL in domain / out of it; one for every model and number of samples."""
+    for model, samples in dict.fromkeys((row["key"][0], row["key"][3]) for row in rows):
+        chosen = {
+            (row["key"][1], row["key"][2]): row for row in rows if (row["key"][0], row["key"][3]) == (model, samples)
+        }
+        keeps = sorted({keep for _, keep in chosen}, reverse=True)
+        for measure in ("nats", "kl"):
+            print(f"\n{Path(model).name}, {samples} samples, {measure}\n")
+            print("| |" + "".join(f" {keep} |" for keep in keeps) + "\n|---|" + "---|" * len(keeps))
+            for name in dict.fromkeys(name for name, _ in chosen):
+                cells = [both(chosen[name, keep][measure]) if (name, keep) in chosen else "" for keep in keeps]
+                print(f"| {name} |" + "".join(f" {cell} |" for cell in cells))
+
+
+def both(values: dict[str, float]) -> str:
+    """In the domain, which comes first, and the mean over the others."""
+    own, *beside = values.values()
+    return f"{own:.4f} / {sum(beside) / len(beside):.4f}"
 
 
 class Bench:
@@ -195,11 +220,6 @@ class Bench:
 
     def show(self, row: dict[str, Any]) -> None:
         _, name, keep, samples = row["key"]
-
-        def both(values: dict[str, float]) -> str:
-            beside = [value for corpus, value in values.items() if corpus != self.own]
-            return f"{values[self.own]:8.4f} / {sum(beside) / len(beside):8.4f}"
-
         print(
             f"{samples:5d} x {self.arguments.length}  keep {keep:.1f}  {name:34s} {both(row['nats'])}   "
             f"({both(row['kl'])})  {row['bytes'] / 1e6:6.2f} MB  {row['seconds']:6.1f} s",

@@ -63,6 +63,56 @@ def test_compress_then_eval_then_inspect_then_export(run: Run, place: Path, tmp_
     assert run("export", tmp_path / "dense", tmp_path / "again", "--dense")[0] == 2
 
 
+def test_nothing_said_is_the_best_composition(run: Run, place: Path, tmp_path: Path) -> None:
+    status, printed = compress(
+        run, place, tmp_path / "small", "--keep", "0.5", "--include", "mlp", "--blocks", "last 2"
+    )
+    assert status == 0, printed
+    recipe = yaml.safe_load((tmp_path / "small/recipe.yaml").read_text())
+    assert recipe["method"]["name"] == "kfac"
+    assert (recipe["allocation"]["name"], recipe["layout"], recipe["order"]) == ("global", "pivoted", "anchored")
+    assert recipe["sites"] == {"include": ["mlp"], "exclude": [], "blocks": "last 2"}
+    assert "rules" not in recipe
+    for measure in ("(keep)", "(keep_total)", "(max_bytes)", "multiply-accumulates per token", "refined", "calibrate"):
+        assert measure in printed, measure
+    plan = json.loads((tmp_path / "small/plan.json").read_text())
+    assert plan["layout"] == "pivoted"
+    size = (tmp_path / "small/model.safetensors").stat().st_size
+    status, printed = compress(run, place, tmp_path / "less", "--max-bytes", str(size - 2000), "--refine", "0")
+    assert status == 0, printed
+    assert (tmp_path / "less/model.safetensors").stat().st_size <= size - 2000
+    assert "refined" not in printed
+    status, printed = run("inspect", tmp_path / "small")
+    assert status == 0, printed
+    kept = {
+        line.split()[1]: float(line.split()[-2]) for line in printed.splitlines() if "mlp." in line and " x " in line
+    }
+    for name, share in kept.items():
+        d_out, d_in = (48, 32) if "down" not in name else (32, 48)
+        rank = plan["ranks"][name]
+        assert share == pytest.approx(rank * (d_out + d_in - rank) / (d_out * d_in), abs=5e-4)
+    assert len(kept) == len([rank for rank in plan["ranks"].values() if rank])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--allocation", "global", "--layout", "pivoted"), {"allocation": "global", "layout": "pivoted"}),
+        (("--order", "sequential", "--refit", "--joint"), {"order": "sequential", "refit": True, "joint": True}),
+        (("--refine", "2", "--no-joint"), {"refine": 2, "joint": False}),
+    ],
+)
+def test_what_is_around_a_method_is_an_option_each(
+    run: Run, place: Path, tmp_path: Path, options: tuple[str, ...], said: dict[str, object]
+) -> None:
+    status, printed = compress(run, place, tmp_path / "out", "--method", "asvd-i", "--keep-total", "0.7", *options)
+    assert status == 0, printed
+    recipe = yaml.safe_load((tmp_path / "out/recipe.yaml").read_text())
+    short = {**recipe, "allocation": recipe["allocation"]["name"], "refine": recipe["refine"]["steps"]}
+    assert {name: short[name] for name in said} == said
+    assert recipe["keep_total"] == 0.7
+
+
 def test_selection_is_one_line_each(run: Run, place: Path, tmp_path: Path) -> None:
     status, printed = compress(run, place, tmp_path / "mlp", "--method", "svd", "--keep", "0.5", "--include", "mlp")
     assert status == 0, printed
@@ -86,6 +136,25 @@ def test_a_plan_is_written_edited_and_used(run: Run, place: Path, tmp_path: Path
     assert status == 0, printed
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["quantization_config"]["sites"] == {first: {"rank": 3, "bias": False}}
+
+
+def test_the_pivoted_layout_has_more_rank_for_the_same_share(run: Run, place: Path, tmp_path: Path) -> None:
+    plans = {}
+    for layout in ("plain", "pivoted"):
+        file = tmp_path / f"{layout}.json"
+        status, printed = run("inspect", place / "model", "--keep", "0.5", "--layout", layout, "--save-plan", file)
+        assert status == 0, printed
+        assert "numbers in the linears (keep)" in printed
+        plans[layout] = json.loads(file.read_text())
+        assert plans[layout]["layout"] == layout
+        assert plans[layout]["keep"] <= 0.5
+    assert all(plans["pivoted"]["ranks"][name] > rank for name, rank in plans["plain"]["ranks"].items())
+    status, printed = run("inspect", place / "model", "--keep", "0.5", "--layout", "round")
+    assert status == 2
+    assert "layout 'round' is none of plain, pivoted" in printed
+    status, printed = compress(run, place, tmp_path / "out", "--plan", tmp_path / "pivoted.json", "--layout", "plain")
+    assert status == 2
+    assert "leave out layout: what is in plan decides that" in printed
 
 
 def stop(*_args: object, **_options: object) -> None:
@@ -141,9 +210,17 @@ def test_run_goes_on_where_it_was(run: Run, place: Path, tmp_path: Path) -> None
     [
         (["--method", "nsvdi"], "did you mean 'nsvd-i'"),
         (["--keep", "7"], "less than or equal to 1"),
+        (["--method", "bets"], "did you mean 'best'"),
         (["--option", "share"], "not NAME=VALUE"),
-        (["--option", "share=much"], "not a number"),
+        (["--option", "shrink_in=much"], "not a number"),
+        (["--option", "bias=perhaps"], "neither true nor false"),
         (["--option", "alpha=1"], "no setting 'alpha'"),
+        (["--keep-total", "0.5"], "give exactly one of keep, keep_total, max_bytes, rules, plan"),
+        (["--allocation", "glbal"], "'global'"),
+        (["--allocation", "per-role"], "shares, such as {mlp: 2, attention: 1}"),
+        (["--allocation", "surgical"], "surgical needs a score"),
+        (["--layout", "round"], "layout: Input should be 'plain' or 'pivoted'"),
+        (["--order", "backwards"], "'anchored'"),
         (["--include", "q_prj"], "'q_prj' matches no site"),
         (["--blocks", "last 99"], "this model has 3 blocks"),
         (["--calibration", "nowhere.txt"], "no corpus 'nowhere.txt'"),
@@ -188,8 +265,16 @@ def test_methods_and_help_teach(run: Run) -> None:
     status, printed = run("methods")
     assert status == 0
     assert "nid-ii" in printed
+    assert "best" in printed
     status, printed = run("methods", "fwsvd")
     assert "2207.00112" in printed
+    status, printed = run("methods", "best")
+    assert status == 0
+    for told in ("kfac", "Ranks: global, layout: pivoted, order: anchored", "docs/ablation.md", "shrink_in=0.1"):
+        assert told in printed, told
+    status, printed = run("methods", "bets")
+    assert status == 2
+    assert "did you mean 'best'" in printed
     status, printed = run("--help")
     assert all(command in printed for command in ("demo", "compress", "eval", "inspect", "export", "methods", "run"))
 

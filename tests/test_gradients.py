@@ -188,10 +188,19 @@ def test_works_where_gradients_are_switched_off() -> None:
 # Refusals
 
 
-def test_float16_is_refused() -> None:
+def test_float16_is_taken_in_float32_and_left_as_it_was() -> None:
+    """Its own gradients would underflow to zero."""
     model = tiny_model("llama", dtype=torch.float16)
-    with pytest.raises(ValueError, match="float16 underflow to zero; load the model in bfloat16 or float32"):
-        collect_gradients(model, tiny_tokens(), find_sites(model), FISHER)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = collect_gradients(model, tiny_tokens(), find_sites(model), GRADIENT_STATISTICS)
+    exact = collect_gradients(
+        tiny_model("llama", dtype=torch.float16).float(), tiny_tokens(), find_sites(model), GRADIENT_STATISTICS
+    )
+    for name, moments in found.items():
+        assert torch.equal(moments.fisher_in, exact[name].fisher_in), name
+        assert torch.equal(moments.gradient_covariance, exact[name].gradient_covariance), name
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.dtype == torch.float16
 
 
 def test_bfloat16_is_not() -> None:

@@ -12,21 +12,13 @@ import eckart
 PACKAGE = Path(eckart.__file__).parent
 # A room may import rooms to its right, never to its left.
 ORDER = [
-    "cli",
-    "reproduction",
-    "study",
-    "experiment",
-    "pipeline",
-    "demo",
-    "card",
-    "recipe",
-    "baselines",
-    "compression",
-    "calibration",
-    "gradients",
-    "allocation",
-    "models",
-    "lowrank",
+    *("cli", "reports", "terminal"),
+    *("reproduction", "study", "experiment", "pipeline", "demo", "card", "recipe"),
+    *("ranking", "composition"),
+    *("distillation", "refinement", "sequential"),
+    *("probes", "sensitivity", "rank_search", "scores", "predictions", "spectra", "trials", "journal"),
+    *("baselines", "descent", "compression", "calibration", "gradients", "walk", "allocation", "models", "lowrank"),
+    *("evals", "tokens", "corpora", "questions", "builtin", "precision", "quiet", "sizes", "tracking"),
 ]
 
 
@@ -39,12 +31,19 @@ def imports_of(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
             found.add(node.module or "")
+            found.update(f"eckart.{name.name}" for name in node.names if node.module == "eckart")
     return found
 
 
 def files_of(room: str) -> list[Path]:
     folder = PACKAGE / room
     return sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{room}.py"]
+
+
+def test_every_room_has_its_place() -> None:
+    rooms = {place.stem for place in PACKAGE.iterdir() if place.suffix == ".py" or (place / "__init__.py").is_file()}
+    assert rooms - {"__init__", "__main__"} == set(ORDER)
+    assert len(set(ORDER)) == len(ORDER)
 
 
 @pytest.mark.parametrize("room", ORDER)

@@ -164,7 +164,7 @@ def test_joint_groups_are_probed_as_one() -> None:
     stack = factor(torch.cat([read_weight(model.get_submodule(site.name)) for site in members]))
     found = probe(model, lambda name: stack, tokens, sites=members, joint=[group], layout="pivoted", rank_multiple=4)
     (item,) = found.probes
-    assert (item.name, item.tail) == (group, stack.tails()[item.rank])
+    assert (item.name, item.tail) == (f"{group}+k_proj+v_proj", stack.tails()[item.rank])
     assert item.rank % 4 == 0
     assert item.divergence > 0
 

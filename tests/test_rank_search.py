@@ -22,6 +22,7 @@ from eckart.calibration import calibrate
 from eckart.compression import compress
 from eckart.lowrank import Factored, build_method, rank_for
 from eckart.models.sites import find_sites, low_rank_modules
+from eckart.models.units import units_of
 from eckart.rank_search import PERPLEXITY_TOLERANCE, SearchResult, Tolerance, search
 from eckart.scores import accuracy_score, perplexity_score, split_windows, task_score
 from eckart.spectra import spectra_on_demand
@@ -329,10 +330,10 @@ def test_joint_groups_are_decided_as_one() -> None:
     sites, method = find_sites(model), build_method("svd")
     groups = {site.input_group: [s for s in sites if s.input_group == site.input_group] for site in sites}
     joint = [name for name, members in groups.items() if len(members) > 1]
+    units = {unit.name: unit for unit in units_of(sites, joint)}
 
     def spectrum(name: str) -> Factored:
-        members = groups[name] if name in joint else [site for site in sites if site.name == name]
-        return method.factor(torch.cat([model.get_submodule(site.name).weight for site in members]))
+        return method.factor(units[name].weight(model))
 
     found = search(model, spectrum, TableScore(), better="lower", tolerance=Tolerance(2.0, False), joint=joint)
     assert found.plan.joint == frozenset(joint)

@@ -155,17 +155,17 @@ def test_joint_groups_and_the_pivoted_layout() -> None:
     model = tiny_model("llama")
     sites = find_sites(model)
     group = sites[0].input_group
-    members = [site for site in sites if site.input_group == group]
+    members, joint = [site for site in sites if site.input_group == group], f"{group}+k_proj+v_proj"
     stack = factor(torch.cat([read_weight(model.get_submodule(site.name)) for site in members]))
 
     def spectrum(name: str) -> Factored:
-        return stack if name == group else spectra_of("llama")[name]
+        return stack if name == joint else spectra_of("llama")[name]
 
     score = lambda scoring: 10.0 + len(low_rank_modules(scoring))
     found = measure_sensitivity(
         model, spectrum, score, better="lower", shares=FEW, joint=[group], layout="pivoted", rank_multiple=2
     )
-    assert {trial.name for trial in found.trials} == {group, *(site.name for site in sites if site not in members)}
+    assert {trial.name for trial in found.trials} == {joint, *(site.name for site in sites if site not in members)}
     plan = found.plan_within(int(0.6 * sum(site.num_params for site in sites)))
     assert (plan.layout, plan.joint) == ("pivoted", frozenset([group]))
     assert len({plan.ranks.get(site.name) for site in members}) == 1

@@ -13,6 +13,7 @@ from eckart import experiment
 from eckart.evals.result import EvalResult
 from eckart.evals.tasks import Task
 from eckart.pipeline import How
+from eckart.recipe import parse_recipe
 from eckart.reports import write_report
 from eckart.reproduction import read, run_study, slug
 from eckart.study import Study, describe, load_study, studies
@@ -237,6 +238,79 @@ def test_a_rival_of_one_size_stands_in_the_table_without_an_improvement(place: P
     assert asvd.ours[0] is not None
     assert int8.ours[0] is not None
     assert int8.ours[0] != asvd.ours[0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "label"),
+    [
+        ({"keep": 0.5}, "best, keep 0.5"),
+        ({"method": {"options": {"bias": False}}, "keep": 0.5}, "best (bias=False), keep 0.5"),
+        ({"method": "kfac", "allocation": "global", "keep": 0.5}, "kfac, global, keep 0.5"),
+        (
+            {"method": "kfac", "allocation": {"name": "global", "exact": True}, "keep_total": 0.5},
+            "kfac, global (exact=True), keep_total 0.5",
+        ),
+        (
+            {"method": "sfsd", "allocation": {"name": "surgical", "score": "lm-eval:piqa", "limit": 9}, "keep": 0.5},
+            "sfsd, surgical (score=lm-eval:piqa), keep 0.5",
+        ),
+        (
+            {"method": "sfsd", "allocation": {"name": "surgical", "score": "stereoset"}},
+            "sfsd, surgical (score=stereoset)",
+        ),
+        ({"method": "svd", "layout": "pivoted", "order": "anchored", "keep": 0.5}, "svd, pivoted, anchored, keep 0.5"),
+        ({"method": "svd", "joint": True, "refit": True, "max_bytes": 5000000}, "svd, joint, refit, max_bytes 5000000"),
+        ({"refine": False, "joint": False, "keep": 0.5}, "best, no joint, no refine, keep 0.5"),
+        ({"refine": {"steps": 0}, "distil": {"steps": 8}, "keep": 0.5}, "best, no refine, distil (steps=8), keep 0.5"),
+        ({"sites": {"include": ["mlp"], "blocks": "last 2"}, "keep": 0.5}, "best, keep 0.5 of mlp, last 2"),
+        ({"method": "svd", "sites": {"exclude": ["q_proj"]}, "keep": 0.5}, "svd, keep 0.5 of not q_proj"),
+        (
+            {"method": "svd", "rules": [{"keep": 0.5, "include": ["mlp"]}, {"keep": 0.9}]},
+            "svd, keep 0.5 of mlp; keep 0.9 of all blocks",
+        ),
+        ({"method": "svd", "plan": "some/where/mine.json"}, "svd, plan mine"),
+        ({"method": "int8"}, "int8"),
+    ],
+)
+def test_what_is_around_a_method_is_in_the_label(recipe: dict[str, Any], label: str) -> None:
+    parse_recipe({"model": "m", **recipe})
+    assert describe(recipe) == label
+
+
+def test_runs_that_differ_in_something_else_need_a_label() -> None:
+    few, many = ({"method": "asvd-i", "keep": 0.5, "calibration": {"samples": number}} for number in (4, 8))
+    with pytest.raises(ValueError, match=r"two different runs are both called 'asvd-i, keep 0.5': give each a label"):
+        Study.model_validate({**BASE, "runs": [few, many]}).recipes()
+    study = Study.model_validate({**BASE, "runs": [few, {**many, "label": "asvd-i, 8 samples"}]})
+    assert [label for label, *_ in study.recipes()] == ["asvd-i, keep 0.5", "asvd-i, 8 samples"]
+
+
+def test_limits_bound_the_scores_of_searches() -> None:
+    search = {"name": "surgical", "score": "perplexity:text.txt"}
+    runs: list[dict[str, Any]] = [
+        {"method": "sfsd", "allocation": search},
+        {"method": "svd", "allocation": {**search, "limit": 2}},
+        {"method": "sfsd", "allocation": {"name": "surgical", "score": "lm-eval:piqa"}},
+        {"method": "svd", "keep": 0.5},
+    ]
+    small = {"base": {"model": "small"}, "limits": {"windows": 3, "documents": 5}}
+    study = Study.model_validate({**BASE, "runs": runs, "scales": {"small": small}, "compare": None})
+    limits = [recipe.allocation and recipe.allocation.limit for *_, recipe in study.at("small").recipes()]
+    assert limits == [3, 2, 5, None]
+    assert [recipe.allocation and recipe.allocation.limit for *_, recipe in study.recipes()] == [None, 2, None, None]
+    base = {**BASE["base"], "method": "sfsd", "allocation": search}
+    shared = Study.model_validate({**BASE, "base": base, "runs": [{}, {"keep": 0.8}], "scales": {"small": small}})
+    assert [recipe.allocation and recipe.allocation.limit for *_, recipe in shared.at("small").recipes()] == [3, 3]
+
+
+def test_a_search_that_stays_above_its_size_is_a_gap_with_its_reason(place: Path, tmp_path: Path) -> None:
+    search = {"name": "surgical", "score": f"perplexity:{place / 'text.txt'}", "tolerance": "-90%", "limit": 1}
+    runs = [{"method": "svd", "keep": 0.5}, {"method": "svd", "allocation": search, "keep": 0.5}]
+    _, uniform, searched = run_study(at_place(place, runs=runs), tmp_path / "out", How(cache=tmp_path / "cache"))
+    assert None not in uniform.ours
+    assert searched.ours == [None, None]
+    assert "raise the tolerance" in next(iter((searched.refusals or {}).values()))
+    assert searched.label.startswith("svd, surgical (score=perplexity:")
 
 
 def test_labels_and_folders() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from contextlib import ExitStack
 
 import pytest
@@ -111,7 +112,7 @@ def test_a_joint_cut_is_the_stack_cut_and_shared_out(model_type: str, method: st
     calibration = calibrate(model, tiny_tokens(6, 16), built)
     group = sites[0].input_group
     (unit, *others) = units_of(sites, [group])
-    assert (unit.name, len(unit.sites), len(others)) == (group, 3, len(sites) - 3)
+    assert (unit.group, len(unit.sites), len(others)) == (group, 3, len(sites) - 3)
     spectrum = built.factor(unit.weight(model), Moments(calibration.blocks[0].inputs[group]))
     factors, x = spectrum.cut(5), torch.randn(4, unit.d_in)
     modules = low_rank(model, unit, spectrum, 5)
@@ -122,7 +123,7 @@ def test_a_joint_cut_is_the_stack_cut_and_shared_out(model_type: str, method: st
     with swapped(model, modules):
         assert set(low_rank_modules(model)) == set(modules)
     assert not low_rank_modules(model)
-    with pytest.raises(ValueError, match=f"{group}: its factors are of a"):
+    with pytest.raises(ValueError, match=f"{re.escape(unit.name)}: its factors are of a"):
         low_rank(model, unit, spectra_of(model)[sites[0].name], 5)
 
 
@@ -234,8 +235,10 @@ def test_joint_spectra_are_of_the_stack(method: str) -> None:
     calibration = calibrate(model, tiny_tokens(6, 16), built)
     (unit, *_) = units_of(find_sites(model), [group])
     expected = built.factor(unit.weight(model), moments_of(unit, calibration.blocks[0])).cut(4)
-    found = spectra_on_demand(model, built, calibration, joint=[group])(group).cut(4)
-    assert torch.equal(found.dense(), expected.dense())
+    found = spectra_on_demand(model, built, calibration, joint=[group])
+    assert torch.equal(found(unit.name).cut(4).dense(), expected.dense())
+    with pytest.raises(ValueError, match=f"{group} is no site of this model, nor the name of a joint unit"):
+        found(group)
 
 
 def test_spectra_on_demand_refuse_what_they_cannot_make() -> None:

@@ -102,14 +102,16 @@ def calibrate_by_block(
 
     Raises:
         ValueError: an input or gradient that is not finite (names the group), a token outside the vocabulary, samples
-            longer than the model reads, a model in training mode, or one that does not call its blocks once each in
-            order.
+            longer than the model reads, a model in training mode, one that does not call its blocks once each in
+            order, or an anchored method.
 
     Cost: one forward pass, and 2 n d_in^2 operations for each input group; with gradient statistics also one forward
     and backward pass per sample.
     """
     sites = find_sites(model) if sites is None else sites
     needs = method.needs
+    if "cross_moment" in needs:
+        raise ValueError(f"{method.name} is anchored and reads the compressed model too: give SequentialCalibration")
     if needs:
         check_readable(model, tokens)
     if gradients is None:

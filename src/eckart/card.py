@@ -66,6 +66,6 @@ def write_card(recipe: Recipe, facts: Mapping[str, Any], results: Sequence[tuple
         )
     undone = [done["place"] for done in facts.get("passes", ()) if not done["kept"]]
     if undone:
-        lines.append(f"Refinement was undone where it did not help on samples kept aside: {', '.join(undone)}.")
+        lines.append(f"Gradient steps were undone where they did not help on samples kept aside: {', '.join(undone)}.")
     lines += ["", "## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,7 +13,7 @@ from eckart.evals.tasks import Task, find_task
 from eckart.lowrank import METHODS, Layout, Method, method_options
 from eckart.lowrank.catalogue import INPUT_SHRINKAGE, kfac
 from eckart.lowrank.entries import entry_options
-from eckart.rank_search import Tolerance
+from eckart.rank_search import PERPLEXITY_TOLERANCE, Tolerance
 from eckart.refinement import Refinement
 from eckart.sequential import Order
 
@@ -49,6 +49,18 @@ class Allocation(BaseModel):
     def searches(self) -> bool:
         """Whether it measures the model with trial cuts."""
         return self.name in ("sensitivity", "surgical")
+
+    @property
+    def allowed(self) -> Tolerance:
+        """The tolerance, of a surgical search: what is said, else the authors'."""
+        if self.tolerance is not None:
+            return Tolerance.parse(self.tolerance)
+        by_perplexity = self.score is not None and Task(self.score).kind == "perplexity"
+        return PERPLEXITY_TOLERANCE if by_perplexity else Tolerance(0.0, relative=False)
+
+    def spelled_out(self) -> Allocation:
+        """The same with its tolerance said."""
+        return self.model_copy(update={"tolerance": str(self.allowed)}) if self.name == "surgical" else self
 
     @model_validator(mode="after")
     def _fits(self) -> Allocation:
@@ -110,8 +122,9 @@ class Composition:
 
     @property
     def in_order(self) -> Method:
-        """The method as it factors each linear in the composition's order: anchored, or as it is."""
-        return self.method.anchored(ANCHOR_SHRINKAGE) if self.order == "anchored" else self.method
+        """The method as it factors each linear in the composition's order; it asks for what a refit needs as well."""
+        method = self.method.anchored(ANCHOR_SHRINKAGE) if self.order == "anchored" else self.method
+        return replace(method, needs=method.needs | {"second_moment"}) if self.refit else method
 
     @property
     def keeps_aside(self) -> bool:
@@ -133,8 +146,13 @@ def best(**options: Any) -> Composition:
     )
 
 
+def best_distilled(**options: Any) -> Composition:
+    """best, and then the whole model distilled: better still, for those who have the memory to train the model."""
+    return replace(best(**options), distillation=Distillation())
+
+
 # Whole ways to compress, by name; a recipe names one where it may name a method.
-COMPOSITIONS: dict[str, Callable[..., Composition]] = {"best": best}
+COMPOSITIONS: dict[str, Callable[..., Composition]] = {"best": best, "best-distilled": best_distilled}
 
 
 def composition_options(name: str) -> dict[str, Any]:

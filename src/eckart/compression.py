@@ -17,6 +17,7 @@ from eckart.lowrank import (
     DecompositionError,
     Factored,
     Factors,
+    GradientMoments,
     InputMoments,
     Method,
     Moments,
@@ -124,7 +125,7 @@ def compress(
         plan: of this model; sites without a rank stay as they are.
         calibration: a `Calibration`, the generator of `calibrate_by_block`, or a `SequentialCalibration`, which makes
             the moments of a part when the parts before it are replaced; None for a method that needs none.
-        spectra: what this method made of this model's sites, by name of site or of joint input group. What is in it is
+        spectra: what this method made of this model's units, by `Unit.name`. What is in it is
             only cut; the others are factored and put in, in place, so that a sweep over sizes factors each site once.
             It holds all their bases.
         refit: fit the left factors once more by least squares. Where the calibration has moments of tokens kept aside,
@@ -132,7 +133,7 @@ def compress(
         recipe: noted in the model's config, for the checkpoint.
 
     Raises:
-        ValueError: the method needs statistics that the calibration lacks, or the plan is of another model.
+        ValueError: the method or a refit needs statistics that the calibration lacks, or the plan is of another model.
         DecompositionError: a decomposition failed; the message names the site. The sites before it are replaced
             already, so load the model again before going on.
 
@@ -152,18 +153,14 @@ def compress(
 
     def factored() -> Iterator[list[SiteReport]]:
         for part in parts:
-            start = time.perf_counter()
             chosen = [unit for unit in pending if _is_of(unit, part, method)]
-            made = _replace_units(model, method, plan, chosen, part, spectra, refit)
-            done = [
-                report for reports in track(made, f"block {part.block}: factors", len(chosen)) for report in reports
-            ]
             pending[:] = [unit for unit in pending if unit not in chosen]
+            start = time.perf_counter()
+            yield from _replace_units(model, method, plan, chosen, part, spectra, refit)
             seconds["factor"] += time.perf_counter() - start
-            del part, made  # these moments end here, before the next ones are made
-            yield done
+            del part  # these moments end here, before the next ones are made
 
-    for done in track(factored(), "blocks", len({(unit.sites[0].block) for unit in pending})):
+    for done in track(factored(), "linears", len(pending)):
         reports += done
     if pending:
         raise ValueError(f"the calibration has no moments of {pending[0].name}, which the plan compresses")
@@ -206,13 +203,29 @@ def _timed(blocks: Iterable[BlockCalibration], seconds: dict[str, float]) -> Ite
         del block
 
 
-def moments_of(unit: Unit, part: BlockCalibration) -> Moments:
-    """What a part of a calibration knows of a unit; of several sites, as of the one linear that they are stacked."""
-    inputs = part.inputs.get(unit.sites[0].input_group)
-    gradients = [part.gradients[site.name] for site in unit.sites if site.name in part.gradients]
+def moments_of(unit: Unit, part: BlockCalibration, device: torch.device | None = None) -> Moments:
+    """What a part of a calibration knows of a unit; of several sites, as of the one linear that they are stacked.
+
+    Args:
+        device: of the unit's weight; gradients, and moments that were read from a file, lie in main memory.
+    """
+    inputs = _inputs_on(part.inputs.get(unit.group), device)
+    gradients = [
+        GradientMoments.from_state(found.examples, found.tokens, _sums_on(found.sums, device))
+        for found in (part.gradients[site.name] for site in unit.sites if site.name in part.gradients)
+    ]
     if len(gradients) < len(unit.sites):
         return Moments(inputs)
     return Moments(inputs, gradients[0] if len(gradients) == 1 else JointGradients(tuple(gradients)))
+
+
+def _inputs_on(moments: InputMoments | None, device: torch.device | None) -> InputMoments | None:
+    return None if moments is None else InputMoments.from_state(moments.count, _sums_on(moments.sums, device))
+
+
+def _sums_on(sums: Mapping[str, Tensor], device: torch.device | None) -> dict[str, Tensor]:
+    """The sums on the device, not copied where they are there already."""
+    return {name: value if device is None else value.to(device) for name, value in sums.items()}
 
 
 def factor_units(
@@ -226,12 +239,13 @@ def factor_units(
     root: torch.Tensor | None = None
     group: str | None = None
     for unit in units:
-        moments = moments_of(unit, part)
+        weight = unit.weight(model)
+        moments = moments_of(unit, part, weight.device)
         try:
             # A root that is made of a linear's own gradients is no other linear's.
-            if unit.sites[0].input_group != group or method.needs_gradients:
-                root, group = method.root(moments), unit.sites[0].input_group
-            factored = method.factor(unit.weight(model), moments, root=root)
+            if unit.group != group or method.needs_gradients:
+                root, group = method.root(moments), unit.group
+            factored = method.factor(weight, moments, root=root)
         except (ValueError, DecompositionError) as error:
             raise type(error)(f"{unit.name}: {error}") from error
         yield unit, factored
@@ -255,15 +269,18 @@ def _replace_units(
             spectra[unit.name] = factored
         rank = plan.rank(unit.sites[0])
         assert rank is not None
-        inputs = part.inputs.get(unit.sites[0].input_group)
+        whole = unit.weight(model)
+        inputs, aside = (_inputs_on(found.get(unit.group), whole.device) for found in (part.inputs, part.aside))
         try:
             factors, took = factored.cut(rank), None
-            if refit and inputs is not None and "second_moment" in inputs.sums:
-                factors, took = _refit(unit.weight(model), factors, inputs, part.aside.get(unit.sites[0].input_group))
+            if refit:
+                if inputs is None or "second_moment" not in inputs.sums:
+                    raise ValueError(f"a refit needs second moments, and {method.name}'s calibration has none")
+                factors, took = _refit(whole, factors, inputs, aside)
             modules = unit.modules(model, factors, plan.layout)
         except (ValueError, DecompositionError) as error:
-            message = str(error) if str(error).startswith(unit.sites[0].name) else f"{unit.name}: {error}"
-            raise type(error)(message) from error
+            named = any(str(error).startswith(f"{site.name}: ") for site in unit.sites)
+            raise type(error)(str(error) if named else f"{unit.name}: {error}") from error
         tail = None if method.residual is not None else factored.tail(rank)
         curve = tuple(factored.losses(CURVE))
         reports = []
@@ -301,7 +318,7 @@ def _relative_error(
     if tail is not None:
         error, energy = tail, factored.tail(0)
         if method.centred:
-            energy += float((weight.double() @ inputs.mean.to(weight.device)).square().sum())
+            energy += float((weight.double() @ inputs.mean).square().sum())
     else:
         error, energy = output_error(weight, factors, Moments(inputs))
     return error / energy if energy > 0 else 0.0

@@ -70,23 +70,6 @@ def put_back(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> No
 
 
 @contextmanager
-def in_float32(module: nn.Module) -> Iterator[torch.dtype]:
-    """Inside, what a module has in half precision is in float32; gives the type of its inputs then. Rounded back after.
-
-    Tensors that are float32 beside it, such as rotary tables and the norms of some models, stay what they are.
-    """
-    tensors = [*module.parameters(), *module.buffers()]
-    half = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.float16, torch.bfloat16)]
-    for tensor, _ in half:
-        tensor.data = tensor.data.float()
-    try:
-        yield torch.float32 if half else tensors[0].dtype
-    finally:
-        for tensor, dtype in half:
-            tensor.data = tensor.data.to(dtype)
-
-
-@contextmanager
 def _only(module: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
     """Inside, these parameters of the module have gradients and no others; what they had before is put back."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in module.parameters()]

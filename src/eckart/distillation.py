@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eckart.descent import descend, in_float32, low_rank_parameters, put_back
+from eckart.descent import descend, low_rank_parameters, put_back
+from eckart.precision import in_float32
 from eckart.predictions import log_probabilities, summed_divergence
 from eckart.sequential import PassReport
 from eckart.tokens import Tokens
@@ -72,12 +73,12 @@ class Distillation:
             log_q = log_probabilities(model, *batches[step])
             return torch.nn.functional.kl_div(log_q, log_p.to(log_q.device), log_target=True, reduction="batchmean")
 
-        with in_float32(model):
-            try:
+        try:
+            with in_float32(model):
                 descend(model, parameters, loss, steps=self.steps, rate=self.rate, what="distillation", track=track)
-                after = _divergence(model, dense, aside, self.batch)
-            except ValueError:  # a prediction that is not finite: the rate was too high
-                after = float("inf")
+            after = _divergence(model, dense, aside, self.batch)  # of the numbers that are stored
+        except ValueError:  # a prediction that is not finite: the rate was too high
+            after = float("inf")
         better = after < before
         if not better:
             put_back(parameters, kept)

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.lowrank import GradientMoments
 from eckart.models.sites import Site
+from eckart.precision import in_float32
 from eckart.tokens import Tokens
 from eckart.tracking import Track, silent
 
@@ -38,16 +39,14 @@ def collect_gradients(
         needs: out of GRADIENT_STATISTICS.
 
     Raises:
-        ValueError: a model without a head, a model in float16 (its gradients underflow), or a gradient that is not
-            finite (names the site).
+        ValueError: a model without a head, or a gradient that is not finite (names the site).
 
-    Cost: a forward and a backward pass per sample; memory of one weight's gradient at a time.
+    Cost: a forward and a backward pass per sample; memory of one weight's gradient at a time. Gradients in float16
+    would underflow to zero: such a model is in float32 meanwhile, and takes twice its memory.
     """
-    if next(model.parameters()).dtype == torch.float16:
-        raise ValueError("gradients in float16 underflow to zero; load the model in bfloat16 or float32")
     collected = {site.name: GradientMoments(site.d_out, site.d_in, needs) for site in sites}
     generator = torch.Generator().manual_seed(0)
-    with torch.enable_grad(), _watching(model, collected) as scale_of:
+    with in_float32(model, {torch.float16}), torch.enable_grad(), _watching(model, collected) as scale_of:
         for ids, mask in track(tokens.batches(1), "gradients", len(tokens)):
             loss, scored = sample_loss(model, ids[mask][None], tokens.mask_token, generator)
             scale_of.tokens = scored

@@ -191,7 +191,9 @@ class Workbench:
         if not sites:
             return ()
         if composition.order == "one-shot" and not composition.keeps_aside:
-            return self._one_shot(sites) if composition.method.needs else None
+            # Where losses chose the ranks, the moments of all chosen sites are in the cache; else only these are made.
+            measured = self.recipe.budget is not None and composition.allocation.name != "uniform"
+            return self._one_shot(None if measured else sites) if composition.method.needs else None
         tokens, aside = self.tokens
         return SequentialCalibration(
             self.model,

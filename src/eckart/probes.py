@@ -40,7 +40,7 @@ class Probe:
     """What one cut did.
 
     Attributes:
-        name: of the unit: a site, or an input group.
+        name: `Unit.name`.
         rank: of the cut.
         divergence: mean KL(dense || cut) of the predictions, in nats.
         tail: the method's own loss of the cut, in its metric, as `Factored.tails` has it.
@@ -73,7 +73,7 @@ class ProbeResult:
 
     @property
     def weights(self) -> dict[str, float]:
-        """{unit: nats for one unit of its tail}."""
+        """{`Unit.name`: nats for one unit of its tail}."""
         return {probe.name: probe.weight for probe in self.probes}
 
     def to_dict(self) -> dict[str, Any]:

@@ -213,15 +213,15 @@ def search(
 
     Args:
         model: dense, in eval mode.
-        spectra: a site's `Factored` by its name: a mapping, or a callable that makes it when asked, from the last site
-            to the first, one at a time. A site is asked for once, and not at all where the journal has every
+        spectra: a unit's `Factored` by `Unit.name`: a mapping, or a callable that makes it when asked, from the last
+            site to the first, one at a time. A site is asked for once, and not at all where the journal has every
             answer about it and about those after it.
         score: how good the model is; must be the same number for the same model, or a resumed search is another one.
         better: whether low or high scores are good.
         sites: only these; default all. The others stay dense.
         budgets: shares of a linear's numbers.
         layout: of the plan's factors; decides which rank a budget is and what it costs. Trials use two plain factors.
-        joint: input groups whose linears are cut as one; their spectra are asked for by the group's name.
+        joint: input groups whose linears are cut as one.
         rank_multiple: round ranks down to a multiple, never below one.
         stop: end once the model's linears (`RankPlan.kept_params`, those outside `sites` included) keep no more than
             this many numbers. None looks at every linear. A search that ends above it says so by its plan.

@@ -21,7 +21,7 @@ from eckart.lowrank import Factored, Method
 from eckart.models.sites import Site, find_sites
 from eckart.models.units import Unit, units_of
 from eckart.probes import probe
-from eckart.rank_search import PERPLEXITY_TOLERANCE, SearchResult, Tolerance, search
+from eckart.rank_search import SearchResult, search
 from eckart.scores import Criterion, perplexity_score, task_score
 from eckart.sensitivity import measure_sensitivity
 from eckart.spectra import spectra_on_demand
@@ -198,7 +198,7 @@ def _search(
         journal = _journal(bench, "sensitivity", named)
         found = measure_sensitivity(bench.model, _spectra(method, bench, joint), criterion, journal=journal, **shared)
         return Ranking(found.plan_within(beside + numbers), {"search": found.to_dict()})
-    tolerance = make_tolerance(allocation, criterion)
+    tolerance = allocation.allowed
     stop = None if numbers is None else beside + numbers
     result: SearchResult = search(
         bench.model,
@@ -227,13 +227,6 @@ def make_score(allocation: Allocation, bench: Bench) -> Criterion:
     if task.kind == "perplexity":
         return perplexity_score(windows_of(bench.model, bench.tokenizer, task, data=bench.data, context=bench.context))
     return task_score(task, bench.tokenizer, data=bench.data, batch_size=bench.batch_size, context=bench.context)
-
-
-def make_tolerance(allocation: Allocation, criterion: Criterion) -> Tolerance:
-    """What the recipe says; else the authors': of perplexity half a percent for every linear, of others nothing."""
-    if allocation.tolerance is not None:
-        return Tolerance.parse(allocation.tolerance)
-    return PERPLEXITY_TOLERANCE if criterion.better == "lower" else Tolerance(0.0, relative=False)
 
 
 def _spectra(method: Method, bench: Bench, joint: Collection[str] = ()) -> Callable[[str], Factored]:

@@ -242,7 +242,7 @@ class Recipe(Section):
             return self
         made, decided = self.composition, [name for by, names in DECIDED.items() if getattr(self, by) for name in names]
         parts: dict[str, Any] = {
-            "allocation": made.allocation.model_dump(exclude_none=True),
+            "allocation": made.allocation.spelled_out().model_dump(exclude_none=True),
             "layout": made.layout,
             "order": made.order,
             "joint": made.joint,

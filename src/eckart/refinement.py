@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from eckart.descent import descend, in_float32, low_rank_parameters, put_back
+from eckart.descent import descend, low_rank_parameters, put_back
+from eckart.precision import in_float32
 from eckart.sequential import PassReport, Sample
 from eckart.tracking import Track, silent
 

@@ -21,7 +21,7 @@ def spectra_on_demand(
     *,
     joint: Collection[str] = (),
 ) -> Callable[[str], Factored]:
-    """A function from the name of a site, or of a joint group, to its spectrum, made when asked for and not kept.
+    """A function from a `Unit.name` to its spectrum, made when asked for and not kept.
 
     The root of the last input group is kept, so that asking for q, k and v one after the other makes it once.
 
@@ -46,21 +46,22 @@ def spectra_on_demand(
     def spectrum(name: str) -> Factored:
         nonlocal last
         if name not in units:
-            raise ValueError(f"{name} is no site of this model, nor one of its joint groups")
+            raise ValueError(f"{name} is no site of this model, nor the name of a joint unit")
         unit = units[name]
         replaced = low_rank_modules(model)
         if any(site.name in replaced for site in unit.sites):
             raise ValueError(f"{name} is low-rank already; its dense weight is needed")
-        block, group = unit.sites[0].block, unit.sites[0].input_group
+        block, group = unit.sites[0].block, unit.group
         if method.needs and block not in found:
             raise ValueError(f"{name}: the calibration has no moments of block {block}")
-        moments = moments_of(unit, found.get(block, BlockCalibration(block)))
+        weight = unit.weight(model)
+        moments = moments_of(unit, found.get(block, BlockCalibration(block)), weight.device)
         try:
             # A root that is made of a linear's own gradients is no other linear's.
             if last is None or last[0] != group or method.needs_gradients:
                 last = None
                 last = (group, method.root(moments))
-            return method.factor(unit.weight(model), moments, root=last[1])
+            return method.factor(weight, moments, root=last[1])
         except (ValueError, DecompositionError) as error:
             raise type(error)(f"{name}: {error}") from error
 

@@ -20,8 +20,8 @@ from eckart.lowrank import DecompositionError, Factored, Layout
 from eckart.models.sites import Site, find_sites, replace_module
 from eckart.models.units import Unit, units_of
 
-# What a method made of each site, by the site's name (of a joint group: by its input group). A callable may make it
-# when it is asked for; searches ask for one at a time and keep none.
+# What a method made of each unit, by `Unit.name`. A callable may make it when it is asked for; searches ask for one
+# at a time and keep none.
 Spectra = Mapping[str, Factored] | Callable[[str], Factored]
 # How good a model is, in one number.
 Score = Callable[[PreTrainedModel], float]
@@ -109,7 +109,7 @@ class Trial:
     """One cut that was measured.
 
     Attributes:
-        name: of the unit: a site, or an input group.
+        name: `Unit.name`.
         share: of the unit's numbers that was asked for.
         rank: what it came to.
         score: of the model with this cut in it.
@@ -246,7 +246,7 @@ def make_plan(
         sites,
         {site.name: ranks[unit.name] for unit in units if unit.name in ranks for site in unit.sites},
         layout=layout,
-        joint=frozenset(unit.name for unit in units if len(unit.sites) > 1),
+        joint=frozenset(unit.group for unit in units if len(unit.sites) > 1),
     )
 
 

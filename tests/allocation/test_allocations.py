@@ -312,13 +312,19 @@ def test_a_group_that_is_cheap_as_a_stack_is_joint_and_another_is_not() -> None:
 
 def test_a_part_of_a_joint_group_is_refused() -> None:
     group = curve(SITES[:3])
-    with pytest.raises(ValueError, match=r"joint a\.0\.q is of 3 linears, and only 2 of them have curves"):
+    with pytest.raises(ValueError, match=r"joint a\.0\.q\+k\+v is of 3 linears, and only 2 of them have curves"):
         global_(SITES, [group, curve(SITES[0]), curve(SITES[1])], 500)
-    with pytest.raises(ValueError, match=r"joint a\.0\.q: its linears share a right factor and need one rank"):
+    with pytest.raises(ValueError, match=r"joint a\.0\.q\+k\+v: its linears share a right factor and need one rank"):
         global_(SITES, [curve(SITES[:2]), curve(SITES[3])], 400)
 
 
 # Curves
+
+
+def test_a_stack_has_another_name_than_its_first_linear() -> None:
+    first, stack = curve(SITES[0]), curve(SITES[:3])
+    assert (first.name, stack.name) == ("a.0.q", "a.0.q+k+v")
+    assert first.unit.group == stack.unit.group == "a.0.q"
 
 
 def test_a_curve_takes_the_losses_of_a_spectrum() -> None:

@@ -53,7 +53,7 @@ def test_a_joint_group_counts_its_right_factor_once(layout: Layout) -> None:
     fewer = 5 if layout == "pivoted" else 0
     assert joint.kept_params == rest + 5 * (32 + 16 - fewer)
     assert alone.kept_params == rest + 5 * (32 + 3 * 16 - 3 * fewer)
-    assert [unit.name for unit in joint.units] == ["a.0.q", "a.0.o", "a.0.up", "a.0.down"]
+    assert [unit.name for unit in joint.units] == ["a.0.q+k+v", "a.0.o", "a.0.up", "a.0.down"]
 
 
 def test_a_dense_joint_group_stores_its_weights() -> None:
@@ -115,13 +115,13 @@ def test_an_impossible_rank_gives_the_limit(rank: int, layout: Layout) -> None:
 
 
 def test_a_joint_rank_is_limited_by_the_stack() -> None:
-    with pytest.raises(ValueError, match=r"a\.0\.q: rank 17 is not in 1 \.\.\. min\(d_out, d_in\) = 16"):
+    with pytest.raises(ValueError, match=r"a\.0\.q\+k\+v: rank 17 is not in 1 \.\.\. min\(d_out, d_in\) = 16"):
         settle(block(), dict.fromkeys(QKV, 17), joint=["a.0.q"])
 
 
 @pytest.mark.parametrize("ranks", [{**QKV, "a.0.v": 4}, {**QKV, "a.0.v": None}, {"a.0.q": 5, "a.0.k": 5}])
 def test_unequal_ranks_in_a_joint_group_name_it(ranks: dict[str, int | None]) -> None:
-    message = r"joint a\.0\.q: its linears share a right factor and need one rank.*a\.0\.k 5, a\.0\.v (4|dense)"
+    message = r"joint a\.0\.q\+k\+v: its linears share a right factor and need one rank.*a\.0\.k 5, a\.0\.v (4|dense)"
     with pytest.raises(ValueError, match=message):
         settle(block(), ranks, joint=["a.0.q"])
     with pytest.raises(ValueError, match=message):
@@ -200,7 +200,7 @@ def test_a_plan_may_be_edited_by_hand(model: Any) -> None:
         (
             {"model.layers.0.mlp.up_proj": 3},
             {"joint": ["model.layers.0.mlp.gate_proj"]},
-            "joint model.layers.0.mlp.gate_proj: its linears share",
+            r"joint model.layers.0.mlp.gate_proj\+up_proj: its linears share",
         ),
     ],
 )

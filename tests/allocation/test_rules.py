@@ -153,7 +153,9 @@ def test_rules_keep_joint_groups_together(model: Any) -> None:
     attention, mlp = (plan(model, keep, joint=joint, layout="pivoted") for keep in (0.4, 0.6))
     for s in made.sites:
         assert made.rank(s) == (attention if s.part == "attention" else mlp).rank(s)
-    with pytest.raises(ValueError, match=r"joint model\.layers\.0\.self_attn\.q_proj: its linears share"):
+    with pytest.raises(
+        ValueError, match=r"joint model\.layers\.0\.self_attn\.q_proj\+k_proj\+v_proj: its linears share"
+    ):
         plan(model, rules=[Rule(0.4, include=("q_proj",)), Rule(0.6)], joint=joint)
 
 

@@ -52,7 +52,7 @@ class Curve:
 
     @property
     def name(self) -> str:
-        """That of its unit."""
+        """`Unit.name`."""
         return self.unit.name
 
     def item(self, layout: Layout = "plain", rank_multiple: int = 1) -> tuple[Item, tuple[int | None, ...]]:

@@ -127,7 +127,7 @@ def study_table(study: Study, lines: Sequence[Line]) -> Table:
             rows.append(["    paper", *map(_cell, line.published), *extra])
             rows.append(["    ours - paper", *map(_cell, line.difference), *([""] if improved else [])])
     kinds = {column.partition(":")[0] for column in study.columns}
-    heads = [column.partition(":")[2] if len(kinds) == 1 else column for column in study.columns]
+    heads = [(column.partition(":")[2] or column) if len(kinds) == 1 else column for column in study.columns]
     grid = [["", *heads, *(["improvement"] if improved else [])], *rows]
     if len(heads) > WIDEST:
         grid = [list(column) for column in zip(*grid, strict=True)]

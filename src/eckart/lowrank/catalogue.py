@@ -195,7 +195,7 @@ def feature_space() -> Method:
 
 
 def shrunk(share: float = INPUT_SHRINKAGE, bias: bool = False) -> Method:
-    """asvd-i with the input moment shrunk towards its mean diagonal: nested decomposition's guard, without its ranks."""
+    """asvd-i with its moment shrunk towards the mean diagonal: nested decomposition's guard, without its ranks."""
     return Method(
         name="shrunk",
         paper="the smooth cousin of NSVD: Ledoit and Wolf's shrinkage (2004) of SVD-LLM's moment",
@@ -210,7 +210,7 @@ def shrunk(share: float = INPUT_SHRINKAGE, bias: bool = False) -> Method:
 
 
 def kfac(shrink_in: float = INPUT_SHRINKAGE, shrink_out: float = GRADIENT_SHRINKAGE, bias: bool = True) -> Method:
-    """Error weighed on both sides, by the inputs' moment and by the loss gradient's: its tail is in units of the loss."""
+    """Error weighed by the inputs' moment and by the loss gradient's: its tail is in units of the loss."""
     return Method(
         name="kfac",
         paper="Kronecker-factored Fisher (Martens and Grosse, arXiv 1503.05671) as a metric; GFWSVD, arXiv 2505.17974",

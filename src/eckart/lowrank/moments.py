@@ -275,7 +275,7 @@ class GradientMoments:
 
 @dataclass(frozen=True)
 class JointGradients:
-    """The gradient statistics of linears that read one input, as those of the one linear [W1; W2; ...] that they are."""
+    """The gradient statistics of linears that read one input, as of the one linear [W1; W2; ...] that they are."""
 
     members: tuple[GradientMoments, ...]
 

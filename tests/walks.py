@@ -1,0 +1,194 @@
+"""Walks: calibrations looked at from outside, and sequential ones carried out with cuts that owe nothing to moments."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from eckart.calibration import BlockCalibration
+from eckart.lowrank import InputMoments, Method, build_method, factor
+from eckart.models.sites import Site, blocks_of, replace_module
+from eckart.models.units import units_of
+from eckart.sequential import BlockPass, Order, PassReport, Sample, SequentialCalibration
+from eckart.tokens import Tokens
+from eckart.tracking import Track
+from tiny import relative, site_inputs, tiny_tokens
+
+PLAIN = build_method("asvd-i")
+ANCHORED = PLAIN.anchored(0.1)
+METHOD_OF: dict[Order, Method] = {"one-shot": PLAIN, "sequential": PLAIN, "anchored": ANCHORED}
+T = TypeVar("T")
+
+
+def tokens_of(seed: int = 0) -> tuple[Tokens, Tokens]:
+    """Calibration samples and some to keep aside, of another length, both padded."""
+    return tiny_tokens(3, 12, padded=True, seed=seed), tiny_tokens(2, 9, padded=True, seed=seed + 10)
+
+
+def cut(model: PreTrainedModel, sites: Sequence[Site], rank: int = 5, *, joint: bool = False) -> None:
+    """Replace the sites by plain SVD's factors, whatever their moments are: a loss that every later site sees.
+
+    Args:
+        joint: as one stack, pivoted.
+    """
+    for unit in units_of(sites, {site.input_group for site in sites} if joint else ()):
+        factors = factor(unit.weight(model)).cut(rank)
+        for name, module in unit.modules(model, factors, "pivoted" if joint else "plain").items():
+            replace_module(model, name, module)
+
+
+def members_of(part: BlockCalibration, sites: Iterable[Site]) -> list[Site]:
+    """The sites whose moments a part has."""
+    return [site for site in sites if site.input_group in part.inputs]
+
+
+def walk(model: PreTrainedModel, calibration: SequentialCalibration) -> list[BlockCalibration]:
+    """All parts; every site is cut as soon as its part came."""
+    parts = []
+    for part in calibration:
+        cut(model, members_of(part, calibration.sites))
+        parts.append(part)
+    return parts
+
+
+def tensors_of(parts: Iterable[BlockCalibration], *, aside: bool = False) -> dict[str, Tensor]:
+    """Every number of a calibration, flat; or of what was kept aside."""
+    numbers: dict[str, Tensor] = {}
+    for part in parts:
+        for group, moments in (part.aside if aside else part.inputs).items():
+            numbers[f"{group} count"] = torch.tensor(moments.count)
+            numbers.update({f"{group} {name}": value for name, value in moments.sums.items()})
+        for site, found in ({} if aside else part.gradients).items():
+            numbers[f"{site} examples"] = torch.tensor(found.examples)
+            numbers.update({f"{site} {name}": value for name, value in found.sums.items()})
+    return numbers
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def alike(first: Iterable[BlockCalibration], second: Iterable[BlockCalibration]) -> bool:
+    """Whether two calibrations have the same numbers, bit for bit."""
+    return same(tensors_of(first), tensors_of(second))
+
+
+class Noted:
+    """A track that notes what is being done, and fails on one of the descriptions."""
+
+    def __init__(self, fail: str = "") -> None:
+        self.fail, self.seen = fail, []  # type: ignore[var-annotated]
+
+    def __call__(self, items: Iterable[T], description: str, total: int) -> Iterable[T]:
+        self.seen.append(description)
+        for number, item in enumerate(items):
+            if description == self.fail and number:
+                raise KeyboardInterrupt(description)
+            yield item
+
+
+def refuse_to_run(*_: object) -> None:
+    raise AssertionError("the model ran")
+
+
+def assert_are_of(moments: InputMoments, xh: Tensor, x: Tensor | None) -> None:
+    """The moments are of the rows xh, and of x beside them where there is a reference."""
+    xh = xh.double()
+    assert moments.count == len(xh)
+    assert relative(moments.mean, xh.mean(0)) < 1e-5
+    assert relative(moments.abs_mean, xh.abs().mean(0)) < 5e-6
+    assert relative(moments.second_moment, xh.T @ xh / len(xh)) < 5e-6
+    assert (x is not None) == ("cross_moment" in moments.sums)
+    if x is not None:
+        x = x.double()
+        assert relative(moments.reference_mean, x.mean(0)) < 1e-5
+        assert relative(moments.reference_second_moment, x.T @ x / len(x)) < 5e-6
+        assert relative(moments.cross_moment, x.T @ xh / len(x)) < 5e-6
+
+
+class Nudge:
+    """A pass that changes every weight of the block a little, so that what comes after it shows."""
+
+    def __call__(
+        self, number: int, block: nn.Module, samples: Sequence[Sample], aside: Sequence[Sample], track: Track
+    ) -> PassReport | None:
+        for parameter in block.parameters():
+            parameter.mul_(1.1)
+        return PassReport("nudge", f"block {number}", 1.0, 0.5, True)
+
+
+class Collect:
+    """A pass that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.given: list[tuple[int, nn.Module, list[Sample], list[Sample]]] = []
+
+    def __call__(
+        self, number: int, block: nn.Module, samples: Sequence[Sample], aside: Sequence[Sample], track: Track
+    ) -> PassReport | None:
+        self.given.append((number, block, list(samples), list(aside)))
+        return PassReport("collect", f"block {number}", 1.0, 1.0, False) if number != 1 else None
+
+
+@torch.no_grad()
+def hidden_states(model: PreTrainedModel, tokens: Tokens) -> list[list[Tensor]]:
+    """Per sample and per block, what the block gives, (tokens, width); samples without their padding."""
+    seen: list[list[Tensor]] = []
+    handles = [
+        block.register_forward_hook(
+            lambda _module, _args, output: seen[-1].append((output[0] if isinstance(output, tuple) else output)[0])
+        )
+        for block in blocks_of(model)
+    ]
+    for ids, mask in zip(tokens.ids, tokens.mask, strict=True):
+        seen.append([])
+        model(input_ids=ids[mask][None])
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def assert_walks_as_hooks_see_it(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    order: Order,
+    *,
+    passes: Sequence[BlockPass] = (),
+    joint: bool = False,
+) -> list[str]:
+    """The law. Gives the groups in the order in which they came.
+
+    Args:
+        joint: the sites of a group get pivoted factors that share the right one.
+    """
+    dense = copy.deepcopy(model)
+    texts = tokens_of()
+    calibration = SequentialCalibration(
+        model, texts[0], METHOD_OF[order], order=order, aside=texts[1], sites=sites, passes=passes, batch_size=2
+    )
+    came = []
+    with torch.no_grad():
+        for part in calibration:
+            ((group, moments),) = part.inputs.items()
+            members = members_of(part, sites)
+            assert {site.block for site in members} == {part.block}
+            for text, found in zip(texts, (moments, part.aside[group]), strict=True):
+                xh = site_inputs(model, text, members)
+                x = site_inputs(dense, text, members) if order == "anchored" else {}
+                for site in members:
+                    assert_are_of(found, xh[site.name], x.get(site.name))
+            cut(model, members, joint=joint)
+            came.append(group)
+    return came
+
+
+def traces(model: PreTrainedModel) -> list[str]:
+    """What a walk may have left on the model."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    found = [f"{name}.{attribute}" for name, m in model.named_modules() for attribute in hooks if getattr(m, attribute)]
+    return found + [f"{name}.forward" for name, m in model.named_modules() if "forward" in vars(m)]
