@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -73,7 +74,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
         words = index < text_columns
         drawn.add_column(column, justify="left" if words else "right", overflow="fold", no_wrap=index == 0)
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*(escape(cell) for cell in row))  # E[x] is an expectation, not a style
     return drawn
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from eckart.lowrank import DecompositionError
 
@@ -46,5 +47,5 @@ def main() -> None:
     except (ValueError, OSError, DecompositionError) as error:
         if os.environ.get("ECKART_DEBUG"):
             raise
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)

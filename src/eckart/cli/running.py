@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+from rich.markup import escape
 from rich.table import Table
 
 from eckart.cli.app import CACHE, Batch, Cache, Data, Device, Force, NoCache, app, console
@@ -106,7 +107,7 @@ def reproduce(
             refused.setdefault(why, []).append(f"{task} of {line.label}")
     for why, what in refused.items():
         others = f" and {len(what) - 1} more" if len(what) > 1 else ""
-        console.print(f"[yellow]not measured[/yellow] {what[0]}{others}: {why}", highlight=False)
+        console.print(f"[yellow]not measured[/yellow] {what[0]}{others}: {escape(why)}", highlight=False)
     from eckart.reports import write_report  # plotly takes a second to import
 
     page = write_report([out], out / "report.html")
