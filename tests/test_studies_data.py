@@ -269,8 +269,9 @@ def test_searches_end_at_the_sizes_of_the_paper(name: str, expected: list[float]
 
 
 def test_sfsd_figure_1_has_every_point_of_every_task_once() -> None:
-    """Two models, six tasks, three sizes of each search, of which two of Mistral's HellaSwag are one. The number stands in
-    the searched task's column.
+    """Two models, six tasks, three sizes of each search, of which two of Mistral's HellaSwag are one.
+
+    The number stands in the searched task's column.
     """
     study = STUDIES["sfsd-figure-1"]
     points: dict[tuple[str, str], list[float]] = {}
