@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from eckart.gradients import collect_gradients
 from eckart.lowrank import GradientMoments, InputMoments, Method
 from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
-from eckart.models.sites import Site, blocks_of, find_sites
+from eckart.models.sites import Site, blocks_of, find_sites, first_readers
 from eckart.tokens import Tokens, check_positions, check_vocabulary
 from eckart.tracking import Track, silent
 from eckart.walk import hidden_of, record_calls
@@ -121,9 +121,7 @@ def calibrate_by_block(
         store = _Store(cache / calibration_digest(model, tokens, needs & INPUT_STATISTICS, sites))
     numbers = sorted({site.block for site in sites})
     wanted = needs & INPUT_STATISTICS
-    groups: dict[int, dict[str, Site]] = {number: {} for number in numbers}
-    for site in sites:
-        groups[site.block].setdefault(site.input_group, site)
+    groups = {number: first_readers(site for site in sites if site.block == number) for number in numbers}
     missing = [number for number in numbers if wanted and not (store and store.holds(number))]
     walk = _Walk(model, tokens, batch_size, track) if missing else None
     for number in numbers:

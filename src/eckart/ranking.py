@@ -133,7 +133,7 @@ def measure_losses(method: Method, bench: Bench, joint: frozenset[str], *, both:
         if both and groups:
             units += [Unit((site,)) for site in sites if site.input_group in joint]
         # Units of one input group follow each other, so that its root is made once.
-        units.sort(key=lambda unit: unit.sites[0].input_group)
+        units.sort(key=lambda unit: unit.group)
         for unit, factored in factor_units(bench.model, method, units, part):
             curves.append(Curve(unit.sites, factored.tails().cpu().numpy()))
     return curves

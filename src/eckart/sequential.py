@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from eckart.calibration import BlockCalibration, check_readable, gather_gradients
 from eckart.lowrank import GradientMoments, InputMoments, Method
 from eckart.lowrank.moments import INPUT_STATISTICS
-from eckart.models.sites import Site, blocks_of, find_sites
+from eckart.models.sites import Site, blocks_of, find_sites, first_readers
 from eckart.tokens import Tokens
 from eckart.tracking import Track, silent
 from eckart.walk import hidden_of, record_calls
@@ -144,6 +144,7 @@ class SequentialCalibration:
             self.gradients = gather_gradients(self.model, self.tokens, self.method, sites=self.sites, track=self.track)
         streams = _Streams(self.model, self.tokens, self.aside, self.batch_size, self.track)
         needs = self.method.needs & INPUT_STATISTICS
+        last_number = max((site.block for site in self.sites), default=-1)
         for number, block in enumerate(streams.blocks):
             sites = [site for site in self.sites if site.block == number]
             if not sites:
@@ -154,19 +155,19 @@ class SequentialCalibration:
             if not needs:
                 yield self._part(number, sites, {})
             elif self.order == "one-shot":
-                groups = _groups(sites).items()
+                groups = first_readers(sites).items()
                 yield self._part(
                     number, sites, {group: streams.moments({"dense": (dense, site)}, needs) for group, site in groups}
                 )
             else:
-                for group, site in streams.in_order(dense, _groups(sites)):
+                for group, site in streams.in_order(dense, first_readers(sites)):
                     places = {"compressed": (block, site)}
                     if self.order == "anchored":
                         places["dense"] = (dense, site)
                     members = [member for member in sites if member.input_group == group]
                     yield self._part(number, members, {group: streams.moments(places, needs)})
                 del places
-            last = number == max(site.block for site in self.sites)
+            last = number == last_number
             if last and not self.passes:
                 return
             targets = streams.through(dense, "dense")
@@ -324,11 +325,3 @@ def _watching(modules: dict[str, nn.Module], seen: list[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _groups(sites: Sequence[Site]) -> dict[str, Site]:
-    """{input group: its first site}."""
-    groups: dict[str, Site] = {}
-    for site in sites:
-        groups.setdefault(site.input_group, site)
-    return groups

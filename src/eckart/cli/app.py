@@ -28,6 +28,7 @@ app = typer.Typer(
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16")]
 Data = Annotated[Path | None, typer.Option(help="Folder with local copies of known corpora; default: ask the hub")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there, once the new one is complete")]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "eckart"

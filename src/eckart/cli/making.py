@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from eckart.baselines import BASELINES, baseline_options
-from eckart.cli.app import CACHE, Batch, Cache, Data, Device, Force, NoCache, app, console
+from eckart.cli.app import CACHE, Batch, Cache, Data, Device, Dtype, Force, NoCache, app, console
 from eckart.cli.tables import sizes_table
 from eckart.composition import composition_options
 from eckart.demo import run_demo
@@ -95,7 +95,7 @@ def compress(
     samples: Annotated[int, typer.Option(help="Calibration windows or documents")] = 256,
     length: Annotated[int | None, typer.Option(help="Tokens in each; default 2048 or the model's limit")] = None,
     seed: Annotated[int, typer.Option(help="Which windows are drawn")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16")] = "auto",
+    dtype: Dtype = "auto",
     data: Data = None,
     device: Device = "cpu",
     batch_size: Batch = 8,

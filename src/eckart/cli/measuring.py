@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eckart.cli.app import Batch, Data, Device, Force, app, console
+from eckart.cli.app import Batch, Data, Device, Dtype, Force, app, console
 from eckart.corpora import read_text
 from eckart.evals.result import EvalResult
 from eckart.evals.similarity import read_activations
@@ -38,7 +38,7 @@ def eval_command(
     ] = None,
     calibration: Annotated[str | None, typer.Option(help="The calibration corpus, for similarity")] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows, for similarity")] = 256,
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16")] = "auto",
+    dtype: Dtype = "auto",
     data: Data = None,
     device: Device = "cpu",
     batch_size: Batch = 8,

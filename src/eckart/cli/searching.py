@@ -12,15 +12,16 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.calibration import calibrate_by_block, calibration_digest
-from eckart.cli.app import CACHE, Batch, Cache, Data, Device, Force, NoCache, app, console
+from eckart.cli.app import CACHE, Batch, Cache, Data, Device, Dtype, Force, NoCache, app, console
 from eckart.cli.making import parse_options
+from eckart.composition import Allocation
 from eckart.corpora import read_text
 from eckart.evals.tasks import Task, default_length, find_task
 from eckart.evals.windows import cut_windows
 from eckart.lowrank import build_method
 from eckart.models.loading import load_model, load_tokenizer
 from eckart.models.sites import find_sites, select_sites
-from eckart.rank_search import PERPLEXITY_TOLERANCE, SearchResult, Tolerance, search
+from eckart.rank_search import SearchResult, Tolerance, search
 from eckart.scores import Criterion, accuracy_score, perplexity_score, split_windows
 from eckart.spectra import spectra_on_demand
 from eckart.terminal import TerminalTrack, number, table
@@ -58,7 +59,7 @@ def search_command(
     samples: Annotated[int, typer.Option(help="Calibration windows")] = 256,
     length: Annotated[int | None, typer.Option(help="Tokens in each window, of both texts; default 2048")] = None,
     seed: Annotated[int, typer.Option(help="Which calibration windows are drawn")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16")] = "auto",
+    dtype: Dtype = "auto",
     data: Data = None,
     device: Device = "cpu",
     batch_size: Batch = 8,
@@ -85,7 +86,8 @@ def search_command(
     find_task(score)
     if task.kind not in ("perplexity", "lm-eval"):
         raise ValueError(f"{score!r} is no score to search by; there are perplexity:CORPUS and lm-eval:TASK")
-    allowed = Tolerance.parse(tolerance) if tolerance is not None else _default_tolerance(task)
+    default = Allocation(name="surgical", score=score).allowed
+    allowed = default if tolerance is None else Tolerance.parse(tolerance)
     built = build_method(method, parse_options(method, option or []))
     loaded, tokenizer = load_model(model, dtype=dtype, device=device), load_tokenizer(model)
     searched, reported = _scores(task, loaded, tokenizer, data, batch_size)
@@ -130,11 +132,6 @@ def search_command(
     )
     if keep is not None and ends.keep > keep:
         console.print(f"every linear was looked at before keep {keep} was reached; a larger tolerance goes further")
-
-
-def _default_tolerance(task: Task) -> Tolerance:
-    """The authors' release: 0.5 % of perplexity at each linear; of a task's accuracy nothing."""
-    return PERPLEXITY_TOLERANCE if task.kind == "perplexity" else Tolerance(0.0, relative=False)
 
 
 def _scores(

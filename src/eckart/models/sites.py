@@ -167,6 +167,14 @@ def input_groups(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(dict.fromkeys(site.input_group for site in find_sites(model)))
 
 
+def first_readers(sites: Iterable[Site]) -> dict[str, Site]:
+    """{input group: the first of the sites that read it}."""
+    first: dict[str, Site] = {}
+    for site in sites:
+        first.setdefault(site.input_group, site)
+    return first
+
+
 def as_patterns(value: str | Iterable[str]) -> tuple[str, ...]:
     """The patterns; a bare string is one pattern, not its letters."""
     return (value,) if isinstance(value, str) else tuple(value)
