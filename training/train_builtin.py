@@ -13,13 +13,14 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from loop import Schedule, add_schedule_options, make_optimizer, run_steps, take_step
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -35,8 +36,6 @@ LONG_WINDOW = 1024
 LONG_WINDOW_EVERY = 8
 # A token drawn eight times still teaches something; without the cap an even mix would repeat prose 13 times.
 MOST_PROSE_EPOCHS = 8.0
-SAVE_EVERY_SECONDS = 180.0
-PRINT_EVERY_STEPS = 50
 METRICS_FILE = Path(__file__).parent / "builtin_model.json"
 
 
@@ -55,35 +54,17 @@ class Plan:
     warm_up: float
     compile: bool
 
-    def progress(self, step: int, elapsed: float) -> float:
-        """How much of the run is done, 0 to 1: by steps where their number is given, else by the clock."""
-        return step / self.steps if self.steps else elapsed / (60 * self.minutes)
-
-    def rate(self, progress: float) -> float:
-        """The learning rate: a linear warm-up, then half a cosine down to a fiftieth of the peak."""
-        if progress < self.warm_up:
-            return self.peak_rate * max(progress / self.warm_up, 0.02)
-        done = min((progress - self.warm_up) / (1 - self.warm_up), 1.0)
-        return self.peak_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.minutes, self.steps, self.peak_rate, self.warm_up)
 
 
 def read_plan() -> Plan:
     parser = argparse.ArgumentParser(description="Train eckart's built-in model.")
-    parser.add_argument("--minutes", type=float, default=40.0, help="time for the training steps")
-    parser.add_argument("--steps", type=int, default=None, help="a number of steps, in place of --minutes")
+    add_schedule_options(parser, minutes=40.0)
     parser.add_argument("--out", type=Path, default=builtin_model_path(), help="folder for the checkpoint")
     parser.add_argument("--metrics", type=Path, default=METRICS_FILE, help="file for the figures")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens in a step")
-    parser.add_argument("--peak-rate", type=float, default=2e-3, help="highest learning rate")
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--warm-up", type=float, default=0.04, help="share of the run before the peak")
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="torch.compile (needs a C++ compiler)",
-    )
     return Plan(**vars(parser.parse_args()))
 
 
@@ -146,16 +127,6 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
     return LlamaForCausalLM(config)
 
 
-def make_optimizer(model: LlamaForCausalLM, plan: Plan) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": plan.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=plan.peak_rate, betas=(0.9, 0.95), fused=True)
-
-
 def draw_batch(streams: dict[str, torch.Tensor], prose_share: float, plan: Plan, step: int) -> torch.Tensor:
     """The windows of one step, decided by the seed and the step alone, so that a run can be resumed."""
     draw = np.random.default_rng((plan.seed, step))
@@ -179,81 +150,42 @@ def compute_loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 compute_loss_compiled = torch.compile(compute_loss, dynamic=False)
 
 
-def take_step(
-    model: LlamaForCausalLM, optimizer: torch.optim.AdamW, tokens: torch.Tensor, rate: float, plan: Plan
-) -> float:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    loss = (compute_loss_compiled if plan.compile else compute_loss)(model, tokens)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.item()
-
-
-def measure_step_seconds(streams: dict[str, torch.Tensor], model: LlamaForCausalLM, plan: Plan) -> float:
+def measure_step_seconds(model: LlamaForCausalLM, loss_of: Callable[[int], torch.Tensor], plan: Plan) -> float:
     """The time of a step, from a few at a learning rate of zero, which leave the model as it was."""
-    optimizer = make_optimizer(model, plan)
+    optimizer = make_optimizer(model, plan.peak_rate, plan.weight_decay)
     seconds = []
     for step in range(2 * LONG_WINDOW_EVERY):
         started = time.monotonic()
-        take_step(model, optimizer, draw_batch(streams, 0.5, plan, step), 0.0, plan)
+        take_step(model, optimizer, loss_of(step), 0.0)
         seconds.append(time.monotonic() - started)
     return float(np.mean(seconds[LONG_WINDOW_EVERY:]))  # the first round includes compilation
 
 
-def run_steps(
-    model: LlamaForCausalLM, streams: dict[str, torch.Tensor], plan: Plan, state_file: Path
-) -> dict[str, Any]:
+def train(model: LlamaForCausalLM, streams: dict[str, torch.Tensor], plan: Plan, state_file: Path) -> dict[str, Any]:
     """Trains to the end of the plan, from the saved state where there is one; the counts of the run."""
-    optimizer = make_optimizer(model, plan)
+    loss = compute_loss_compiled if plan.compile else compute_loss
+    counts: dict[str, Any] = {"steps": 0, "seconds": 0.0}
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        counts: dict[str, Any] = state["counts"]
-        print(f"goes on from step {counts['steps']} after {counts['seconds'] / 60:.1f} minutes")
+        counts["prose_share"] = torch.load(state_file, weights_only=True)["counts"]["prose_share"]
     else:
-        seconds = measure_step_seconds(streams, model, plan)
+        seconds = measure_step_seconds(model, lambda step: loss(model, draw_batch(streams, 0.5, plan, step)), plan)
         planned = (plan.steps or int(60 * plan.minutes / seconds)) * plan.batch_tokens
-        share = min(0.5, MOST_PROSE_EPOCHS * len(streams["prose"]) / planned)
-        counts = {"steps": 0, "seconds": 0.0, "prose_share": share}
+        counts["prose_share"] = min(0.5, MOST_PROSE_EPOCHS * len(streams["prose"]) / planned)
         print(
             f"{seconds:.3f} s a step, {plan.batch_tokens / seconds:.0f} tokens/s, "
-            f"about {planned / 1e6:.1f} M tokens; prose share {share:.2f}",
+            f"about {planned / 1e6:.1f} M tokens; prose share {counts['prose_share']:.2f}",
             flush=True,
         )
-    saved = time.monotonic()
-    started = saved - counts["seconds"]
-    smooth = math.nan
-    model.train()
-    while (progress := plan.progress(counts["steps"], counts["seconds"])) < 1:
-        batch = draw_batch(streams, counts["prose_share"], plan, counts["steps"])
-        loss = take_step(model, optimizer, batch, plan.rate(progress), plan)
-        smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
-        counts["steps"] += 1
-        now = time.monotonic()
-        counts["seconds"] = now - started
-        if counts["steps"] % PRINT_EVERY_STEPS == 0:
-            done = plan.progress(counts["steps"], counts["seconds"])
-            left = counts["seconds"] * (1 - done) / done
-            print(
-                f"step {counts['steps']}: loss {smooth:.3f}, {max(left, 0.0) / 60:.1f} minutes left",
-                flush=True,
-            )
-        if now - saved > SAVE_EVERY_SECONDS:
-            save_state(state_file, model, optimizer, counts)
-            saved = now
-    save_state(state_file, model, optimizer, counts)
-    return counts
-
-
-def save_state(file: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, counts: dict[str, Any]) -> None:
-    unfinished = file.with_suffix(".unfinished")
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "counts": counts}
-    torch.save(state, unfinished)
-    unfinished.replace(file)  # at once, so that a killed run never leaves half a state
+    share = counts["prose_share"]
+    optimizer = make_optimizer(model, plan.peak_rate, plan.weight_decay)
+    return run_steps(
+        model,
+        lambda step: loss(model, draw_batch(streams, share, plan, step)),
+        plan.schedule,
+        optimizer,
+        state_file,
+        counts,
+    )
 
 
 def split_windows(tokens: torch.Tensor, window: int) -> Iterator[torch.Tensor]:
@@ -300,17 +232,17 @@ def main() -> None:
     plan.out.mkdir(parents=True, exist_ok=True)
     # Training is fixed by the corpus, so a resumed run gets the same pieces again.
     tokenizer = train_tokenizer()
-    train = {domain: tokenize_texts(tokenizer, domain, "train") for domain in DOMAINS}
+    streams = {domain: tokenize_texts(tokenizer, domain, "train") for domain in DOMAINS}
     heldout = {domain: tokenize_texts(tokenizer, domain, "heldout") for domain in DOMAINS}
     for domain in DOMAINS:
-        print(f"{domain}: {len(train[domain])} tokens to train on, {len(heldout[domain])} held out", flush=True)
+        print(f"{domain}: {len(streams[domain])} tokens to train on, {len(heldout[domain])} held out", flush=True)
     model = make_model(tokenizer, plan.seed)
     print(f"{model.num_parameters()} parameters")
     state_file = plan.out.parent / f"{plan.out.name}.state.pt"
-    counts = run_steps(model, train, plan, state_file)
+    counts = train(model, streams, plan, state_file)
     stored = save_checkpoint(model, tokenizer, plan.out)
 
-    every = torch.cat([train[domain] for domain in DOMAINS])
+    every = torch.cat([streams[domain] for domain in DOMAINS])
     perplexity = {domain: measure_perplexity(stored, heldout[domain], WINDOW) for domain in DOMAINS}
     long_perplexity = {domain: measure_perplexity(stored, heldout[domain], LONG_WINDOW) for domain in DOMAINS}
     unigram = {domain: measure_unigram_perplexity(every, heldout[domain]) for domain in DOMAINS}
@@ -320,7 +252,7 @@ def main() -> None:
         "heldout_perplexity_windows_of_1024": long_perplexity,
         "unigram_perplexity": unigram,
         "heldout_tokens": {domain: len(heldout[domain]) for domain in DOMAINS},
-        "train_tokens": {domain: len(train[domain]) for domain in DOMAINS},
+        "train_tokens": {domain: len(streams[domain]) for domain in DOMAINS},
         "parameters": model.num_parameters(),
         "tokens_seen": seen,
         "prose_share": counts["prose_share"],
