@@ -221,7 +221,7 @@ def _read_known_file(name: str, split: str, data: Path, column: str | None) -> T
     for pattern in patterns:
         for file in sorted(folder.glob(pattern)):
             documents = (
-                _read_lines(file)
+                read_lines(file)
                 if ".txt" in file.suffixes or ".raw" in file.suffixes
                 else _read_file(file, column or "text", corpus.column, answered=corpus.compose is not None)
             )
@@ -237,7 +237,9 @@ def _read_hub(name: str, corpus: Corpus, split: str, column: str | None) -> Text
     if corpus.hub is None or split not in corpus.splits:
         raise ValueError(f"{name}: no split {split!r} on the hub; give a folder with a local copy")
     try:
-        rows: list[dict[str, Any]] = list(itertools.islice(_open_hub(corpus, corpus.splits[split]), corpus.rows))
+        rows: list[dict[str, Any]] = list(
+            itertools.islice(open_hub(corpus.hub, corpus.config, corpus.splits[split]), corpus.rows)
+        )
     except Exception as error:
         raise ValueError(
             f"{name}: the hub did not give {corpus.hub} ({type(error).__name__}: {error}); "
@@ -253,26 +255,25 @@ def _read_hub(name: str, corpus: Corpus, split: str, column: str | None) -> Text
     return Text(tuple(dict.fromkeys(documents) if corpus.distinct else documents), corpus.joiner, source)
 
 
-def _open_hub(corpus: Corpus, split: str) -> Iterable[Any]:
+def open_hub(hub: str, config: str | None, split: str) -> Iterable[Any]:
+    """The rows of a hub data set's split, streamed."""
     import datasets  # slow to import, and needed only here
 
     try:
-        return datasets.load_dataset(corpus.hub, corpus.config, split=split, streaming=True)
+        return datasets.load_dataset(hub, config, split=split, streaming=True)
     except RuntimeError as error:
         if "script" not in str(error):
             raise
         # Older sets come with a loading script, which datasets no longer runs; the hub keeps a converted copy of each.
-        return datasets.load_dataset(
-            corpus.hub, corpus.config, split=split, streaming=True, revision="refs/convert/parquet"
-        )
+        return datasets.load_dataset(hub, config, split=split, streaming=True, revision="refs/convert/parquet")
 
 
 def _read_file(path: Path, *columns: str, answered: bool = False) -> list[str]:
     """Its documents: the first of `columns` that a row has, or (answered) its question with the right answer."""
     if ".jsonl" not in path.suffixes and ".json" not in path.suffixes:
-        return ["".join(_read_lines(path))]
+        return ["".join(read_lines(path))]
     documents = []
-    for number, line in enumerate(_read_lines(path), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -290,7 +291,8 @@ def _read_file(path: Path, *columns: str, answered: bool = False) -> list[str]:
     return documents
 
 
-def _read_lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, plain or .gz. Raises ValueError where it is not UTF-8."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             return list(file)

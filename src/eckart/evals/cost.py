@@ -23,6 +23,8 @@ from eckart.tracking import Track, silent
 DEFAULT_PROMPT = 64
 # In order: the first kind that a directory has is the one that loaders read.
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+# Squares of gradients that were recorded while the model was fine-tuned lie beside its weights, and are none.
+NO_WEIGHTS = "gradients.safetensors"
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def disk_bytes(path: Path) -> int:
         ValueError: it is no directory, or holds no weights.
     """
     for pattern in WEIGHT_FILES:
-        files = list(path.glob(pattern)) if path.is_dir() else []
+        files = [file for file in path.glob(pattern) if file.name != NO_WEIGHTS] if path.is_dir() else []
         if files:
             return sum(file.stat().st_size for file in files)
     raise ValueError(f"{path} holds no weight files ({' or '.join(WEIGHT_FILES)}); give the checkpoint's directory")

@@ -38,9 +38,13 @@ class Setup:
     Attributes:
         data: folder with local copies of known corpora and tasks; None asks the hub.
         batch_size: examples at a time, where an evaluation does not choose for itself.
+        workers: things done at a time by evaluations that have many small ones.
+        cache: folder for hidden states; None keeps none.
         track: shows progress.
     """
 
     data: Path | None = None
     batch_size: int = 8
+    workers: int = 1
+    cache: Path | None = None
     track: Track = silent

@@ -14,16 +14,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.corpora import read_text
+from eckart.evals.classification import classification
 from eckart.evals.cost import cost
 from eckart.evals.divergence import divergence
 from eckart.evals.harness import run_harness
 from eckart.evals.harness_tasks import SPLITS, split_rows
+from eckart.evals.hidden_states import Pooling
 from eckart.evals.perplexity import perplexity
+from eckart.evals.probing import Control, probe
 from eckart.evals.result import EvalResult
 from eckart.evals.similarity import Activations, similarity
 from eckart.evals.stereoset import read_stereoset, stereoset
 from eckart.evals.subject import Setup, Subject
 from eckart.evals.windows import check_causal, check_evaluating, cut_windows
+from eckart.labelled import Labelled, read_labelled
 from eckart.tokens import check_tokenizer, encode
 from eckart.tracking import Track, silent
 
@@ -44,8 +48,9 @@ class Task:
             the length of the prompt.
         limit: windows, or examples, read at most.
         shots: examples in front of each question; None is the task's own number.
-        seed: draws those examples.
+        seed: draws those examples; of probing, the rows, and is the first of its seeds.
         leave_out_long: StereoSet leaves out, and counts, what is past the model's positions, instead of refusing.
+        pooling, control, seeds: of probing, see `probing.probe`.
     """
 
     name: str
@@ -56,6 +61,9 @@ class Task:
     shots: int | None = None
     seed: int = 0
     leave_out_long: bool = False
+    pooling: Pooling = "mean"
+    control: Control = "text"
+    seeds: int = 3
 
     @property
     def kind(self) -> str:
@@ -74,6 +82,8 @@ class Task:
             f"@{self.split}" if self.split != "test" else "",
             f"@{self.length}" if self.length is not None else "",
             f"@{self.shots}-shot" if self.shots is not None else "",
+            f"@{self.pooling}" if self.pooling != "mean" else "",
+            f"@{self.control}" if self.control != "text" else "",
         ]
         return self.name + "".join(marks)
 
@@ -90,7 +100,7 @@ class Evaluation:
     Attributes:
         run: (subject, task, setup) -> result.
         about: one line for people.
-        argument: what stands behind the colon: "corpus", "task", or "" for nothing.
+        argument: what stands behind the colon: "corpus", "task", "labelled" (a set of texts with classes), or "".
         needs: which optional fields of `Subject` it reads.
         of: "both" the dense and the compressed model are measured, or only one of them.
     """
@@ -113,6 +123,8 @@ def evaluate(
     reference: PreTrainedModel | None = None,
     activations: Activations | None = None,
     context: int | None = None,
+    workers: int = 1,
+    cache: Path | None = None,
     track: Track = silent,
 ) -> list[EvalResult]:
     """Run evaluations on a model, in order.
@@ -122,6 +134,7 @@ def evaluate(
         data: folder with local copies of known corpora and tasks; None asks the hub.
         batch_size: examples at a time, for tasks of examples.
         path, reference, activations, context: see `Subject`; only some evaluations need them.
+        workers, cache: see `Setup`.
 
     Raises:
         ValueError: an unknown evaluation or corpus, a tokenizer that is plainly another model's, something that an
@@ -136,7 +149,7 @@ def evaluate(
             raise ValueError(f"{task.name} needs {' and '.join(NEEDS[name] for name in missing)}")
     check_evaluating(model)
     check_tokenizer(model, tokenizer)
-    setup = Setup(data, batch_size, track)
+    setup = Setup(data, batch_size, workers, cache, track)
     return [find_task(task.name).run(subject, task, setup) for task in chosen]
 
 
@@ -149,8 +162,9 @@ def find_task(name: str) -> Evaluation:
         raise ValueError(f"unknown evaluation {kind!r} in {name!r}; {hint}")
     row = EVALUATIONS[kind]
     if row.argument and not argument:
-        example = "wikitext2, or " + f"{kind}:FILE" if row.argument == "corpus" else "piqa"
-        raise ValueError(f"{name!r} names no {row.argument}; write {kind}:{example}")
+        examples = {"corpus": f"wikitext2, or {kind}:FILE", "task": "piqa", "labelled": f"cola, or {kind}:FILE"}
+        example = examples[row.argument]
+        raise ValueError(f"{name!r} names no {NOUNS[row.argument]}; write {kind}:{example}")
     if argument and not row.argument:
         raise ValueError(f"{name!r}: {kind} stands alone; write {kind}")
     return row
@@ -252,6 +266,44 @@ def _stereoset(subject: Subject, task: Task, setup: Setup) -> EvalResult:
     )
 
 
+def _labelled(task: Task, setup: Setup) -> Labelled:
+    """The rows of a task on a labelled set."""
+    rows = read_labelled(task.argument, split=task.split, data=setup.data, column=task.column)
+    return rows.draw(task.limit, task.seed)
+
+
+def _probing(subject: Subject, task: Task, setup: Setup) -> EvalResult:
+    return probe(
+        subject.model,
+        subject.tokenizer,
+        _labelled(task, setup),
+        pooling=task.pooling,
+        control=task.control,
+        seeds=task.seeds,
+        seed=task.seed,
+        length=task.length,
+        batch_size=setup.batch_size,
+        workers=setup.workers,
+        cache=None if setup.cache is None else setup.cache / "states",
+        task=task.label,
+        settings={"limit": task.limit},
+        track=setup.track,
+    )
+
+
+def _classification(subject: Subject, task: Task, setup: Setup) -> EvalResult:
+    return classification(
+        subject.model,
+        subject.tokenizer,
+        _labelled(task, setup),
+        length=task.length,
+        batch_size=setup.batch_size,
+        task=task.label,
+        settings={"limit": task.limit},
+        track=setup.track,
+    )
+
+
 def _cost(subject: Subject, task: Task, setup: Setup) -> EvalResult:
     return cost(
         subject.model,
@@ -262,6 +314,8 @@ def _cost(subject: Subject, task: Task, setup: Setup) -> EvalResult:
         track=setup.track,
     )
 
+
+NOUNS = {"corpus": "corpus", "task": "task", "labelled": "labelled set"}
 
 NEEDS = {
     "reference": "the dense model to compare with",
@@ -283,6 +337,12 @@ EVALUATIONS: dict[str, Evaluation] = {
         "cosine between activations on calibration and evaluation text",
         needs=frozenset({"activations"}),
         of="dense",
+    ),
+    "probing": Evaluation(
+        _probing, "what a probe reads off each layer, beside a control task: F1 and selectivity", "labelled"
+    ),
+    "classification": Evaluation(
+        _classification, "a fine-tuned classifier: Matthews' correlation, accuracy, F1", "labelled"
     ),
     "cost": Evaluation(_cost, "parameters, bytes, multiply-accumulates, speed", ""),
 }

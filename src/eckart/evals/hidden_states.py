@@ -1,0 +1,254 @@
+"""Hidden states: what every layer of a model makes of each text, one vector a text, in a memory-mapped file."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TextIO, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eckart.evals.windows import check_evaluating, is_causal
+from eckart.fingerprint import describe_architecture, hash_weights
+from eckart.tokens import check_vocabulary
+from eckart.tracking import Track, silent
+
+Pooling = Literal["mean", "last", "cls"]
+# Number of this layout and of the way states are pooled; part of every digest.
+FORMAT = 1
+# Batches between two notes of how far a reading is: a killed one does these again at most.
+NOTED_EVERY = 64
+# The longest text of a model that names no limit.
+LONGEST = 2048
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """The states of a text set.
+
+    Attributes:
+        values: (layers + 1, texts, width) float32, mapped from its file: [0] is the embeddings, [k] what block k gives.
+            The last is behind the final norm, where the model has one, as transformers gives it.
+        truncated: texts that were cut at the model's positions.
+        length: tokens of a text that are read at most.
+    """
+
+    values: NDArray[np.float32]
+    truncated: int
+    length: int
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Texts as token ids.
+
+    Attributes:
+        ids: of each text. padding: what fills a batch.
+        truncated: texts that were cut. length: tokens of a text read at most.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    padding: int
+    truncated: int
+    length: int
+
+
+@contextmanager
+def read_hidden_states(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    pooling: Pooling = "mean",
+    length: int | None = None,
+    batch_size: int = 8,
+    cache: Path | None = None,
+    track: Track = silent,
+) -> Iterator[HiddenStates]:
+    """The hidden states of every layer, one vector a text; each text is read once, whatever the states are asked later.
+
+    Texts are tokenized as the tokenizer does it by itself, specials included, cut on the right and read in order of
+    their length, so that little is padded. Padding is in no state.
+
+    Args:
+        pooling: "mean" over all of a text's tokens, its "last" token, or its first ("cls").
+        length: tokens of a text read at most; default what the model has positions for, 2048 at most.
+        batch_size: texts at a time: memory and speed only.
+        cache: folder for states. They are kept in `cache/<digest>.npy`, where the digest is of the model's
+            configuration and weights, the token ids and the pooling; what is there is not read again, and a killed
+            reading goes on where it was. None keeps them while the context is open, in a file all the same.
+
+    Yields:
+        the states, float32 on disk: 4 (layers + 1) texts width bytes.
+
+    Raises:
+        ValueError: no texts, one without tokens, "cls" of a causal model (its first token has seen nothing), a state
+            that is not finite (names the layer), a token outside the vocabulary, or a model in training mode.
+        OSError: the disk has no room for the states; found before anything is read.
+
+    Cost: one forward pass of the model without its head over the texts; memory for the states of one batch.
+    """
+    check_evaluating(model)
+    if pooling not in get_args(Pooling):
+        raise ValueError(f"pooling {pooling!r} is none of {', '.join(get_args(Pooling))}")
+    if pooling == "cls" and is_causal(model):
+        raise ValueError(
+            f"{type(model).__name__} is causal: its first token has seen no other; pool by mean or by last token"
+        )
+    rows = tokenize_texts(model, tokenizer, texts, length)
+    check_vocabulary(model, torch.tensor([max(map(max, rows.ids))]))
+    with ExitStack() as stack:
+        kept = cache is not None
+        if cache is None:
+            cache = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="eckart-states-")))
+        cache.mkdir(parents=True, exist_ok=True)
+        file = cache / (f"{_digest(model, rows, pooling)}.npy" if kept else "states.npy")
+        if not file.is_file():
+            _fill(model, rows, pooling, file, batch_size, track)
+        values = np.load(file, mmap_mode="r")
+        try:
+            yield HiddenStates(values, rows.truncated, rows.length)
+        finally:
+            del values
+
+
+def tokenize_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int | None = None
+) -> TokenRows:
+    """The texts as the tokenizer makes them by itself, specials included, cut on the right.
+
+    Args:
+        length: tokens of a text at most; default what the model has positions for, 2048 at most.
+
+    Raises:
+        ValueError: no texts, one without tokens, or a length past the model's positions.
+    """
+    if not texts:
+        raise ValueError("no texts to read")
+    positions = _positions(model)
+    if length is not None and length > positions:
+        raise ValueError(f"length {length} is past the model's {positions} positions; lower it")
+    length = length or min(LONGEST, positions)
+    whole: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
+    cut: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=length, verbose=False)["input_ids"]
+    empty = next((place for place, ids in enumerate(cut) if not ids), None)
+    if empty is not None:
+        raise ValueError(f"text {empty} ({texts[empty]!r}) has no token")
+    truncated = sum(len(before) > len(after) for before, after in zip(whole, cut, strict=True))
+    return TokenRows(tuple(map(tuple, cut)), tokenizer.pad_token_id or 0, truncated, length)
+
+
+def pad_rows(
+    ids: Sequence[Sequence[int]], padding: int
+) -> tuple[Int[Tensor, "rows length"], Bool[Tensor, "rows length"]]:
+    """The rows side by side, filled on the right, and which of them is real."""
+    lengths = torch.tensor([len(row) for row in ids])
+    width = int(lengths.max())
+    filled = torch.full((len(ids), width), padding)
+    for place, row in enumerate(ids):
+        filled[place, : len(row)] = torch.tensor(row)
+    return filled, torch.arange(width) < lengths[:, None]
+
+
+def _positions(model: PreTrainedModel) -> int:
+    """Tokens that the model has positions for. RoBERTa's begin behind the padding token's id."""
+    positions = getattr(model.config, "max_position_embeddings", None) or LONGEST
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return int(positions) - module.padding_idx - 1
+    return int(positions)
+
+
+def _digest(model: PreTrainedModel, rows: TokenRows, pooling: Pooling) -> str:
+    state = hashlib.sha256()
+    header = {"format": FORMAT, **describe_architecture(model), "pooling": pooling, "padding": rows.padding}
+    state.update(json.dumps(header, sort_keys=True, default=str).encode())
+    state.update(json.dumps(rows.ids).encode())
+    hash_weights(state, model)
+    return state.hexdigest()[:32]
+
+
+def _fill(model: PreTrainedModel, rows: TokenRows, pooling: Pooling, file: Path, batch_size: int, track: Track) -> None:
+    """Read all rows into `file`, which appears whole; from where a killed reading was."""
+    order = sorted(range(len(rows.ids)), key=lambda row: (len(rows.ids[row]), row))
+    partial, noted = file.with_suffix(".partial"), file.with_suffix(".rows")
+    with noted.open("a+", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another run is reading the same hidden states into {file}; wait for it, or give another cache"
+            ) from error
+        lock.seek(0)
+        done = int(lock.read() or 0) if partial.is_file() else 0
+        batches = [order[start : start + batch_size] for start in range(done, len(order), batch_size)]
+        values = np.load(partial, mmap_mode="r+") if done else None
+        for number, batch in enumerate(track(batches, "hidden states", len(batches)), 1):
+            pooled = _pool(model, rows, batch, pooling)
+            if values is None:
+                shape = (len(pooled), len(order), pooled.shape[-1])
+                values = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+                with partial.open("r+b") as room:  # a full disk would else end the process at some later write
+                    os.posix_fallocate(room.fileno(), 0, partial.stat().st_size)
+            values[:, batch] = pooled.numpy()
+            done += len(batch)
+            if number % NOTED_EVERY == 0:
+                _note(lock, values, done)
+        assert values is not None
+        values.flush()
+        del values
+        partial.rename(file)
+        noted.unlink()
+
+
+def _note(file: TextIO, values: np.memmap, done: int) -> None:
+    """Put on disk what was read, and then how far that is."""
+    values.flush()
+    file.seek(0)
+    file.truncate()
+    file.write(str(done))
+    file.flush()
+
+
+@torch.inference_mode()
+def _pool(
+    model: PreTrainedModel, rows: TokenRows, batch: Sequence[int], pooling: Pooling
+) -> Float[Tensor, "layers rows width"]:
+    """The pooled states of a batch, on the CPU."""
+    ids, mask = pad_rows([rows.ids[row] for row in batch], rows.padding)
+    output = model.base_model(
+        input_ids=ids.to(model.device),
+        attention_mask=None if bool(mask.all()) else mask.to(model.device).long(),
+        output_hidden_states=True,
+        **({"use_cache": False} if is_causal(model) else {}),
+    )
+    pooled = torch.stack([_pool_layer(states, mask, pooling) for states in output.hidden_states])
+    if not bool(torch.isfinite(pooled).all()):
+        layer = int((~torch.isfinite(pooled)).flatten(1).any(1).nonzero()[0])
+        raise ValueError(f"a hidden state of layer {layer} is not finite; the model is broken, there is no result")
+    return pooled.cpu()
+
+
+def _pool_layer(
+    states: Float[Tensor, "rows length width"], mask: Tensor, pooling: Pooling
+) -> Float[Tensor, "rows width"]:
+    """One vector a text, float32."""
+    mask = mask.to(states.device)
+    if pooling == "cls":
+        return states[:, 0].float()
+    if pooling == "last":
+        return states[torch.arange(len(states)), mask.sum(1) - 1].float()
+    weights = mask.float()
+    return torch.einsum("rlw,rl->rw", states.float(), weights) / weights.sum(1, keepdim=True)
