@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from eckart.gradients import MASKED_SHARE, collect_gradients, sample_loss
+from eckart.gradients import MASKED_SHARE, collect_gradients, record_squares, sample_loss
+from eckart.lowrank import GradientMoments
 from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.models.families import FAMILIES
 from eckart.models.sites import find_sites
+from eckart.store import read_gradients, read_making, write_gradients
 from eckart.tokens import Tokens
 from tiny import ENCODERS, MASK, logits_of, relative, tiny_model, tiny_tokens
 
@@ -142,6 +145,58 @@ def test_a_classifier_is_asked_for_its_own_labels() -> None:
         0.5: True,
         0.3: True,
     }
+
+
+# Recorded while a model is trained
+
+
+@pytest.mark.parametrize(("model_type", "head"), [("bert", "classifier"), ("gpt2", None), ("llama", None)])
+def test_recorded_squares_are_of_each_backward_pass_and_leave_its_gradient(model_type: str, head: str | None) -> None:
+    model, tokens = tiny_model(model_type, head), tiny_tokens(6, 10)
+    sites = find_sites(model)
+    recorded = {site.name: GradientMoments(site.d_out, site.d_in, FISHER) for site in sites}
+    weights = [model.get_submodule(site.name).weight for site in sites]
+    expected = [torch.zeros_like(weight) for weight in weights]
+    with record_squares(model, recorded):
+        for ids, _ in tokens.batches(2):
+            logits = model(input_ids=ids).logits
+            loss = logits.float().square().mean()
+            whole = torch.autograd.grad(loss, weights, retain_graph=True)
+            loss.backward()
+            for weight, gradient, square in zip(weights, whole, expected, strict=True):
+                assert torch.allclose(weight.grad, gradient, rtol=1e-4, atol=1e-9)
+                square += gradient.square()
+            model.zero_grad()
+    for site, square in zip(sites, expected, strict=True):
+        square = square.mT if model_type == "gpt2" else square
+        assert recorded[site.name].examples == 3
+        assert relative(recorded[site.name].sums["fisher_in"], square.sum(0)) < 1e-4, site.name
+        assert relative(recorded[site.name].sums["fisher_out"], square.sum(1)) < 1e-4, site.name
+    model(input_ids=tokens.ids).logits.mean().backward()
+    assert all(moments.examples == 3 for moments in recorded.values()), "outside, nothing is recorded"
+
+
+def test_recorded_squares_add_to_what_is_there_and_survive_their_file(tmp_path: Path) -> None:
+    model, tokens = tiny_model("llama"), tiny_tokens(2, 8)
+    sites = find_sites(model)
+    recorded = {site.name: GradientMoments(site.d_out, site.d_in, FISHER) for site in sites}
+    for _ in range(2):
+        with record_squares(model, recorded):
+            model(input_ids=tokens.ids).logits.float().square().mean().backward()
+        model.zero_grad()
+        write_gradients(tmp_path / "g.safetensors", recorded, made_by={"task": "cola"})
+        recorded = read_gradients(tmp_path / "g.safetensors")
+    once = {site.name: GradientMoments(site.d_out, site.d_in, FISHER) for site in sites}
+    with record_squares(model, once):
+        model(input_ids=tokens.ids).logits.float().square().mean().backward()
+    assert recorded.keys() == once.keys()
+    for name, moments in recorded.items():
+        assert moments.examples == 2
+        assert torch.equal(moments.fisher_in, once[name].fisher_in)
+    assert read_making(tmp_path / "g.safetensors") == {"task": "cola"}
+    tmp_path.joinpath("none.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"none\.safetensors holds no gradient statistics"):
+        read_gradients(tmp_path / "none.safetensors")
 
 
 # The model is left as it was

@@ -40,6 +40,9 @@ AROUND: list[dict[str, Any]] = [
     {"keep": 0.5, "method": "svd", "refine": True, "distil": {"steps": 3}, "rank_multiple": 8},
     {"keep": 0.5, "refine": {"steps": 4}, "distil": True},
     {"keep": 0.5, "method": "best-distilled"},
+    {"keep": 0.5, "method": "svd", "recover": True},
+    {"keep": 0.5, "recover": {"steps": 3, "rate": 0.01, "batch": 2, "corpus": "cola"}},
+    {"keep": 0.5, "method": "fwsvd", "calibration": {"fisher": "recorded"}, "allocation": "global", "recover": False},
     {"keep": 0.5, "method": "svd", "allocation": {**SCORED, "tolerance": 0.01, "limit": 5}},
     {"method": "sfsd", "allocation": SCORED},
     {"rules": [{"keep": 0.5, "include": ["mlp"]}], "joint": True},
@@ -59,6 +62,7 @@ def parts(composition: Composition) -> tuple[object, ...]:
     return (
         *(composition.method.name, composition.method.options, composition.allocation, composition.layout),
         *(composition.order, composition.joint, composition.refit, composition.refinement, composition.distillation),
+        composition.recovery,
     )
 
 
@@ -131,6 +135,19 @@ def test_a_baseline_stays_as_it_is() -> None:
         ({"keep": 0.5, "refine": {"steps": -1}}, "refine.steps: Input should be greater than or equal to 0"),
         ({"keep": 0.5, "refine": {"rate": 1.0}}, "refine.rate: Input should be less than 1"),
         ({"keep": 0.5, "distil": {"batch": 0}}, "distil.batch: Input should be greater than 0"),
+        ({"keep": 0.5, "recover": {"steps": -1}}, "recover.steps: Input should be greater than or equal to 0"),
+        ({"keep": 0.5, "recover": {"corpse": "cola"}}, "unknown key 'corpse' in recover; did you mean 'corpus'?"),
+        ({"method": "int8", "recover": True}, "int8 is no low-rank method: leave out recover"),
+        (
+            {"keep": 0.5, "method": "svd", "calibration": {"fisher": "recorded"}},
+            "fisher: recorded goes with a method that needs Fisher sums alone, as fwsvd, and svd needs no gradient",
+        ),
+        ({"keep": 0.5, "calibration": {"fisher": "recorded"}}, "best needs gradient_covariance: leave it out"),
+        ({"method": "int8", "calibration": {"fisher": "recorded"}}, "int8 needs no gradient"),
+        (
+            {"keep": 0.5, "calibration": {"fisher": "none"}},
+            "calibration.fisher: Input should be 'gathered' or 'recorded'",
+        ),
         ({"keep": 0.5, "layout": "round"}, "layout: Input should be 'plain' or 'pivoted'"),
         ({"keep": 0.5, "order": "last"}, "order: Input should be 'one-shot', 'sequential' or 'anchored'"),
         ({"keep": 0.5, "rank_multiple": 0}, "rank_multiple: Input should be greater than 0"),

@@ -69,6 +69,7 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_neox": COMMON,
     "bert": COMMON,
     "roberta": COMMON,
+    "roberta-prelayernorm": COMMON,
 }
 # Models without a row: the default family's.
 DEFAULT_CONFIGS: dict[str, dict[str, Any]] = {
@@ -86,7 +87,7 @@ REFUSED_CONFIGS: dict[str, dict[str, Any]] = {
     "albert": {**COMMON, "embedding_size": 16, "num_hidden_groups": 1},
 }
 CONFIGS = {**FAMILY_CONFIGS, **DEFAULT_CONFIGS, **REFUSED_CONFIGS}
-ENCODERS = frozenset({"bert", "roberta", "modernbert", "albert"})
+ENCODERS = frozenset({"bert", "roberta", "roberta-prelayernorm", "modernbert", "albert"})
 DECODERS = tuple(name for name in FAMILY_CONFIGS if name not in ENCODERS)
 
 HEADS: dict[str, Any] = {

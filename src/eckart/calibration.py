@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from eckart.fingerprint import describe_architecture, hash_weights
 from eckart.gradients import collect_gradients
 from eckart.lowrank import GradientMoments, InputMoments, Method
 from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
 from eckart.models.sites import Site, blocks_of, find_sites, first_readers
+from eckart.store import GRADIENTS, Store, read_gradients
 from eckart.tokens import Tokens, check_positions, check_vocabulary
 from eckart.tracking import Track, silent
 from eckart.walk import hidden_of, record_calls
@@ -118,7 +117,7 @@ def calibrate_by_block(
         gradients = gather_gradients(model, tokens, method, sites=sites, cache=cache, track=track)
     store = None
     if cache is not None and needs & INPUT_STATISTICS:
-        store = _Store(cache / calibration_digest(model, tokens, needs & INPUT_STATISTICS, sites))
+        store = Store(cache / calibration_digest(model, tokens, needs & INPUT_STATISTICS, sites))
     numbers = sorted({site.block for site in sites})
     wanted = needs & INPUT_STATISTICS
     groups = {number: first_readers(site for site in sites if site.block == number) for number in numbers}
@@ -159,13 +158,42 @@ def gather_gradients(
         return {}
     sites = find_sites(model) if sites is None else sites
     check_readable(model, tokens)
-    store = None if cache is None else _Store(cache / calibration_digest(model, tokens, needs, sites))
+    store = None if cache is None else Store(cache / calibration_digest(model, tokens, needs, sites))
     gradients = store.read_gradients() if store else None
     if gradients is None:
         gradients = collect_gradients(model, tokens, sites, needs, track=track)
         if store:
             store.write_gradients(gradients)
     return gradients
+
+
+def recorded_gradients(model: str | Path, sites: Iterable[Site]) -> dict[str, GradientMoments]:
+    """{site name: Fisher sums} that were recorded while the model was fine-tuned, from the file beside it.
+
+    Args:
+        model: its directory.
+
+    Raises:
+        ValueError: there is no such file, it lacks a site, or a sum in it is of another shape.
+    """
+    path = Path(model) / GRADIENTS
+    if not path.is_file():
+        raise ValueError(
+            f"fisher: recorded, and there is no {path}: fine-tune the model with `eckart finetune`, or gather the "
+            "Fisher sums on the calibration text (fisher: gathered)"
+        )
+    found = read_gradients(path)
+    for site in sites:
+        if site.name not in found:
+            raise ValueError(f"{path} has nothing of {site.name}: was it recorded with another model?")
+        sums = found[site.name].sums
+        shape = (len(sums["fisher_out"]), len(sums["fisher_in"]))
+        if shape != (site.d_out, site.d_in):
+            raise ValueError(
+                f"{site.name}: {path} has the sums of a weight of shape {shape}, this one's is "
+                f"{(site.d_out, site.d_in)}: was it recorded with another model?"
+            )
+    return {site.name: found[site.name] for site in sites}
 
 
 class _Walk:
@@ -240,92 +268,13 @@ def calibration_digest(model: PreTrainedModel, tokens: Tokens, needs: frozenset[
     Cost: one read of the model's weights.
     """
     state = hashlib.sha256()
-    configuration = model.config.to_dict()
-    for volatile in ("_name_or_path", "transformers_version", "quantization_config"):
-        configuration.pop(volatile, None)
     header = {
         "format": FORMAT,
-        "model": type(model).__name__,
-        "config": configuration,
+        **describe_architecture(model),
         "tokens": tokens.digest,
         "needs": sorted(needs),
         "sites": [site.name for site in sites],
     }
     state.update(json.dumps(header, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    hash_weights(state, model)
     return state.hexdigest()[:32]
-
-
-class _Store:
-    """A folder of moments, a file a block. Files appear whole (written beside, then renamed)."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def _path(self, block: int) -> Path:
-        return self.folder / f"block-{block:03d}.safetensors"
-
-    def holds(self, block: int) -> bool:
-        return _is_whole(self._path(block))
-
-    def read(self, block: int) -> dict[str, InputMoments]:
-        found = _read_file(self._path(block))
-        return {group: InputMoments.from_state(int(counts[0]), sums) for group, (counts, sums) in found.items()}
-
-    def write(self, block: int, inputs: dict[str, InputMoments]) -> None:
-        _write_file(
-            self._path(block),
-            {group: ((moments.count,), moments.sums) for group, moments in inputs.items()},
-        )
-
-    def read_gradients(self) -> dict[str, GradientMoments] | None:
-        path = self.folder / "gradients.safetensors"
-        if not _is_whole(path):
-            return None
-        return {
-            site: GradientMoments.from_state(int(counts[0]), int(counts[1]), sums)
-            for site, (counts, sums) in _read_file(path).items()
-        }
-
-    def write_gradients(self, gradients: dict[str, GradientMoments]) -> None:
-        _write_file(
-            self.folder / "gradients.safetensors",
-            {site: ((moments.examples, moments.tokens), moments.sums) for site, moments in gradients.items()},
-        )
-
-
-def _write_file(path: Path, entries: dict[str, tuple[tuple[int, ...], dict[str, Tensor]]]) -> None:
-    tensors = {
-        f"{name}|{key}": value.cpu().contiguous() for name, (_, sums) in entries.items() for key, value in sums.items()
-    }
-    counts = {name: json.dumps(numbers) for name, (numbers, _) in entries.items()}
-    # The process's own name: two runs that share a cache do not write into one file.
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial, metadata=counts)
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether the file is there and as long as its header says."""
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (FileNotFoundError, SafetensorError):
-        return False
-
-
-def _read_file(path: Path) -> dict[str, tuple[list[int], dict[str, Tensor]]]:
-    with safe_open(path, framework="pt") as file:
-        entries: dict[str, tuple[list[int], dict[str, Tensor]]] = {
-            name: (json.loads(numbers), {}) for name, numbers in (file.metadata() or {}).items()
-        }
-        for key in file.keys():  # noqa: SIM118 (not a mapping)
-            name, _, statistic = key.rpartition("|")
-            entries[name][1][statistic] = file.get_tensor(key)
-    return entries

@@ -14,6 +14,7 @@ from eckart.lowrank import METHODS, Layout, Method, method_options
 from eckart.lowrank.catalogue import INPUT_SHRINKAGE, kfac
 from eckart.lowrank.entries import entry_options
 from eckart.rank_search import PERPLEXITY_TOLERANCE, Tolerance
+from eckart.recovery import Recovery
 from eckart.refinement import Refinement
 from eckart.sequential import Order
 
@@ -29,7 +30,8 @@ class Allocation(BaseModel):
         shares: of per-role, {role: weight}.
         weights: of global: "equal" takes the method's own losses as they are, "probes" measures what they are worth.
         exact: of global: the true optimum.
-        score: of the searches: a task. Of text, and of tasks of lm-eval, a search reads the split sfsd-search.
+        score: of the searches: a task. Of text, and of tasks of lm-eval, a search reads the split sfsd-search; of
+            labelled sets the rows to train on. Of probing:SET it is the mean selectivity of the layers.
         limit: windows or questions that the score reads at most.
         tolerance: of surgical, as `Tolerance.parse` reads it: "0.5% per linear", "5%", "0.01". None is what the
             authors' release has: 0.5 % of perplexity at each linear, of other scores nothing.
@@ -96,6 +98,7 @@ class Composition:
         refit: left factors are fit once more, by least squares.
         refinement: gradient steps on each block, or None.
         distillation: gradient steps on the whole model, or None.
+        recovery: a short fine-tuning of what came of it, or None.
     """
 
     method: Method
@@ -106,6 +109,7 @@ class Composition:
     refit: bool = False
     refinement: Refinement | None = None
     distillation: Distillation | None = None
+    recovery: Recovery | None = None
 
     def describe(self, ranks: str | None = None) -> str:
         """In words, what is done around the method.
@@ -118,6 +122,7 @@ class Composition:
         words += ["left factors refit"] if self.refit else []
         words += [f"blocks refined in {self.refinement.steps} steps"] if self.refinement else []
         words += [f"distilled in {self.distillation.steps} steps"] if self.distillation else []
+        words += [f"fine-tuned in {self.recovery.steps} steps"] if self.recovery else []
         return ", ".join(words)
 
     @property
@@ -164,4 +169,5 @@ def composition_options(name: str) -> dict[str, Any]:
 def _check_score(task: str) -> None:
     """Raises ValueError for a task that is no measure of one model alone."""
     if find_task(task).needs or Task(task).kind == "cost":
-        raise ValueError(f"{task!r} is no score to search by; there are perplexity:CORPUS, lm-eval:TASK and stereoset")
+        known = "perplexity:CORPUS, lm-eval:TASK, probing:SET, classification:SET and stereoset"
+        raise ValueError(f"{task!r} is no score to search by; there are {known}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,16 @@ def low_rank_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Left, right and bias of every low-rank linear inside, a shared right factor once."""
     parameters = [parameter for linear in low_rank_modules(module).values() for parameter in linear.parameters()]
     return list({id(parameter): parameter for parameter in parameters}.values())
+
+
+def draw_batches(rows: int, size: int, count: int) -> list[list[int]]:
+    """Row numbers of `count` batches of `size`: all rows in one random order, then all of them in another."""
+    draw, order = random.Random(0), list[int]()
+    while len(order) < size * count:
+        some = list(range(rows))
+        draw.shuffle(some)
+        order += some
+    return [order[start : start + size] for start in range(0, size * count, size)]
 
 
 @torch.enable_grad()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eckart.descent import descend, low_rank_parameters, put_back
+from eckart.descent import descend, draw_batches, low_rank_parameters, put_back
 from eckart.precision import in_float32
 from eckart.predictions import log_probabilities, summed_divergence
 from eckart.sequential import PassReport
@@ -65,7 +64,8 @@ class Distillation:
             return None
         before = _divergence(model, dense, aside, self.batch)
         kept = [parameter.detach().clone() for parameter in parameters]
-        batches = _batches(tokens, self.batch, self.steps)
+        chosen = draw_batches(len(tokens), self.batch, self.steps)
+        batches = [(tokens.ids[rows], tokens.mask[rows]) for rows in chosen]
 
         def loss(step: int) -> Tensor:
             with torch.no_grad():
@@ -83,17 +83,6 @@ class Distillation:
         if not better:
             put_back(parameters, kept)
         return PassReport("distil", "model", before, after, better)
-
-
-def _batches(tokens: Tokens, size: int, count: int) -> list[tuple[Tensor, Tensor]]:
-    """`count` batches of `size` rows: all rows in one random order, then all of them in another."""
-    draw, order = random.Random(0), list[int]()
-    while len(order) < size * count:
-        rows = list(range(len(tokens)))
-        draw.shuffle(rows)
-        order += rows
-    chosen = [order[start : start + size] for start in range(0, size * count, size)]
-    return [(tokens.ids[rows], tokens.mask[rows]) for rows in chosen]
 
 
 @torch.no_grad()

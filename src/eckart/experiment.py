@@ -210,6 +210,8 @@ class _Models:
             reference=self.get("dense") if compare else None,
             activations=self.activations if "activations" in needs else None,
             context=self.recipe.context,
+            workers=self.how.workers,
+            cache=self.how.cache,
             track=self.how.track,
         )[0]
 

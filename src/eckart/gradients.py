@@ -1,11 +1,12 @@
-"""Gradients: what one backward pass per sample tells about each linear."""
+"""Gradients: what backward passes tell about each linear, taken for the purpose or on the way while it is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -18,6 +19,8 @@ from eckart.tracking import Track, silent
 
 # A masked language model is asked for this share of its tokens, as in its pretraining (BERT, section 3.1).
 MASKED_SHARE = 0.15
+# What cross_entropy leaves out of its mean.
+UNSCORED = -100
 
 
 def collect_gradients(
@@ -62,27 +65,85 @@ def sample_loss(
     Raises:
         ValueError: the model's class has no loss that this file knows.
     """
-    kind = type(model).__name__
     ids = ids.to(model.device)
-    if "ForSequenceClassification" in kind:
+    if "ForSequenceClassification" in type(model).__name__:
         logits = model(input_ids=ids).logits.float()
         label = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
         return nn.functional.cross_entropy(logits, label.to(logits.device)), 1
+    return language_loss(model, ids, torch.ones_like(ids, dtype=torch.bool), mask_token, generator)
+
+
+def language_loss(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "rows length"],
+    mask: Bool[Tensor, "rows length"],
+    mask_token: int | None,
+    generator: torch.Generator,
+) -> tuple[Tensor, int]:
+    """A language model's own loss on a batch, and the number of tokens that it is a mean over; padding is in neither.
+
+    Of a causal model each next token; of a masked one 15 % of the tokens, drawn by `generator`, and of every row one at
+    least: its last, where none was drawn.
+
+    Raises:
+        ValueError: the model's class has no loss that this file knows, or there is nothing to predict.
+    """
+    kind = type(model).__name__
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    attention_mask = None if bool(mask.all()) else mask.long()
     if "ForMaskedLM" in kind:
-        chosen = torch.rand(ids.shape, generator=generator).to(ids.device) < MASKED_SHARE
-        chosen[:, -1] |= ~chosen.any()
         if mask_token is None:
             raise ValueError(f"{kind} is trained on masked tokens, and the tokenizer has no mask token")
-        logits = model(input_ids=ids.masked_fill(chosen, mask_token)).logits.float()
+        chosen = (torch.rand(ids.shape, generator=generator).to(ids.device) < MASKED_SHARE) & mask
+        last = ids.shape[1] - 1 - mask.flip(1).int().argmax(1)
+        chosen[torch.arange(len(ids), device=ids.device), last] |= ~chosen.any(1)
+        logits = model(input_ids=ids.masked_fill(chosen, mask_token), attention_mask=attention_mask).logits.float()
         return nn.functional.cross_entropy(logits[chosen], ids[chosen]), int(chosen.sum())
     if model.can_generate():
-        if ids.shape[1] < 2:
+        scored = mask[:, :-1] & mask[:, 1:]
+        if not scored.any():
             raise ValueError("a calibration sample of one token has no next token to predict")
-        logits = model(input_ids=ids).logits[:, :-1].float()
-        return nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:]), ids.shape[1] - 1
+        logits = model(input_ids=ids, attention_mask=attention_mask).logits[:, :-1].float()
+        targets = ids[:, 1:].masked_fill(~scored, UNSCORED)
+        return nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=UNSCORED), int(scored.sum())
     raise ValueError(
         f"{kind} has no loss to take gradients of; load the model with a language-modelling or classification head"
     )
+
+
+@contextmanager
+def record_squares(model: PreTrainedModel, recorded: Mapping[str, GradientMoments]) -> Iterator[None]:
+    """Inside, every backward pass adds the squares of dLoss/dW to `recorded`, in place; gradients stay as they are.
+
+    For a training loop. What is recorded are squares of a mini-batch's mean gradient, along the whole trajectory: what
+    FWSVD's published recipe (Hsu et al., arXiv 2207.00112) and the probing study collect while they fine-tune, without
+    a further pass. It is not the Fisher information at the end of training, the mean square of each single example's
+    gradient there (see `collect_gradients`): in a batch the gradients of examples cancel in part, and early steps,
+    whose gradients are larger, weigh more. Of one matrix, fwsvd uses only how the sums compare with each other, so that
+    a common factor changes nothing.
+
+    The hook runs as soon as a weight's gradient is whole, so before anything clips it. Where gradients are accumulated
+    over several backward passes it would see sums of the first k of them, and square those: clear gradients after each.
+
+    Args:
+        recorded: {site name: moments}; what is in them already is added to. `examples` counts backward passes.
+
+    Raises:
+        ValueError: a gradient that is not finite (names the site).
+
+    Cost: a square and two sums per step and site, and one look at the result, for which a GPU is waited for.
+    """
+    handles = []
+    try:
+        for name, moments in recorded.items():
+            module = model.get_submodule(name)
+            weight: nn.Parameter = module.weight  # type: ignore[assignment]
+            hook = _fisher_hook(name, module, moments, clear=False)
+            handles.append(weight.register_post_accumulate_grad_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Scale:
@@ -105,7 +166,9 @@ def _watching(model: PreTrainedModel, collected: dict[str, GradientMoments]) -> 
         for name, module in wanted.items():
             weight: nn.Parameter = module.weight  # type: ignore[assignment]
             weight.requires_grad_(True)
-            handles.append(weight.register_post_accumulate_grad_hook(_fisher_hook(name, module, collected[name])))
+            handles.append(
+                weight.register_post_accumulate_grad_hook(_fisher_hook(name, module, collected[name], clear=True))
+            )
             if "gradient_covariance" in collected[name].sums:
                 handles.append(module.register_forward_hook(_covariance_hook(name, collected[name], scale)))
         yield scale
@@ -117,7 +180,9 @@ def _watching(model: PreTrainedModel, collected: dict[str, GradientMoments]) -> 
             parameter.grad = gradient
 
 
-def _fisher_hook(name: str, module: nn.Module, moments: GradientMoments) -> Callable[[Tensor], None]:
+def _fisher_hook(name: str, module: nn.Module, moments: GradientMoments, *, clear: bool) -> Callable[[Tensor], None]:
+    """Adds the square of a weight's gradient, as of a (d_out, d_in) weight; `clear` frees the gradient then."""
+
     def add(parameter: Tensor) -> None:
         assert parameter.grad is not None
         gradient = parameter.grad.mT if isinstance(module, Conv1D) else parameter.grad
@@ -125,7 +190,8 @@ def _fisher_hook(name: str, module: nn.Module, moments: GradientMoments) -> Call
             moments.update_fisher(gradient)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        parameter.grad = None
+        if clear:
+            parameter.grad = None
 
     return add
 

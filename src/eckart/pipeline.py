@@ -14,17 +14,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.allocation import RankPlan, Rule, plan, summarise
 from eckart.baselines import build_baseline
-from eckart.calibration import BlockCalibration, calibrate_by_block, gather_gradients
+from eckart.calibration import BlockCalibration, calibrate_by_block, gather_gradients, recorded_gradients
 from eckart.card import write_card
 from eckart.compression import CompressionReport, compress
 from eckart.corpora import parts_of, read_text
 from eckart.evals.tasks import default_length
 from eckart.lowrank import GradientMoments
-from eckart.models.loading import check_free, load_model, load_tokenizer, own_memory, save
+from eckart.lowrank.moments import GRADIENT_STATISTICS
+from eckart.models.loading import check_free, load_model, load_tokenizer, locate, own_memory, save
 from eckart.models.sites import Site, find_sites, select_sites
 from eckart.ranking import Bench, Ranking, joint_groups, rank
 from eckart.recipe import Recipe
+from eckart.recovery import Samples
 from eckart.sequential import PassReport, SequentialCalibration
+from eckart.store import GRADIENTS, read_making
 from eckart.tokens import Tokens, sample_documents, sample_windows
 from eckart.tracking import Track, silent
 
@@ -41,6 +44,7 @@ class How:
         batch_size: calibration rows at a time.
         cache: folder for moments; None keeps none.
         data: folder with local copies of known corpora; None asks the hub.
+        workers: probes trained at a time.
         track: shows progress.
     """
 
@@ -49,6 +53,7 @@ class How:
     cache: Path | None = None
     data: Path | None = None
     track: Track = silent
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False)
     tokenizer = load_tokenizer(recipe.model)
     seconds = {"load": time.perf_counter() - start}
     work = Workbench(recipe, model, tokenizer, how)
+    work.recovery_samples  # noqa: B018 (what does not fit is found before anything is computed)
     start = time.perf_counter()
     ranking = work.rank()
     seconds["allocate"] = time.perf_counter() - start
@@ -101,10 +107,15 @@ def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False)
     seconds |= report.seconds
     start = time.perf_counter()
     done = blocks.reports if isinstance(blocks, SequentialCalibration) else []
-    passes = [asdict(report) for report in (*done, *work.distil())]
+    distilled = work.distil()
     seconds["distil"] = time.perf_counter() - start
     start = time.perf_counter()
-    stored = {"layout": ranking.plan.layout, "joint": sorted(ranking.plan.joint)}
+    passes = [asdict(report) for report in (*done, *distilled, *work.recover())]
+    seconds["recover"] = time.perf_counter() - start
+    start = time.perf_counter()
+    stored: dict[str, Any] = {"layout": ranking.plan.layout, "joint": sorted(ranking.plan.joint)}
+    if work.recipe.calibration.fisher == "recorded":
+        stored["fisher"] = read_making(Path(locate(recipe.model)) / GRADIENTS)
     facts = {**stored, **summary, **report.to_dict(), "passes": passes}
     files = {
         "README.md": write_card(work.recipe, facts),
@@ -149,9 +160,11 @@ class Workbench:
 
     @functools.cached_property
     def gradients(self) -> dict[str, GradientMoments]:
-        """Of the chosen sites, where the method needs them."""
+        """Of the chosen sites, where the method needs them: gathered, or recorded while the model was fine-tuned."""
         if not self.composition.method.needs_gradients:
             return {}
+        if self.recipe.calibration.fisher == "recorded":
+            return recorded_gradients(locate(self.recipe.model), self.sites)
         return gather_gradients(
             self.model,
             self.tokens[0],
@@ -160,6 +173,12 @@ class Workbench:
             cache=self.how.cache,
             track=self.how.track,
         )
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the method's statistics of the dense model are taken from the calibration text."""
+        recorded = GRADIENT_STATISTICS if self.recipe.calibration.fisher == "recorded" else frozenset()
+        return bool(self.composition.method.needs - recorded)
 
     def rank(self) -> Ranking:
         """The recipe's ranks on this model."""
@@ -171,16 +190,20 @@ class Workbench:
             return Ranking(make_plan(self.model, recipe))
         needs = composition.method.needs if not uniform and composition.allocation.name != "per-role" else frozenset()
         probes = composition.allocation.weights == "probes"
+        journals = None if self.how.cache is None else self.how.cache / "searches"
+        if journals is not None and recipe.calibration.fisher == "recorded":
+            journals /= "recorded"  # their identity is of the model and the text, and here other sums go with these
         bench = Bench(
             self.model,
             self.sites,
             blocks=self._one_shot if needs else None,
-            tokens=self.tokens[0] if needs or probes else None,
+            tokens=self.tokens[0] if (needs and self.reads_text) or probes else None,
             tokenizer=self.tokenizer,
             data=self.how.data,
             batch_size=self.how.batch_size,
+            workers=self.how.workers,
             context=recipe.context,
-            journals=None if self.how.cache is None else self.how.cache / "searches",
+            journals=journals,
             track=self.how.track,
         )
         return rank(composition, recipe.budget, bench, rank_multiple=recipe.rank_multiple)
@@ -219,13 +242,33 @@ class Workbench:
         report = distillation(self.model, dense, tokens, aside, self.how.track)
         return [] if report is None else [report]
 
+    @functools.cached_property
+    def recovery_samples(self) -> Samples | None:
+        """What the compressed model is fine-tuned on; None where it is not."""
+        recovery = self.composition.recovery
+        if recovery is None:
+            return None
+        return recovery.read_samples(self.model, self.tokenizer, lambda: self.tokens[0], self.how.data)
+
+    def recover(self) -> list[PassReport]:
+        """What became of the composition's recovery, the last that is done to the model; nothing where it has none."""
+        if self.composition.recovery is None or self.recovery_samples is None:
+            return []
+        return [self.composition.recovery(self.model, self.recovery_samples, self.how.track)]
+
     def _one_shot(self, sites: Sequence[Site] | None = None) -> Iterator[BlockCalibration]:
         """The dense model's moments of these sites; default the chosen ones."""
-        return calibrate_by_block(
+        sites = self.sites if sites is None else sites
+        if not self.reads_text:
+            for number in sorted({site.block for site in sites}):
+                names = [site.name for site in sites if site.block == number]
+                yield BlockCalibration(number, gradients={name: self.gradients[name] for name in names})
+            return
+        yield from calibrate_by_block(
             self.model,
             self.tokens[0],
             self.composition.method,
-            sites=self.sites if sites is None else sites,
+            sites=sites,
             cache=self.how.cache,
             gradients=self.gradients,
             batch_size=self.how.batch_size,

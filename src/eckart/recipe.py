@@ -17,16 +17,20 @@ from eckart.allocation import Budget
 from eckart.baselines import BASELINES, build_baseline
 from eckart.composition import COMPOSITIONS, Allocation, Composition, composition_options
 from eckart.distillation import Distillation
+from eckart.evals.hidden_states import Pooling
+from eckart.evals.probing import Control
 from eckart.evals.tasks import Task, find_task
 from eckart.lowrank import Layout, build_method
 from eckart.lowrank.entries import build_entry
+from eckart.lowrank.moments import GRADIENT_STATISTICS
+from eckart.recovery import Recovery
 from eckart.refinement import Refinement
 from eckart.sequential import Order
 
 # Ways to say how large the result may be.
 BUDGETS = ("keep", "keep_total", "max_bytes", "rules", "plan")
 # What may be done around a method. What a recipe does not say is the composition's.
-AROUND = ("allocation", "layout", "order", "joint", "refit", "refine", "distil")
+AROUND = ("allocation", "layout", "order", "joint", "refit", "refine", "distil", "recover")
 # What a budget of this kind says itself.
 DECIDED = {"rules": ("sites", "allocation"), "plan": ("sites", "allocation", "layout", "joint")}
 
@@ -100,6 +104,10 @@ class CalibrationSection(Section):
     aside: float = Field(
         0.125, gt=0, lt=1, description="share of the samples kept aside where something has to prove itself on them"
     )
+    fisher: Literal["gathered", "recorded"] = Field(
+        "gathered",
+        description="gathered on this text, or recorded while the model was fine-tuned, see `eckart finetune`",
+    )
 
 
 class EvaluationSection(Section):
@@ -113,6 +121,9 @@ class EvaluationSection(Section):
     shots: int | None = Field(None, ge=0, description="examples in front of each question; default: the task's own")
     seed: int = Field(0, description="draws those examples")
     leave_out_long: bool = Field(False, description="StereoSet: leave out what is past the model's positions")
+    pooling: Pooling = Field("mean", description="probing: how a text's hidden states become one")
+    control: Control = Field("text", description="probing: what has one random label in the control task")
+    seeds: int = Field(3, gt=0, description="probing: probes of each layer")
 
     @model_validator(mode="after")
     def _known(self) -> EvaluationSection:
@@ -131,6 +142,15 @@ class DistilSection(Section):
     steps: int = Field(Distillation.steps, ge=0)
     rate: float = Field(Distillation.rate, gt=0, lt=1)
     batch: int = Field(Distillation.batch, gt=0)
+
+
+class RecoverSection(Section):
+    """A short fine-tuning of the compressed model: see `recovery.Recovery`. No steps, no recovery."""
+
+    steps: int = Field(Recovery.steps, ge=0)
+    rate: float = Field(Recovery.rate, gt=0, lt=1)
+    batch: int = Field(Recovery.batch, gt=0)
+    corpus: str | None = Field(None, description="of a classifier: the labelled set that it recovers on")
 
 
 class Recipe(Section):
@@ -152,6 +172,7 @@ class Recipe(Section):
     refit: bool | None = None
     refine: RefineSection | None = None
     distil: DistilSection | None = None
+    recover: RecoverSection | None = None
     rank_multiple: int = Field(1, gt=0)
     context: int | None = Field(
         None, gt=1, description="window of calibration and text where they name none; default 2048, or the positions"
@@ -169,7 +190,7 @@ class Recipe(Section):
     def _allocation_by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
-    @field_validator("refine", "distil", mode="before")
+    @field_validator("refine", "distil", "recover", mode="before")
     @classmethod
     def _steps_or_not(cls, value: Any) -> Any:
         return ({} if value else {"steps": 0}) if isinstance(value, bool) else value
@@ -202,6 +223,19 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _recorded_is_fisher(self) -> Recipe:
+        if self.calibration.fisher == "gathered":
+            return self
+        needs = frozenset() if self.is_baseline else self.composition.method.needs & GRADIENT_STATISTICS
+        if not needs or "gradient_covariance" in needs:
+            wanted = " and ".join(sorted(needs)) or "no gradient"
+            raise ValueError(
+                f"fisher: recorded goes with a method that needs Fisher sums alone, as fwsvd, and {self.method.name} "
+                f"needs {wanted}: leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_of_each(self) -> Recipe:
         labels = [item.to_task().label for item in self.evaluate]
         twice = [label for label in dict.fromkeys(labels) if labels.count(label) > 1]
@@ -231,6 +265,8 @@ class Recipe(Section):
         if self.distil is not None:
             steps = Distillation(self.distil.steps, self.distil.rate, self.distil.batch) if self.distil.steps else None
             changes["distillation"] = steps
+        if self.recover is not None:
+            changes["recovery"] = Recovery(**self.recover.model_dump()) if self.recover.steps else None
         return dataclasses.replace(made, **changes)
 
     def spelled_out(self) -> Recipe:
@@ -249,6 +285,7 @@ class Recipe(Section):
             "refit": made.refit,
             "refine": {"steps": 0} if made.refinement is None else dataclasses.asdict(made.refinement),
             "distil": {"steps": 0} if made.distillation is None else dataclasses.asdict(made.distillation),
+            "recover": {"steps": 0} if made.recovery is None else dataclasses.asdict(made.recovery),
         }
         assert parts.keys() == set(AROUND)
         return Recipe.model_validate(

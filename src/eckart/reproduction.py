@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from eckart.evals.improvement import average_improvement
 from eckart.evals.result import EvalResult
 from eckart.evals.tasks import find_task
 from eckart.experiment import Measured, run
+from eckart.finetuning import NOTES, FineTuning, fine_tune
 from eckart.pipeline import How
 from eckart.recipe import Recipe, parse_recipe
 from eckart.study import Row, Study, merge
@@ -50,16 +52,20 @@ def run_study(
 
     The directory gets runs/<name>/ (run directories), dense/ (dense results, shared by the runs) and study.json (the
     table). Runs and evaluations that are there are not done again. An evaluation that refuses leaves a gap in the
-    table, with its reason; it is never a number.
+    table, with its reason; it is never a number. Where the study fine-tunes its models, finetuned/<name>/ has them, and
+    the runs start from there.
 
     Args:
         keep_weights: of the compressed models; a table of thirty 7B models would be 300 GB.
 
     Raises:
-        FileExistsError: a run directory holds another recipe and `force` is not given.
+        FileExistsError: a run directory holds another recipe, or a model was fine-tuned with other settings, and
+            `force` is not given.
         ValueError: a recipe that does not fit, found before anything runs; and what compression raises.
     """
     planned = study.recipes()
+    if study.finetune is not None:
+        planned = fine_tune_models(planned, study.finetune.to_settings(), directory, how, force=force)
     measured: dict[str, list[Measured]] = {}
     lines: list[Line] = []
     for label, _, recipe in how.track(planned, "runs", len(planned)):
@@ -76,6 +82,46 @@ def run_study(
         lines = tabulate(study, planned, measured)
         write_study(study, lines, directory)
     return lines
+
+
+def fine_tune_models(
+    planned: Sequence[tuple[str, Row, Recipe]], settings: FineTuning, directory: Path, how: How, *, force: bool = False
+) -> list[tuple[str, Row, Recipe]]:
+    """The runs, of fine-tuned models: each distinct model of theirs is fine-tuned into `directory`/finetuned/<name>.
+
+    What was fine-tuned with the same settings is there to stay. With `force` what was fine-tuned otherwise is made
+    anew, and every result that the directory holds is removed first: it is of other weights under the same name.
+
+    Raises:
+        FileExistsError: a model was fine-tuned with other settings and `force` is not given; found before any is.
+        ValueError: as `fine_tune` raises it.
+    """
+    models = list(dict.fromkeys(recipe.model for _, _, recipe in planned))
+    names = [slug(Path(model).name) for model in models]
+    places = {
+        model: directory / "finetuned" / (name if names.count(name) == 1 else slug(model))
+        for model, name in zip(models, names, strict=True)
+    }
+    missing = []
+    for model, place in places.items():
+        made = place / NOTES
+        facts = json.loads(made.read_text(encoding="utf-8")) if made.is_file() else {}
+        if (facts.get("model"), facts.get("settings")) == (model, asdict(settings)):
+            continue
+        if facts and not force:
+            raise FileExistsError(
+                f"{place} was fine-tuned otherwise ({facts['model']}, {facts['settings']}); give another place, or "
+                "--force"
+            )
+        if facts:
+            for folder in ("runs", "dense"):
+                shutil.rmtree(directory / folder, ignore_errors=True)
+        missing.append(model)
+    for model in how.track(missing, "models", len(missing)) if missing else ():
+        fine_tune(model, places[model], settings, data=how.data, device=how.device, force=force, track=how.track)
+    return [
+        (label, row, recipe.model_copy(update={"model": str(places[recipe.model])})) for label, row, recipe in planned
+    ]
 
 
 def tabulate(
@@ -171,6 +217,7 @@ def write_study(study: Study, lines: Sequence[Line], directory: Path) -> None:
         "paper": study.paper,
         "about": study.about,
         "columns": study.columns,
+        **({} if study.finetune is None else {"finetune": study.finetune.model_dump()}),
         "rows": [
             {
                 "label": line.label,

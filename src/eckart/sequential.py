@@ -68,7 +68,8 @@ class PassReport:
     Attributes:
         name: of the pass.
         place: "block 3", or "model".
-        kept: whether it lowered the loss. One that did not was undone.
+        kept: whether it lowered the loss. One that did not was undone; but a recovery, whose losses are of the samples
+            that it took steps on, is always kept.
     """
 
     name: str

@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from eckart.evals.harness_tasks import LOCAL_TASKS
+from eckart.finetuning import FineTuning
 from eckart.recipe import MethodSection, Recipe, Section, parse_recipe
 
 # Evaluations whose `limit` counts windows of text; the others' counts examples.
@@ -51,10 +52,29 @@ class Comparison(Section):
     in_domain: list[str] = Field(default_factory=list)
 
 
+class FineTuningSection(Section):
+    """How the models are fine-tuned before anything is done with them: see `finetuning.FineTuning`."""
+
+    task: str
+    epochs: int = Field(FineTuning.epochs, gt=0)
+    batch: int = Field(FineTuning.batch, gt=0)
+    rate: float = Field(FineTuning.rate, ge=0, lt=1)
+    warm_up: float = Field(FineTuning.warm_up, ge=0, le=1)
+    weight_decay: float = Field(FineTuning.weight_decay, ge=0)
+    seed: int = FineTuning.seed
+    limit: int | None = Field(None, gt=0)
+    length: int | None = Field(None, gt=0)
+
+    def to_settings(self) -> FineTuning:
+        """As `fine_tune` takes it."""
+        return FineTuning(**self.model_dump())
+
+
 class Scale(Section):
     """What changes at another scale; see `Study.at`."""
 
     base: dict[str, Any] = Field(default_factory=dict)
+    finetune: dict[str, Any] = Field(default_factory=dict)
     limits: dict[str, int] = Field(
         default_factory=dict,
         description="windows; documents; members: documents of each member of a family such as mmlu",
@@ -74,6 +94,7 @@ class Study(Section):
         models: every run once for each of these models; default: the base's or the run's own.
         columns: what is printed: a task, or task#score.
         dense: the paper's row for the dense model.
+        finetune: every model is fine-tuned first, and the runs start from what comes of it.
     """
 
     title: str
@@ -81,6 +102,7 @@ class Study(Section):
     about: str = ""
     base: dict[str, Any]
     models: list[str] = Field(default_factory=list)
+    finetune: FineTuningSection | None = None
     columns: list[str]
     dense: list[float | None] | None = None
     runs: list[Row] = Field(min_length=1)
@@ -103,10 +125,10 @@ class Study(Section):
 
         Args:
             changes: {dotted recipe key: value}, such as {"model": "path", "calibration.samples": 64}; "models" is a
-                list. They win over everything.
+                list, and "finetune.epochs" is of the study. They win over everything.
 
         Raises:
-            ValueError: an unknown scale (the message lists those there are).
+            ValueError: an unknown scale (the message lists those there are), or fine-tuning that does not fit.
         """
         if scale != "paper" and scale not in self.scales:
             raise ValueError(f"no scale {scale!r} in this study; it has paper, {', '.join(self.scales)}")
@@ -114,6 +136,7 @@ class Study(Section):
         given: dict[str, Any] = {}
         for key, value in (changes or {}).items():
             _put(given, key.split("."), value)
+        finetune = self._finetune_at(chosen, given)
         models = given.pop("models", None) or ([] if {"model"} & {*given, *chosen.base} else self.models)
         over = merge(chosen.base, given)
         replaced = bool(chosen.evaluate or chosen.columns)
@@ -141,6 +164,7 @@ class Study(Section):
                 "about": "\n\n".join(part.strip() for part in (chosen.note, self.about) if part.strip()),
                 "base": base,
                 "models": models,
+                "finetune": finetune,
                 "columns": columns,
                 "dense": None if replaced else self.dense,
                 "runs": runs,
@@ -148,6 +172,21 @@ class Study(Section):
                 "scales": {},
             }
         )
+
+    def _finetune_at(self, scale: Scale, given: dict[str, Any]) -> FineTuningSection | None:
+        """The section at a scale, with the changes that are of it, which are taken out of `given`."""
+        own = self.finetune.model_dump() if self.finetune else {}
+        changes = given.pop("finetune", {})
+        if changes is None or not (own or scale.finetune or changes):
+            return None  # "finetune=null": the models as they are
+        if not isinstance(changes, Mapping):
+            raise ValueError(
+                f"finetune: {changes!r} is no section; give finetune.epochs and the like, or null for none"
+            )
+        try:
+            return FineTuningSection.model_validate({**own, **scale.finetune, **changes})
+        except ValidationError as error:
+            raise ValueError(f"finetune: {_problems(error)}") from None
 
     def recipes(self) -> list[tuple[str, Row, Recipe]]:
         """(name, row, recipe) of every run; rows that a scale has made the same recipe are one run.
@@ -179,7 +218,7 @@ def describe(recipe: Mapping[str, Any]) -> str:
     if recipe.get("allocation") is not None:
         words.append(_entry(recipe["allocation"]))
     words += [str(recipe[key]) for key in ("layout", "order") if recipe.get(key) is not None]
-    for key in ("joint", "refit", "refine", "distil"):
+    for key in ("joint", "refit", "refine", "distil", "recover"):
         said = recipe.get(key)
         if said is not None:
             off = not said or (isinstance(said, Mapping) and said.get("steps") == 0)
@@ -236,8 +275,11 @@ def load_study(name: str) -> Study:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise ValueError(f"{path}: {'; '.join(problems)}") from None
+        raise ValueError(f"{path}: {_problems(error)}") from None
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,10 @@ from tiny import DEFAULT_CONFIGS, HEADS, logits_of, tiny_model, tiny_tokens
 from .layouts import KINDS, head_of, laid_out
 
 # Families with a bias on every linear, or with config switches for one: sfsd can be exported.
-TAKES_BIASES = {"llama", "opt", "gpt2", "gpt_neox", "bert", "roberta", "phi", "starcoder2", "bloom", "modernbert"}
+TAKES_BIASES = {
+    *("llama", "opt", "gpt2", "gpt_neox", "bert", "roberta", "roberta-prelayernorm"),
+    *("phi", "starcoder2", "bloom", "modernbert"),
+}
 ALL = sorted({*FAMILIES, *DEFAULT_CONFIGS})
 
 

@@ -95,6 +95,9 @@ def compress(
     samples: Annotated[int, typer.Option(help="Calibration windows or documents")] = 256,
     length: Annotated[int | None, typer.Option(help="Tokens in each; default 2048 or the model's limit")] = None,
     seed: Annotated[int, typer.Option(help="Which windows are drawn")] = 0,
+    fisher: Annotated[
+        str, typer.Option(help="fwsvd's sums: gathered on this text, or recorded by `eckart finetune`")
+    ] = "gathered",
     dtype: Dtype = "auto",
     data: Data = None,
     device: Device = "cpu",
@@ -136,6 +139,7 @@ def compress(
                 "samples": samples,
                 "length": length,
                 "seed": seed,
+                "fisher": fisher,
             },
         },
         where="command line",
@@ -146,11 +150,14 @@ def compress(
         console.print(f"{name}: {note}")
     console.print(sizes_table(str(out), outcome.summary, outcome.plan))
     for what, name in (("refined", "refine"), ("distilled", "distil")):
-        done = [each for each in outcome.passes if each["name"] == name]
-        undone = [each["place"] for each in done if not each["kept"]]
+        passes = [each for each in outcome.passes if each["name"] == name]
+        undone = [each["place"] for each in passes if not each["kept"]]
         told = f"; undone, as it did not help on samples kept aside: {', '.join(undone)}" if undone else ""
-        if done:
-            console.print(f"{what} {len(done) - len(undone)} of {len(done)}{told}")
+        if passes:
+            console.print(f"{what} {len(passes) - len(undone)} of {len(passes)}{told}")
+    for done in outcome.passes:
+        if done["name"] == "recover":
+            console.print(f"fine-tuned after compression: loss {done['before']:.4f} before, {done['after']:.4f} after")
     console.print(", ".join(f"{stage} {value:.1f} s" for stage, value in outcome.seconds.items()))
 
 

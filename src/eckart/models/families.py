@@ -42,7 +42,8 @@ GATED = Family(
         "mlp": (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
     },
 )
-# BERT's layout: post-norm, with the output projections inside `*.output.dense`.
+# BERT's layout, with the output projections inside `*.output.dense`. Its norms stand behind the projections; in
+# roberta-prelayernorm they stand in front of them, inside the same modules, and q, k and v share one norm's output too.
 BERT = Family(
     blocks="encoder.layer",
     parts={
@@ -96,6 +97,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "bert": BERT,
     "roberta": BERT,
+    "roberta-prelayernorm": BERT,
 }
 
 

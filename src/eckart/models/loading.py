@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from eckart.builtin import builtin_model_path
 from eckart.models.checkpoint import CheckpointError, describe
@@ -43,6 +50,41 @@ def load_model(path: str | Path, *, dtype: str = "auto", device: str = "cpu") ->
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     model = _found(f"the model {path}", path, lambda: model_class.from_pretrained(path, dtype=wanted))
     return model.to(device).eval()
+
+
+def load_classifier(path: str | Path, classes: Sequence[str]) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The model at `path` with a head that tells `classes` apart, in float32 and eval mode, and what in it is new.
+
+    Args:
+        path: as in `load_model`; a model with any head or none. A classification head that is there is kept.
+
+    Returns:
+        the model, and the names of the parameters that the files lack and that were drawn at random, from torch's seed.
+
+    Raises:
+        ValueError: no model at `path`, or a classifier of another number of classes.
+        UnsupportedModelError: transformers has no classifier of this kind.
+    """
+    path = locate(path)
+    config = _found(f"the model {path}", path, lambda: AutoConfig.from_pretrained(path))
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UnsupportedModelError(f"{path}: transformers has no classifier of the kind {config.model_type!r}")
+    if "ForSequenceClassification" in (config.architectures or [""])[0] and config.num_labels != len(classes):
+        raise ValueError(
+            f"{path} is a classifier already, of {config.num_labels} classes and not of {len(classes)} "
+            f"({', '.join(classes)}): start from the model that it was made from"
+        )
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: number for number, name in enumerate(classes)}
+    config.problem_type = "single_label_classification"
+    model, info = _found(
+        f"the model {path}",
+        path,
+        lambda: AutoModelForSequenceClassification.from_pretrained(
+            path, config=config, dtype=torch.float32, output_loading_info=True
+        ),
+    )
+    return model.eval(), tuple(sorted(info["missing_keys"]))
 
 
 def own_memory(model: PreTrainedModel) -> None:
