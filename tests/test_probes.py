@@ -15,7 +15,7 @@ from eckart.evals.divergence import divergence
 from eckart.lowrank import DecompositionError, Factored, Factors, Spectrum, factor, rank_for
 from eckart.models.sites import find_sites, low_rank_modules, read_weight
 from eckart.models.units import Unit
-from eckart.probes import ProbeResult, probe
+from eckart.probes import ProbeResult, probe_linears
 from eckart.tokens import Tokens
 from eckart.trials import low_rank, swapped
 from tiny import logits_of, tiny_model, tiny_tokens
@@ -48,7 +48,7 @@ def test_a_probe_is_the_mean_divergence_of_the_predictions(model_type: str, head
         tiny_tokens(5, 12, padded=padded),
     )
     before, modules = logits_of(model), dict(model.named_modules())
-    found = probe(model, spectra, tokens)
+    found = probe_linears(model, spectra, tokens)
     assert dict(model.named_modules()) == modules
     assert torch.equal(logits_of(model), before)
     log_p = log_probabilities(model, tokens)
@@ -69,7 +69,7 @@ def test_a_probe_is_the_mean_divergence_of_the_predictions(model_type: str, head
 def test_it_is_the_divergence_that_the_evaluation_measures() -> None:
     model, reference, tokens = tiny_model("llama"), tiny_model("llama"), tiny_tokens(4, 16)
     site = find_sites(model)[3]
-    (found,) = probe(model, spectra_of("llama"), tokens, sites=[site], keep=0.3).probes
+    (found,) = probe_linears(model, spectra_of("llama"), tokens, sites=[site], keep=0.3).probes
     with swapped(model, low_rank(model, Unit((site,)), spectra_of("llama")[site.name], found.rank)):
         measured = divergence(model, reference, tokens.ids.flatten(), length=16)
     assert found.divergence == pytest.approx(measured.value, rel=1e-5)
@@ -81,8 +81,8 @@ def test_memory_changes_nothing(memory: int, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("eckart.evals.windows.LOGITS_PER_BATCH", 2 * 12 * 96 * 4)
     model, tokens, passes = tiny_model("llama"), tiny_tokens(12, 12), []
     model.register_forward_hook(lambda *_: passes.append(bool(low_rank_modules(model))))
-    found = probe(model, spectra_of("llama"), tokens, memory=memory)
-    assert found.weights == probe(tiny_model("llama"), spectra_of("llama"), tokens).weights
+    found = probe_linears(model, spectra_of("llama"), tokens, memory=memory)
+    assert found.weights == probe_linears(tiny_model("llama"), spectra_of("llama"), tokens).weights
     sites = len(found.probes)
     assert sum(passes) == 3 * sites
     kept = {0: 0, 96 * 11 * 4 * 4: 1, 2**31: 3}[memory]
@@ -94,7 +94,7 @@ def test_a_cut_that_changes_nothing_is_nothing() -> None:
     (first, *_) = find_sites(model)
     model.get_submodule(first.name).weight.data.zero_()
     noop = factor(read_weight(model.get_submodule(first.name)))
-    found = probe(model, {first.name: noop}, tiny_tokens(4, 12), sites=[first])
+    found = probe_linears(model, {first.name: noop}, tiny_tokens(4, 12), sites=[first])
     assert [(item.divergence, item.tail, item.weight) for item in found.probes] == [(0.0, 0.0, 0.0)]
 
 
@@ -103,7 +103,7 @@ def test_a_linear_of_low_rank_is_probed_where_it_loses_something() -> None:
     site = find_sites(model)[0]
     module = model.get_submodule(site.name)
     module.weight.data = (torch.randn(32, 3) @ torch.randn(3, 32)) / 8
-    found = probe(model, {site.name: factor(module.weight.detach())}, tiny_tokens(4, 12), sites=[site])
+    found = probe_linears(model, {site.name: factor(module.weight.detach())}, tiny_tokens(4, 12), sites=[site])
     assert rank_for(0.5, 32, 32) == 8
     assert found.probes[0].rank == 2  # 8, 4, 2
     assert found.probes[0].weight > 0
@@ -116,7 +116,7 @@ def test_weights_do_not_depend_on_the_units_of_the_tail() -> None:
         name: Spectrum(spectrum.target, spectrum.basis, 100 * spectrum.energies)  # type: ignore[attr-defined]
         for name, spectrum in plain.items()
     }
-    first, second = probe(model, plain, tokens).weights, probe(model, scaled, tokens).weights
+    first, second = probe_linears(model, plain, tokens).weights, probe_linears(model, scaled, tokens).weights
     for name, weight in first.items():
         assert weight == pytest.approx(100 * second[name])
 
@@ -130,7 +130,7 @@ def same(first: ProbeResult, second: ProbeResult) -> bool:
 @pytest.mark.parametrize("kill", [0, 1, 7, 20])
 def test_killed_probes_go_on(tmp_path: Path, kill: int) -> None:
     tokens, spectra = tiny_tokens(4, 12), spectra_of("llama")
-    expected = probe(tiny_model("llama"), spectra, tokens)
+    expected = probe_linears(tiny_model("llama"), spectra, tokens)
     options: dict[str, Any] = {"journal": tmp_path / "journal.jsonl", "identity": {"model": "tiny"}}
     asked: list[str] = []
 
@@ -142,18 +142,18 @@ def test_killed_probes_go_on(tmp_path: Path, kill: int) -> None:
 
     model = tiny_model("llama")
     with pytest.raises(KeyboardInterrupt):
-        probe(model, dying, tokens, **options)
+        probe_linears(model, dying, tokens, **options)
     assert not low_rank_modules(model)
     rest = {name: spectrum for name, spectrum in spectra.items() if name not in asked}
-    assert same(probe(model, rest, tokens, **options), expected)
+    assert same(probe_linears(model, rest, tokens, **options), expected)
     passes: list[int] = []
     model.register_forward_hook(lambda *_: passes.append(1))
-    assert same(probe(model, {}, tokens, **options), expected)
+    assert same(probe_linears(model, {}, tokens, **options), expected)
     assert passes == []
     with pytest.raises(ValueError, match="tokens was"):
-        probe(model, spectra, tiny_tokens(4, 12, seed=1), **options)
+        probe_linears(model, spectra, tiny_tokens(4, 12, seed=1), **options)
     with pytest.raises(ValueError, match=r"keep was 0.5 and is 0.4"):
-        probe(model, spectra, tokens, keep=0.4, **options)
+        probe_linears(model, spectra, tokens, keep=0.4, **options)
 
 
 def test_joint_groups_are_probed_as_one() -> None:
@@ -162,7 +162,9 @@ def test_joint_groups_are_probed_as_one() -> None:
     group = sites[0].input_group
     members = [site for site in sites if site.input_group == group]
     stack = factor(torch.cat([read_weight(model.get_submodule(site.name)) for site in members]))
-    found = probe(model, lambda name: stack, tokens, sites=members, joint=[group], layout="pivoted", rank_multiple=4)
+    found = probe_linears(
+        model, lambda name: stack, tokens, sites=members, joint=[group], layout="pivoted", rank_multiple=4
+    )
     (item,) = found.probes
     assert (item.name, item.tail) == (f"{group}+k_proj+v_proj", stack.tails()[item.rank])
     assert item.rank % 4 == 0
@@ -198,22 +200,22 @@ def test_what_is_broken_is_named(entry: float | None, error: type[Exception], me
     model = tiny_model("llama")
     site = find_sites(model)[3]
     with pytest.raises(error, match=message.format(site.name)):
-        probe(model, lambda name: Broken(entry), tiny_tokens(2, 12), sites=[site])  # type: ignore[arg-type,return-value]
+        probe_linears(model, lambda name: Broken(entry), tiny_tokens(2, 12), sites=[site])  # type: ignore[arg-type,return-value]
     assert not low_rank_modules(model)
 
 
 def test_what_cannot_be_probed_is_refused() -> None:
     spectra, tokens = spectra_of("llama"), tiny_tokens(2, 12)
     with pytest.raises(ValueError, match=r"outside \(0, 1\)"):
-        probe(tiny_model("llama"), spectra, tokens, keep=1.0)
+        probe_linears(tiny_model("llama"), spectra, tokens, keep=1.0)
     with pytest.raises(ValueError, match="training mode"):
-        probe(tiny_model("llama").train(), spectra, tokens)
+        probe_linears(tiny_model("llama").train(), spectra, tokens)
     with pytest.raises(ValueError, match="positions"):
-        probe(tiny_model("llama"), spectra, tiny_tokens(2, 80))
+        probe_linears(tiny_model("llama"), spectra, tiny_tokens(2, 80))
     with pytest.raises(ValueError, match="no predictions to compare"):
-        probe(tiny_model("bert", "base"), spectra_of("bert", "base"), tokens)
+        probe_linears(tiny_model("bert", "base"), spectra_of("bert", "base"), tokens)
     with pytest.raises(ValueError, match="no predictions to compare"):
-        probe(tiny_model("bert", "classifier", num_labels=1), spectra_of("bert", "classifier"), tokens)
+        probe_linears(tiny_model("bert", "classifier", num_labels=1), spectra_of("bert", "classifier"), tokens)
     with pytest.raises(ValueError, match="nothing to predict"):
-        probe(tiny_model("llama"), spectra, tiny_tokens(2, 1))
-    assert isinstance(probe(tiny_model("llama"), spectra, tokens).to_dict()["probes"], list)
+        probe_linears(tiny_model("llama"), spectra, tiny_tokens(2, 1))
+    assert isinstance(probe_linears(tiny_model("llama"), spectra, tokens).to_dict()["probes"], list)

@@ -112,7 +112,7 @@ def test_probes_read_some_windows_only(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(tokens)
         return ProbeResult(tuple(Probe(site.name, 1, 0.5, 1.0, 0.0) for site in bench.sites), 1)
 
-    monkeypatch.setattr("eckart.ranking.probe", note)
+    monkeypatch.setattr("eckart.ranking.probe_linears", note)
     bench = bench_of("svd", tokens=tiny_tokens(PROBE_SAMPLES + 4, LENGTH))
     rank(Composition(build_method("svd"), Allocation(name="global", weights="probes")), Budget(keep=0.5), bench)
     (tokens,) = seen

@@ -22,8 +22,11 @@ from eckart.calibration import Calibration, calibrate, calibrate_by_block
 from eckart.composition import COMPOSITIONS, Composition
 from eckart.compression import CompressionReport, compress
 from eckart.corpora import read_text
+from eckart.evals.probing import probe
 from eckart.evals.result import EvalResult
 from eckart.evals.tasks import Task, evaluate
+from eckart.finetuning import FineTuning, fine_tune
+from eckart.labelled import Labelled, read_labelled
 from eckart.lowrank import METHODS, Method, build_method
 from eckart.models.checkpoint import CheckpointError
 from eckart.models.dense import export_dense
@@ -31,7 +34,7 @@ from eckart.models.families import UnsupportedModelError
 from eckart.models.linear import LowRankLinear
 from eckart.models.loading import load_model, load_tokenizer, save
 from eckart.pipeline import How, make_checkpoint
-from eckart.probes import probe
+from eckart.probes import probe_linears
 from eckart.rank_search import SearchResult, Tolerance, search
 from eckart.recipe import Recipe, load_recipe, parse_recipe
 from eckart.refinement import Refinement
@@ -47,7 +50,9 @@ __all__ = [
     "Composition",
     "CompressionReport",
     "EvalResult",
+    "FineTuning",
     "How",
+    "Labelled",
     "LowRankLinear",
     "Method",
     "RankPlan",
@@ -66,6 +71,7 @@ __all__ = [
     "compress",
     "evaluate",
     "export_dense",
+    "fine_tune",
     "load_model",
     "load_recipe",
     "load_tokenizer",
@@ -73,6 +79,8 @@ __all__ = [
     "parse_recipe",
     "plan",
     "probe",
+    "probe_linears",
+    "read_labelled",
     "read_text",
     "sample_documents",
     "sample_windows",

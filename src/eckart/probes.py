@@ -85,7 +85,7 @@ class ProbeResult:
 
 
 @torch.no_grad()
-def probe(
+def probe_linears(
     model: PreTrainedModel,
     spectra: Spectra,
     tokens: Tokens,

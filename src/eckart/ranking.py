@@ -20,7 +20,7 @@ from eckart.evals.tasks import Task, windows_of
 from eckart.lowrank import Factored, Method
 from eckart.models.sites import Site, find_sites
 from eckart.models.units import Unit, units_of
-from eckart.probes import probe
+from eckart.probes import probe_linears
 from eckart.rank_search import SearchResult, search
 from eckart.scores import Criterion, perplexity_score, task_score
 from eckart.sensitivity import measure_sensitivity
@@ -54,7 +54,7 @@ class Bench:
         blocks: makes the dense model's moments of the chosen sites anew each time it is called; None for a method that
             needs none.
         tokens: of the calibration; None where nothing needs any.
-        tokenizer, data, batch_size, context: for scores, as in `evals.tasks.evaluate`.
+        tokenizer, data, batch_size, workers, context: for scores, as in `evals.tasks.evaluate`.
         journals: folder for the trials of probes and searches, which go on where they were stopped; None keeps none.
     """
 
@@ -65,6 +65,7 @@ class Bench:
     tokenizer: PreTrainedTokenizerBase
     data: Path | None = None
     batch_size: int = 8
+    workers: int = 1
     context: int | None = None
     journals: Path | None = None
     track: Track = silent
@@ -151,7 +152,7 @@ def _weigh(
     evaluations = 0
     identity = _identity(method, bench)
     for groups in ((), joint) if joint else ((),):
-        result = probe(
+        result = probe_linears(
             bench.model,
             _spectra(method, bench, groups),
             windows,
@@ -219,14 +220,28 @@ def _search(
 
 
 def make_score(allocation: Allocation, bench: Bench) -> Criterion:
-    """The score of a search: a task's main value, on the part of the data that is for searching where it has one."""
+    """The score of a search, on the part of the data that is for searching where there is one.
+
+    A task's main value; of probing the selectivity, and of labelled sets the rows to train on, so that the others are
+    left to report on.
+    """
     assert allocation.score is not None
     task = Task(allocation.score, limit=allocation.limit)
     if task.kind in ("perplexity", "lm-eval"):
         task = replace(task, split="sfsd-search")
     if task.kind == "perplexity":
         return perplexity_score(windows_of(bench.model, bench.tokenizer, task, data=bench.data, context=bench.context))
-    return task_score(task, bench.tokenizer, data=bench.data, batch_size=bench.batch_size, context=bench.context)
+    if task.kind in ("probing", "classification"):
+        task = replace(task, split="train")
+    return task_score(
+        task,
+        bench.tokenizer,
+        score="selectivity" if task.kind == "probing" else None,
+        data=bench.data,
+        batch_size=bench.batch_size,
+        workers=bench.workers,
+        context=bench.context,
+    )
 
 
 def _spectra(method: Method, bench: Bench, joint: Collection[str] = ()) -> Callable[[str], Factored]:

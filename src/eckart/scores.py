@@ -85,6 +85,7 @@ def task_score(
     score: str | None = None,
     data: Path | None = None,
     batch_size: int = 8,
+    workers: int = 1,
     context: int | None = None,
 ) -> Criterion:
     """Any evaluation's value, or one of its further scores.
@@ -92,13 +93,15 @@ def task_score(
     Args:
         better: which way the score is good.
         score: of the result; None is its main value.
-        data, batch_size, context: as in `evaluate`.
+        data, batch_size, workers, context: as in `evaluate`.
     """
     task = task if isinstance(task, Task) else Task(task)
     find_task(task.name)
 
     def measure(model: PreTrainedModel) -> float:
-        (result,) = evaluate(model, tokenizer, [task], data=data, batch_size=batch_size, context=context)
+        (result,) = evaluate(
+            model, tokenizer, [task], data=data, batch_size=batch_size, workers=workers, context=context
+        )
         return result.read(score)
 
     return Criterion(measure, better, {"task": asdict(task), "score": score, "context": context})

@@ -1,6 +1,6 @@
 """The command line: one command a verb. It says how and where; what is computed is in the recipe."""
 
-from eckart.cli import looking, making, measuring, running, searching
+from eckart.cli import answering, looking, making, measuring, probing, running, searching, training
 from eckart.cli.app import app, main
 
-__all__ = ["app", "looking", "main", "making", "measuring", "running", "searching"]
+__all__ = ["answering", "app", "looking", "main", "making", "measuring", "probing", "running", "searching", "training"]

@@ -34,6 +34,8 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what is there, onc
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "eckart"
 Cache = Annotated[Path, typer.Option(help="Folder for calibration moments, reused by content; safe to delete")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep no moments on disk")]
+CORES = os.cpu_count() or 1
+Workers = Annotated[int, typer.Option(min=1, help="Probes trained at a time: speed only")]
 Batch = Annotated[int, typer.Option(min=1, help="Calibration rows at a time: memory and speed only")]
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.calibration import calibrate_by_block, calibration_digest
-from eckart.cli.app import CACHE, Batch, Cache, Data, Device, Dtype, Force, NoCache, app, console
+from eckart.cli.app import CACHE, CORES, Batch, Cache, Data, Device, Dtype, Force, NoCache, app, console
 from eckart.cli.making import parse_options
 from eckart.composition import Allocation
 from eckart.corpora import read_text
@@ -22,7 +22,7 @@ from eckart.lowrank import build_method
 from eckart.models.loading import load_model, load_tokenizer
 from eckart.models.sites import find_sites, select_sites
 from eckart.rank_search import SearchResult, Tolerance, search
-from eckart.scores import Criterion, accuracy_score, perplexity_score, split_windows
+from eckart.scores import Criterion, accuracy_score, perplexity_score, split_windows, task_score
 from eckart.spectra import spectra_on_demand
 from eckart.terminal import TerminalTrack, number, table
 from eckart.tokens import encode, sample_windows
@@ -38,7 +38,7 @@ def search_command(
     plan: Annotated[Path, typer.Argument(help="Where the ranks go, as JSON; `compress --plan` takes it")],
     method: Annotated[str, typer.Option(help="See `eckart methods`")] = "sfsd",
     option: Annotated[list[str] | None, typer.Option(help="Setting of the method, NAME=VALUE (repeatable)")] = None,
-    score: Annotated[str, typer.Option(help="perplexity:CORPUS or lm-eval:TASK")] = "perplexity:wikitext2",
+    score: Annotated[str, typer.Option(help="perplexity:CORPUS, lm-eval:TASK or probing:SET")] = "perplexity:wikitext2",
     score_split: Annotated[
         str, typer.Option(help="Split of the score's corpus, of which 20 % are searched on")
     ] = "test",
@@ -70,8 +70,9 @@ def search_command(
     """Find the ranks by measuring: SFSD's surgical search, with any method.
 
     From the last linear to the first, each gets the smallest budget at which the score is still within the tolerance.
-    The search sees 20 % of the score's data; both models are measured on the rest. Beside PLAN stand a journal of the
-    trials (a killed search goes on after the last) and the curve that was walked.
+    The search sees 20 % of the score's data; both models are measured on the rest. Of probing, whose score is the mean
+    selectivity of the layers, it sees the train split, and test is left. Beside PLAN stand a journal of the trials (a
+    killed search goes on after the last) and the curve that was walked.
 
     \b
     eckart search MODEL plan.json --method sfsd --score perplexity:wikitext2
@@ -84,8 +85,8 @@ def search_command(
         raise ValueError(f"layout {layout!r} is none of plain, pivoted")
     task, track = Task(score, score_split, length=length, limit=limit), TerminalTrack(console)
     find_task(score)
-    if task.kind not in ("perplexity", "lm-eval"):
-        raise ValueError(f"{score!r} is no score to search by; there are perplexity:CORPUS and lm-eval:TASK")
+    if task.kind not in ("perplexity", "lm-eval", "probing"):
+        raise ValueError(f"{score!r} is no score to search by; there are perplexity:CORPUS, lm-eval:TASK, probing:SET")
     default = Allocation(name="surgical", score=score).allowed
     allowed = default if tolerance is None else Tolerance.parse(tolerance)
     built = build_method(method, parse_options(method, option or []))
@@ -144,6 +145,19 @@ def _scores(
         rows = cut_windows(model, encode(text.joined, tokenizer), length=length, limit=task.limit)
         chosen, others = split_windows(rows)
         return perplexity_score(chosen), perplexity_score(others)
+    if task.kind == "probing":  # rows that everybody may train on are searched on, the others are reported on
+        first, second = (
+            task_score(
+                replace(task, split=split),
+                tokenizer,
+                score="selectivity",
+                data=data,
+                batch_size=batch_size,
+                workers=CORES,
+            )
+            for split in ("train", "test")
+        )
+        return first, second
     first, second = (
         accuracy_score(replace(task, split=split, length=None), tokenizer, data=data, batch_size=batch_size)
         for split in ("sfsd-search", "sfsd-evaluation")

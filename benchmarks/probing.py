@@ -1,0 +1,112 @@
+"""Time and memory of probing one task, and how both grow with layers and with examples.
+
+    python benchmarks/probing.py [--model MODEL] [--task sst2] [--data DIR] [--texts 500 1000 2000] [--out FILE]
+
+Each point runs in a process of its own: hidden states of every layer of MODEL (its first blocks, for the growth with
+layers), then three seeds of probes and controls with one worker. Prints seconds of both stages, the peak resident
+memory above that of the loaded model, and the bytes of the states on disk. Without --data it makes labelled texts from
+the built-in corpus (prose or code), so that it runs anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eckart import Labelled, load_model, load_tokenizer, probe, read_labelled
+from eckart.builtin import builtin_texts
+from eckart.evals.hidden_states import read_hidden_states
+from eckart.models.sites import blocks_of
+
+SEEDS = 3
+
+
+def read_rows(task: str, data: Path | None, count: int) -> Labelled:
+    """Rows of the task, or lines of prose and of code."""
+    if data is not None:
+        return read_labelled(task, split="train", data=data).draw(count)
+    lines = {
+        domain: [line for text in builtin_texts(domain, "train") for line in text.splitlines() if len(line) > 40]
+        for domain in ("prose", "code")
+    }
+    texts = [line for pair in zip(lines["prose"], lines["code"], strict=False) for line in pair][:count]
+    labels = tuple(place % 2 for place in range(len(texts)))
+    return Labelled(tuple(texts), labels, ("prose", "code"), tuple(range(len(texts))), {"corpus": "builtin"})
+
+
+def measure(model_name: str, task: str, data: Path | None, texts: int, layers: int) -> dict[str, Any]:
+    """One point: seconds of both stages, bytes on disk, peak memory above the loaded model's."""
+    torch.set_num_threads(1)
+    model, tokenizer = load_model(model_name, dtype="float32"), load_tokenizer(model_name)
+    blocks = blocks_of(model)
+    layers = min(layers, len(blocks))
+    del blocks[layers:]
+    rows = read_rows(task, data, texts)
+    import sklearn.neural_network  # noqa: F401 (what has to be in memory anyway)
+
+    with tempfile.TemporaryDirectory() as folder:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = time.perf_counter()
+        with read_hidden_states(model, tokenizer, rows.texts, cache=Path(folder)):
+            reading = time.perf_counter() - start
+        stored = sum(file.stat().st_size for file in Path(folder).iterdir())
+        start = time.perf_counter()
+        found = probe(model, tokenizer, rows, seeds=SEEDS, cache=Path(folder))
+        probes = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "texts": len(rows),
+        "layers": layers,
+        "states_seconds": reading,
+        "probes_seconds": probes,
+        "states_bytes": stored,
+        "peak_above_model": (peak - before) * 1024,  # kilobytes on Linux
+        "f1": found.value,
+        "selectivity": found.scores["selectivity"].value,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="builtin")
+    parser.add_argument("--task", default="sst2")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--texts", type=int, nargs="+", default=[500, 1000, 2000])
+    parser.add_argument("--layers", type=int, nargs="+", help="default: a third, two thirds, all of the blocks")
+    parser.add_argument("--out", type=Path, help="also write the points as JSON")
+    parser.add_argument("--point", type=int, nargs=2, help="used by the benchmark itself")
+    given = parser.parse_args()
+    if given.point:
+        print(json.dumps(measure(given.model, given.task, given.data, *given.point)))
+        return
+    whole = len(blocks_of(load_model(given.model)))
+    layers = given.layers or sorted({max(1, whole // 3), max(1, 2 * whole // 3), whole})
+    points = [(count, whole) for count in given.texts] + [(max(given.texts), some) for some in layers if some != whole]
+    found = []
+    print("texts  layers  states s  probes s   peak MB   disk MB")
+    for texts, some in points:
+        command = [sys.executable, __file__, "--model", given.model, "--task", given.task]
+        command += ["--data", str(given.data)] if given.data else []
+        finished = subprocess.run(
+            [*command, "--point", str(texts), str(some)], check=True, stdout=subprocess.PIPE, text=True
+        )
+        point = json.loads(finished.stdout.strip().splitlines()[-1])
+        found.append(point)
+        numbers = (point["states_seconds"], point["probes_seconds"], point["peak_above_model"] / 1e6)
+        row = "  ".join(f"{number:8.1f}" for number in (*numbers, point["states_bytes"] / 1e6))
+        print(f"{point['texts']:5d}  {point['layers']:6d}  {row}", flush=True)
+    if given.out:
+        given.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
