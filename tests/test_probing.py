@@ -210,3 +210,13 @@ def test_the_command_prints_a_row_for_every_layer(run: Run, tmp_path: Path) -> N
     status, printed = run("probe", tmp_path / "model", "--task", "colla")
     assert status == 2
     assert "no labelled set 'colla'" in printed
+
+
+def test_layers_are_counted_from_the_last_as_well() -> None:
+    result = probe(tiny_model("llama"), tiny_tokenizer(), keyword_rows(40), seeds=1)
+    assert result.read("f1.-1") == result.read(f"f1.{BLOCKS}")
+    assert result.read("control.-2") == result.read(f"control.{BLOCKS - 1}")
+    with pytest.raises(ValueError, match=r"has no score 'f1.-1'; it has"):
+        result.read(f"f1.-{BLOCKS + 2}")
+    with pytest.raises(ValueError, match=r"has no score"):
+        result.read("kl.-1")

@@ -18,11 +18,11 @@ METHODS = {"SVD": "svd", "FWSVD": "fwsvd", "ASVD": "asvd-i"}
 # The paper's own, then those of its questions and of its outlook.
 TABLES = [f"probing-table-{name}" for name in ("2-cola", "2-mmlu", "3", "4", "5")]
 FIGURES = [f"probing-figure-{number}" for number in (2, 3, 4)]
-OTHERS = ["probing-questions", "probing-questions-encoder", "probing-search"]
+OTHERS = ["probing-questions", "probing-questions-encoder", "probing-search", "probing-table-2-sst2"]
 NAMES = [name for name in studies() if name.startswith("probing-")]
 # Labelled text does not come with eckart, so what reads nothing else cannot run without data.
 WITHOUT_DATA = ["probing-table-2-mmlu", "probing-questions", "probing-search"]
-FINE_TUNED = ["probing-table-2-cola", "probing-table-3", "probing-questions-encoder"]
+FINE_TUNED = ["probing-table-2-cola", "probing-table-2-sst2", "probing-table-3", "probing-questions-encoder"]
 
 # Rows as the paper prints them. Table 2: the share removed in per cent, then the numbers.
 CURVES = {
@@ -211,7 +211,9 @@ def test_tables_of_layers_are_the_paper_s_with_the_control_beside_every_score(na
         assert published[1::2] == controls
     assert not found, "runs that the paper has no row for"
     small = study.at("small")
-    assert small.columns == [re.sub(r"\d+$", lambda n: str(int(n[0]) - first + 3), column) for column in study.columns]
+    from_the_last = [re.sub(r"\d+$", lambda n: str(int(n[0]) - first - 4), column) for column in study.columns]
+    assert small.columns == from_the_last  # of a model of any depth
+    assert {recipe.method.name for recipe in recipes_of(small)} == {recipe.method.name for recipe in recipes_of(study)}
 
 
 def test_controls_of_table_5_are_those_of_table_4() -> None:
@@ -280,5 +282,6 @@ def test_ranks_are_chosen_in_every_way_at_every_size() -> None:
                 assert task.kind != "probing" or task.split == "test"
         (sizes,) = {tuple(sizes) for sizes in ways.values()}
         assert list(sizes) == sorted(sizes, reverse=True)
-        assert len(ways) == (4 if scale == "builtin" else 6)
-        assert ("surgical probing:cola" in ways) == (scale != "builtin")
+        assert len(ways) == {"paper": 6, "small": 5, "builtin": 4}[scale]
+        searched = {"paper": "surgical probing:cola", "small": "surgical probing:sst2"}
+        assert scale not in searched or searched[scale] in ways

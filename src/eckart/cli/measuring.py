@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from eckart.cli.app import Batch, Data, Device, Dtype, Force, app, console
+from eckart.cli.app import CORES, Batch, Data, Device, Dtype, Force, app, console
 from eckart.corpora import read_text
 from eckart.evals.result import EvalResult
 from eckart.evals.similarity import read_activations
@@ -75,6 +76,7 @@ def eval_command(
             path=Path(model) if Path(model).is_dir() else None,
             reference=dense,
             activations=activations,
+            workers=CORES,
             track=track,
         )
         if out is not None:
@@ -99,11 +101,27 @@ def report(
     directories: Annotated[list[Path], typer.Argument(help="Run or study directories")],
     out: Annotated[Path, typer.Option(help="The page to write")] = Path("report.html"),
     title: Annotated[str | None, typer.Option(help="Its heading")] = None,
+    files: Annotated[
+        Path | None, typer.Option(help="Folder for its tables as CSV and its line figures as SVG, for a paper")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Write one HTML page from run directories: tables and figures, no network, opens from disk."""
     if out.exists() and not force:
         raise FileExistsError(f"{out} exists; give another --out, or --force")
+    if files is not None and files.exists() and any(files.iterdir()) and not force:
+        raise FileExistsError(f"{files} is not empty; give another --files, or --force")
     from eckart.reports import write_report  # plotly takes a second to import
 
     console.print(f"{write_report(directories, out, title=title)}")
+    if files is not None:
+        console.print(tell_files(directories, files))
+
+
+def tell_files(directories: Sequence[Path], folder: Path) -> str:
+    """Write a report's tables and figures as files, and say in words where, and why there are no figures."""
+    from eckart.reports import read_runs, why_no_drawings, write_files
+
+    count = len(write_files(read_runs(directories), folder))
+    why = why_no_drawings()
+    return f"{count} files in {folder}" + (f"; {why}" if why else "")

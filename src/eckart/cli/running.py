@@ -11,7 +11,8 @@ import yaml
 from rich.markup import escape
 from rich.table import Table
 
-from eckart.cli.app import CACHE, Batch, Cache, Data, Device, Force, NoCache, app, console
+from eckart.cli.app import CACHE, CORES, Batch, Cache, Data, Device, Force, NoCache, Workers, app, console
+from eckart.cli.measuring import tell_files
 from eckart.experiment import run
 from eckart.pipeline import How
 from eckart.recipe import load_recipe
@@ -30,6 +31,7 @@ def run_command(
     data: Data = None,
     device: Device = "cpu",
     batch_size: Batch = 8,
+    workers: Workers = CORES,
     cache: Cache = CACHE,
     no_cache: NoCache = False,
     force: Force = False,
@@ -43,7 +45,7 @@ def run_command(
     calibration: {corpus: wikitext2, samples: 256, length: 2048, seed: 0}
     evaluate: ["perplexity:wikitext2", {task: "perplexity:c4", limit: 100}]
     """
-    how = How(device, batch_size, None if no_cache else cache, data, TerminalTrack(console))
+    how = How(device, batch_size, None if no_cache else cache, data, TerminalTrack(console), workers)
     rows = []
     for item in run(load_recipe(recipe), out, how, force=force):
         before, after = item.dense, item.compressed
@@ -79,6 +81,7 @@ def reproduce(
     data: Data = None,
     device: Device = "cpu",
     batch_size: Batch = 8,
+    workers: Workers = CORES,
     cache: Cache = CACHE,
     no_cache: NoCache = False,
     force: Force = False,
@@ -98,7 +101,7 @@ def reproduce(
     data = Path(changes.pop("data")) if "data" in changes else data
     out = out or Path("runs") / f"{Path(study).stem}-{scale}"
     chosen = load_study(study).at(scale, changes)
-    how = How(device, batch_size, None if no_cache else cache, data, TerminalTrack(console))
+    how = How(device, batch_size, None if no_cache else cache, data, TerminalTrack(console), workers)
     lines = run_study(chosen, out, how, force=force, keep_weights=keep_models)
     console.print(study_table(chosen, lines))
     refused: dict[str, list[str]] = {}
@@ -112,6 +115,7 @@ def reproduce(
 
     page = write_report([out], out / "report.html")
     console.print(f"{out / 'study.json'}, {page}")
+    console.print(tell_files([out], out / "files"))
 
 
 def study_table(study: Study, lines: Sequence[Line]) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -63,6 +64,9 @@ class EvalResult:
     def read(self, score: str | None = None) -> float:
         """The main value, or the score of that name; the main metric's name gives the main value, "n" the examples.
 
+        Of scores that are numbered, "f1.-1" is the one with the highest number, "f1.-2" the one before it, and so on:
+        the last layers of a model of any depth.
+
         Raises:
             ValueError: no such score (the message lists those there are).
         """
@@ -70,6 +74,10 @@ class EvalResult:
             return self.value
         if score == "n":
             return float(self.n)
+        if score not in self.scores and (match := re.fullmatch(r"(.+)\.-(\d+)", score)):
+            numbered = [name for name in self.scores if re.fullmatch(re.escape(match[1]) + r"\.\d+", name)]
+            last = max((int(name.rpartition(".")[2]) for name in numbered), default=0)
+            score = f"{match[1]}.{last + 1 - int(match[2])}"
         if score not in self.scores:
             raise ValueError(f"{self.task} has no score {score!r}; it has {', '.join([self.metric, *self.scores])}")
         return self.scores[score].value

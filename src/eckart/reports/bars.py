@@ -15,7 +15,7 @@ from eckart.reports.runs import Collection, base_of, kind_of
 from eckart.reports.tables import Column, Table, clashes, corpus_of
 
 # Kinds that have a section of their own; results of any other kind are tasks.
-OWN = ("perplexity", "stereoset", "divergence", "similarity", "cost", "agreement")
+OWN = ("perplexity", "stereoset", "divergence", "similarity", "cost", "agreement", "probing")
 DOMAINS = ("gender", "profession", "race", "religion")
 PARTS = ("intrasentence", "intersentence")
 MEASURES = {

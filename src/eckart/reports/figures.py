@@ -6,12 +6,16 @@ from eckart.reports.answers import agreement
 from eckart.reports.bars import cost, stereoset, tasks
 from eckart.reports.charts import Chart
 from eckart.reports.histograms import similarity
+from eckart.reports.layers import probing
 from eckart.reports.linears import kept_share, spectra
 from eckart.reports.runs import Collection
-from eckart.reports.sizes import divergence, perplexity
+from eckart.reports.sizes import divergence, perplexity, scores
 
 
 def all_figures(collection: Collection) -> list[Chart]:
     """The figures that there is something to draw for, in the order of the page."""
-    makers = (perplexity, kept_share, spectra, tasks, stereoset, agreement, divergence, similarity, cost)
+    makers = (
+        *(perplexity, kept_share, spectra, tasks, scores, stereoset),
+        *(agreement, divergence, probing, similarity, cost),
+    )
     return [chart for maker in makers if (chart := maker(collection)) is not None]

@@ -7,6 +7,8 @@ import math
 
 MISSING = "\u2013"  # a dash
 MINUS = "\u2212"
+# Metrics between -1 and 1.
+SHARES = ("acc", "top1", "disagreement", "cosine", "f1", "mcc", "control", "selectivity", "passed")
 
 
 def number(value: float | None) -> str:
@@ -37,7 +39,7 @@ def score(value: float | None, metric: str = "") -> str:
         return number(value)
     if metric.split(".")[0] in {"icat", "lms", "ss"} or ".icat" in metric or ".lms" in metric or ".ss" in metric:
         return f"{value:.1f}".replace("-", MINUS)
-    if metric.startswith(("acc", "top1", "disagreement", "cosine")):
+    if metric.startswith(SHARES):
         return f"{value:.3f}".replace("-", MINUS)
     return number(value)
 

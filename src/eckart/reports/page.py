@@ -14,9 +14,11 @@ from plotly.offline import get_plotlyjs
 
 from eckart.reports.charts import Chart, View
 from eckart.reports.figures import all_figures
+from eckart.reports.files import write_whole
 from eckart.reports.palette import DARK
 from eckart.reports.runs import Collection, Run, read_runs
 from eckart.reports.tables import Table, environments, incomplete, paper_table, summary
+from eckart.reports.verdicts import pitfalls_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -43,13 +45,7 @@ def write_report(
         ValueError: a folder that is not there or holds no run, a file that cannot be read (the message names it), or
             a baseline that no run has.
     """
-    out = Path(out)
-    page = render(read_runs(directories), title=title, baseline=baseline)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(out)
-    return out
+    return write_whole(Path(out), render(read_runs(directories), title=title, baseline=baseline))
 
 
 def render(collection: Collection, *, title: str | None = None, baseline: str | None = None) -> str:
@@ -70,6 +66,7 @@ def render(collection: Collection, *, title: str | None = None, baseline: str | 
         when=_when(collection),
         summary=summary(collection, baseline),
         charts=charts,
+        questions=pitfalls_of(collection),
         incomplete=incomplete(collection),
         environments=environments(collection),
         runs=[(run, _settings_text(run)) for run in collection.runs],

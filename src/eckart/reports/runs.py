@@ -129,6 +129,14 @@ class Run:
         section = self.recipe.get("calibration")
         return section.get("corpus") if isinstance(section, Mapping) else None
 
+    @property
+    def recovery(self) -> Mapping[str, Any] | None:
+        """The settings of the fine-tuning after the compression; None where there was none."""
+        section = self.recipe.get("recover")
+        if not isinstance(section, Mapping):
+            return {} if section else None
+        return None if section.get("steps") == 0 else section
+
     def counted(self, what: str, moment: int) -> float | None:
         """ "params" or "bytes" of the whole model before (0) and after (1)."""
         pair = (self.compression or {}).get(what)
@@ -429,12 +437,14 @@ def _label(runs: list[Run]) -> list[Run]:
     for group in _groups(runs, lambda run: (run.recipe["model"], run.method)):
         settings = [_settings(run) for run in group]
         for key in {key for setting in settings for key in setting}:
-            if len({json.dumps(setting.get(key), sort_keys=True, default=str) for setting in settings}) > 1:
+            having = [setting for setting in settings if setting["recover"] or not key.startswith("recover.")]
+            if len({json.dumps(setting.get(key), sort_keys=True, default=str) for setting in having}) > 1:
                 varied.setdefault(group[0].method, set()).add(key)
     labelled = []
     for run in runs:
         own = _settings(run)
-        words = [_words(key, own.get(key)) for key in sorted(varied.get(run.method, ()))]
+        keys = [k for k in sorted(varied.get(run.method, ())) if own["recover"] or not k.startswith("recover")]
+        words = [_words(key, own.get(key)) for key in keys]
         series = f"{run.method} ({', '.join(words)})" if words else run.method
         labelled.append(replace(run, model=models[str(run.recipe["model"])], series=series))
     done: list[Run] = []
@@ -454,17 +464,21 @@ def _settings(run: Run) -> dict[str, Any]:
     """What may tell two runs of one method and size apart."""
     section = run.recipe.get("method")
     options = section.get("options") if isinstance(section, Mapping) else None
-    calibration = run.recipe.get("calibration")
+    calibration, recovery = run.recipe.get("calibration"), run.recovery
     return {
         **{f"{key}": run.recipe.get(key) for key in ("dtype", "rank_multiple")},
         **{f"options.{key}": value for key, value in (options or {}).items()},
         **{f"calibration.{key}": v for key, v in (calibration if isinstance(calibration, Mapping) else {}).items()},
+        "recover": recovery is not None,
+        **{f"recover.{key}": value for key, value in (recovery or {}).items()},
         "allocation": next((kind for kind in ("rules", "plan") if run.recipe.get(kind) is not None), "keep"),
     }
 
 
 def _words(key: str, value: Any) -> str:
-    """A setting in a label: "alpha 0.5", "corpus ptb", "by rules"."""
+    """A setting in a label: "alpha 0.5", "corpus ptb", "by rules", "recovered"."""
+    if key == "recover":
+        return "recovered"
     if key == "allocation":
         return {"keep": "uniform"}.get(value, f"by {value}")
     return f"{key.rpartition('.')[2]} {'default' if value is None else value}"

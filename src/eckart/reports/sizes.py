@@ -1,16 +1,17 @@
-"""Sizes: quality against stored bytes, perplexity and divergence."""
+"""Sizes: quality against stored bytes, perplexity and divergence, and scores of tasks against the share kept."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+from eckart.reports.bars import OWN
 from eckart.reports.charts import Chart, LinePanel, Point, View, line_figure, spread_demands_log
-from eckart.reports.formats import amount, with_error
+from eckart.reports.formats import amount, percent, with_error
 from eckart.reports.palette import DENSE
 from eckart.reports.rows import bytes_cell, dense_row, hover_text, id_columns, looks_of, name_run, run_row, scores_of
 from eckart.reports.runs import Collection, kind_of
-from eckart.reports.tables import Column, Table, clashes, corpus_of
+from eckart.reports.tables import Column, Table, clashes, corpus_of, number_cell
 
 
 def perplexity(collection: Collection) -> Chart | None:
@@ -40,6 +41,57 @@ def divergence(collection: Collection) -> Chart | None:
         "likely token stays the same.",
         axis="KL divergence, nats",
     )
+
+
+def scores(collection: Collection) -> Chart | None:
+    """Scores of tasks against the share kept, where a method has several (the probing paper's Figure 1 and Table 2)."""
+    names = collection.tasks(lambda task: kind_of(task) not in OWN)
+    looks = looks_of(collection)
+    views, rows = [], []
+    for model in collection.models:
+        runs = collection.of(model)
+        # What was asked for is the papers' own axis; where a budget was in other words, what became of the model.
+        asked = all(run.keep is not None for run in runs if run.size is not None)
+        shares = {run.name: run.keep if asked else run.share for run in runs if run.size is not None}
+        if len({share for share in shares.values() if share is not None}) < 2:
+            continue
+        panels, notes = [], []
+        for task in names:
+            lines: dict[str, list[Point]] = {}
+            for run in runs:
+                result, share = run.compressed.get(task), shares.get(run.name)
+                if result is None:
+                    continue
+                rows.append(run_row(run, task, result, (), size=number_cell(share, percent(share))))
+                if share is None or not math.isfinite(result.value):
+                    why = "without a share to keep" if share is None else "infinite"
+                    notes.append(f"{name_run(run)} is {why} on {corpus_of(task)} and not drawn.")
+                    continue
+                lines.setdefault(run.series, []).append(
+                    Point(100 * share, result.value, result.stderr, hover_text(run, result))
+                )
+            dense, level = collection.dense(model, task), None
+            if dense is not None:
+                rows.append(dense_row(model, task, dense, (), size=number_cell(1.0, percent(1.0))))
+                level = (100.0, dense.value, f"dense\n{with_error(dense.value, dense.stderr, dense.metric)}")
+            if lines:
+                by_share = {name: sorted(points, key=lambda point: point.x) for name, points in lines.items()}
+                metric = next(run.compressed[task].metric for run in runs if task in run.compressed)
+                panels.append(LinePanel(f"{corpus_of(task)}: {metric}", by_share, level))
+        if panels:
+            kept = "kept of each linear, %" if asked else "parameters of the model kept, %"
+            figure = line_figure(panels, looks, dense=DENSE.light, axes=(kept, "score"), logarithmic=False)
+            views.append(View((model,), figure, tuple(dict.fromkeys(notes))))
+    if not views:
+        return None
+    reading = (
+        "How a task's main score falls as less is kept: the star is the dense model, the dotted line its level, and "
+        "whiskers are standard errors."
+    )
+    title = "Task scores against the share kept"
+    columns = (*id_columns(task="Task"), Column("Kept"), Column("Score"), Column("Standard error"))
+    table = Table("scores-numbers", title, columns, tuple(rows))
+    return Chart("scores", title, reading, ("Model",), tuple(views), table)
 
 
 def _against_bytes(

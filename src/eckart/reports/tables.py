@@ -10,13 +10,20 @@ from functools import partial
 from typing import Any
 
 from eckart.evals.improvement import average_improvement
-from eckart.evals.result import EvalResult
+from eckart.evals.result import EvalResult, Score
 from eckart.reports.formats import MISSING, amount, number, percent, score
 from eckart.reports.runs import Collection, Run, Study, base_of, kind_of
 
 # Against which the NSVD paper prints its average improvement.
 BASELINE = "asvd-i"
-TITLES = {"perplexity": "Perplexity", "stereoset": "StereoSet", "divergence": "Divergence from dense"}
+TITLES = {
+    "perplexity": "Perplexity",
+    "stereoset": "StereoSet",
+    "divergence": "Divergence from dense",
+    "probing": "Probing, mean of layers",
+}
+# What stands beside the main value: a probe's score alone says little.
+BESIDE = {"probing": ("selectivity",)}
 # Kinds that have a main value of the compressed model and no place of their own in the summary.
 UNLISTED = ("similarity", "cost", "agreement")
 ARROWS = {"higher": "↑", "lower": "↓", None: ""}
@@ -130,6 +137,7 @@ def summary(collection: Collection, baseline: str | None = None) -> Table:
         )
         for task in tasks
     }
+    measures = [(task, name) for task in tasks for name in (None, *BESIDE.get(kind_of(task), ()))]
     compared = chosen in methods and len(methods) > 1
     columns = [
         Column("Model", False),
@@ -138,7 +146,10 @@ def summary(collection: Collection, baseline: str | None = None) -> Table:
         Column("Parameters left"),
         Column("Bytes"),
         *([Column(f"Gain on {chosen}")] if compared else []),
-        *(Column(f"{corpus_of(task)} {ARROWS[better[task]]}".strip(), group=_group(task)) for task in tasks),
+        *(
+            Column(" ".join(filter(None, (corpus_of(task), name, ARROWS[better[task]]))), group=_group(task))
+            for task, name in measures
+        ),
         Column("Run", False),
     ]
     rows: list[tuple[Cell, ...]] = []
@@ -154,11 +165,11 @@ def summary(collection: Collection, baseline: str | None = None) -> Table:
                 Cell(MISSING),
                 *_counts(counted, 0),
                 *([Cell(MISSING)] if compared else []),
-                *(_value(results.get(task)) for task in tasks),
+                *(_value(results.get(task), name) for task, name in measures),
                 Cell(MISSING),
             )
         )
-        best = _best(runs, tasks, better)
+        best = _best(runs, measures, better)
         for run in runs:
             base = _baseline(runs, run, chosen)
             share = gain(run, base)
@@ -175,10 +186,10 @@ def summary(collection: Collection, baseline: str | None = None) -> Table:
                     ),
                     *(
                         replace(
-                            _value(run.compressed.get(task), run.dense.get(task)),
-                            best=best.get((run.size, task)) == _reading(run, task) is not None,
+                            _value(run.compressed.get(task), name, run.dense.get(task)),
+                            best=best.get((run.size, task, name)) == _reading(run, task, name) is not None,
                         )
-                        for task in tasks
+                        for task, name in measures
                     ),
                     text_cell(run.name, str(run.directory)),
                 )
@@ -219,30 +230,39 @@ def _counts(run: Run | None, moment: int) -> tuple[Cell, Cell]:
     )
 
 
-def _value(result: EvalResult | None, dense: EvalResult | None = None) -> Cell:
-    if result is None:
+def _value(result: EvalResult | None, name: str | None = None, dense: EvalResult | None = None) -> Cell:
+    """The main value of a result, or the score of a name, with what stood there before."""
+    found = None if result is None else _score(result, name)
+    if result is None or found is None:
         return Cell(MISSING)
-    text = score(result.value, result.metric)
-    error = "" if result.stderr is None else f" ± {score(result.stderr, result.metric)}"
-    before = "" if dense is None else f"dense {score(dense.value, dense.metric)} → "
-    return number_cell(result.value, text, f"{before}{text}{error} {result.metric}, n = {result.n:,}")
+    metric = name or result.metric
+    text = score(found.value, metric)
+    error = "" if found.stderr is None else f" ± {score(found.stderr, metric)}"
+    was = None if dense is None else _score(dense, name)
+    before = "" if was is None else f"dense {score(was.value, metric)} → "
+    return number_cell(found.value, text, f"{before}{text}{error} {metric}, n = {result.n:,}")
 
 
-def _reading(run: Run, task: str) -> float | None:
-    return run.compressed[task].value if task in run.compressed else None
+def _score(result: EvalResult, name: str | None) -> Score | None:
+    return Score(result.value, result.stderr, result.n) if name is None else result.scores.get(name)
+
+
+def _reading(run: Run, task: str, name: str | None = None) -> float | None:
+    found = _score(run.compressed[task], name) if task in run.compressed else None
+    return None if found is None else found.value
 
 
 def _best(
-    runs: Sequence[Run], tasks: Sequence[str], better: Mapping[str, str | None]
-) -> dict[tuple[str | None, str], float]:
-    """{(size, task): best value} where at least two runs of that size can be compared."""
-    found: dict[tuple[str | None, str], float] = {}
-    for task in tasks:
+    runs: Sequence[Run], measures: Sequence[tuple[str, str | None]], better: Mapping[str, str | None]
+) -> dict[tuple[str | None, str, str | None], float]:
+    """{(size, task, score): best value} where at least two runs of that size can be compared."""
+    found: dict[tuple[str | None, str, str | None], float] = {}
+    for task, name in measures:
         pick: Callable[[list[float]], float] = max if better[task] == "higher" else min
         for size in {run.size for run in runs if run.size is not None}:
-            values = [v for run in runs if run.size == size and (v := _reading(run, task)) is not None]
+            values = [v for run in runs if run.size == size and (v := _reading(run, task, name)) is not None]
             if len(values) > 1 and better[task] is not None and len(set(values)) > 1:
-                found[size, task] = pick(values)
+                found[size, task, name] = pick(values)
     return found
 
 
