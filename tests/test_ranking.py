@@ -177,11 +177,20 @@ def test_perplexity_as_a_score_is_the_evaluation_of_the_search_split(text: str, 
     assert make_score(Allocation(name="surgical", score=name, limit=limit), bench).about != score.about
 
 
-@pytest.mark.parametrize(("task", "split"), [("lm-eval:piqa", "sfsd-search"), ("stereoset", "test")])
+@pytest.mark.parametrize(
+    ("task", "split"),
+    [
+        ("lm-eval:piqa", "sfsd-search"),
+        ("stereoset", "test"),
+        ("probing:cola", "train"),
+        ("classification:cola", "train"),
+    ],
+)
 def test_other_scores_read_what_is_for_searching(task: str, split: str) -> None:
     score = make_score(Allocation(name="surgical", score=task, limit=7), bench_of())
     assert score.better == "higher"
     assert (score.about["task"]["split"], score.about["task"]["limit"]) == (split, 7)
+    assert score.about["score"] == ("selectivity" if task.startswith("probing") else None)
 
 
 def test_a_search_that_ends_above_its_budget_says_so(text: str) -> None:

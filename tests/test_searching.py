@@ -73,6 +73,27 @@ def test_a_target_and_some_sites(run: Run, place: Path, tmp_path: Path) -> None:
     assert "before keep 0.3 was reached" in printed
 
 
+def test_ranks_are_chosen_by_what_layers_know(run: Run, place: Path, tmp_path: Path) -> None:
+    """The search reads the train split and the report the other; the score is the selectivity."""
+    for name, seed in (("train", 0), ("dev", 1000)):
+        rows = [{"text": tiny_text(4, seed + n) + " w1" * (n % 2), "label": n % 2} for n in range(40)]
+        (tmp_path / "sst2").mkdir(exist_ok=True)
+        (tmp_path / "sst2" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    few = ("--method", "svd", "--include", "down_proj", "--blocks", "last 1", "--budget", "0.5", "--tolerance", "2")
+    status, printed = search(run, place, tmp_path / "plan.json", *few, "--score", "probing:sst2", "--data", tmp_path)
+    assert status == 0, printed
+    header = json.loads((tmp_path / "plan.trials.jsonl").read_text().splitlines()[0])["of"]["score"]
+    assert (header["task"]["name"], header["task"]["split"], header["score"]) == (
+        "probing:sst2",
+        "train",
+        "selectivity",
+    )
+    assert json.loads((tmp_path / "plan.search.json").read_text())["evaluations"] == 2
+    status, printed = search(run, place, tmp_path / "other.json", *few, "--score", f"probing:{place / 'test.txt'}")
+    assert status == 2
+    assert "has one split, which would be searched and reported on" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -17,6 +17,7 @@ from eckart.composition import COMPOSITIONS, composition_options
 from eckart.corpora import CORPORA
 from eckart.evals.harness_tasks import LOCAL_TASKS
 from eckart.evals.tasks import EVALUATIONS
+from eckart.labelled import LABELLED
 from eckart.lowrank import METHODS, build_method, method_options
 from eckart.models.linear import LowRankLinear
 from eckart.models.loading import load_model
@@ -139,7 +140,7 @@ def _settings(options: Mapping[str, object]) -> str:
 
 @app.command()
 def evaluations() -> None:
-    """List what can be measured: evaluations, the corpora that they read, the local tasks."""
+    """List what can be measured: evaluations, the corpora and labelled sets that they read, the local tasks."""
     rows = [
         [f"{name}:{row.argument.upper()}" if row.argument else name, row.about] for name, row in EVALUATIONS.items()
     ]
@@ -147,6 +148,10 @@ def evaluations() -> None:
     rows = [[name, corpus.hub or "", ", ".join(corpus.files)] for name, corpus in CORPORA.items()]
     console.print(
         table("Corpora (or a file, or a hub data set)", ["name", "hub", "local splits"], rows, text_columns=3)
+    )
+    rows = [[name, f"{known.hub}:{known.config}", ", ".join(known.splits)] for name, known in LABELLED.items()]
+    console.print(
+        table("Labelled sets (or a file, or a hub data set)", ["name", "hub", "splits"], rows, text_columns=3)
     )
     console.print(f"lm-eval tasks that local files serve: {', '.join(LOCAL_TASKS)}; any other is read from the hub")
 

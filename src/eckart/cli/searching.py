@@ -146,6 +146,10 @@ def _scores(
         chosen, others = split_windows(rows)
         return perplexity_score(chosen), perplexity_score(others)
     if task.kind == "probing":  # rows that everybody may train on are searched on, the others are reported on
+        if Path(task.argument).is_file():
+            raise ValueError(
+                f"{task.argument} has one split, which would be searched and reported on; give a known set"
+            )
         first, second = (
             task_score(
                 replace(task, split=split),
