@@ -37,6 +37,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/decomposition.py
 	$(BIN)/python benchmarks/identities.py
 	$(BIN)/python benchmarks/nsvd_table.py
+	$(BIN)/python benchmarks/probing.py
 
 train-builtin: $(READY)
 	$(BIN)/python training/train_builtin.py --out src/eckart/builtin/model

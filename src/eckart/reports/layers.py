@@ -1,0 +1,189 @@
+"""Layers: what probes read off every layer, beside their control task (the probing paper's Figures 2 to 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+
+from eckart.evals.result import EvalResult, Score
+from eckart.reports.charts import Chart, View, panel_grid, place
+from eckart.reports.formats import plain, score, with_error
+from eckart.reports.palette import DENSE, QUIET, Look, ramp
+from eckart.reports.profiles import CHECK, Layer, layers_of, probings
+from eckart.reports.rows import id_columns, looks_of, name_run
+from eckart.reports.runs import Collection, Run
+from eckart.reports.tables import Cell, Column, Table, clashes, corpus_of, number_cell, text_cell
+
+BESIDE, SELECTIVITY = "F1 beside the control's", "selectivity"
+MARKS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "triangle-down")
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line: a name in the legend, how it is drawn, and its run; None is the dense model."""
+
+    name: str
+    look: Look
+    run: Run | None
+
+
+def probing(collection: Collection) -> Chart | None:
+    """Probes of every layer: a panel for each task, and a line for each size of a method or each method of a size."""
+    names = probings(collection)
+    if not names:
+        return None
+    views = []
+    for model in collection.models:
+        for label, series in _groups(collection, model):
+            found = {task: _results(collection, model, task, series) for task in names}
+            drawn = {task: lines for task, lines in found.items() if lines}
+            if drawn:
+                views += [View((model, label, measure), _figure(drawn, measure)) for measure in (BESIDE, SELECTIVITY)]
+    if not views:
+        return None
+    reading = (
+        "Solid with marks: weighted F1 of a probe on the hidden states of each layer, 0 being the embeddings; dotted "
+        "in the same colour: the same probe on the control task, random labels. The level line is the F1 of always "
+        f"answering the commonest class. Selectivity is the difference; below {CHECK:g}, its level line, a layer fails "
+        "the check. Whiskers are standard errors over seeds."
+    )
+    notes = tuple(note for task in names for note in clashes(collection, task))
+    title = "What each layer knows"
+    table = Table("probing-numbers", title, _columns(), tuple(_rows(collection, names)))
+    return Chart("probing", title, reading, ("Model", "Compare", "Show"), tuple(views), table, notes=notes)
+
+
+def _groups(collection: Collection, model: str) -> list[tuple[str, list[Series]]]:
+    """The sets of lines of a model: one for every method with several sizes, one for every size of several methods."""
+    dense = Series("dense", Look(DENSE.light, "star", "solid"), None)
+    looks = looks_of(collection)
+    runs = [run for run in collection.of(model) if any(task in run.compressed for task in probings(collection))]
+    sizes = {
+        size: [run for run in runs if run.size in (size, None)]
+        for size in dict.fromkeys(run.size for run in runs if run.size is not None)
+    } or {"all": runs}
+    sizes = {size: found for size, found in sizes.items() if len({run.series for run in found}) > 1}
+    shown = {run.name for found in sizes.values() for run in found}
+    groups = []
+    for name in dict.fromkeys(run.series for run in runs):
+        own = [run for run in runs if run.series == name]
+        if len(own) > 1:  # from much kept to little, the ramp's light end being the page
+            tones = [0.45 + 0.55 * at / (len(own) - 1) for at in range(len(own))]
+            lines = [
+                Series(run.size or run.name, Look(ramp(tone), MARKS[at % len(MARKS)], "solid"), run)
+                for at, (tone, run) in enumerate(zip(tones, own, strict=True))
+            ]
+            groups.append((f"sizes of {name}", [dense, *lines]))
+        elif own[0].name not in shown:
+            groups.append((name_run(own[0]), [dense, Series(name_run(own[0]), looks[name], own[0])]))
+    for size, found in sizes.items():
+        groups.append((f"methods, {size}", [dense, *(Series(run.series, looks[run.series], run) for run in found)]))
+    return groups or [("dense", [dense])]
+
+
+def _results(
+    collection: Collection, model: str, task: str, series: Sequence[Series]
+) -> list[tuple[Series, EvalResult]]:
+    results = [
+        (one, collection.dense(model, task) if one.run is None else one.run.compressed.get(task)) for one in series
+    ]
+    return [(one, result) for one, result in results if result is not None]
+
+
+def _figure(panels: dict[str, list[tuple[Series, EvalResult]]], measure: str) -> go.Figure:
+    figure = panel_grid([corpus_of(task) for task in panels], row=250, least=320)
+    named: set[str] = set()
+    for number, found in enumerate(panels.values()):
+        for one, result in found:
+            layers = layers_of(result)
+            if measure == BESIDE:
+                control = _line(one, layers, lambda layer: layer.control, ["control " + _text(x) for x in layers])
+                control.update(mode="lines", opacity=0.8, showlegend=False, meta="control")
+                control.line.update(width=1.4, dash="dot")
+                figure.add_trace(control, **place(number))
+            hovers = [_hover(one, layer) for layer in layers]
+            line = _line(one, layers, lambda x: x.f1 if measure == BESIDE else x.selectivity, hovers)
+            line.showlegend = one.name not in named
+            figure.add_trace(line, **place(number))
+            named.add(one.name)
+        majorities = [result.details.get("majority") for _, result in found]
+        level = CHECK if measure == SELECTIVITY else next((m for m in majorities if m is not None), None)
+        if level is not None:
+            figure.add_hline(y=level, line={"color": QUIET.light, "width": 1, "dash": "dash"}, **place(number))
+        title = "weighted F1" if measure == BESIDE else "selectivity"
+        figure.update_xaxes(title={"text": "layer", "standoff": 6, "font": {"size": 12}}, **place(number))
+        figure.update_yaxes(title={"text": title, "standoff": 8, "font": {"size": 12}}, **place(number))
+    figure.update_xaxes(tickformat="d", nticks=8)
+    figure.update_yaxes(nticks=6)
+    return figure
+
+
+def _line(one: Series, layers: Sequence[Layer], value: Callable[[Layer], Score], hovers: Sequence[str]) -> go.Scatter:
+    scores = [value(layer) for layer in layers]
+    return go.Scatter(
+        x=[layer.number for layer in layers],
+        y=[found.value for found in scores],
+        mode="lines+markers",
+        name=plain(one.name),
+        legendgroup=plain(one.name),
+        line={"color": one.look.color, "width": 2, "dash": one.look.dash},
+        marker={"color": one.look.color, "size": 7, "symbol": one.look.mark},
+        error_y={
+            "type": "data",
+            "array": [found.stderr or 0 for found in scores],
+            "color": one.look.color,
+            "thickness": 1,
+            "width": 2,
+            "visible": any(found.stderr for found in scores),
+        },
+        hovertext=[plain(text).replace("\n", "<br>") for text in hovers],
+        hoverinfo="text",
+    )
+
+
+def _text(layer: Layer) -> str:
+    return with_error(layer.control.value, layer.control.stderr, "control")
+
+
+def _hover(one: Series, layer: Layer) -> str:
+    where = "embeddings" if layer.number == 0 else f"layer {layer.number}"
+    f1 = with_error(layer.f1.value, layer.f1.stderr, "f1")
+    gap = with_error(layer.selectivity.value, layer.selectivity.stderr, "selectivity")
+    verdict = "passes" if layer.passes else "fails"
+    return f"{one.name}, {where}\nF1 {f1}, control {_text(layer)}\nselectivity {gap}, {verdict}"
+
+
+def _columns() -> tuple[Column, ...]:
+    pairs = [Column(label, group=group) for group in ("F1", "Control", "Selectivity") for label in ("value", "error")]
+    last = (Column("Passes", False), Column("Accuracy"), Column("Matthews"))
+    return (*id_columns(task="Task"), Column("Layer"), *pairs, *last)
+
+
+def _rows(collection: Collection, names: Sequence[str]) -> list[tuple[Cell, ...]]:
+    rows = []
+    for model in collection.models:
+        for task in names:
+            before = collection.dense(model, task)
+            found = [] if before is None else [("dense", "", before)]
+            found += [
+                (run.series, run.size or "", run.compressed[task])
+                for run in collection.of(model)
+                if task in run.compressed
+            ]
+            for series, size, result in found:
+                who = tuple(text_cell(text) for text in (model, series, size, corpus_of(task)))
+                rows += [(*who, *_cells(layer)) for layer in layers_of(result)]
+    return rows
+
+
+def _cells(layer: Layer) -> tuple[Cell, ...]:
+    pairs = (layer.f1, layer.control, layer.selectivity)
+    numbers = [value for found in pairs for value in (found.value, found.stderr)]
+    return (
+        number_cell(layer.number, str(layer.number)),
+        *(number_cell(value, score(value, "f1")) for value in numbers),
+        text_cell("yes" if layer.passes else "no"),
+        *(number_cell(value, score(value, "mcc")) for value in (layer.accuracy, layer.mcc)),
+    )
