@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,114 @@ def make_run(
     write_result(folder, "cost", ".dense", _cost(before, before, 1.0))
     write_result(folder, "cost", "", _cost(before, after, after["params"] / before["params"]))
     return folder
+
+
+def make_probing_study(folder: Path, *, models: int = 1, recover: bool = True) -> Path:
+    """Runs with a probing of two tasks and a classifier's score: 2 methods by 3 shares, some fine-tuned afterwards."""
+    for model in list(MODELS)[-models:]:
+        for method in ("svd", "fwsvd"):
+            for keep in KEEPS:
+                place = folder / "runs" / f"{model.split('/')[1]}-{method}-{keep}"
+                make_probing_run(place, model, method, keep)
+                if recover and keep == min(KEEPS):
+                    make_probing_run(place.with_name(f"{place.name}-recover"), model, method, keep, steps=64)
+    return folder
+
+
+def make_probing_run(
+    folder: Path,
+    model: str = "example-org/heron-15M",
+    method: str = "svd",
+    keep: float = 0.7,
+    *,
+    steps: int = 0,
+    results: dict[str, tuple[EvalResult, EvalResult]] | None = None,
+) -> Path:
+    """One run directory with probing and classification, and perhaps a fine-tuning after the compression.
+
+    Args:
+        steps: of that fine-tuning, which wins half of the loss back.
+        results: {task: (dense, compressed)} in place of numbers from closed forms.
+    """
+    blocks = MODELS[model][0]
+    loss = (0.4 if method == "fwsvd" else 1.0) * (1 - keep) * (0.5 if steps else 1.0)
+    if results is None:
+        results = {
+            f"probing:{name}": (
+                probing_result(f"probing:{name}", _profile(blocks, 0.0, share)),
+                probing_result(f"probing:{name}", _profile(blocks, loss, share)),
+            )
+            for name, share in (("cola", 0.7), ("sst2", 0.5))
+        }
+        results["classification:cola"] = (classification_result(0.5), classification_result(0.5 - 0.6 * loss))
+    recipe: dict[str, Any] = {"model": model, "method": {"name": method}, "keep": keep, "evaluate": list(results)}
+    if steps:
+        recipe["recover"] = {"steps": steps}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    write_json(folder / "environment.json", {"when": "2026-11-22T10:00:00+00:00", "python": "3.12.4"})
+    draw = random.Random(f"{model} {method} {keep}")
+    write_json(folder / "model" / "compression.json", _compression(model, method, keep, draw))
+    for task, (dense, compressed) in results.items():
+        write_result(folder, task, ".dense", dense)
+        write_result(folder, task, "", compressed)
+    return folder
+
+
+def probing_result(
+    task: str, layers: list[tuple[float, float]], *, spread: float = 0.01, seeds: int = 3, majority: float = 0.57
+) -> EvalResult:
+    """A probing result as `evals.probing` writes it, of (F1, control) by layer, the embeddings first.
+
+    Args:
+        spread: half the distance between the scores of the outer seeds.
+    """
+    offsets = [spread * (2 * seed / (seeds - 1) - 1) if seeds > 1 else 0.0 for seed in range(seeds)]
+    by_seed = [{"f1": [f1 + o for o in offsets], "control": [control - o for o in offsets]} for f1, control in layers]
+    for layer in by_seed:
+        layer["selectivity"] = [a - b for a, b in zip(layer["f1"], layer["control"], strict=True)]
+
+    def mean(chosen: list[dict[str, list[float]]], name: str) -> Score:
+        values = [sum(layer[name][seed] for layer in chosen) / len(chosen) for seed in range(seeds)]
+        error = statistics.stdev(values) / math.sqrt(seeds) if seeds > 1 else None
+        return Score(sum(values) / seeds, error, 500)
+
+    passes = [sum(layer["selectivity"]) / seeds >= 0.2 for layer in by_seed]
+    names = ("f1", "control", "selectivity")
+    whole = mean(by_seed[1:], "f1")
+    return EvalResult(
+        task,
+        "f1",
+        whole.value,
+        whole.stderr,
+        500,
+        "higher",
+        {"corpus": task.partition(":")[2], "split": "test", "pooling": "mean", "control": "text", "seeds": seeds},
+        scores={
+            **{name: mean(by_seed[1:], name) for name in names[1:]},
+            "passed": Score(sum(passes[1:]) / len(passes[1:]), None, len(passes) - 1),
+            **{f"{name}.{k}": mean([layer], name) for k, layer in enumerate(by_seed) for name in names},
+        },
+        details={
+            "layers": [
+                {"layer": k, **layer, "accuracy": layer["f1"], "mcc": [2 * f - 1 for f in layer["f1"]], "passes": ok}
+                for k, (layer, ok) in enumerate(zip(by_seed, passes, strict=True))
+            ],
+            "majority": majority,
+            "truncated": 0,
+        },
+    )
+
+
+def classification_result(mcc: float, task: str = "classification:cola") -> EvalResult:
+    """A classifier's result."""
+    scores = {"accuracy": Score(0.5 + mcc / 2, 0.01, 500), "f1": Score(0.5 + mcc / 2, 0.01, 500)}
+    return EvalResult(task, "mcc", mcc, 0.02, 500, "higher", {"rows": 500}, scores=scores)
+
+
+def _profile(blocks: int, loss: float, share: float) -> list[tuple[float, float]]:
+    """(F1, control) by layer: deeper layers know more, and lose more."""
+    return [(0.58 + 0.27 * k / blocks - share * loss * k / blocks, 0.5) for k in range(blocks + 1)]
 
 
 def write_json(file: Path, data: Any) -> None:

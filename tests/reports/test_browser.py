@@ -14,7 +14,7 @@ import pytest
 
 from eckart.reports import write_report
 
-from .make_runs import CORPORA, KEEPS, METHODS, make_run, make_study
+from .make_runs import CORPORA, KEEPS, METHODS, make_probing_study, make_run, make_study
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -27,7 +27,10 @@ QUIET = [
     "--disable-component-update",
     "--no-first-run",
 ]
-CHARTS = ("perplexity", "kept", "spectra", "tasks", "stereoset", "agreement", "divergence", "similarity", "cost")
+CHARTS = (
+    *("perplexity", "kept", "spectra", "tasks", "scores"),
+    *("stereoset", "agreement", "divergence", "similarity", "cost"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +306,18 @@ def test_the_page_prints(browser: Any, report: Path) -> None:
     content = seen.page.pdf(format="A4")
     assert content.startswith(b"%PDF")
     assert len(content) > 50_000
+    seen.context.close()
+
+
+def test_probing_and_its_questions_are_drawn_without_complaint(browser: Any, tmp_path: Path) -> None:
+    make_probing_study(tmp_path / "study")
+    seen = Seen(browser, write_report([tmp_path / "study"], tmp_path / "r.html"))
+    figure = seen.page.locator("figure[data-chart=probing]")
+    assert figure.locator(".scatterlayer .trace").count() > 4
+    figure.get_by_label("Show", exact=True).select_option("selectivity")
+    seen.page.locator("#pitfalls-relation details.numbers summary").click()
+    assert seen.page.locator("#related-layers-table tbody tr").count() == 2 * 4
+    assert seen.complaints == []
     seen.context.close()
 
 

@@ -17,9 +17,9 @@ from eckart.reports.linears import kept_share, spectra
 from eckart.reports.palette import DARK, METHODS, RAMP, SURFACE, give_looks
 from eckart.reports.rows import looks_of
 from eckart.reports.runs import Collection, read_runs
-from eckart.reports.sizes import divergence, perplexity
+from eckart.reports.sizes import divergence, perplexity, scores
 
-from .make_runs import CORPORA, KEEPS, change_result, make_run, make_study
+from .make_runs import CORPORA, KEEPS, change_result, make_probing_study, make_run, make_study
 from .make_runs import METHODS as NAMES
 
 
@@ -36,7 +36,8 @@ def view(chart: Chart | None, *choices: str) -> View:
 def test_every_section_has_its_figure(study: Collection) -> None:
     charts = all_figures(study)
     assert [chart.slug for chart in charts] == [
-        *("perplexity", "kept", "spectra", "tasks", "stereoset", "agreement", "divergence", "similarity", "cost")
+        *("perplexity", "kept", "spectra", "tasks", "scores", "stereoset"),
+        *("agreement", "divergence", "similarity", "cost"),
     ]
     for chart in charts:
         assert chart.reading.endswith(".")
@@ -138,6 +139,31 @@ def test_parts_of_a_task_are_no_measures_of_their_own(tmp_path: Path) -> None:
     assert chart is not None
     assert {found.choices[2] for found in chart.views} == {"acc", "acc_norm"}
     assert chart.notes == ("piqa@5-shot has 2 parts; their scores are in its result files.",)
+
+
+def test_scores_fall_along_the_share_kept(study: Collection) -> None:
+    found = view(scores(study), "heron-15M")
+    assert [note.text for note in found.figure.layout.annotations] == ["boolq: acc", "piqa: acc", "arc_easy: acc"]
+    line = next(trace for trace in found.figure.data if trace.name == "svd")
+    assert list(line.x) == [100 * keep for keep in sorted(KEEPS)]
+    runs = {run.keep: run for run in study.of("heron-15M") if run.method == "svd"}
+    assert list(line.y) == [runs[keep].compressed["lm-eval:boolq"].value for keep in sorted(KEEPS)]
+    assert any("int8 is without a share to keep on boolq" in note for note in found.notes)
+
+
+def test_one_share_is_no_line_of_scores(tmp_path: Path) -> None:
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", method="svd")
+    assert scores(read_runs([tmp_path])) is None
+
+
+def test_a_classifier_is_a_task_among_others(tmp_path: Path) -> None:
+    collection = read_runs([make_probing_study(tmp_path)])
+    for chart in (tasks(collection), scores(collection)):
+        assert chart is not None
+        assert "probing" not in {cells[3].text for cells in chart.table.rows}
+        assert {cells[3].text for cells in chart.table.rows} == {"cola"}
+    assert {found.choices[2] for found in tasks(collection).views} == {"mcc", "accuracy", "f1"}  # type: ignore[union-attr]
 
 
 def test_stereoset_by_domain(study: Collection) -> None:

@@ -12,7 +12,7 @@ import pytest
 from eckart.reports import write_report
 from eckart.reports.page import script_json
 
-from .make_runs import change_result, make_run, make_study
+from .make_runs import change_result, make_probing_study, make_run, make_study
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,18 @@ def test_the_page_has_its_parts(page: str) -> None:
     for part in ("Summary", "Beside the paper", "Perplexity against size", "Runs and settings", "torch 2.13.0"):
         assert part in page
     assert "incomplete; the report" not in page
-    assert len(stored(page)["charts"]) == 9  # type: ignore[arg-type]
+    assert len(stored(page)["charts"]) == 10  # type: ignore[arg-type]
+
+
+def test_the_questions_about_probing_are_sections_where_there_is_an_answer(page: str, tmp_path: Path) -> None:
+    assert "pitfalls" not in without_plotly(page)
+    run = make_probing_study(tmp_path)
+    own = without_plotly(write_report([run], tmp_path / "r.html").read_text(encoding="utf-8"))
+    for slug in ("pitfalls-relation", "pitfalls-methods", "pitfalls-recovery", "probing"):
+        assert f'<a href="#{slug}">' in own
+        assert f'<section id="{slug}"' in own
+    assert "Runs of one model are not independent" in own
+    assert "1.000" in own
 
 
 def test_the_page_may_not_ask_the_network(page: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from eckart.reports.runs import read_runs
 
-from .make_runs import CORPORA, KEEPS, METHODS, change_result, make_run, make_study, write_json
+from .make_runs import CORPORA, KEEPS, METHODS, change_result, make_probing_run, make_run, make_study, write_json
 
 
 def test_a_study_is_read_whole_and_in_order(tmp_path: Path) -> None:
@@ -112,6 +112,17 @@ def test_a_result_that_names_its_settings_is_the_task_that_was_asked_for(tmp_pat
     assert [task for task in found.compressed if task.startswith("lm-eval")] == [
         *("lm-eval:boolq", "lm-eval:piqa@5-shot", "lm-eval:arc_easy")
     ]
+
+
+def test_a_fine_tuned_run_is_a_series_of_its_own(tmp_path: Path) -> None:
+    make_probing_run(tmp_path / "a")
+    make_probing_run(tmp_path / "b", steps=64)
+    make_probing_run(tmp_path / "c", keep=0.5)
+    (tmp_path / "c" / "recipe.yaml").open("a").write("recover: {steps: 0}\n")  # no steps, no fine-tuning
+    assert {r.name: r.series for r in read_runs([tmp_path]).runs} == {"a": "svd", "b": "svd (recovered)", "c": "svd"}
+    make_probing_run(tmp_path / "d", steps=8)
+    found = {run.name: run.series for run in read_runs([tmp_path]).runs}
+    assert (found["a"], found["d"]) == ("svd", "svd (recovered, steps 8)")
 
 
 def test_settings_that_differ_are_in_the_name(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from eckart.reports.formats import amount, number, percent, plain, score
 from eckart.reports.runs import read_runs
 from eckart.reports.tables import Table, clashes, paper_table, summary
 
-from .make_runs import change_result, make_run, make_study, write_json
+from .make_runs import change_result, make_probing_study, make_run, make_study, write_json
 
 
 def column(table: Table, label: str) -> int:
@@ -55,6 +55,20 @@ def test_other_formats() -> None:
     assert score(0.41234, "acc_norm") == "0.412"
     assert score(66.64, "icat.gender") == "66.6"
     assert plain("<b>&") == "&lt;b&gt;&amp;"
+
+
+def test_selectivity_stands_beside_the_score_of_a_probing(tmp_path: Path) -> None:
+    assert score(0.81234, "f1.12") == score(0.81234, "mcc") == score(0.81234, "selectivity.3") == "0.812"
+    table = summary(read_runs([make_probing_study(tmp_path)]))
+    labels = [column.label for column in table.columns if column.group == "Probing, mean of layers"]
+    assert labels == ["cola ↑", "cola selectivity ↑", "sst2 ↑", "sst2 selectivity ↑"]
+    cells = table.rows[row(table, method="fwsvd", keep="0.9")]
+    found = read_runs([tmp_path]).of("heron-15M")
+    result = next(run for run in found if run.series == "fwsvd" and run.keep == 0.9).compressed["probing:cola"]
+    at = column(table, "cola selectivity ↑")
+    assert (cells[at - 1].value, cells[at].value) == (result.value, result.scores["selectivity"].value)
+    assert cells[at].best
+    assert "dense 0.249 →" in cells[at].hint
 
 
 def test_the_average_improvement_is_the_papers(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from eckart.reports.rows import id_columns, looks_of, name_run
 from eckart.reports.runs import Collection, Run
 from eckart.reports.tables import Cell, Column, Table, clashes, corpus_of, number_cell, text_cell
 
-BESIDE, SELECTIVITY = "F1 beside the control's", "selectivity"
+BESIDE, SELECTIVITY = "F1 and control", "selectivity"
 MARKS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "triangle-down")
 
 

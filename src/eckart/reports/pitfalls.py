@@ -122,7 +122,7 @@ class Failing:
         return sum(failed), sum(layers)
 
 
-Verdict = Literal["nothing lost", "won back", "in part", "lost for good"]
+Verdict = Literal["no loss shown", "won back", "partly won back", "lost for good"]
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Recovery:
     @property
     def won_back(self) -> float | None:
         """As a share of what was lost; None where nothing was."""
-        if self.verdict == "nothing lost":
+        if self.verdict == "no loss shown":
             return None
         return (self.recovered.value - self.cut.value) / self.lost.value
 
@@ -169,10 +169,10 @@ class Recovery:
         """A difference that is not larger than its error is none."""
         won = _difference(self.recovered, self.cut)
         if self.lost.value <= (self.lost.stderr or 0.0):
-            return "nothing lost"
+            return "no loss shown"
         if self.remains.value <= (self.remains.stderr or 0.0):
             return "won back"
-        return "in part" if won.value > (won.stderr or 0.0) else "lost for good"
+        return "partly won back" if won.value > (won.stderr or 0.0) else "lost for good"
 
 
 @dataclass(frozen=True)
@@ -359,7 +359,8 @@ def _loss(dense: EvalResult, compressed: EvalResult) -> float:
 
 
 def _correlations(points: Sequence[Point], lost: Sequence[float], seed: int) -> tuple[Estimate, Estimate]:
-    return correlations([point.loss for point in points], lost, seed=seed)
+    names = ("loss of the score", "loss of selectivity")
+    return correlations([point.loss for point in points], lost, names=names, seed=seed)
 
 
 def _counterpart(collection: Collection, run: Run, method: str, task: str) -> Run | None:

@@ -23,7 +23,7 @@ class Estimate:
 
     Attributes:
         value: None where it cannot be computed.
-        interval: 95 %, by the percentiles of the bootstrap; None where there is none.
+        interval: 95 %, from the bootstrap, bias-corrected and accelerated; None where there is none.
         n: the points that it is of.
         why: why a value or an interval is missing; empty where none is.
     """
@@ -41,34 +41,35 @@ class Estimate:
         return int(self.interval[0] > 0) - int(self.interval[1] < 0)
 
 
-def correlations(x: Sequence[float], y: Sequence[float], *, seed: int = 0) -> tuple[Estimate, Estimate]:
+def correlations(
+    x: Sequence[float], y: Sequence[float], *, names: tuple[str, str] = ("x", "y"), seed: int = 0
+) -> tuple[Estimate, Estimate]:
     """Pearson's and Spearman's correlation of pairs, with intervals from resampling the pairs.
 
     Resamples in which a side does not vary have no correlation and are left out; where they are the majority, or
     there are fewer than 4 points, there is no interval, and with fewer than 3 no value.
 
     Args:
-        x, y: as many finite numbers. seed: of the resampling.
+        x, y: as many finite numbers. names: of what they are, for the reason why there is no value.
+        seed: of the resampling.
 
     Cost: 2000 resamples of both, vectorised.
     """
-    from scipy.stats import rankdata  # slow to import, and needed only here
-
     pairs = np.array([x, y], dtype=np.float64)
     n = pairs.shape[1]
     if n < 3:
         return (Estimate(None, None, n, f"{_count(n, 'run')}: a correlation needs three"),) * 2
-    flat = [name for name, values in zip(("x", "y"), pairs, strict=True) if _is_flat(values)]
+    flat = [name for name, values in zip(names, pairs, strict=True) if _is_flat(values)]
     if flat:
-        return (Estimate(None, None, n, f"{' and '.join(flat)} does not vary over the {n} runs"),) * 2
-    ranks = rankdata(pairs, axis=1)
-    values = [float(_correlate(*both)[0]) for both in (pairs[:, None], ranks[:, None])]
+        return (Estimate(None, None, n, f"{' and '.join(flat)} the same in all {n} runs"),) * 2
+    values = [float(correlate(pairs[:, None])[0]) for correlate in (lambda both: _correlate(*both), _rank_correlate)]
     if n < FEWEST:
         why = f"{_count(n, 'run')}: too few for an interval"
         return Estimate(values[0], None, n, why), Estimate(values[1], None, n, why)
     drawn = pairs[:, np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))]
-    found = (_correlate(*drawn), _correlate(*rankdata(drawn, axis=2)))
-    return (_estimate(values[0], found[0], n), _estimate(values[1], found[1], n))
+    without = pairs[:, _all_but_one(n)]
+    found = (_correlate(*drawn), _correlate(*without)), (_rank_correlate(drawn), _rank_correlate(without))
+    return (_estimate(values[0], *found[0], n), _estimate(values[1], *found[1], n))
 
 
 def mean_of(values: Sequence[float], *, seed: int = 0) -> Estimate:
@@ -80,7 +81,7 @@ def mean_of(values: Sequence[float], *, seed: int = 0) -> Estimate:
     if n < FEWEST:
         return Estimate(float(data.mean()), None, n, f"{_count(n, 'cell')}: too few for an interval")
     drawn = data[np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))].mean(1)
-    return _estimate(float(data.mean()), drawn, n)
+    return _estimate(float(data.mean()), drawn, data[_all_but_one(n)].mean(1), n)
 
 
 def _correlate(x: Array, y: Array) -> Array:
@@ -91,11 +92,37 @@ def _correlate(x: Array, y: Array) -> Array:
     return np.where(varies, (x * y).sum(1) / np.where(varies, spread, 1.0), np.nan)
 
 
-def _estimate(value: float, drawn: Array, n: int) -> Estimate:
-    good = drawn[np.isfinite(drawn)]
+def _rank_correlate(pairs: Array) -> Array:
+    """The same of the ranks within each row, of (2, resamples, n)."""
+    from scipy.stats import rankdata  # slow to import, and needed only here
+
+    return _correlate(*rankdata(pairs, axis=2))
+
+
+def _all_but_one(n: int) -> NDArray[np.intp]:
+    """(n, n - 1) indices, in each row another one missing."""
+    return np.array([[at for at in range(n) if at != out] for out in range(n)])
+
+
+def _estimate(value: float, drawn: Array, without: Array, n: int) -> Estimate:
+    """A value with its BCa interval (Efron 1987): for a dozen points plain percentiles cover 90 % and not 95 %.
+
+    Args:
+        drawn: of the resamples. without: of all points but one; both may hold nan.
+    """
+    from scipy.stats import norm  # slow to import, and needed only here
+
+    good, others = (values[np.isfinite(values)] for values in (drawn, without))
     if 2 * len(good) < len(drawn):
         return Estimate(value, None, n, "most resamples do not vary")
-    low, high = np.percentile(good, (2.5, 97.5))
+    below = (np.mean(good < value - ROUNDING) + np.mean(good <= value + ROUNDING)) / 2
+    bias = norm.ppf(np.clip(below, 1 / len(good), 1 - 1 / len(good)))
+    pull = others.mean() - others
+    spread = (pull**2).sum() ** 1.5
+    acceleration = (pull**3).sum() / (6 * spread) if spread > ROUNDING**1.5 else 0.0
+    ends = bias + norm.ppf([0.025, 0.975])
+    scale = np.maximum(1 - acceleration * ends, ROUNDING)  # below 0 the end is that of all resamples
+    low, high = np.percentile(good, 100 * norm.cdf(bias + ends / scale))
     return Estimate(value, (float(low), float(high)), n)
 
 

@@ -21,7 +21,7 @@ from eckart.reports.tables import Cell, Column, Table, corpus_of, number_cell, t
 ESTIMATE = ("value", "from", "to")
 NOT_INDEPENDENT = (
     "Runs of one model are not independent: they share its weights and the splits of its probes. The intervals, which "
-    "resample {} as if they were, are rather too narrow."
+    "resample {} as if they were, are rather too narrow, and more so where there are fewer than ten."
 )
 
 
@@ -123,6 +123,9 @@ def _compared(answers: Answers) -> Section:
             NOT_INDEPENDENT.format("cells"),
         ]
         tables.append(Table("compared", f"Methods minus {baseline}, at equal size", columns, tuple(rows)))
+    for found in answers.failing:
+        if found.method == "dense" and found.total[0] == found.total[1]:
+            sentences.append(f"{found.model}: the dense model fails the check in every layer; there is little to lose.")
     if answers.failing:
         tasks = list(dict.fromkeys(task for found in answers.failing for task in found.tasks))
         words = (Column(name, False) for name in ("Model", "Method", "Size"))
