@@ -6,7 +6,7 @@ import gzip
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -273,13 +273,7 @@ def _read_file(path: Path, *columns: str, answered: bool = False) -> list[str]:
     if ".jsonl" not in path.suffixes and ".json" not in path.suffixes:
         return ["".join(read_lines(path))]
     documents = []
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
+    for number, row in read_json_lines(path):
         if answered and isinstance(row, dict) and {"choices", "answer"} <= set(row):
             documents.append(questions.answered(row))
             continue
@@ -289,6 +283,17 @@ def _read_file(path: Path, *columns: str, answered: bool = False) -> list[str]:
             raise ValueError(f"{path}: line {number} has no text field {' or '.join(map(repr, columns))}; it has {has}")
         documents.append(row[found[0]])
     return documents
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number, value) of every line of a .jsonl file that is not empty. Raises ValueError where one is not JSON."""
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
 
 
 def read_lines(path: Path) -> list[str]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eckart.corpora import open_hub, read_lines
+from eckart.corpora import open_hub, read_json_lines, read_lines
 
 Row = Mapping[str, Any]
 
@@ -279,18 +278,11 @@ def _read_hub(name: str, hub: str, config: str | None, split: str) -> tuple[Iter
 
 def _read_file(path: Path) -> Iterable[tuple[str, Row]]:
     """("FILE: line 3", row) of a .jsonl, .csv or .tsv file."""
-    lines = read_lines(path)
     if ".csv" in path.suffixes or ".tsv" in path.suffixes:
-        reader = csv.DictReader(lines, delimiter="\t" if ".tsv" in path.suffixes else ",")
+        reader = csv.DictReader(read_lines(path), delimiter="\t" if ".tsv" in path.suffixes else ",")
         return [(f"{path}: line {reader.line_num}", row) for row in reader]
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
+    for number, row in read_json_lines(path):
         if not isinstance(row, dict):
             raise ValueError(f"{path}: line {number} holds no row of fields")
         rows.append((f"{path}: line {number}", row))

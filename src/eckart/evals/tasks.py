@@ -266,42 +266,32 @@ def _stereoset(subject: Subject, task: Task, setup: Setup) -> EvalResult:
     )
 
 
-def _labelled(task: Task, setup: Setup) -> Labelled:
-    """The rows of a task on a labelled set."""
+def _labelled(task: Task, setup: Setup) -> tuple[Labelled, dict[str, Any]]:
+    """The task's rows, and the arguments that every evaluation on a labelled set takes."""
     rows = read_labelled(task.argument, split=task.split, data=setup.data, column=task.column)
-    return rows.draw(task.limit, task.seed)
+    shared = {"length": task.length, "batch_size": setup.batch_size, "task": task.label, "track": setup.track}
+    return rows.draw(task.limit, task.seed), {**shared, "settings": {"limit": task.limit}}
 
 
 def _probing(subject: Subject, task: Task, setup: Setup) -> EvalResult:
+    rows, shared = _labelled(task, setup)
     return probe(
         subject.model,
         subject.tokenizer,
-        _labelled(task, setup),
+        rows,
         pooling=task.pooling,
         control=task.control,
         seeds=task.seeds,
         seed=task.seed,
-        length=task.length,
-        batch_size=setup.batch_size,
         workers=setup.workers,
         cache=None if setup.cache is None else setup.cache / "states",
-        task=task.label,
-        settings={"limit": task.limit},
-        track=setup.track,
+        **shared,
     )
 
 
 def _classification(subject: Subject, task: Task, setup: Setup) -> EvalResult:
-    return classification(
-        subject.model,
-        subject.tokenizer,
-        _labelled(task, setup),
-        length=task.length,
-        batch_size=setup.batch_size,
-        task=task.label,
-        settings={"limit": task.limit},
-        track=setup.track,
-    )
+    rows, shared = _labelled(task, setup)
+    return classification(subject.model, subject.tokenizer, rows, **shared)
 
 
 def _cost(subject: Subject, task: Task, setup: Setup) -> EvalResult:
