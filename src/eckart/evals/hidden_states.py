@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -185,12 +184,7 @@ def _fill(model: PreTrainedModel, rows: TokenRows, pooling: Pooling, file: Path,
     order = sorted(range(len(rows.ids)), key=lambda row: (len(rows.ids[row]), row))
     partial, noted = file.with_suffix(".partial"), file.with_suffix(".rows")
     with noted.open("a+", encoding="ascii") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another run is reading the same hidden states into {file}; wait for it, or give another cache"
-            ) from error
+        _claim(lock, file)
         lock.seek(0)
         done = int(lock.read() or 0) if partial.is_file() else 0
         batches = [order[start : start + batch_size] for start in range(done, len(order), batch_size)]
@@ -200,8 +194,7 @@ def _fill(model: PreTrainedModel, rows: TokenRows, pooling: Pooling, file: Path,
             if values is None:
                 shape = (len(pooled), len(order), pooled.shape[-1])
                 values = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
-                with partial.open("r+b") as room:  # a full disk would else end the process at some later write
-                    os.posix_fallocate(room.fileno(), 0, partial.stat().st_size)
+                _take_room(partial)
             values[:, batch] = pooled.numpy()
             done += len(batch)
             if number % NOTED_EVERY == 0:
@@ -211,6 +204,27 @@ def _fill(model: PreTrainedModel, rows: TokenRows, pooling: Pooling, file: Path,
         del values
         partial.rename(file)
         noted.unlink()
+
+
+def _claim(lock: TextIO, file: Path) -> None:
+    """Raises ValueError where another process is reading into the same file. A kill lets go of the claim."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has none, and there two runs are not kept apart
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"another run is reading the same hidden states into {file}; wait for it, or give another cache"
+        ) from error
+
+
+def _take_room(file: Path) -> None:
+    """Give the file its blocks now: a full disk ends a process that writes to a map, at some later write."""
+    if hasattr(os, "posix_fallocate"):  # not on macOS and Windows
+        with file.open("r+b") as room:
+            os.posix_fallocate(room.fileno(), 0, file.stat().st_size)
 
 
 def _note(file: TextIO, values: np.memmap, done: int) -> None:
