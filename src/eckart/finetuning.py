@@ -30,7 +30,7 @@ from eckart.models.loading import check_free, load_classifier, load_tokenizer, s
 from eckart.models.sites import find_sites
 from eckart.quiet import quiet
 from eckart.store import GRADIENTS, is_whole, read_gradients, write_gradients
-from eckart.tokens import check_tokenizer, check_vocabulary
+from eckart.tokens import check_tokenizer
 from eckart.tracking import Track, silent
 
 # What a fine-tuned model's directory says of its making.
@@ -206,7 +206,6 @@ def train(
             model's positions, a text without tokens.
     """
     texts = tokenize_texts(model, tokenizer, rows.texts, settings.length)
-    check_vocabulary(model, torch.tensor([max(map(max, texts.ids))]))
     checkpoint = _claim(progress, _identity(model, texts, rows, settings))
     if checkpoint is None:
         recorded = {site.name: GradientMoments(site.d_out, site.d_in, FISHER) for site in find_sites(model)}

@@ -22,7 +22,7 @@ from eckart.models.sites import Site, find_sites
 from eckart.models.units import Unit, units_of
 from eckart.probes import probe_linears
 from eckart.rank_search import SearchResult, search
-from eckart.scores import Criterion, perplexity_score, task_score
+from eckart.scores import Criterion, labelled_score, perplexity_score, task_score
 from eckart.sensitivity import measure_sensitivity
 from eckart.spectra import spectra_on_demand
 from eckart.tokens import Tokens
@@ -231,12 +231,10 @@ def make_score(allocation: Allocation, bench: Bench) -> Criterion:
         task = replace(task, split="sfsd-search")
     if task.kind == "perplexity":
         return perplexity_score(windows_of(bench.model, bench.tokenizer, task, data=bench.data, context=bench.context))
-    if task.kind in ("probing", "classification"):
-        task = replace(task, split="train")
-    return task_score(
+    make = labelled_score if task.kind in ("probing", "classification") else task_score
+    return make(
         task,
         bench.tokenizer,
-        score="selectivity" if task.kind == "probing" else None,
         data=bench.data,
         batch_size=bench.batch_size,
         workers=bench.workers,

@@ -107,6 +107,19 @@ def task_score(
     return Criterion(measure, better, {"task": asdict(task), "score": score, "context": context})
 
 
+def labelled_score(
+    task: Task, tokenizer: PreTrainedTokenizerBase, *, split: str = "train", **options: Any
+) -> Criterion:
+    """A score on a labelled set: of probing the mean selectivity of the layers, of a classifier its correlation.
+
+    Args:
+        split: searches read the rows to train on, so that the others are left to report on.
+        options: as in `task_score`.
+    """
+    score = "selectivity" if task.kind == "probing" else None
+    return task_score(replace(task, split=split), tokenizer, score=score, **options)
+
+
 def accuracy_score(
     task: Task | str, tokenizer: PreTrainedTokenizerBase, *, score: str | None = None, **options: Any
 ) -> Criterion:

@@ -22,7 +22,7 @@ from eckart.lowrank import build_method
 from eckart.models.loading import load_model, load_tokenizer
 from eckart.models.sites import find_sites, select_sites
 from eckart.rank_search import SearchResult, Tolerance, search
-from eckart.scores import Criterion, accuracy_score, perplexity_score, split_windows, task_score
+from eckart.scores import Criterion, accuracy_score, labelled_score, perplexity_score, split_windows
 from eckart.spectra import spectra_on_demand
 from eckart.terminal import TerminalTrack, number, table
 from eckart.tokens import encode, sample_windows
@@ -151,14 +151,7 @@ def _scores(
                 f"{task.argument} has one split, which would be searched and reported on; give a known set"
             )
         first, second = (
-            task_score(
-                replace(task, split=split),
-                tokenizer,
-                score="selectivity",
-                data=data,
-                batch_size=batch_size,
-                workers=CORES,
-            )
+            labelled_score(task, tokenizer, split=split, data=data, batch_size=batch_size, workers=CORES)
             for split in ("train", "test")
         )
         return first, second

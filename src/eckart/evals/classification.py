@@ -13,7 +13,6 @@ from eckart.evals.hidden_states import pad_rows, tokenize_texts
 from eckart.evals.result import EvalResult, Score
 from eckart.evals.windows import check_finite
 from eckart.labelled import Labelled
-from eckart.tokens import check_vocabulary
 from eckart.tracking import Track, silent
 
 
@@ -56,8 +55,7 @@ def classification(
             f"({', '.join(rows.classes)}): is it fine-tuned on another task?"
         )
     texts = tokenize_texts(model, tokenizer, rows.texts, length)
-    check_vocabulary(model, torch.tensor([max(map(max, texts.ids))]))
-    order = sorted(range(len(rows)), key=lambda row: (len(texts.ids[row]), row))
+    order = texts.by_length
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     answers = np.zeros(len(rows), dtype=np.int64)
     for number, batch in enumerate(track(batches, task, len(batches))):

@@ -63,6 +63,11 @@ class TokenRows:
     truncated: int
     length: int
 
+    @property
+    def by_length(self) -> list[int]:
+        """The texts from the shortest on, so that little of a batch is padding."""
+        return sorted(range(len(self.ids)), key=lambda row: (len(self.ids[row]), row))
+
 
 @contextmanager
 def read_hidden_states(
@@ -107,7 +112,6 @@ def read_hidden_states(
             f"{type(model).__name__} is causal: its first token has seen no other; pool by mean or by last token"
         )
     rows = tokenize_texts(model, tokenizer, texts, length)
-    check_vocabulary(model, torch.tensor([max(map(max, rows.ids))]))
     with ExitStack() as stack:
         kept = cache is not None
         if cache is None:
@@ -132,7 +136,7 @@ def tokenize_texts(
         length: tokens of a text at most; default what the model has positions for, 2048 at most.
 
     Raises:
-        ValueError: no texts, one without tokens, or a length past the model's positions.
+        ValueError: no texts, one without tokens, a length past the model's positions, a token outside its vocabulary.
     """
     if not texts:
         raise ValueError("no texts to read")
@@ -140,13 +144,15 @@ def tokenize_texts(
     if length is not None and length > positions:
         raise ValueError(f"length {length} is past the model's {positions} positions; lower it")
     length = length or min(LONGEST, positions)
-    whole: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
-    cut: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=length, verbose=False)["input_ids"]
-    empty = next((place for place, ids in enumerate(cut) if not ids), None)
+    rows: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
+    empty = next((place for place, ids in enumerate(rows) if not ids), None)
     if empty is not None:
         raise ValueError(f"text {empty} ({texts[empty]!r}) has no token")
-    truncated = sum(len(before) > len(after) for before, after in zip(whole, cut, strict=True))
-    return TokenRows(tuple(map(tuple, cut)), tokenizer.pad_token_id or 0, truncated, length)
+    long = [place for place, ids in enumerate(rows) if len(ids) > length]
+    for place in long:  # by the tokenizer, which keeps the specials at the end
+        rows[place] = tokenizer(texts[place], truncation=True, max_length=length, verbose=False)["input_ids"]
+    check_vocabulary(model, torch.tensor([max(map(max, rows))]))
+    return TokenRows(tuple(map(tuple, rows)), tokenizer.pad_token_id or 0, len(long), length)
 
 
 def pad_rows(
@@ -181,7 +187,7 @@ def _digest(model: PreTrainedModel, rows: TokenRows, pooling: Pooling) -> str:
 
 def _fill(model: PreTrainedModel, rows: TokenRows, pooling: Pooling, file: Path, batch_size: int, track: Track) -> None:
     """Read all rows into `file`, which appears whole; from where a killed reading was."""
-    order = sorted(range(len(rows.ids)), key=lambda row: (len(rows.ids[row]), row))
+    order = rows.by_length
     partial, noted = file.with_suffix(".partial"), file.with_suffix(".rows")
     with noted.open("a+", encoding="ascii") as lock:
         _claim(lock, file)
