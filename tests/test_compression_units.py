@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 
 from eckart.allocation import RankPlan, plan, settle
 from eckart.calibration import BlockCalibration, Calibration, calibrate, calibrate_by_block
-from eckart.compression import CompressionReport, compress, factor_units, moments_of
+from eckart.compression import CompressionReport, compress
+from eckart.cuts import factor_units, moments_of
 from eckart.lowrank import Factored, Factors, InputMoments, Layout, Method, build_method
 from eckart.lowrank.pivoting import LAYOUTS
 from eckart.models.sites import find_sites, low_rank_modules, read_weight
+from eckart.models.units import Unit
 from eckart.refinement import Refinement
 from eckart.sequential import Order, SequentialCalibration
 from eckart.sizes import num_bytes, num_params
@@ -96,7 +98,7 @@ def test_joined_linears_are_the_rows_of_one_cut(model_type: str, method: str) ->
             assert rank is not None
             if (unit.name, rank) not in expected:
                 part = calibration.blocks[unit.sites[0].block]
-                ((_, factored),) = factor_units(dense, built, [unit], part)
+                ((_, factored),) = factor_units(built, [unit], part, partial(Unit.weight, model=dense))
                 expected[unit.name, rank] = factored.cut(rank)
             modules = [model.get_submodule(site.name) for site in unit.sites]
             whole = torch.cat([module.dense().detach() for module in modules])
@@ -360,7 +362,7 @@ def test_factors_that_are_not_finite_name_their_site_once(layout: Layout, row: i
     model = tiny_model("llama")
     chosen = made_plan(model, layout, joint=True)
     unit = chosen.units[0]
-    ((_, factored),) = factor_units(model, build_method("svd"), [unit], BlockCalibration(0))
+    ((_, factored),) = factor_units(build_method("svd"), [unit], BlockCalibration(0), partial(Unit.weight, model=model))
     with pytest.raises(ValueError, match=rf"^model\.layers\.0\.self_attn\.{role}: its factors are not finite"):
         compress(model, "svd", chosen, spectra={unit.name: Spoilt(factored, row)})
     assert low_rank_modules(model) == {}

@@ -21,6 +21,7 @@ ORDER = [
         "baselines",
         "descent",
         "compression",
+        "cuts",
         "calibration",
         "gradients",
         "store",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from eckart.calibration import calibrate
-from eckart.compression import moments_of
+from eckart.cuts import moments_of
 from eckart.journal import open_journal
 from eckart.lowrank import DecompositionError, Factored, Moments, build_method, factor
 from eckart.models.linear import LowRankLinear

@@ -5,35 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from eckart.allocation import RankPlan
 from eckart.calibration import BlockCalibration
-from eckart.lowrank import (
-    DecompositionError,
-    Factored,
-    Factors,
-    GradientMoments,
-    InputMoments,
-    Method,
-    Moments,
-    build_method,
-    output_error,
-    refit_left,
-)
-from eckart.lowrank.moments import INPUT_STATISTICS, JointGradients
+from eckart.cuts import Cut, cut_units
+from eckart.lowrank import DecompositionError, Factored, Method, build_method
+from eckart.lowrank.moments import INPUT_STATISTICS
 from eckart.models.checkpoint import describe
 from eckart.models.sites import Site, read_weight, replace_module
 from eckart.models.units import Unit, units_of
 from eckart.sizes import num_bytes, num_params
 from eckart.tracking import Track, silent
-
-# Points of a site's loss curve in the report: enough to draw it.
-CURVE = 65
 
 
 @dataclass(frozen=True)
@@ -42,7 +29,7 @@ class SiteReport:
 
     Attributes:
         rank: of its factors.
-        losses: the method's own loss at CURVE ranks from 0 to full, as shares of the loss at rank 0.
+        losses: the method's own loss at `cuts.CURVE` ranks from 0 to full, as shares of the loss at rank 0.
         relative_error: E||W x - M xh - d||^2 / E||W x||^2 on the calibration tokens; None without second moments.
         tail: the method's own loss at this rank, in its own metric; None for a nested method, whose loss is the error.
             Of linears that share a right factor it is that of all of them.
@@ -156,7 +143,9 @@ def compress(
             chosen = [unit for unit in pending if _is_of(unit, part, method)]
             pending[:] = [unit for unit in pending if unit not in chosen]
             start = time.perf_counter()
-            yield from _replace_units(model, method, plan, chosen, part, spectra, refit)
+            weight_of = partial(Unit.weight, model=model)
+            for unit, cut in cut_units(method, chosen, plan, part, weight_of, spectra=spectra, refit=refit):
+                yield place(model, unit, cut, plan)
             seconds["factor"] += time.perf_counter() - start
             del part  # these moments end here, before the next ones are made
 
@@ -203,122 +192,22 @@ def _timed(blocks: Iterable[BlockCalibration], seconds: dict[str, float]) -> Ite
         del block
 
 
-def moments_of(unit: Unit, part: BlockCalibration, device: torch.device | None = None) -> Moments:
-    """What a part of a calibration knows of a unit; of several sites, as of the one linear that they are stacked.
-
-    Args:
-        device: of the unit's weight; gradients, and moments that were read from a file, lie in main memory.
-    """
-    inputs = _inputs_on(part.inputs.get(unit.group), device)
-    gradients = [
-        GradientMoments.from_state(found.examples, found.tokens, _sums_on(found.sums, device))
-        for found in (part.gradients[site.name] for site in unit.sites if site.name in part.gradients)
-    ]
-    if len(gradients) < len(unit.sites):
-        return Moments(inputs)
-    return Moments(inputs, gradients[0] if len(gradients) == 1 else JointGradients(tuple(gradients)))
-
-
-def _inputs_on(moments: InputMoments | None, device: torch.device | None) -> InputMoments | None:
-    return None if moments is None else InputMoments.from_state(moments.count, _sums_on(moments.sums, device))
-
-
-def _sums_on(sums: Mapping[str, Tensor], device: torch.device | None) -> dict[str, Tensor]:
-    """The sums on the device, not copied where they are there already."""
-    return {name: value if device is None else value.to(device) for name, value in sums.items()}
-
-
-def factor_units(
-    model: PreTrainedModel, method: Method, units: Iterable[Unit], part: BlockCalibration
-) -> Iterator[tuple[Unit, Factored]]:
-    """Each unit's spectrum, one after the other. Units of one input group share the root.
+def place(model: PreTrainedModel, unit: Unit, cut: Cut, plan: RankPlan) -> list[SiteReport]:
+    """Put a unit's cut in the place of its dense linears, in `model`; a report for each of its sites.
 
     Raises:
-        ValueError, DecompositionError: as the method raises them; the message names the unit.
+        ValueError: as `Unit.modules`; the message names the unit or its site.
     """
-    root: torch.Tensor | None = None
-    group: str | None = None
-    for unit in units:
-        weight = unit.weight(model)
-        moments = moments_of(unit, part, weight.device)
-        try:
-            # A root that is made of a linear's own gradients is no other linear's.
-            if unit.group != group or method.needs_gradients:
-                root, group = method.root(moments), unit.group
-            factored = method.factor(weight, moments, root=root)
-        except (ValueError, DecompositionError) as error:
-            raise type(error)(f"{unit.name}: {error}") from error
-        yield unit, factored
-
-
-def _replace_units(
-    model: PreTrainedModel,
-    method: Method,
-    plan: RankPlan,
-    units: Sequence[Unit],
-    part: BlockCalibration,
-    spectra: dict[str, Factored] | None,
-    refit: bool,
-) -> Iterator[list[SiteReport]]:
-    """Factor and replace the sites of some units; a list of reports for each."""
-    known = spectra or {}
-    fresh = factor_units(model, method, [unit for unit in units if unit.name not in known], part)
-    for unit in units:
-        factored = known[unit.name] if unit.name in known else next(fresh)[1]
-        if spectra is not None:
-            spectra[unit.name] = factored
-        rank = plan.rank(unit.sites[0])
-        assert rank is not None
-        whole = unit.weight(model)
-        inputs, aside = (_inputs_on(found.get(unit.group), whole.device) for found in (part.inputs, part.aside))
-        try:
-            factors, took = factored.cut(rank), None
-            if refit:
-                if inputs is None or "second_moment" not in inputs.sums:
-                    raise ValueError(f"a refit needs second moments, and {method.name}'s calibration has none")
-                factors, took = _refit(whole, factors, inputs, aside)
-            modules = unit.modules(model, factors, plan.layout)
-        except (ValueError, DecompositionError) as error:
-            named = any(str(error).startswith(f"{site.name}: ") for site in unit.sites)
-            raise type(error)(str(error) if named else f"{unit.name}: {error}") from error
-        tail = None if method.residual is not None else factored.tail(rank)
-        curve = tuple(factored.losses(CURVE))
-        reports = []
-        for site, member in zip(unit.sites, unit.split(factors), strict=True):
-            exact = tail if method.exact and not took and len(unit.sites) == 1 else None
-            weight = read_weight(model.get_submodule(site.name))
-            relative = _relative_error(method, factored, exact, weight, member, inputs)
-            reports.append(SiteReport(site, rank, relative, tail, curve, took))
-        for name, module in modules.items():
-            replace_module(model, name, module)
-        yield reports
-
-
-def _refit(weight: Tensor, factors: Factors, inputs: InputMoments, aside: InputMoments | None) -> tuple[Factors, bool]:
-    """The factors with their left one refit, and True; as they were, and False, where that is worse on those aside."""
-    better = refit_left(weight, factors, Moments(inputs))
-    if aside is not None:
-        before, after = (output_error(weight, each, Moments(aside))[0] for each in (factors, better))
-        if after >= before:
-            return factors, False
-    return better, True
-
-
-def _relative_error(
-    method: Method,
-    factored: Factored,
-    tail: float | None,
-    weight: Tensor,
-    factors: Factors,
-    inputs: InputMoments | None,
-) -> float | None:
-    """E||W x - M xh - d||^2 / E||W x||^2, from the spectrum where it is there already (it saves two large products)."""
-    if inputs is None or "second_moment" not in inputs.sums:
-        return None
-    if tail is not None:
-        error, energy = tail, factored.tail(0)
-        if method.centred:
-            energy += float((weight.double() @ inputs.mean).square().sum())
-    else:
-        error, energy = output_error(weight, factors, Moments(inputs))
-    return error / energy if energy > 0 else 0.0
+    try:
+        modules = unit.modules(model, cut.factors, plan.layout)
+    except (ValueError, DecompositionError) as error:
+        named = any(str(error).startswith(f"{name}: ") for name in (unit.name, *(site.name for site in unit.sites)))
+        raise type(error)(str(error) if named else f"{unit.name}: {error}") from error
+    for name, module in modules.items():
+        replace_module(model, name, module)
+    rank = plan.rank(unit.sites[0])
+    assert rank is not None
+    return [
+        SiteReport(site, rank, relative, cut.tail, cut.losses, cut.refit)
+        for site, relative in zip(unit.sites, cut.relative_errors, strict=True)
+    ]

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eckart.allocation import ALLOCATIONS, NEED_CURVES, Budget, Curve, RankPlan, settle
 from eckart.calibration import BlockCalibration, calibration_digest
 from eckart.composition import Allocation, Composition
-from eckart.compression import factor_units
+from eckart.cuts import factor_units
 from eckart.evals.tasks import Task, windows_of
 from eckart.lowrank import Factored, Method
 from eckart.models.sites import Site, find_sites
@@ -124,6 +125,7 @@ def measure_losses(method: Method, bench: Bench, joint: frozenset[str], *, both:
         both: of a joint group also the curves of its members, so that an allocation can choose.
     """
     curves: list[Curve] = []
+    weight_of = partial(Unit.weight, model=bench.model)
     blocks = (
         bench.blocks() if bench.blocks else [BlockCalibration(n) for n in dict.fromkeys(s.block for s in bench.sites)]
     )
@@ -135,7 +137,7 @@ def measure_losses(method: Method, bench: Bench, joint: frozenset[str], *, both:
             units += [Unit((site,)) for site in sites if site.input_group in joint]
         # Units of one input group follow each other, so that its root is made once.
         units.sort(key=lambda unit: unit.group)
-        for unit, factored in factor_units(bench.model, method, units, part):
+        for unit, factored in factor_units(method, units, part, weight_of):
             curves.append(Curve(unit.sites, factored.tails().cpu().numpy()))
     return curves
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eckart.calibration import BlockCalibration
-from eckart.compression import moments_of
+from eckart.cuts import moments_of
 from eckart.lowrank import DecompositionError, Factored, Method
 from eckart.models.sites import find_sites, low_rank_modules
 from eckart.models.units import units_of
