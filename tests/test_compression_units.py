@@ -294,7 +294,7 @@ def test_spectra_serve_every_size_and_layout(method: str, joint: bool, monkeypat
     expected = []
     for layout, keep in cases:
         expected.append(tiny_model("llama"))
-        compress(expected[-1], built, made_plan(expected[-1], layout, joint, keep), calibration)
+        compress(expected[-1], built, made_plan(expected[-1], layout, joint, keep), calibration, spectra={})
     first = tiny_model("llama")
     compress(first, built, made_plan(first, joint=joint, keep=0.8), calibration, spectra=spectra)
     assert spectra.keys() == {unit.name for unit in made_plan(tiny_model("llama"), joint=joint).units}
@@ -313,7 +313,7 @@ def test_spectra_that_are_missing_are_put_in() -> None:
     assert len(spectra) == 3 * BLOCKS
     before = dict(spectra)
     compress(whole, "svd", plan(whole, 0.5), spectra=spectra)
-    compress(fresh, "svd", plan(fresh, 0.5))
+    compress(fresh, "svd", plan(fresh, 0.5), spectra={})
     assert len(spectra) == 7 * BLOCKS
     assert all(spectra[name] is factored for name, factored in before.items())
     assert same(whole, fresh)
@@ -324,7 +324,7 @@ def test_spectra_of_linears_and_of_groups_lie_side_by_side() -> None:
     for joint in (False, True, False, True):
         model, fresh = tiny_model("llama"), tiny_model("llama")
         compress(model, "svd", made_plan(model, joint=joint), spectra=spectra)
-        compress(fresh, "svd", made_plan(fresh, joint=joint))
+        compress(fresh, "svd", made_plan(fresh, joint=joint), spectra={})
         assert same(model, fresh)
     assert len(spectra) == (7 + 2) * BLOCKS
 

@@ -29,7 +29,7 @@ def test_a_sweep_over_sizes_factors_each_site_once(monkeypatch: pytest.MonkeyPat
     spectra: dict[str, Factored] = {}
     for keep in (0.7, 0.4):
         kept, fresh = tiny_model("llama"), tiny_model("llama")
-        eckart.compress(fresh, method, eckart.plan(fresh, keep), statistics)
+        eckart.compress(fresh, method, eckart.plan(fresh, keep), statistics, spectra={})
         with monkeypatch.context() as patched:
             if spectra:
                 patched.setattr(eckart.Method, "factor", None)

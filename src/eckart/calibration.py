@@ -29,7 +29,7 @@ from eckart.tracking import Track, silent
 from eckart.walk import hidden_of, record_calls
 
 # Number of this layout and of the way moments are taken; part of every digest, so that a change reuses nothing.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from eckart.lowrank import (
     output_error,
     refit_left,
 )
+from eckart.lowrank.metrics import Root
 from eckart.lowrank.moments import JointGradients
 from eckart.models.units import Unit
 
@@ -71,7 +72,9 @@ def cut_units(
     """
     known = {} if spectra is None else spectra
     units = list(units)
-    fresh = factor_units(method, [unit for unit in units if unit.name not in known], part, weight_of)
+    # A spectrum that is kept may be cut anywhere later on; else only at this rank.
+    hint = plan if spectra is None else None
+    fresh = factor_units(method, [unit for unit in units if unit.name not in known], part, weight_of, hint)
     for unit in units:
         factored = known[unit.name] if unit.name in known else next(fresh)[1]
         if spectra is not None:
@@ -98,17 +101,22 @@ def cut_units(
 
 
 def factor_units(
-    method: Method, units: Iterable[Unit], part: BlockCalibration, weight_of: Callable[[Unit], Tensor]
+    method: Method,
+    units: Iterable[Unit],
+    part: BlockCalibration,
+    weight_of: Callable[[Unit], Tensor],
+    plan: RankPlan | None = None,
 ) -> Iterator[tuple[Unit, Factored]]:
     """Each unit's spectrum, one after the other. Units of one input group share the root.
 
     Args:
         part, weight_of: as in `cut_units`.
+        plan: where the spectra will be cut at its ranks only, which is faster; None for any rank.
 
     Raises:
         ValueError, DecompositionError: as the method raises them; the message names the unit.
     """
-    root: torch.Tensor | None = None
+    root: Root = None
     group: str | None = None
     for unit in units:
         weight = weight_of(unit)
@@ -117,7 +125,8 @@ def factor_units(
             # A root that is made of a linear's own gradients is no other linear's.
             if unit.group != group or method.needs_gradients:
                 root, group = method.root(moments), unit.group
-            factored = method.factor(weight, moments, root=root)
+            rank = None if plan is None else plan.rank(unit.sites[0])
+            factored = method.factor(weight, moments, root=root, rank=rank)
         except (ValueError, DecompositionError) as error:
             raise type(error)(f"{unit.name}: {error}") from error
         yield unit, factored

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from eckart.calibration import BlockCalibration
 from eckart.cuts import moments_of
 from eckart.lowrank import DecompositionError, Factored, Method
+from eckart.lowrank.metrics import Root
 from eckart.models.sites import find_sites, low_rank_modules
 from eckart.models.units import units_of
 
@@ -41,7 +41,7 @@ def spectra_on_demand(
     found = {block.block: block for block in blocks}
     if method.needs and not found:
         raise ValueError(f"{method.name} needs {', '.join(sorted(method.needs))}: calibrate first")
-    last: tuple[str, Tensor | None] | None = None
+    last: tuple[str, Root] | None = None
 
     def spectrum(name: str) -> Factored:
         nonlocal last

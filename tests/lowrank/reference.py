@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eckart.lowrank import Factors, GradientMoments, InputMoments, Moments
+from eckart.lowrank.metrics import Whitening
 from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
 
 # "few": fewer tokens than channels; "dead": channels that never fire; "zero": no input at all.
@@ -100,15 +101,17 @@ def layers(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, tokens: tuple[int, i
     )
 
 
-def as_matrix(side: Tensor | None, size: int) -> np.ndarray:
-    """A root or metric, given as a matrix, a diagonal or None for the identity, as a matrix."""
+def as_matrix(side: Tensor | Whitening | None, size: int) -> np.ndarray:
+    """A root or metric, given as a matrix, a diagonal, made when asked for or None for the identity, as a matrix."""
     if side is None:
         return np.eye(size)
+    if isinstance(side, Whitening):
+        side = side.root()
     return np.diag(side.double().numpy()) if side.ndim == 1 else side.double().numpy()
 
 
 def optimum(
-    target: Tensor, rank: int, root: Tensor | None = None, metric: Tensor | None = None
+    target: Tensor, rank: int, root: Tensor | Whitening | None = None, metric: Tensor | None = None
 ) -> tuple[Tensor, float]:
     """(M, loss): the best M of `rank` in ||A (T - M) B||_F^2, by numpy's float64 SVD of A T B."""
     wanted = target.double().numpy()
@@ -118,7 +121,7 @@ def optimum(
     return torch.from_numpy(found), float((singular[rank:] ** 2).sum())
 
 
-def weighted_loss(lost: Tensor, root: Tensor | None = None, metric: Tensor | None = None) -> float:
+def weighted_loss(lost: Tensor, root: Tensor | Whitening | None = None, metric: Tensor | None = None) -> float:
     """||A L B||_F^2."""
     a, b = as_matrix(metric, lost.shape[0]), as_matrix(root, lost.shape[1])
     return float(np.square(a @ lost.double().numpy() @ b).sum())

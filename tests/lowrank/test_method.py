@@ -20,11 +20,9 @@ from torch import Tensor
 from eckart.lowrank import Factored, Factors, Method, Moments, Stage, build_method, interpolate, output_error
 from eckart.lowrank.metrics import (
     absolute_mean_root,
-    cholesky_root,
     fisher_output_metric,
     gradient_metric,
-    of_covariance,
-    of_second_moment,
+    whitening,
 )
 
 from .reference import Layer, laws, layers, make_layer, neighbours, optimum, token_loss, weighted_loss
@@ -48,7 +46,7 @@ def compose(
     share: float = 1.0,
 ) -> Method:
     """A method of the inputs' own moment with every part chosen freely."""
-    root = of_covariance(cholesky_root) if centred else of_second_moment(cholesky_root)
+    root = whitening(centred=centred)
     return Method(
         name="composed",
         paper="",

@@ -19,10 +19,11 @@ from eckart.lowrank.metrics import (
     fisher_input_root,
     fisher_output_metric,
     gradient_metric,
-    of_covariance,
     of_second_moment,
     scaled_eigenvectors,
     shrink,
+    weigh_inputs,
+    whitening,
 )
 
 from .reference import Layer, laws, layers, make_layer
@@ -54,9 +55,28 @@ def test_root_times_its_transpose_is_the_moment(root, layer: Layer) -> None:
     moments = layer.moments(EVERYTHING)
     assert_root(of_second_moment(root)(moments), moment)
     scale = moment.diagonal().sum() or 1.0
-    found = of_covariance(root)(moments)
+    found = root(moments.require_inputs().covariance)
     # The covariance is a difference, so its rounding error is relative to the second moment.
     torch.testing.assert_close(found @ found.T, second_moment(centred), rtol=0, atol=1e-13 * float(scale))
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.3])
+@laws(20)
+@given(layer=layers())
+def test_a_whitening_is_the_cholesky_root_of_its_shrunk_moment(centred: bool, share: float, layer: Layer) -> None:
+    moments = layer.moments(EVERYTHING)
+    inputs = moments.require_inputs()
+    found = whitening(share, centred=centred)(moments)
+    expected = shrink(inputs.covariance if centred else inputs.second_moment, share)
+    assert torch.equal(found.moment(), expected)
+    assert torch.equal(found.root(), cholesky_root(expected))
+    vectors = torch.randn(inputs.d_in, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scale = 1 + float(expected.abs().max())
+    torch.testing.assert_close(found.apply(vectors), expected @ vectors, rtol=0, atol=1e-12 * scale)
+    torch.testing.assert_close(
+        weigh_inputs(layer.weight, found), layer.weight @ found.root(), rtol=0, atol=1e-12 * scale
+    )
 
 
 def test_cholesky_root_is_triangular_where_there_is_one() -> None:

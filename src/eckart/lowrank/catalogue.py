@@ -14,14 +14,13 @@ from eckart.lowrank.entries import build_entry, entry_options
 from eckart.lowrank.method import Method, Stage
 from eckart.lowrank.metrics import (
     absolute_mean_root,
-    cholesky_root,
     eigen_root,
     fisher_input_root,
     fisher_output_metric,
     gradient_metric,
-    of_covariance,
     of_second_moment,
     scaled_eigenvectors,
+    whitening,
 )
 
 SECOND_MOMENT = frozenset({"second_moment"})
@@ -98,7 +97,7 @@ def asvd_i() -> Method:
         assumes="calibration inputs look like the inputs of use",
         fails="out of the calibration domain (NSVD Table 1); a singular G falls back to the eigenvalue root",
         needs=SECOND_MOMENT,
-        stage=Stage(root=of_second_moment(cholesky_root)),
+        stage=Stage(root=whitening()),
         exact=True,
     )
 
@@ -174,7 +173,7 @@ def sfsd() -> Method:
         assumes="as asvd-i; never worse than it on the calibration tokens at the same rank",
         fails="as asvd-i; the bias is one more vector per layer where there was none",
         needs=SECOND_MOMENT,
-        stage=Stage(root=of_covariance(cholesky_root)),
+        stage=Stage(root=whitening(centred=True)),
         centred=True,
         exact=True,
     )
@@ -203,7 +202,7 @@ def shrunk(share: float = INPUT_SHRINKAGE, bias: bool = False) -> Method:
         assumes="directions that the calibration text does not use may be used elsewhere, all alike",
         fails="where calibration and use agree it gives away what the shrinkage costs; share 1 is plain svd",
         needs=SECOND_MOMENT,
-        stage=Stage(root=(of_covariance if bias else of_second_moment)(cholesky_root, share)),
+        stage=Stage(root=whitening(share, centred=bias)),
         centred=bias,
         options={"share": share, "bias": bias},
     )
@@ -219,7 +218,7 @@ def kfac(shrink_in: float = INPUT_SHRINKAGE, shrink_out: float = GRADIENT_SHRINK
         fails="on few tokens the gradient's covariance is noise: shrink it more; needs backward passes",
         needs=SECOND_MOMENT | {"gradient_covariance"},
         stage=Stage(
-            root=(of_covariance if bias else of_second_moment)(cholesky_root, shrink_in),
+            root=whitening(shrink_in, centred=bias),
             metric=partial(gradient_metric, share=shrink_out),
         ),
         centred=bias,

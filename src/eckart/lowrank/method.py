@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eckart.lowrank.factors import Factors
-from eckart.lowrank.metrics import BlockDiagonal, Metric, anchored_target
+from eckart.lowrank.metrics import BlockDiagonal, Metric, Root, Whitening, anchored_target
 from eckart.lowrank.moments import GRADIENT_STATISTICS, Moments
 from eckart.lowrank.truncation import Spectrum, check_rank, factor, interpolate, weigh
 
-Root = Callable[[Moments], Tensor]
+InputRoot = Callable[[Moments], Tensor | Whitening]
 OutputMetric = Callable[[Moments], Tensor | BlockDiagonal]
 
 
@@ -40,12 +40,12 @@ class Stage:
     """One term of the sum.
 
     Attributes:
-        root: moments -> input root B, (d_in, d_in) or a diagonal (d_in,); None is the identity.
+        root: moments -> input root B, (d_in, d_in) or a diagonal (d_in,) or made when asked for; None is the identity.
         metric: moments -> output metric A, (d_out, d_out) or a diagonal (d_out,); None is the identity.
         interpolative: cut by column interpolation instead of by truncation.
     """
 
-    root: Root | None = None
+    root: InputRoot | None = None
     metric: OutputMetric | None = None
     interpolative: bool = False
 
@@ -94,12 +94,17 @@ class Method:
         """The same method with the dense model's outputs as target of the compressed model's inputs: T = W X Gh^-1."""
         return replace(self, anchor=share, needs=self.needs | {"cross_moment", "second_moment"}, exact=False)
 
-    def root(self, moments: Moments) -> Tensor | None:
+    def root(self, moments: Moments) -> Root:
         """The first stage's input root. Layers that read the same input share it: make it once, pass it to `factor`."""
         return None if self.stage.root is None else self.stage.root(moments)
 
     def factor(
-        self, weight: Float[Tensor, "out in"], moments: Moments | None = None, *, root: Tensor | None = None
+        self,
+        weight: Float[Tensor, "out in"],
+        moments: Moments | None = None,
+        *,
+        root: Root = None,
+        rank: int | None = None,
     ) -> Factored:
         """Factor one layer for every rank at once.
 
@@ -107,13 +112,13 @@ class Method:
             weight: (d_out, d_in); taken to float64.
             moments: what `needs` asks for; None for a method that needs nothing.
             root: the first stage's root where the caller has it already.
+            rank: the only one that will be cut, where that is known; see `truncation.factor`.
 
         Raises:
             ValueError: a statistic is missing, shapes disagree, an entry is not finite.
             DecompositionError: a decomposition failed.
         """
         moments = moments or Moments()
-        weight = weight.double()
         if moments.inputs is not None and moments.inputs.d_in != weight.shape[-1]:
             raise ValueError(f"the inputs have width {moments.inputs.d_in}, expected {weight.shape[-1]}")
         if root is None:
@@ -122,10 +127,18 @@ class Method:
         target, floor, output_mean, input_mean = weight, 0.0, None, None
         if self.centred:
             inputs = moments.require_inputs()
-            output_mean, input_mean = weight @ inputs.reference_mean, inputs.mean
+            output_mean, input_mean = weight.double() @ inputs.reference_mean, inputs.mean
         if self.anchor is not None:
-            target, floor = self._anchor(weight, moments, metric, self.anchor)
-        first = factor(target, root=root, metric=metric, output_mean=output_mean, input_mean=input_mean, floor=floor)
+            target, floor = self._anchor(weight.double(), moments, metric, self.anchor)
+        first = factor(
+            target,
+            root=root,
+            metric=metric,
+            output_mean=output_mean,
+            input_mean=input_mean,
+            floor=floor,
+            rank=rank if rank is None or self.residual is None else first_rank(rank, self.share),
+        )
         if self.residual is None:
             return first
         second_root = None if self.residual.root is None else self.residual.root(moments)
@@ -166,9 +179,9 @@ class NestedSpectrum:
     """
 
     first: Spectrum
-    root: Tensor | None
+    root: Root
     second: Stage
-    second_root: Tensor | None
+    second_root: Root
     second_metric: Metric
     share: float
 
@@ -188,7 +201,7 @@ class NestedSpectrum:
 
     def cut(self, rank: int) -> Factors:
         check_rank(rank, self.max_rank)
-        k1 = max(1, round(self.share * rank))
+        k1 = first_rank(rank, self.share)
         factors = self.first.cut(k1)
         if k1 == rank:
             return factors
@@ -196,7 +209,8 @@ class NestedSpectrum:
         if self.second.interpolative:
             second = interpolate(residual, rank - k1)
         else:
-            second = factor(residual, root=self.second_root, metric=self.second_metric).cut(rank - k1)
+            found = factor(residual, root=self.second_root, metric=self.second_metric, rank=rank - k1)
+            second = found.cut(rank - k1)
         return self.first.with_bias(factors + second)
 
     def tail(self, rank: int) -> float:
@@ -204,6 +218,11 @@ class NestedSpectrum:
             return self.first.tail(0)
         lost = self.first.target - self.cut(rank).dense()
         return self.first.floor + float(weigh(lost, self.root, self.first.metric).square().sum())
+
+
+def first_rank(rank: int, share: float) -> int:
+    """k1 = round(share rank), at least 1: what the first stage of a nested method gets."""
+    return max(1, round(share * rank))
 
 
 def output_error(weight: Float[Tensor, "out in"], factors: Factors, moments: Moments) -> tuple[float, float]:

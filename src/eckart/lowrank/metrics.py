@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eckart.lowrank.moments import Moments
+from eckart.lowrank.moments import InputMoments, Moments
 
 
 class DecompositionError(RuntimeError):
@@ -129,8 +129,7 @@ def shrink(
     Raises:
         ValueError: share is outside [0, 1].
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"shrinkage {share} is outside [0, 1]")
+    _check_share(share)
     if moment.ndim == 1:
         return (1 - share) * moment + share * moment.mean()
     shrunk = (1 - share) * moment
@@ -138,14 +137,86 @@ def shrink(
     return shrunk
 
 
-def of_second_moment(root: Callable[[Tensor], Tensor], share: float = 0.0) -> Callable[[Moments], Tensor]:
-    """`root` of the uncentred G = E[x x^T], shrunk by `share`, as a function of moments."""
-    return lambda moments: root(shrink(moments.require_inputs().second_moment, share))
+def of_second_moment(root: Callable[[Tensor], Tensor]) -> Callable[[Moments], Tensor]:
+    """`root` of the uncentred G = E[x x^T], as a function of moments."""
+    return lambda moments: root(moments.require_inputs().second_moment)
 
 
-def of_covariance(root: Callable[[Tensor], Tensor], share: float = 0.0) -> Callable[[Moments], Tensor]:
-    """`root` of the centred C = G - mu mu^T, shrunk by `share`, as a function of moments."""
-    return lambda moments: root(shrink(moments.require_inputs().covariance, share))
+class Whitening:
+    """The Cholesky root B of an input moment M, B B^T = M, made when it is asked for.
+
+        M = (1 - share) G + share mean(diag G) I,   or the same of C = G - mu mu^T where it is centred
+
+    What a cut needs is often M alone: the Gram matrix of W B on its output side is W M W^T. Linears that read one input
+    pass the same object on, so that moment and root are made once for all of them.
+
+    Attributes:
+        inputs: the moments of the input. share: how far M is shrunk towards its mean diagonal. centred: C instead of G.
+    """
+
+    def __init__(self, inputs: InputMoments, share: float = 0.0, *, centred: bool = False) -> None:
+        _check_share(share)
+        self.inputs, self.share, self.centred = inputs, share, centred
+        self._moments: dict[torch.dtype, Tensor] = {}
+        self._roots: dict[torch.dtype, Tensor] = {}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.inputs.d_in, self.inputs.d_in
+
+    @property
+    def is_single(self) -> bool:
+        """Whether the moments were kept in float32, so that float32 is all that is known of M."""
+        return self.inputs.keeps("second_moment") == torch.float32
+
+    def moment(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "d d"]:
+        """M. Computed in float64, and once for each type.
+
+        Raises:
+            DecompositionError: an entry is not finite.
+        """
+        if dtype not in self._moments:
+            found = self.inputs.moment(centred=self.centred, dtype=dtype)
+            _check_finite(found, "moment")
+            if self.share:
+                found = shrink(found, self.share)
+            self._moments[dtype] = found
+        return self._moments[dtype]
+
+    def root(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "d d"]:
+        """B, by `cholesky_root` in float64."""
+        if dtype not in self._roots:
+            self._roots[dtype] = cholesky_root(self.moment()).to(dtype)
+            if dtype != torch.float64:
+                self._moments.pop(torch.float64)
+        return self._roots[dtype]
+
+    def apply(self, vectors: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
+        """M times some vectors, in float64, without M in float64."""
+        vectors = vectors.double()
+        found = self.inputs.apply_moment(vectors, centred=self.centred)
+        if not self.share:
+            return found
+        mean = self.inputs.variances(centred=self.centred).mean()
+        return (1 - self.share) * found + self.share * mean * vectors
+
+
+# B, (d_in, d_in), its diagonal (d_in,), one that is made when asked for, or None for the identity.
+Root = Tensor | Whitening | None
+
+
+def whitening(share: float = 0.0, *, centred: bool = False) -> Callable[[Moments], Whitening]:
+    """The Cholesky root of the second moment (of the covariance where centred), shrunk, as a function of moments."""
+    return lambda moments: Whitening(moments.require_inputs(), share, centred=centred)
+
+
+def weigh_inputs(matrix: Float[Tensor, "n d"], root: Root) -> Float[Tensor, "n d"]:
+    """The matrix times B, in the matrix's type."""
+    if root is None:
+        return matrix
+    if isinstance(root, Whitening):
+        root = root.root(matrix.dtype)
+    return matrix * root if root.ndim == 1 else matrix @ root
 
 
 def absolute_mean_root(moments: Moments, alpha: float) -> Float[Tensor, "in"]:
@@ -226,6 +297,11 @@ def eigh(moment: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d"], Float[Tensor
             f"eigenvalues of a {tuple(moment.shape)} matrix did not converge; largest entry {moment.abs().max():.3g}"
         ) from error
     return values, vectors
+
+
+def _check_share(share: float) -> None:
+    if not 0 <= share <= 1:
+        raise ValueError(f"shrinkage {share} is outside [0, 1]")
 
 
 def _check_finite(matrix: Tensor, what: str) -> None:

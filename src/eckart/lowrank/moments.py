@@ -6,32 +6,26 @@ All statistics are running sums in float64, so that streams can be cut anywhere,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from eckart.lowrank.products import add_gram, exact_products, mirror
+
 # Rows multiplied in float32 before the product is added in float64. Long enough for full-speed matrix products,
 # short enough that float32 rounding inside one product stays near 1e-7 of it.
 CHUNK_ROWS = 4096
+# Rows of a square sum that are normalised at a time, so that no second copy of it in float64 is made on the way.
+NORMALISED_ROWS = 1024
+# Square sums that are symmetric; of these only the upper block triangle is added to, and mirrored when they are read.
+SYMMETRIC = ("second_moment", "reference_second_moment")
 
 # What a method may ask for. The first group is of a layer's input and is shared by every layer that reads the same
 # tensor; the second is of one layer and needs backward passes.
 INPUT_STATISTICS = frozenset({"mean", "abs_mean", "second_moment", "cross_moment"})
 GRADIENT_STATISTICS = frozenset({"fisher_in", "fisher_out", "gradient_covariance"})
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Matrix products inside keep all 24 bits of float32: TF32 (10 bits) is off and put back afterwards."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class InputMoments:
@@ -54,20 +48,31 @@ class InputMoments:
         if unknown:
             raise ValueError(f"not statistics of an input: {sorted(unknown)}; known: {sorted(INPUT_STATISTICS)}")
         self.count = 0
-        self.sums: dict[str, Tensor] = {
+        self._sums: dict[str, Tensor] = {
             "mean": torch.zeros(d_in, dtype=torch.float64),
             "abs_mean": torch.zeros(d_in, dtype=torch.float64),
         }
+        self._mirrored = True
         if "second_moment" in needs or "cross_moment" in needs:
-            self.sums["second_moment"] = torch.zeros(d_in, d_in, dtype=torch.float64)
+            self._sums["second_moment"] = torch.zeros(d_in, d_in, dtype=torch.float64)
         if "cross_moment" in needs:
-            self.sums["cross_moment"] = torch.zeros(d_in, d_in, dtype=torch.float64)
-            self.sums["reference_mean"] = torch.zeros(d_in, dtype=torch.float64)
-            self.sums["reference_second_moment"] = torch.zeros(d_in, d_in, dtype=torch.float64)
+            self._sums["cross_moment"] = torch.zeros(d_in, d_in, dtype=torch.float64)
+            self._sums["reference_mean"] = torch.zeros(d_in, dtype=torch.float64)
+            self._sums["reference_second_moment"] = torch.zeros(d_in, d_in, dtype=torch.float64)
 
     @property
     def d_in(self) -> int:
-        return self.sums["mean"].shape[0]
+        return self._sums["mean"].shape[0]
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """The running sums by name, whole. A square one is written in its upper half only until it is asked for."""
+        if not self._mirrored:
+            for name in SYMMETRIC:
+                if name in self._sums:
+                    mirror(self._sums[name])
+            self._mirrored = True
+        return self._sums
 
     def update(
         self,
@@ -86,11 +91,11 @@ class InputMoments:
         Raises:
             ValueError: shapes disagree, an entry is not finite, or a reference is missing or not wanted.
 
-        Cost: 2 n d_in^2 operations for each d_in x d_in statistic.
+        Cost: n d_in (d_in + 512) operations for each symmetric statistic, 2 n d_in^2 for the cross moment.
         """
         if x.shape[-1] != self.d_in:
             raise ValueError(f"input has width {x.shape[-1]}, expected {self.d_in}")
-        if (reference is not None) != ("cross_moment" in self.sums):
+        if (reference is not None) != ("cross_moment" in self._sums):
             raise ValueError("a reference stream goes with the statistic cross_moment, and only with it")
         if reference is not None and reference.shape != x.shape:
             raise ValueError(f"reference {tuple(reference.shape)} does not fit input {tuple(x.shape)}")
@@ -98,26 +103,32 @@ class InputMoments:
         reference_rows = None if reference is None else _rows(reference, mask)
         for start in range(0, len(rows), CHUNK_ROWS):
             part = rows[start : start + CHUNK_ROWS]
-            self._add("mean", part.sum(0, dtype=torch.float64))
-            self._add("abs_mean", part.abs().sum(0, dtype=torch.float64))
-            with full_float32():
-                if "second_moment" in self.sums:
-                    self._add("second_moment", part.T @ part)
+            self._on(part.device, "mean").add_(part.sum(0))
+            self._on(part.device, "abs_mean").add_(part.abs().sum(0))
+            with exact_products(x):
+                if "second_moment" in self._sums:
+                    self._add_square("second_moment", part)
                 if reference_rows is not None:
                     dense = reference_rows[start : start + CHUNK_ROWS]
-                    self._add("cross_moment", dense.T @ part)
-                    self._add("reference_second_moment", dense.T @ dense)
-                    self._add("reference_mean", dense.sum(0, dtype=torch.float64))
+                    self._on(part.device, "cross_moment").add_(dense.T @ part)
+                    self._add_square("reference_second_moment", dense)
+                    self._on(part.device, "reference_mean").add_(dense.sum(0))
         self.count += len(rows)
         # Looked at once per batch: a NaN or an infinity anywhere in the rows survives the sums.
         for name in ("abs_mean", "reference_mean"):
-            if name in self.sums and not torch.isfinite(self.sums[name]).all():
+            if name in self._sums and not torch.isfinite(self._sums[name]).all():
                 raise ValueError("an input is not finite; the model is broken or overflows in its stored type")
 
-    def _add(self, name: str, value: Tensor) -> None:
-        if self.sums[name].device != value.device:
-            self.sums[name] = self.sums[name].to(value.device)
-        self.sums[name] += value
+    def _on(self, device: torch.device, name: str) -> Tensor:
+        """A sum, moved to where the inputs are."""
+        if self._sums[name].device != device:
+            self._sums[name] = self._sums[name].to(device)
+        return self._sums[name]
+
+    def _add_square(self, name: str, part: Tensor) -> None:
+        """Add part^T part to the upper block triangle of a square sum."""
+        add_gram(self._on(part.device, name), part)
+        self._mirrored = False
 
     def __add__(self, other: InputMoments) -> InputMoments:
         """The moments of both streams together."""
@@ -132,7 +143,7 @@ class InputMoments:
     def from_state(cls, count: int, sums: dict[str, Tensor]) -> InputMoments:
         """The moments whose `count` and `sums` were read before; the way back from a file."""
         moments = cls(sums["mean"].shape[0], frozenset())
-        moments.count, moments.sums = count, dict(sums)
+        moments.count, moments._sums = count, dict(sums)
         return moments
 
     def compact(self) -> InputMoments:
@@ -141,12 +152,46 @@ class InputMoments:
             self.count, {name: s.float() if s.ndim == 2 else s.clone() for name, s in self.sums.items()}
         )
 
-    def _mean_of(self, name: str) -> Tensor:
-        if name not in self.sums:
+    def keeps(self, name: str) -> torch.dtype | None:
+        """The type in which a statistic is kept, or None where it is not."""
+        return self._sums[name].dtype if name in self._sums else None
+
+    def _sum_of(self, name: str) -> Tensor:
+        if name not in self._sums:
             raise ValueError(f"{name} was not collected; calibrate with a method that needs it")
         if self.count == 0:
             raise ValueError("no token was seen: the calibration text is empty or masked out")
-        return self.sums[name].double() / self.count
+        return self.sums[name]
+
+    def _mean_of(self, name: str) -> Tensor:
+        return self._sum_of(name).double() / self.count
+
+    def moment(self, *, centred: bool = False, dtype: torch.dtype = torch.float64) -> Float[Tensor, "in in"]:
+        """G, or C = G - mu mu^T where centred: computed in float64 and given in `dtype`, without a copy in between."""
+        found = torch.empty(self.d_in, self.d_in, dtype=dtype, device=self._sum_of("second_moment").device)
+        for place, rows in self._moment_rows(centred):
+            found[place] = rows
+        return found
+
+    def apply_moment(self, vectors: Float[Tensor, "in n"], *, centred: bool = False) -> Float[Tensor, "in n"]:
+        """G or C times some vectors, in float64, without the matrix in float64."""
+        return torch.cat([rows @ vectors.double() for _, rows in self._moment_rows(centred)])
+
+    def variances(self, *, centred: bool = False) -> Float[Tensor, "in"]:
+        """The diagonal of G or C."""
+        squares = self._sum_of("second_moment").diagonal().double() / self.count
+        return squares - self.mean.square() if centred else squares
+
+    def _moment_rows(self, centred: bool) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows of G or C at a time, in float64, and which."""
+        total = self._sum_of("second_moment")
+        mean = self.mean if centred else None
+        for start in range(0, self.d_in, NORMALISED_ROWS):
+            place = slice(start, start + NORMALISED_ROWS)
+            rows = total[place].double() / self.count
+            if mean is not None:
+                rows -= torch.outer(mean[place], mean)
+            yield place, rows
 
     @property
     def mean(self) -> Float[Tensor, "in"]:
@@ -159,12 +204,12 @@ class InputMoments:
     @property
     def second_moment(self) -> Float[Tensor, "in in"]:
         """G = E[x x^T], uncentred."""
-        return self._mean_of("second_moment")
+        return self.moment()
 
     @property
     def covariance(self) -> Float[Tensor, "in in"]:
         """C = G - mu mu^T."""
-        return self.second_moment - torch.outer(self.mean, self.mean)
+        return self.moment(centred=True)
 
     @property
     def cross_moment(self) -> Float[Tensor, "in in"]:
@@ -230,7 +275,7 @@ class GradientMoments:
         if "gradient_covariance" not in self.sums:
             raise ValueError("per-token gradients go with the statistic gradient_covariance, and only with it")
         rows = _rows(gradients, mask)
-        with full_float32():
+        with exact_products(gradients):
             self.sums["gradient_covariance"] += (rows.T @ rows).cpu()
         self.tokens += len(rows)
         if not torch.isfinite(self.sums["gradient_covariance"].diagonal()).all():

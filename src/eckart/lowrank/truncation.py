@@ -16,16 +16,21 @@ from scipy.linalg.interpolative import interp_decomp
 from torch import Tensor
 
 from eckart.lowrank.factors import Factors
+from eckart.lowrank.leading import leading_basis
 from eckart.lowrank.metrics import (
     BlockDiagonal,
     DecompositionError,
     Metric,
+    Root,
+    Whitening,
     apply_metric,
     eigh,
     singular,
     solve_metric,
     transpose_metric,
+    weigh_inputs,
 )
+from eckart.lowrank.products import lower_gram
 
 # Below this share of the largest eigenvalue of the Gram matrix, rounding (2^-53 times the size) is no longer far
 # below the eigenvalue itself, and the singular value decomposition of the product is taken instead.
@@ -38,7 +43,8 @@ class Spectrum:
 
     Attributes:
         target: (d_out, d_in) T, what is approximated.
-        basis: (d_out, p) U, left singular vectors of A T B, p = min(d_out, d_in), leading first.
+        basis: (d_out, q) U, left singular vectors of A T B, leading first: all p = min(d_out, d_in) of them, or as many
+            as were asked for.
         energies: (p,) squared singular values, descending: the loss that each direction carries.
         metric: A, (d_out, d_out), its diagonal (d_out,), its blocks where linears are stacked, or None for the
             identity.
@@ -48,7 +54,7 @@ class Spectrum:
     """
 
     target: Float[Tensor, "out in"]
-    basis: Float[Tensor, "out p"]
+    basis: Float[Tensor, "out q"]
     energies: Float[Tensor, "p"]
     metric: Metric = None
     output_mean: Float[Tensor, "out"] | None = None
@@ -57,17 +63,19 @@ class Spectrum:
 
     @property
     def max_rank(self) -> int:
-        return self.basis.shape[1]
+        return len(self.energies)
 
     def cut(self, rank: int) -> Factors:
         """The best factors of `rank`: left = A^-1 U_r (d_out, rank), right = U_r^T A T (rank, d_in).
 
         Raises:
-            ValueError: rank is not in 1 ... min(d_out, d_in).
+            ValueError: rank is not in 1 ... min(d_out, d_in), or above the rank that the layer was factored for.
             DecompositionError: A is singular.
         Cost: one product of 2 rank d_out d_in operations, and a solve with A where there is one.
         """
         check_rank(rank, self.max_rank)
+        if rank > self.basis.shape[1]:
+            raise ValueError(f"the layer was factored for rank {self.basis.shape[1]}, and is to be cut at {rank}")
         basis = self.basis[:, :rank]
         # U^T A first: at any rank that pays off it is no dearer than A T.
         right = apply_metric(transpose_metric(self.metric), basis).mT @ self.target
@@ -77,7 +85,7 @@ class Spectrum:
         """The factors with the bias that fits them, d = W mu - M mu; as they are where no means are given."""
         if self.output_mean is None or self.input_mean is None:
             return factors
-        bias = self.output_mean - factors.left @ (factors.right @ self.input_mean)
+        bias = self.output_mean - factors.left.double() @ (factors.right.double() @ self.input_mean)
         return Factors(factors.left, factors.right, bias)
 
     def tail(self, rank: int) -> float:
@@ -101,11 +109,12 @@ class Spectrum:
 def factor(
     target: Float[Tensor, "out in"],
     *,
-    root: Tensor | None = None,
+    root: Root = None,
     metric: Metric = None,
     output_mean: Tensor | None = None,
     input_mean: Tensor | None = None,
     floor: float = 0.0,
+    rank: int | None = None,
 ) -> Spectrum:
     """Factor `target` for every rank at once, measuring error at the layer's output.
 
@@ -114,64 +123,84 @@ def factor(
 
     Args:
         target: (d_out, d_in); taken to float64.
-        root: B, (d_in, d_in), or its diagonal (d_in,). None is the identity: plain SVD.
+        root: B, (d_in, d_in), or its diagonal (d_in,), or a `Whitening`. None is the identity: plain SVD.
         metric: A, (d_out, d_out), its diagonal (d_out,) or its blocks, non-singular. None is the identity.
         output_mean, input_mean, floor: see Spectrum.
+        rank: the largest that will be cut, where that is known: only so many vectors are made. A target of less than
+            float64 is then factored in float32 where that is enough (see `leading`): the loss is within 1e-6 of the
+            least, and the factors are float32.
 
     Raises:
-        ValueError: shapes disagree or an entry is not finite.
+        ValueError: shapes disagree, an entry is not finite, or the rank is out of reach.
         DecompositionError: the decomposition did not converge; the message names the shape and the largest entry. Or
             the metric is singular (a full one is found out when the spectrum is cut).
 
-    Cost: the product A T B, and the symmetric eigenproblem of its Gram matrix on the smaller side in float64; one SVD
-    of the product instead where the Gram matrix cannot resolve the smallest singular values (see `left_basis`).
+    Cost: the product A T B or the Gram matrix A T M T^T A^T, and the symmetric eigenproblem of the Gram matrix on the
+    smaller side; one SVD of the product instead where the Gram matrix cannot resolve the singular values that are
+    needed (see `left_basis`).
     """
     if target.ndim != 2:
         raise ValueError(f"target has shape {tuple(target.shape)}, expected (d_out, d_in)")
-    target = target.double()
     d_out, d_in = target.shape
     _check_side(root, d_in, "root")
     _check_side(metric, d_out, "metric")
-    product = weigh(target, root, metric)
-    if not torch.isfinite(product).all():
-        raise ValueError(f"the weighted {d_out} x {d_in} matrix has entries that are not finite")
+    if rank is not None:
+        check_rank(rank, min(d_out, d_in))
+        if target.dtype != torch.float64 and metric is None and (not isinstance(root, Whitening) or root.is_single):
+            single = target.float()
+            found = leading_basis(single, root, rank)
+            if found is not None:
+                return Spectrum(single, *found, metric, output_mean, input_mean, floor)
+    target = target.double()
     if isinstance(metric, Tensor) and metric.ndim == 1 and (metric == 0).any():
         raise singular(metric)
-    basis, energies = left_basis(product)
+    basis, energies = left_basis(target, root, metric, rank)
     return Spectrum(target, basis, energies, metric, output_mean, input_mean, floor)
 
 
-def weigh(
-    matrix: Float[Tensor, "out in"], root: Tensor | None = None, metric: Metric = None
-) -> Float[Tensor, "out in"]:
+def weigh(matrix: Float[Tensor, "out in"], root: Root = None, metric: Metric = None) -> Float[Tensor, "out in"]:
     """A T B: its squared Frobenius norm is the loss of dropping T. A vector stands for a diagonal matrix."""
-    if root is not None:
-        matrix = matrix * root if root.ndim == 1 else matrix @ root
-    return apply_metric(metric, matrix)
+    return apply_metric(metric, weigh_inputs(matrix, root))
 
 
-def left_basis(product: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out p"], Float[Tensor, "p"]]:
-    """Left singular vectors and squared singular values of a float64 matrix, leading first, p = min(d_out, d_in).
+def left_basis(
+    target: Float[Tensor, "out in"], root: Root = None, metric: Metric = None, rank: int | None = None
+) -> tuple[Float[Tensor, "out q"], Float[Tensor, "p"]]:
+    """Left singular vectors of A T B, `rank` of them or all, and all p = min(d_out, d_in) squared singular values.
 
-    Route, chosen by measurement (benchmarks/decomposition.py, docs/decisions.md): eigenvectors of the Gram matrix on
-    the smaller side. Its rounding error is relative to the largest eigenvalue, so a spectrum that reaches below
-    GRAM_RESOLUTION of it is decomposed by SVD, which resolves singular values down to 1e-16 of the largest.
+    Leading first, in float64. Route, chosen by measurement (benchmarks/decomposition.py, docs/decisions.md):
+    eigenvectors of the Gram matrix on the smaller side, which on the output side needs the moment and no root. Its
+    rounding error is relative to the largest eigenvalue, so where a value that is needed lies below GRAM_RESOLUTION of
+    it, the product is decomposed by SVD, which resolves singular values down to 1e-16 of the largest.
     """
-    wide = product.shape[0] <= product.shape[1]
-    values, vectors = eigh(product @ product.mT if wide else product.mT @ product)
-    if values[0] >= GRAM_RESOLUTION * values[-1] and values[-1] > 0:
-        values, vectors = values.flip(0), vectors.flip(1)
-        if not wide:
+    d_out, d_in = target.shape
+    wide, needed = d_out <= d_in, min(d_out, d_in) if rank is None else rank
+    product = None
+    if wide and isinstance(root, Whitening):
+        weighted = apply_metric(metric, target)
+        gram = lower_gram(weighted @ root.moment(), weighted)
+        del weighted
+    else:
+        product = weigh(target, root, metric)
+        gram = lower_gram(product, product) if wide else lower_gram(product.mT, product.mT)
+    if not torch.isfinite(gram.diagonal()).all():
+        raise ValueError(f"the weighted {d_out} x {d_in} matrix has entries that are not finite")
+    values, vectors = eigh(gram)
+    del gram
+    if values[-needed] >= GRAM_RESOLUTION * values[-1] and values[-1] > 0:
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)[:, :needed]
+        if product is not None and not wide:
             # T B V has orthogonal columns of length sigma; dividing is safe because sigma is well resolved here.
-            vectors = (product @ vectors) / values.sqrt()
+            vectors = (product @ vectors) / values[:needed].sqrt()
         return vectors, values
+    product = weigh(target, root, metric) if product is None else product
     try:
         basis, singular, _ = torch.linalg.svd(product, full_matrices=False)
     except torch.linalg.LinAlgError as error:
         raise DecompositionError(
             f"the SVD of a {tuple(product.shape)} matrix did not converge; largest entry {product.abs().max():.3g}"
         ) from error
-    return basis, singular.square()
+    return basis[:, :needed], singular.square()
 
 
 def interpolate(matrix: Float[Tensor, "out in"], rank: int) -> Factors:
@@ -212,6 +241,6 @@ def check_rank(rank: int, max_rank: int) -> None:
         raise ValueError(f"rank {rank} is not in 1 ... min(d_out, d_in) = {max_rank}")
 
 
-def _check_side(side: Tensor | BlockDiagonal | None, size: int, what: str) -> None:
+def _check_side(side: Tensor | BlockDiagonal | Whitening | None, size: int, what: str) -> None:
     if side is not None and tuple(side.shape) not in {(size,), (size, size)}:
         raise ValueError(f"{what} has shape {tuple(side.shape)}, expected ({size}, {size}) or its diagonal ({size},)")

@@ -1,0 +1,120 @@
+"""Float32 where it is enough, float64 where it is not: the loss is the least one either way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from eckart.lowrank import InputMoments, Moments, build_method, factor
+from eckart.lowrank.leading import LARGEST_EXCESS, LARGEST_TAIL_ERROR, leading_basis
+from eckart.lowrank.metrics import Root, Whitening
+
+from .reference import as_matrix, laws, optimum, weighted_loss
+
+# The moments are float32 numbers: what is below this share of the whole is their rounding.
+EPSILON = float(torch.finfo(torch.float32).eps)
+SHAPES = [(40, 40), (24, 60), (60, 24)]
+
+
+def layer(shape: tuple[int, int], reach: float, seed: int = 0) -> tuple[Tensor, InputMoments]:
+    """A float32 weight, and float32 moments of inputs whose channels' sizes fall geometrically from 1 to 1 / reach."""
+    generator = torch.Generator().manual_seed(seed)
+    d_out, d_in = shape
+    weight = torch.randn(d_out, d_in, generator=generator)
+    x = torch.randn(4 * d_in, d_in, generator=generator) * torch.logspace(0, -torch.tensor(reach).log10().item(), d_in)
+    turned = torch.linalg.qr(torch.randn(d_in, d_in, generator=generator))[0]
+    collected = InputMoments(d_in)
+    collected.update(x @ turned)
+    return weight, collected.compact()
+
+
+def roots(moments: InputMoments) -> dict[str, Root]:
+    return {"none": None, "diagonal": moments.abs_mean, "whitening": Whitening(moments)}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["none", "diagonal", "whitening"])
+@pytest.mark.parametrize("reach", [10.0, 1e3, 1e6])
+@laws(8)
+@given(seed=st.integers(0, 2**16), share=st.floats(0.1, 0.95))
+def test_the_loss_is_the_least_one(shape: tuple[int, int], kind: str, reach: float, seed: int, share: float) -> None:
+    weight, moments = layer(shape, reach, seed)
+    root = roots(moments)[kind]
+    rank = max(1, int(share * min(shape)))
+    found = factor(weight, root=root, rank=rank)
+    factors = found.cut(rank)
+    _, least = optimum(weight, rank, root)
+    whole = weighted_loss(weight, root)
+    loss = weighted_loss(weight.double() - factors.left.double() @ factors.right.double(), root)
+
+    assert loss <= least * (1 + 10 * LARGEST_EXCESS) + EPSILON * whole
+    assert abs(found.tail(rank) - least) <= 10 * LARGEST_TAIL_ERROR * least + EPSILON * whole
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_plain_layer_is_factored_in_float32(shape: tuple[int, int]) -> None:
+    weight, moments = layer(shape, 10.0)
+    for root in roots(moments).values():
+        found = factor(weight, root=root, rank=10)
+        assert found.basis.dtype == torch.float32
+        assert found.basis.shape == (shape[0], 10)
+        assert (found.basis.mT @ found.basis - torch.eye(10)).abs().max() < 1e-5
+        assert len(found.energies) == found.max_rank == min(shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_outlying_direction_takes_float64(shape: tuple[int, int]) -> None:
+    """Singular values below 3e-4 of the largest are rounding in float32's Gram matrix."""
+    weight, moments = layer(shape, 1e6)
+    rank = 3 * min(shape) // 4
+    assert leading_basis(weight, Whitening(moments), rank) is None
+    assert factor(weight, root=Whitening(moments), rank=rank).basis.dtype == torch.float64
+
+
+def test_float64_stays_float64() -> None:
+    weight, moments = layer((40, 40), 10.0)
+    assert factor(weight.double(), root=Whitening(moments), rank=10).basis.dtype == torch.float64
+    exact = InputMoments(40)
+    exact.update(torch.randn(200, 40, generator=torch.Generator().manual_seed(1)))
+    assert factor(weight, root=Whitening(exact), rank=10).basis.dtype == torch.float64
+    assert factor(weight, root=Whitening(moments)).basis.dtype == torch.float64  # every rank may be asked for
+
+
+def test_what_was_not_made_cannot_be_cut() -> None:
+    weight, moments = layer((40, 40), 10.0)
+    found = factor(weight, root=Whitening(moments), rank=10)
+    assert found.cut(10).rank == 10
+    with pytest.raises(ValueError, match="factored for rank 10, and is to be cut at 11"):
+        found.cut(11)
+    with pytest.raises(ValueError, match="rank 41 is not in"):
+        factor(weight, rank=41)
+
+
+@pytest.mark.parametrize("name", ["svd", "asvd-0", "asvd-i", "asvd-ii", "nsvd-i", "nid-i", "sfsd", "shrunk"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_rank_that_is_known_changes_no_loss(name: str, shape: tuple[int, int]) -> None:
+    weight, inputs = layer(shape, 30.0)
+    method, moments, rank = build_method(name), Moments(inputs), 11
+    whole, known = (method.factor(weight, moments, rank=hint) for hint in (None, rank))
+    losses = [
+        weighted_loss(weight.double() - (cut.left.double() @ cut.right.double()), as_root(inputs))
+        for cut in (whole.cut(rank), known.cut(rank))
+    ]
+    assert abs(losses[0] - losses[1]) < 1e-5 * losses[0]
+    if name != "nid-i":  # whose tail is measured
+        assert known.tail(rank) == pytest.approx(whole.tail(rank), rel=1e-4)
+
+
+def as_root(inputs: InputMoments) -> Tensor:
+    return torch.from_numpy(as_matrix(Whitening(inputs), inputs.d_in))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused(value: float) -> None:
+    weight, moments = layer((24, 30), 10.0)
+    weight[3, 4] = value
+    with pytest.raises(ValueError, match="not finite"):
+        factor(weight, root=Whitening(moments), rank=5)
