@@ -1,28 +1,50 @@
-"""Memory and time of compressing a model of TinyLlama-1.1B's shape from disk.
+"""Compressing a model of TinyLlama-1.1B's shape from disk, against a plain implementation in the same run.
 
-    python benchmarks/scale.py [--method asvd-i] [--keep 0.7] [--layers 22] [--blocks 'last 2'] [--folder runs/scale]
+    python benchmarks/scale.py [--keep 0.7] [--layers 22] [--samples 64] [--length 512] [--json FILE]
+    python benchmarks/scale.py --only eckart            # or: plain, out-of-core
 
-Makes a random-weight bfloat16 checkpoint (once), then compresses it in a process of its own with 32 x 512 calibration
-tokens, and prints seconds per stage and the peak resident memory of that process beside the bound
-1.5 x one copy of the weights + 2 GB.
+Makes a random-weight bfloat16 checkpoint (once), then compresses it with asvd-i, each way in a process of its own:
+
+    plain           what public scripts do: X^T X of every linear in one pass over the whole model, all of them held in
+                    memory in float32; then for each linear a Cholesky root in float64, torch.linalg.svd of W times it in
+                    float32, and the root's inverse
+    plain, float64  the same with the singular value decomposition in float64 (factors only, of one block)
+    eckart          `make_checkpoint`
+    out-of-core     `compress_out_of_core`: one block in memory
+
+Printed are seconds a stage, the peak resident memory of each process, the mean relative output error of the linears,
+and how far each stage of eckart is from its floor (see floor.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import resource
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from floor import Rates, factor_work, forward_work, measure_rates, moments_work
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eckart import load_tokenizer
+from eckart import load_model, load_tokenizer
 from eckart.builtin import builtin_model_path
-from eckart.pipeline import How, make_checkpoint
-from eckart.recipe import parse_recipe
+from eckart.corpora import read_text
+from eckart.lowrank import rank_for
+from eckart.models.sites import Site, find_sites
+from eckart.pipeline import How, Outcome, make_checkpoint
+from eckart.recipe import Recipe, parse_recipe
+from eckart.tokens import sample_windows
+
+BATCH = 8
+WAYS = ("plain", "eckart", "out-of-core")
 
 
 def tiny_llama(layers: int) -> LlamaConfig:
@@ -44,55 +66,177 @@ def make_model(folder: Path, layers: int) -> None:
     """Random weights in bfloat16, and the built-in tokenizer, whose ids fit any vocabulary of 32000."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(tiny_llama(layers)).save_pretrained(folder)
+    LlamaForCausalLM(tiny_llama(layers)).save_pretrained(folder, max_shard_size="500MB")
     load_tokenizer(builtin_model_path()).save_pretrained(folder)
 
 
-def compress(folder: Path, method: str, keep: float, blocks: str | None) -> None:
-    """One compression, and what it took, as JSON on the last line."""
-    recipe = parse_recipe(
+def make_recipe(folder: Path, arguments: argparse.Namespace) -> Recipe:
+    """asvd-i at the same share of every linear."""
+    return parse_recipe(
         {
             "model": str(folder),
-            "method": method,
-            "rules": [{"keep": keep, "blocks": blocks}],
-            "calibration": {"corpus": "builtin", "samples": 32, "length": 512},
+            "method": "asvd-i",
+            "keep": arguments.keep,
+            "calibration": {"corpus": "builtin", "samples": arguments.samples, "length": arguments.length},
         }
     )
-    outcome = make_checkpoint(recipe, folder.with_name(folder.name + "-out"), How(batch_size=4), force=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
-    print(json.dumps({"peak": peak, "weights": outcome.report.bytes_before, "seconds": outcome.seconds}))
+
+
+def run_eckart(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`make_checkpoint`, or out of core."""
+    from eckart.outofcore import compress_out_of_core
+
+    make: Callable[..., Outcome] = make_checkpoint if arguments.step == "eckart" else compress_out_of_core
+    out = folder.with_name(f"{folder.name}-{arguments.step}")
+    outcome = make(make_recipe(folder, arguments), out, How(batch_size=BATCH), force=True)
+    errors = [site.relative_error for site in outcome.report.sites if site.relative_error is not None]
+    return {"seconds": dict(outcome.seconds), "error": sum(errors) / len(errors)}
+
+
+@torch.no_grad()
+def run_plain(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One script, everything in memory."""
+    seconds: dict[str, float] = {}
+    start = time.perf_counter()
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    tokens = sample_windows(read_text("builtin"), tokenizer, samples=arguments.samples, length=arguments.length, seed=0)
+    sites = find_sites(model)
+    sums = {site.name: torch.zeros(site.d_in, site.d_in) for site in sites}
+
+    def add(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = args[0].reshape(-1, args[0].shape[-1]).float()
+            sums[name] += rows.T @ rows
+
+        return hook
+
+    for site in sites:
+        model.get_submodule(site.name).register_forward_pre_hook(add(site.name))
+    start = _lap(seconds, "load", start)
+    for ids, _ in tokens.batches(BATCH):
+        model(input_ids=ids, use_cache=False)
+    start = _lap(seconds, "calibrate", start)
+    errors = []
+    for site in sites:
+        factors, error = factor_plainly(model, site, sums[site.name], arguments.keep, torch.float32)
+        model.set_submodule(site.name, nn.Sequential(*(_linear(each) for each in reversed(factors))))
+        errors.append(error)
+    start = _lap(seconds, "factor", start)
+    double = 0.0
+    for site in sites:
+        if site.block == 0:
+            reference = load_model(folder) if not double else reference
+            begun = time.perf_counter()
+            factor_plainly(reference, site, sums[site.name], arguments.keep, torch.float64)
+            double += time.perf_counter() - begun
+    return {"seconds": seconds, "error": sum(errors) / len(errors), "factor_float64_block": double}
+
+
+def factor_plainly(
+    model: nn.Module, site: Site, total: Tensor, keep: float, dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor], float]:
+    """(left, right) by the singular value decomposition of W B and the inverse of B, and the relative error."""
+    weight = model.get_submodule(site.name).weight
+    assert isinstance(weight, Tensor)
+    root = torch.linalg.cholesky(total.double()).to(dtype)
+    left, values, right = torch.linalg.svd(weight.to(dtype) @ root, full_matrices=False)
+    inverse = torch.linalg.solve(root, torch.eye(len(root), dtype=dtype))
+    rank, squares = rank_for(keep, site.d_out, site.d_in), values.double().square()
+    scale = values[:rank].sqrt()
+    pair = (left[:, :rank] * scale, (scale[:, None] * right[:rank]) @ inverse)
+    return (pair[0].bfloat16(), pair[1].bfloat16()), float(squares[rank:].sum() / squares.sum())
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def _lap(seconds: dict[str, float], stage: str, start: float) -> float:
+    """Note the time since `start` and give the time now."""
+    now = time.perf_counter()
+    seconds[stage] = now - start
+    return now
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", default="asvd-i")
     parser.add_argument("--keep", type=float, default=0.7)
     parser.add_argument("--layers", type=int, default=22)
-    parser.add_argument("--blocks", help='compress only these, such as "last 2": the peak is the same and comes sooner')
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--folder", type=Path, default=Path("runs/scale"))
-    parser.add_argument("--step", choices=["make", "compress"], help="used by the benchmark itself")
+    parser.add_argument("--only", choices=WAYS, action="append", help="of the ways to do it (repeatable)")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--step", choices=["make", *WAYS], help="used by the benchmark itself")
     arguments = parser.parse_args()
     folder = arguments.folder / f"llama-{arguments.layers}"
     if arguments.step == "make":
         return make_model(folder, arguments.layers)
-    if arguments.step == "compress":
-        return compress(folder, arguments.method, arguments.keep, arguments.blocks)
-    command = [sys.executable, __file__, "--folder", str(arguments.folder), "--layers", str(arguments.layers)]
+    if arguments.step:
+        facts = (run_plain if arguments.step == "plain" else run_eckart)(folder, arguments)
+        facts["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+        print(json.dumps(facts))
+        return None
+    command = [sys.executable, __file__, *sys.argv[1:]]
     if not (folder / "config.json").is_file():
         subprocess.run([*command, "--step", "make"], check=True)
-    command += ["--method", arguments.method, "--keep", str(arguments.keep), "--step", "compress"]
-    command += ["--blocks", arguments.blocks] if arguments.blocks else []
-    finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    facts = json.loads(finished.stdout.strip().splitlines()[-1])
-    bound = 1.5 * facts["weights"] + 2e9
+    rates = measure_rates()
     print(
-        f"{arguments.method}, keep {arguments.keep}, {arguments.layers} layers, "
-        f"{facts['weights'] / 1e9:.2f} GB of weights"
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
+        f"float32 {rates.float32 / 1e9:.0f} GFLOP/s, bfloat16 {rates.bfloat16 / 1e9:.0f}, copies {rates.bytes / 1e9:.0f} GB/s"
     )
-    print(", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in facts["seconds"].items()))
-    print(f"peak resident memory {facts['peak'] / 1e9:.2f} GB; bound {bound / 1e9:.2f} GB")
-    if facts["peak"] > bound:
-        sys.exit("the bound is broken")
+    found: dict[str, dict[str, Any]] = {}
+    for way in arguments.only or WAYS:
+        finished = subprocess.run([*command, "--step", way], check=True, stdout=subprocess.PIPE, text=True)
+        found[way] = json.loads(finished.stdout.strip().splitlines()[-1])
+        print(tell(way, found[way]), flush=True)
+    compare(found, arguments, rates)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"ways": found, "rates": vars(rates)}, indent=1))
+    return None
+
+
+def tell(way: str, facts: dict[str, Any]) -> str:
+    """A line about one way."""
+    stages = ", ".join(f"{stage} {value:.1f} s" for stage, value in facts["seconds"].items() if value >= 0.05)
+    return f"{way:12s} peak {facts['peak'] / 1e9:.2f} GB, mean relative error {facts['error']:.6f}; {stages}"
+
+
+def compare(found: dict[str, dict[str, Any]], arguments: argparse.Namespace, rates: Rates) -> None:
+    """Print eckart's ways against the plain one, and against the floor."""
+    config, layers = tiny_llama(arguments.layers), arguments.layers
+    floors = {
+        "calibrate": rates.seconds(
+            (
+                forward_work(config, arguments.samples, arguments.length)
+                + moments_work(config, arguments.samples, arguments.length)
+            )
+            * layers
+        ),
+        "factor": rates.seconds(factor_work(config, arguments.keep) * layers),
+    }
+    plain = found.get("plain")
+    if plain is not None:
+        whole = plain["factor_float64_block"] * layers
+        print(f"plain, SVD in float64: factor {whole:.0f} s, {layers} times the first block's")
+    for way in ("eckart", "out-of-core"):
+        if way not in found:
+            continue
+        seconds = found[way]["seconds"]
+        for stage, floor in floors.items():
+            print(
+                f"{way}: {stage} {seconds[stage]:.1f} s, floor {floor:.1f} s, {seconds[stage] / floor:.1f} x the floor"
+            )
+        if plain is not None:
+            ratios = {stage: plain["seconds"][stage] / seconds[stage] for stage in floors}
+            total = sum(plain["seconds"][stage] for stage in floors) / sum(seconds[stage] for stage in floors)
+            print(
+                f"{way} against plain: calibrate {ratios['calibrate']:.2f} x, factor {ratios['factor']:.2f} x, both "
+                f"{total:.2f} x as fast; peak memory {found[way]['peak'] / plain['peak']:.2f} of it; loss "
+                f"{found[way]['error'] / plain['error']:.6f} of it"
+            )
 
 
 if __name__ == "__main__":

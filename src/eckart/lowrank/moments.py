@@ -19,6 +19,8 @@ from eckart.lowrank.products import add_gram, exact_products, mirror
 CHUNK_ROWS = 4096
 # Rows of a square sum that are normalised at a time, so that no second copy of it in float64 is made on the way.
 NORMALISED_ROWS = 1024
+# Rows whose sizes are summed at a time: a copy of them fits a cache, one of all would be fetched from the system anew.
+SIZED_ROWS = 512
 # Square sums that are symmetric; of these only the upper block triangle is added to, and mirrored when they are read.
 SYMMETRIC = ("second_moment", "reference_second_moment")
 
@@ -104,7 +106,8 @@ class InputMoments:
         for start in range(0, len(rows), CHUNK_ROWS):
             part = rows[start : start + CHUNK_ROWS]
             self._on(part.device, "mean").add_(part.sum(0))
-            self._on(part.device, "abs_mean").add_(part.abs().sum(0))
+            for some in part.split(SIZED_ROWS):
+                self._on(part.device, "abs_mean").add_(some.abs().sum(0))
             with exact_products(x):
                 if "second_moment" in self._sums:
                     self._add_square("second_moment", part)
@@ -357,5 +360,6 @@ def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         if mask.numel() != len(rows):
             raise ValueError(f"mask {tuple(mask.shape)} does not fit input {tuple(x.shape)}")
-        rows = rows[mask.reshape(-1).to(rows.device)]
+        if not bool(mask.all()):
+            rows = rows[mask.reshape(-1).to(rows.device)]
     return rows if rows.dtype == torch.float64 else rows.float()
