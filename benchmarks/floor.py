@@ -76,7 +76,7 @@ def measure_rates(size: int = 4096) -> Rates:
 def shapes_of(config: LlamaConfig) -> list[tuple[list[int], int]]:
     """([d_out of each linear], d_in) for each input group of a block."""
     hidden, inner = config.hidden_size, config.intermediate_size
-    narrow = hidden * config.num_key_value_heads // config.num_attention_heads
+    narrow = hidden * (config.num_key_value_heads or config.num_attention_heads) // config.num_attention_heads
     return [([hidden, narrow, narrow], hidden), ([hidden], hidden), ([inner, inner], hidden), ([hidden], inner)]
 
 

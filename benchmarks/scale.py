@@ -6,8 +6,8 @@
 Makes a random-weight bfloat16 checkpoint (once), then compresses it with asvd-i, each way in a process of its own:
 
     plain           what public scripts do: X^T X of every linear in one pass over the whole model, all of them held in
-                    memory in float32; then for each linear a Cholesky root in float64, torch.linalg.svd of W times it in
-                    float32, and the root's inverse
+                    memory in float32; then for each linear a Cholesky root in float64, torch.linalg.svd of W times it
+                    in float32, and the root's inverse
     plain, float64  the same with the singular value decomposition in float64 (factors only, of one block)
     eckart          `make_checkpoint`
     out-of-core     `compress_out_of_core`: one block in memory
@@ -122,13 +122,12 @@ def run_plain(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         model.set_submodule(site.name, nn.Sequential(*(_linear(each) for each in reversed(factors))))
         errors.append(error)
     start = _lap(seconds, "factor", start)
-    double = 0.0
+    reference = load_model(folder)
+    start = time.perf_counter()
     for site in sites:
         if site.block == 0:
-            reference = load_model(folder) if not double else reference
-            begun = time.perf_counter()
             factor_plainly(reference, site, sums[site.name], arguments.keep, torch.float64)
-            double += time.perf_counter() - begun
+    double = time.perf_counter() - start
     return {"seconds": seconds, "error": sum(errors) / len(errors), "factor_float64_block": double}
 
 
@@ -185,7 +184,8 @@ def main() -> None:
     rates = measure_rates()
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
-        f"float32 {rates.float32 / 1e9:.0f} GFLOP/s, bfloat16 {rates.bfloat16 / 1e9:.0f}, copies {rates.bytes / 1e9:.0f} GB/s"
+        f"float32 {rates.float32 / 1e9:.0f} GFLOP/s, bfloat16 {rates.bfloat16 / 1e9:.0f}, "
+        f"copies {rates.bytes / 1e9:.0f} GB/s"
     )
     found: dict[str, dict[str, Any]] = {}
     for way in arguments.only or WAYS:

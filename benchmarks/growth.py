@@ -1,0 +1,89 @@
+"""How seconds grow with the width, the number of blocks and the number of calibration tokens.
+
+    python benchmarks/growth.py [--rounds 3] [--json FILE]
+
+Random Llamas in bfloat16, compressed in memory by asvd-i at keep 0.7. One of the three is doubled at a time; printed
+are the best seconds of some rounds and the exponent of the last doubling, log2 of the quotient. Moments grow with the
+square of the width and factors with its cube (less where small linears leave the cores waiting); both stages grow with
+the blocks, and calibration alone with the tokens. Workers: see workers.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from eckart import build_method, calibrate, compress, plan
+from eckart.tokens import Tokens
+
+LENGTH = 256
+# {what grows: ((hidden, blocks, samples), ...)}.
+SERIES = {
+    "width": [(256, 2, 16), (512, 2, 16), (1024, 2, 16), (2048, 2, 16)],
+    "blocks": [(512, 2, 16), (512, 4, 16), (512, 8, 16)],
+    "tokens": [(512, 2, 16), (512, 2, 32), (512, 2, 64)],
+}
+
+
+def make_model(hidden: int, blocks: int) -> LlamaForCausalLM:
+    """A Llama with an MLP of 2.75 times its width, grouped-query attention and few words."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=blocks,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=max(1, hidden // 256),
+    )
+    return LlamaForCausalLM(config).bfloat16().eval()
+
+
+def measure(hidden: int, blocks: int, samples: int, rounds: int) -> dict[str, float]:
+    """Best seconds of calibration and factorisation."""
+    method, best = build_method("asvd-i"), {"calibrate": math.inf, "factor": math.inf}
+    ids = torch.randint(512, (samples, LENGTH), generator=torch.Generator().manual_seed(0))
+    tokens = Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
+    for _ in range(rounds):
+        model = make_model(hidden, blocks)
+        start = time.perf_counter()
+        moments = calibrate(model, tokens, method)
+        best["calibrate"] = min(best["calibrate"], time.perf_counter() - start)
+        report = compress(model, method, plan(model, 0.7), moments)
+        best["factor"] = min(best["factor"], report.seconds["factor"])
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows = []
+    print("grows    width  blocks  tokens   calibrate (exponent)   factor (exponent)")
+    for name, series in SERIES.items():
+        before: dict[str, float] | None = None
+        for hidden, blocks, samples in series:
+            found = measure(hidden, blocks, samples, arguments.rounds)
+            row = {"grows": name, "width": hidden, "blocks": blocks, "tokens": samples * LENGTH, **found}
+            told = {
+                stage: f"{found[stage]:8.2f} s "
+                + (f"({math.log2(found[stage] / before[stage]):4.1f})" if before else " " * 6)
+                for stage in found
+            }
+            place = f"{name:8s} {hidden:5d}  {blocks:6d}  {samples * LENGTH:6d}"
+            print(f"{place}   {told['calibrate']}       {told['factor']}", flush=True)
+            rows.append(row)
+            before = found
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
