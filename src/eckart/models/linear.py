@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.lowrank import Factors, Pivoted
+from eckart.models.products import combine, is_bare
 from eckart.models.shared import SharedProduct
 
 
@@ -142,6 +143,8 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         p = (self.lender or self).product.take(self.right, x, self)
+        if is_bare(self.left, p):
+            return combine(self.left.weight, p, self.order, self.bias)
         y = self.left(p)
         if self.order is not None:
             # One copy to join and one to reorder; indexing with brackets takes several times as long as index_select.

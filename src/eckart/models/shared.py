@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from eckart.models.products import multiply
+
 
 @dataclass(slots=True)
 class _Held:
@@ -53,7 +55,7 @@ class SharedProduct:
         Cost: beside the product itself some microseconds, whatever the size.
         """
         if self.readers == 1 or torch.jit.is_tracing():
-            return right(x)
+            return multiply(right, x)
         if torch.compiler.is_compiling():
             # With gradients the compiler merges equal products by itself.
             return right(x) if torch.is_grad_enabled() else self._take_traced(right, x)
@@ -68,7 +70,7 @@ class SharedProduct:
             if len(held.read) >= self.readers:
                 self._held = None
             return held.product
-        product: Tensor = right(x)
+        product = multiply(right, x)
         # Taken after the call: a weight that an offloading hook fetches is another object before it.
         weights = _weights(right)
         reference = weakref.ref(x, self._forget)

@@ -1,0 +1,171 @@
+"""Products: the two of a low-rank linear, each in the order of operations that the processor is fastest with.
+
+y = left(right(x)) is two products of torch's, and nothing here changes what they give but for rounding. On a processor
+torch takes different times for the same product, depending on how it is asked; benchmarks/inference.py measures what
+is used here, docs/decisions.md has the numbers:
+
+    one row, bfloat16:    `mv` reads the matrix once, where a linear first packs it for the processor's tiles.
+    few rows:             W xᵀ instead of x Wᵀ: the large matrix stands in front and is read as it lies. The result is
+                          left transposed for the next product, and reordering it moves whole rows.
+    many rows, pivoted:   the outputs are reordered by what is cheapest: as integers where they have 16 bits; or never,
+                          where the rank is small and the left factor is spread to all rows for the time of a call.
+
+The first two and the spreading are for processors with tiles for matrices (Intel AMX): without them torch has another
+product of bfloat16, which is up to four times as slow that way round.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.functional import linear
+
+# More rows than these are faster the ordinary way.
+FEW = 64
+# A matrix of fewer numbers lies in the cache, where the order matters less: W xᵀ pays for no more rows than these.
+SMALL, FEWER = 2**18, 16
+# In float32, fewer rows than these are faster the ordinary way: a linear then reads the matrix row by row as well.
+FEWEST_FLOAT32 = 16
+# Moving one number of 16 bits to its place takes about as long as so many multiplications of bfloat16.
+MOVE = 800
+
+
+def is_bare(module: nn.Module, x: Tensor) -> bool:
+    """Whether module(x) is the product x Wᵀ and nothing else, on a processor, with no gradient or graph to be kept.
+
+    A linear with a hook, a wrapper or another kind of weight in its place has to be called as it is.
+
+    Cost: about a microsecond.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and type(module) is nn.Linear
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and type(module.weight) is nn.Parameter
+        and module.weight.dtype == x.dtype
+        and module.weight.device == x.device
+        and module.bias is None
+        and not (module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001 (torch has no public name for them)
+        and "forward" not in vars(module)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+        and not _is_transformed()
+    )
+
+
+def multiply(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x). Of a bare linear and few rows it may lie transposed in memory, as `combine` likes it.
+
+    Args:
+        x: (..., d_in).
+    """
+    if not is_bare(module, x):
+        product: Tensor = module(x)
+        return product
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if _is_one(x):
+        return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
+    if not _is_few(x, weight):
+        return linear(x, weight)
+    return _shaped(torch.mm(weight, x.reshape(-1, x.shape[-1]).T).T, x)
+
+
+def combine(left: Tensor, p: Tensor, order: Tensor | None, bias: Tensor | None) -> Tensor:
+    """left p + bias, or [p, left p] in the order `order`, plus bias; contiguous. For a bare left linear.
+
+    Args:
+        left: (d_out, rank), or where pivoted (others, rank).
+        p: (..., rank), of `multiply`.
+        order, bias: (d_out,).
+    """
+    if _is_one(p):
+        y = torch.mv(left, p.reshape(-1))
+        y = y if order is None else torch.cat((p.reshape(-1), y)).index_select(0, order)
+        return (y if bias is None else y.add_(bias)).view(*p.shape[:-1], -1)
+    rows = p.reshape(-1, p.shape[-1])
+    if rows.shape[0] > 1 and not rows.is_contiguous():
+        turned = torch.mm(left, rows.T)
+        if order is not None:
+            turned = torch.cat((rows.T, turned)).index_select(0, order)
+        y = turned.T.contiguous()
+        return _shaped(y if bias is None else y.add_(bias), p)
+    if order is None:
+        return linear(p, left, bias)
+    if _spreads(rows, left, order):
+        return linear(p, spread(left, order), bias)
+    y = _shaped(_reordered(rows, left, order), p)
+    return y if bias is None else y.add_(bias)
+
+
+def spread(coefficients: Tensor, order: Tensor) -> Tensor:
+    """(d_out, rank): the left factor of a pivoted map with a row for every output; of a pivot, a unit row.
+
+    Cost: as much memory as the left factor of a plain linear of that rank.
+    """
+    rank, entries = coefficients.shape[1], order.long()
+    left = coefficients.index_select(0, (entries - rank).clamp_(min=0))
+    pivots = (entries < rank).nonzero()[:, 0]
+    left.index_fill_(0, pivots, 0)
+    left[pivots, entries[pivots]] = 1
+    return left
+
+
+@cache
+def has_tiles() -> bool:
+    """Whether the processor has tiles for products of bfloat16 (Intel AMX)."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+def _reordered(rows: Tensor, left: Tensor, order: Tensor) -> Tensor:
+    """[p, left p] in the order: one copy to join and one to reorder."""
+    rank = rows.shape[1]
+    if rows.element_size() != 2:
+        # Indexing with brackets takes several times as long as index_select.
+        return torch.cat((rows, linear(rows, left)), -1).index_select(-1, order)
+    joined = rows.new_empty(len(rows), rank + len(left))
+    joined[:, :rank] = rows
+    torch.mm(rows, left.T, out=joined[:, rank:])
+    # Types of half precision are gathered one number at a time through float32, and integers as they are.
+    return joined.view(torch.int16).gather(-1, order.long().expand(len(rows), -1)).view(rows.dtype)
+
+
+def _is_one(x: Tensor) -> bool:
+    """Whether it is one row whose product `mv` is fastest with."""
+    return x.dtype == torch.bfloat16 and x.numel() == x.shape[-1] and has_tiles()
+
+
+def _is_few(x: Tensor, weight: Tensor) -> bool:
+    """Whether it has so many rows that W xᵀ is faster than x Wᵀ."""
+    if x.dtype not in (torch.bfloat16, torch.float32) or not has_tiles():
+        return False
+    least = FEWEST_FLOAT32 if x.dtype == torch.float32 else 2
+    return least <= x.numel() // max(x.shape[-1], 1) <= (FEW if weight.numel() >= SMALL else FEWER)
+
+
+def _spreads(rows: Tensor, left: Tensor, order: Tensor) -> bool:
+    """Whether spreading the left factor is faster than reordering the outputs.
+
+    It moves rank numbers for each output, once, where reordering moves one for each row, and adds rank^2
+    multiplications to each row, where reordering moves d_out numbers.
+    """
+    rank = rows.shape[1]
+    pays = max(FEW, rank) < len(rows) and rank * rank <= MOVE * len(order)
+    return rows.dtype == torch.bfloat16 and pays and len(left) > 0 and has_tiles()
+
+
+def _shaped(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows (n, out) in the batch shape of `like`."""
+    return rows.view(*like.shape[:-1], rows.shape[-1])
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward gradients are at work, which do not see through whole numbers and given memory."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None  # noqa: SLF001 (torch has no public name for it)
+        or forward_ad._current_level >= 0  # noqa: SLF001 (nor for this)
+    )
