@@ -10,6 +10,7 @@ from eckart.allocation.optimal import global_
 from eckart.allocation.ranks import RankPlan, settle, stored_params
 from eckart.allocation.rules import Rule, plan
 from eckart.allocation.shares import per_role, uniform
+from eckart.allocation.speed import slow_settings
 from eckart.allocation.summary import linear_macs, summarise
 
 # {name: f(sites, units or curves, numbers, *, layout, rank_multiple, ...) -> RankPlan}.
@@ -35,6 +36,7 @@ __all__ = [
     "per_role",
     "plan",
     "settle",
+    "slow_settings",
     "stored_params",
     "summarise",
     "uniform",

@@ -12,7 +12,7 @@ import typer
 from eckart.allocation import RankPlan, plan, summarise
 from eckart.baselines import BASELINES, baseline_options, build_baseline
 from eckart.cli.app import app, console
-from eckart.cli.tables import sizes_table
+from eckart.cli.tables import remarks, sizes_table
 from eckart.composition import COMPOSITIONS, composition_options
 from eckart.corpora import CORPORA
 from eckart.evals.harness_tasks import LOCAL_TASKS
@@ -77,8 +77,8 @@ def inspect(
         console.print(table(model, ["linear", "part", "out x in", "break-even rank", "rank"], rows, text_columns=2))
         if ranks is not None:
             console.print(sizes_table("The same share everywhere", summarise(ranks, loaded), ranks))
-            for name, note in ranks.notes.items():
-                console.print(f"{name}: {note}")
+            for line in remarks(ranks):
+                console.print(line)
             if save_plan is not None:
                 save_plan.write_text(ranks.to_json(), encoding="utf-8")
     console.print(f"{num_params(loaded):,} parameters, {megabytes(num_bytes(loaded))} in {loaded.dtype}")

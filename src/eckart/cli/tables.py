@@ -1,13 +1,13 @@
-"""Tables that several commands print."""
+"""What several commands print: tables, and remarks on a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.table import Table
 
-from eckart.allocation import RankPlan
+from eckart.allocation import RankPlan, slow_settings
 from eckart.terminal import table
 
 
@@ -28,3 +28,11 @@ def sizes_table(title: str, summary: Mapping[str, Any], plan: RankPlan) -> Table
             row("multiply-accumulates per token, in linears", *summary["macs_per_token"]),
         ],
     )
+
+
+def remarks(plan: RankPlan) -> Iterator[str]:
+    """A line for each linear that stays dense although a rank was asked for, and for each kind that may be slow."""
+    for name, note in plan.notes.items():
+        yield f"{name}: {note}"
+    for line in slow_settings(plan):
+        yield f"speed: {line}"
