@@ -26,7 +26,7 @@ from eckart.models.sites import Site, blocks_of, find_sites, first_readers
 from eckart.store import GRADIENTS, Store, read_gradients
 from eckart.tokens import Tokens, check_positions, check_vocabulary
 from eckart.tracking import Track, silent
-from eckart.walk import hidden_of, record_calls
+from eckart.walk import Call, Doors, Held, Tail, hidden_of, record_each, shared
 
 # Number of this layout and of the way moments are taken; part of every digest, so that a change reuses nothing.
 FORMAT = 2
@@ -122,7 +122,7 @@ def calibrate_by_block(
     wanted = needs & INPUT_STATISTICS
     groups = {number: first_readers(site for site in sites if site.block == number) for number in numbers}
     missing = [number for number in numbers if wanted and not (store and store.holds(number))]
-    walk = _Walk(model, tokens, batch_size, track) if missing else None
+    walk = Walk(model, tokens.batches(batch_size), track) if missing else None
     for number in numbers:
         inputs: dict[str, InputMoments] = {}
         if walk and number in missing:
@@ -144,12 +144,14 @@ def gather_gradients(
     *,
     sites: Sequence[Site] | None = None,
     cache: Path | None = None,
+    collect: Callable[..., dict[str, GradientMoments]] = collect_gradients,
     track: Track = silent,
 ) -> dict[str, GradientMoments]:
     """{site name: gradient statistics that `method` needs}; empty for a method that needs none.
 
     Args:
         sites, cache: as in `calibrate_by_block`.
+        collect: what gathers those that are not in the cache.
 
     Raises and cost: see `collect_gradients`.
     """
@@ -161,7 +163,7 @@ def gather_gradients(
     store = None if cache is None else Store(cache / calibration_digest(model, tokens, needs, sites))
     gradients = store.read_gradients() if store else None
     if gradients is None:
-        gradients = collect_gradients(model, tokens, sites, needs, track=track)
+        gradients = collect(model, tokens, sites, needs, track=track)
         if store:
             store.write_gradients(gradients)
     return gradients
@@ -196,15 +198,44 @@ def recorded_gradients(model: str | Path, sites: Iterable[Site]) -> dict[str, Gr
     return {site.name: found[site.name] for site in sites}
 
 
-class _Walk:
-    """Hidden states of all batches, advancing block by block."""
+class Walk:
+    """Hidden states of all batches, advancing block by block.
 
-    def __init__(self, model: PreTrainedModel, tokens: Tokens, batch_size: int, track: Track) -> None:
+    Attributes:
+        next: the block at whose door they are.
+        calls: of each batch, the other arguments of every block's call.
+        tail: what blocks give beside hidden states.
+
+    Args:
+        batches: (ids, mask) of each.
+        held: where they are kept between blocks; default in memory.
+        start: the block at whose door `held` has them already; None where they are to be embedded.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[tuple[Tensor, Tensor]],
+        track: Track = silent,
+        *,
+        held: Doors | None = None,
+        start: int | None = None,
+    ) -> None:
         self.blocks = blocks_of(model)
         self.track = track
-        self.masks = [mask for _, mask in tokens.batches(batch_size)]
-        self.recordings = record_calls(model, tokens.batches(batch_size), track)
-        self.next = 0
+        self.held: Doors = held or Held()
+        self.masks = [mask for _, mask in batches]
+        self.calls: list[list[Call]] = []
+        self.tail: Tail = None
+        for index, recording in enumerate(record_each(model, batches, track)):
+            if start is None:
+                self.held.write(index, recording.hidden)
+            self.calls.append(shared(recording.calls, self.calls[-1] if self.calls else None))
+            self.tail = recording.tail
+            del recording
+        if start is None:
+            self.held.turn()
+        self.next = start or 0
 
     @torch.no_grad()
     def moments(self, number: int, groups: dict[str, Site], needs: frozenset[str]) -> dict[str, InputMoments]:
@@ -222,16 +253,15 @@ class _Walk:
         ]
         try:
             for mask in self._advance(f"block {number}: moments"):
-                for group, x in seen.items():
+                for group in list(seen):
                     try:
-                        collected[group].update(x, mask.to(x.device))
+                        collected[group].update(seen.pop(group), mask)
                     except ValueError as error:
                         raise ValueError(f"{group}: {error}") from error
-                seen.clear()
         finally:
             for handle in handles:
                 handle.remove()
-        return {group: moments.compact() for group, moments in collected.items()}
+        return {group: collected.pop(group).compact() for group in list(collected)}
 
     @torch.no_grad()
     def skip(self, number: int) -> None:
@@ -243,12 +273,11 @@ class _Walk:
     def _advance(self, description: str) -> Iterator[Tensor]:
         """Run the next block on every batch; gives each batch's mask once its forward pass is done."""
         block = self.blocks[self.next]
-        for recording, mask in self.track(
-            zip(self.recordings, self.masks, strict=True), description, len(self.recordings)
-        ):
-            args, kwargs = recording.calls[self.next]
-            recording.hidden = hidden_of(block(recording.hidden, *args, **kwargs))
+        for index, mask in self.track(enumerate(self.masks), description, len(self.masks)):
+            args, kwargs = self.calls[index][self.next]
+            self.held.write(index, hidden_of(block(self.held.read(index), *args, **kwargs)))
             yield mask
+        self.held.turn()
         self.next += 1
 
 

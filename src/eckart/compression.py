@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,16 @@ class SiteReport:
     @property
     def name(self) -> str:
         return self.site.name
+
+    def to_record(self) -> dict[str, Any]:
+        """For a journal: every number as it is."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**found, "site": self.name, "losses": list(self.losses)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], sites: Mapping[str, Site]) -> SiteReport:
+        """What `to_record` gave. sites: {name: site} of the model."""
+        return cls(**{**record, "site": sites[record["site"]], "losses": tuple(record["losses"])})
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,7 @@ def compress(
     *,
     spectra: dict[str, Factored] | None = None,
     refit: bool = False,
+    cut: Callable[..., Iterable[tuple[Unit, Cut]]] = cut_units,
     recipe: dict[str, Any] | None = None,
     track: Track = silent,
 ) -> CompressionReport:
@@ -117,6 +128,7 @@ def compress(
             It holds all their bases.
         refit: fit the left factors once more by least squares. Where the calibration has moments of tokens kept aside,
             a refit that does not lower the squared output error on them is undone.
+        cut: what makes the cuts, with the arguments of `cut_units`; they may be made elsewhere.
         recipe: noted in the model's config, for the checkpoint.
 
     Raises:
@@ -144,8 +156,8 @@ def compress(
             pending[:] = [unit for unit in pending if unit not in chosen]
             start = time.perf_counter()
             weight_of = partial(Unit.weight, model=model)
-            for unit, cut in cut_units(method, chosen, plan, part, weight_of, spectra=spectra, refit=refit):
-                yield place(model, unit, cut, plan)
+            for unit, made in cut(method, chosen, plan, part, weight_of, spectra=spectra, refit=refit):
+                yield place(model, unit, made, plan)
             seconds["factor"] += time.perf_counter() - start
             del part  # these moments end here, before the next ones are made
 

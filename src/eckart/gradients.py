@@ -29,6 +29,7 @@ def collect_gradients(
     sites: Sequence[Site],
     needs: frozenset[str],
     *,
+    after: Tokens | None = None,
     track: Track = silent,
 ) -> dict[str, GradientMoments]:
     """Fisher sums and gradient covariances of every site, one sample at a time.
@@ -40,6 +41,8 @@ def collect_gradients(
 
     Args:
         needs: out of GRADIENT_STATISTICS.
+        after: samples before these, of the same text, that somebody else takes: labels and masks are drawn as if they
+            had been read, so that the sum over parts of a text is that of the whole.
 
     Raises:
         ValueError: a model without a head, or a gradient that is not finite (names the site).
@@ -49,12 +52,24 @@ def collect_gradients(
     """
     collected = {site.name: GradientMoments(site.d_out, site.d_in, needs) for site in sites}
     generator = torch.Generator().manual_seed(0)
-    with in_float32(model, {torch.float16}), torch.enable_grad(), _watching(model, collected) as scale_of:
+    if after is not None:
+        _draw_past(model, after, generator)
+    with in_float32(model, {torch.float16}), torch.enable_grad(), watching(model, collected) as scale_of:
         for ids, mask in track(tokens.batches(1), "gradients", len(tokens)):
             loss, scored = sample_loss(model, ids[mask][None], tokens.mask_token, generator)
             scale_of.tokens = scored
             loss.backward()
     return collected
+
+
+def _draw_past(model: PreTrainedModel, tokens: Tokens, generator: torch.Generator) -> None:
+    """Draw what `sample_loss` would for each of these samples. How much is drawn depends on shapes alone."""
+    kind = type(model).__name__
+    for mask in tokens.mask:
+        if "ForSequenceClassification" in kind:
+            torch.multinomial(torch.ones(1, int(model.config.num_labels or 0)), 1, generator=generator)
+        elif "ForMaskedLM" in kind:
+            torch.rand((1, int(mask.sum())), generator=generator)
 
 
 def sample_loss(
@@ -92,12 +107,8 @@ def language_loss(
     ids, mask = ids.to(model.device), mask.to(model.device)
     attention_mask = None if bool(mask.all()) else mask.long()
     if "ForMaskedLM" in kind:
-        if mask_token is None:
-            raise ValueError(f"{kind} is trained on masked tokens, and the tokenizer has no mask token")
-        chosen = (torch.rand(ids.shape, generator=generator).to(ids.device) < MASKED_SHARE) & mask
-        last = ids.shape[1] - 1 - mask.flip(1).int().argmax(1)
-        chosen[torch.arange(len(ids), device=ids.device), last] |= ~chosen.any(1)
-        logits = model(input_ids=ids.masked_fill(chosen, mask_token), attention_mask=attention_mask).logits.float()
+        masked, chosen = _mask_some(kind, ids, mask, mask_token, generator)
+        logits = model(input_ids=masked, attention_mask=attention_mask).logits.float()
         return nn.functional.cross_entropy(logits[chosen], ids[chosen]), int(chosen.sum())
     if model.can_generate():
         scored = mask[:, :-1] & mask[:, 1:]
@@ -109,6 +120,26 @@ def language_loss(
     raise ValueError(
         f"{kind} has no loss to take gradients of; load the model with a language-modelling or classification head"
     )
+
+
+def sample_input(model: PreTrainedModel, ids: Tensor, mask_token: int | None, generator: torch.Generator) -> Tensor:
+    """What `sample_loss` has the model read of a sample (1, length), for a generator in the same state."""
+    kind = type(model).__name__
+    if "ForMaskedLM" in kind:
+        return _mask_some(kind, ids, torch.ones_like(ids, dtype=torch.bool), mask_token, generator)[0]
+    return ids
+
+
+def _mask_some(
+    kind: str, ids: Tensor, mask: Tensor, mask_token: int | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The ids with some tokens masked, and which; see `language_loss`."""
+    if mask_token is None:
+        raise ValueError(f"{kind} is trained on masked tokens, and the tokenizer has no mask token")
+    chosen = (torch.rand(ids.shape, generator=generator).to(ids.device) < MASKED_SHARE) & mask
+    last = ids.shape[1] - 1 - mask.flip(1).int().argmax(1)
+    chosen[torch.arange(len(ids), device=ids.device), last] |= ~chosen.any(1)
+    return ids.masked_fill(chosen, mask_token), chosen
 
 
 @contextmanager
@@ -146,16 +177,16 @@ def record_squares(model: PreTrainedModel, recorded: Mapping[str, GradientMoment
             handle.remove()
 
 
-class _Scale:
+class Scale:
     """Tokens in the mean of the current loss: per-token gradients are of the sum."""
 
     tokens: int = 1
 
 
 @contextmanager
-def _watching(model: PreTrainedModel, collected: dict[str, GradientMoments]) -> Iterator[_Scale]:
+def watching(model: PreTrainedModel, collected: dict[str, GradientMoments]) -> Iterator[Scale]:
     """Inside, only the sites' weights have gradients; each is added to its moments and freed as soon as it exists."""
-    scale = _Scale()
+    scale = Scale()
     wanted = {name: model.get_submodule(name) for name in collected}
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     handles = []
@@ -196,7 +227,7 @@ def _fisher_hook(name: str, module: nn.Module, moments: GradientMoments, *, clea
     return add
 
 
-def _covariance_hook(name: str, moments: GradientMoments, scale: _Scale) -> Callable[..., None]:
+def _covariance_hook(name: str, moments: GradientMoments, scale: Scale) -> Callable[..., None]:
     def add(gradient: Tensor) -> None:
         try:
             moments.update_covariance(gradient * scale.tokens, None)

@@ -12,12 +12,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.allocation import RankPlan, Rule, plan, summarise
+from eckart.allocation import RankPlan, Rule, plan, slow_settings, summarise
 from eckart.baselines import build_baseline
-from eckart.calibration import BlockCalibration, calibrate_by_block, gather_gradients, recorded_gradients
+from eckart.calibration import BlockCalibration, recorded_gradients
 from eckart.card import write_card
 from eckart.compression import CompressionReport, compress
 from eckart.corpora import parts_of, read_text
+from eckart.engine import HERE, Engine
 from eckart.evals.tasks import default_length
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.moments import GRADIENT_STATISTICS
@@ -45,6 +46,7 @@ class How:
         cache: folder for moments; None keeps none.
         data: folder with local copies of known corpora; None asks the hub.
         workers: probes trained at a time.
+        engine: this process, or a cluster; see `engine.open_engine`.
         track: shows progress.
     """
 
@@ -54,6 +56,7 @@ class How:
     data: Path | None = None
     track: Track = silent
     workers: int = 1
+    engine: Engine = HERE
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,14 @@ def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False)
     noted = work.recipe.model_dump(exclude_none=True, exclude={"evaluate"})
     blocks = work.calibration(ranking.plan)
     report = compress(
-        model, composition.in_order, ranking.plan, blocks, refit=composition.refit, recipe=noted, track=how.track
+        model,
+        composition.in_order,
+        ranking.plan,
+        blocks,
+        refit=composition.refit,
+        cut=how.engine.cut_units,
+        recipe=noted,
+        track=how.track,
     )
     seconds |= report.seconds
     start = time.perf_counter()
@@ -113,21 +123,35 @@ def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False)
     passes = [asdict(report) for report in (*done, *distilled, *work.recover())]
     seconds["recover"] = time.perf_counter() - start
     start = time.perf_counter()
-    stored: dict[str, Any] = {"layout": ranking.plan.layout, "joint": sorted(ranking.plan.joint)}
+    stored = plan_facts(ranking.plan)
     if work.recipe.calibration.fisher == "recorded":
         stored["fisher"] = read_making(Path(locate(recipe.model)) / GRADIENTS)
     facts = {**stored, **summary, **report.to_dict(), "passes": passes}
-    files = {
-        "README.md": write_card(work.recipe, facts),
-        "plan.json": ranking.plan.to_json(),
-        "recipe.yaml": work.recipe.to_yaml(),
-        "compression.json": json.dumps(facts, indent=2),
-    }
+    files = side_files(work.recipe, ranking.plan, facts)
     if ranking.facts:
         files["allocation.json"] = json.dumps(ranking.facts, indent=1)
     save(model, out, tokenizer, recipe=noted, files=files, force=force)
     seconds["save"] = time.perf_counter() - start
     return Outcome(work.recipe, ranking.plan, summary, report, seconds, tuple(passes), ranking.facts)
+
+
+def side_files(recipe: Recipe, plan: RankPlan, facts: dict[str, Any]) -> dict[str, str]:
+    """{name: text} of what stands beside the weights of a compressed model.
+
+    Args:
+        facts: for compression.json.
+    """
+    return {
+        "README.md": write_card(recipe, facts),
+        "plan.json": plan.to_json(),
+        "recipe.yaml": recipe.to_yaml(),
+        "compression.json": json.dumps(facts, indent=2),
+    }
+
+
+def plan_facts(plan: RankPlan) -> dict[str, Any]:
+    """What compression.json says of a plan beside its ranks."""
+    return {"layout": plan.layout, "joint": sorted(plan.joint), "slow": list(slow_settings(plan))}
 
 
 class Workbench:
@@ -165,7 +189,7 @@ class Workbench:
             return {}
         if self.recipe.calibration.fisher == "recorded":
             return recorded_gradients(locate(self.recipe.model), self.sites)
-        return gather_gradients(
+        return self.how.engine.gather_gradients(
             self.model,
             self.tokens[0],
             self.composition.method,
@@ -203,6 +227,7 @@ class Workbench:
             batch_size=self.how.batch_size,
             workers=self.how.workers,
             context=recipe.context,
+            engine=self.how.engine,
             journals=journals,
             track=self.how.track,
         )
@@ -264,7 +289,7 @@ class Workbench:
                 names = [site.name for site in sites if site.block == number]
                 yield BlockCalibration(number, gradients={name: self.gradients[name] for name in names})
             return
-        yield from calibrate_by_block(
+        yield from self.how.engine.calibrate_by_block(
             self.model,
             self.tokens[0],
             self.composition.method,

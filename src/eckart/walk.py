@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +19,71 @@ from transformers import PreTrainedModel
 from eckart.models.sites import blocks_of
 from eckart.tracking import Track, silent
 
+# The other arguments of a block's call.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+# What a block gives beside the hidden states; None where it gives them alone.
+Tail = tuple[Any, ...] | None
+
 
 @dataclass
 class Recording:
-    """One batch on its way: the hidden states it has reached, and the other arguments of every block's call."""
+    """One batch on its way: the hidden states it has reached, and the other arguments of every block's call.
+
+    Attributes:
+        tail: what the first block gave beside the hidden states, which is how any block's output is made up.
+    """
 
     hidden: Tensor
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    calls: list[Call]
+    tail: Tail = None
 
 
-@torch.no_grad()
+class Doors(Protocol):
+    """Hidden states of all batches at the door of one block and, as they are made, at the next."""
+
+    def read(self, index: int) -> Tensor:
+        """A batch's at this door."""
+        ...
+
+    def write(self, index: int, hidden: Tensor) -> None:
+        """A batch's at the next door. It is not read at this one again."""
+        ...
+
+    def turn(self) -> None:
+        """Every batch is at the next door, which is this one from now on."""
+        ...
+
+
+class Held:
+    """Doors in memory: a batch's states take the place of those that they were made of."""
+
+    def __init__(self) -> None:
+        self._states: dict[int, Tensor] = {}
+
+    def read(self, index: int) -> Tensor:
+        """See `Doors`."""
+        return self._states[index]
+
+    def write(self, index: int, hidden: Tensor) -> None:
+        """See `Doors`."""
+        self._states[index] = hidden
+
+    def turn(self) -> None:
+        """See `Doors`."""
+
+
 def record_calls(
     model: PreTrainedModel, batches: Sequence[tuple[Tensor, Tensor]], track: Track = silent
 ) -> list[Recording]:
-    """Embed every batch and note with which masks and position embeddings the model calls each block.
+    """What `record_each` gives, of all batches."""
+    return list(record_each(model, batches, track))
+
+
+@torch.no_grad()
+def record_each(
+    model: PreTrainedModel, batches: Sequence[tuple[Tensor, Tensor]], track: Track = silent
+) -> Iterator[Recording]:
+    """Embed one batch after the other and note with which masks and position embeddings the model calls each block.
 
     The blocks themselves do not run (but for the first, once, to see the form of its output): what a model passes to
     its blocks beside the hidden states does not depend on them.
@@ -43,9 +94,8 @@ def record_calls(
     base, blocks = model.base_model, blocks_of(model)
     accepted = inspect.signature(base.forward).parameters
     options = {"use_cache": False} if "use_cache" in accepted else {}
-    recordings = []
     for ids, mask in track(batches, "embedding", len(batches)):
-        with _recording(blocks) as calls:
+        with _recording(blocks) as (calls, tails):
             # A mask that hides nothing is left out: the attention kernels then need no mask tensor at all.
             attention = None if bool(mask.all()) else mask.to(model.device).long()
             base(input_ids=ids.to(model.device), attention_mask=attention, **options)
@@ -54,15 +104,16 @@ def record_calls(
                 f"{type(model).__name__} does not call its {len(blocks)} blocks once each in order; "
                 "it cannot be calibrated block by block"
             )
-        recordings.append(Recording(calls[0][1], [(args, kwargs) for _, _, args, kwargs in calls]))
-    return recordings
+        yield Recording(calls[0][1], [(args, kwargs) for _, _, args, kwargs in calls], tails[0])
 
 
 @contextmanager
-def _recording(blocks: nn.ModuleList) -> Iterator[list[tuple[int, Tensor, tuple[Any, ...], dict[str, Any]]]]:
+def _recording(
+    blocks: nn.ModuleList,
+) -> Iterator[tuple[list[tuple[int, Tensor, tuple[Any, ...], dict[str, Any]]], list[Tail]]]:
     """Inside, a block's forward notes its call and passes the hidden states through."""
     calls: list[tuple[int, Tensor, tuple[Any, ...], dict[str, Any]]] = []
-    tails: list[tuple[Any, ...] | None] = []
+    tails: list[Tail] = []
 
     def stand_in(index: int, block: nn.Module) -> Callable[..., Any]:
         forward = block.forward
@@ -78,16 +129,52 @@ def _recording(blocks: nn.ModuleList) -> Iterator[list[tuple[int, Tensor, tuple[
 
         return note
 
+    with _replaced(blocks, [stand_in(index, block) for index, block in enumerate(blocks)]):
+        yield calls, tails
+
+
+@contextmanager
+def standing_in(blocks: nn.ModuleList, hidden: Tensor, tail: Tail) -> Iterator[None]:
+    """Inside, every block gives these hidden states, whatever it is called with: what stands after the last reads them.
+
+    Args:
+        tail: what blocks give beside them, see `Recording`.
+    """
+
+    def give(*_args: Any, **_kwargs: Any) -> Any:
+        return hidden if tail is None else (hidden, *tail)
+
+    with _replaced(blocks, [give] * len(blocks)):
+        yield
+
+
+@contextmanager
+def _replaced(blocks: nn.ModuleList, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
     before = [vars(block).get("forward") for block in blocks]
-    for index, block in enumerate(blocks):
-        block.forward = stand_in(index, block)
+    for block, forward in zip(blocks, forwards, strict=True):
+        block.forward = forward
     try:
-        yield calls
+        yield
     finally:
-        for block, forward in zip(blocks, before, strict=True):
+        for block, earlier in zip(blocks, before, strict=True):
             del block.forward  # the instance attribute; the class's forward is visible again
-            if forward is not None:
-                block.forward = forward  # one that somebody else put there, as accelerate does to offload
+            if earlier is not None:
+                block.forward = earlier  # one that somebody else put there, as accelerate does to offload
+
+
+def shared(value: Any, known: Any) -> Any:
+    """`known` where the value equals it, else the value; of tuples, lists and dicts each item.
+
+    All batches of one length are called with the same rotary tables: they need not be held once for each.
+    """
+    if isinstance(value, Tensor) and isinstance(known, Tensor):
+        alike = (value.shape, value.dtype, value.device) == (known.shape, known.dtype, known.device)
+        return known if alike and torch.equal(value, known) else value
+    if type(value) in (tuple, list) and type(known) is type(value) and len(value) == len(known):
+        return type(value)(shared(*pair) for pair in zip(value, known, strict=True))
+    if type(value) is dict and type(known) is dict:
+        return {key: shared(item, known.get(key)) for key, item in value.items()}
+    return value
 
 
 def hidden_of(output: Any) -> Tensor:

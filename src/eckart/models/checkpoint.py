@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -181,21 +182,41 @@ def describe(model: PreTrainedModel, recipe: Mapping[str, Any] | None = None) ->
     Raises:
         CheckpointError: a linear shares the right factor of one that is no longer in the model.
     """
-    modules = low_rank_modules(model)
-    names = {id(module): name for name, module in modules.items()}
+    attach(model, specs_of(model), recipe)
+
+
+def specs_of(module: nn.Module, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """{site: what the rank map says of it} of every low-rank linear in a model, or in a part of one.
+
+    Args:
+        prefix: of the part's names in the model.
+
+    Raises:
+        CheckpointError: a linear shares the right factor of one that is not in the module.
+    """
+    modules = low_rank_modules(module)
+    names = {id(linear): prefix + name for name, linear in modules.items()}
     sites: dict[str, dict[str, Any]] = {}
-    for name, module in modules.items():
-        spec: dict[str, Any] = {"rank": module.rank, "bias": module.bias is not None}
-        if module.pivots is not None:
-            spec["pivots"] = module.pivots
-        if module.lender is not None:
-            if id(module.lender) not in names:
+    for linear in modules.values():
+        name = names[id(linear)]
+        spec: dict[str, Any] = {"rank": linear.rank, "bias": linear.bias is not None}
+        if linear.pivots is not None:
+            spec["pivots"] = linear.pivots
+        if linear.lender is not None:
+            if id(linear.lender) not in names:
                 raise CheckpointError(
                     f"{name} shares the right factor of a linear that is not in the model any more; "
                     "replace all linears that share one, or none"
                 )
-            spec["right_of"] = names[id(module.lender)]
+            spec["right_of"] = names[id(linear.lender)]
         sites[name] = spec
+    return sites
+
+
+def attach(
+    model: PreTrainedModel, sites: Mapping[str, Mapping[str, Any]], recipe: Mapping[str, Any] | None = None
+) -> None:
+    """Write a rank map into the model's config, in place."""
     beyond = any(spec.keys() - {"rank", "bias"} for spec in sites.values())
     config = LowRankConfig(sites=sites, format=2 if beyond else 1, recipe=recipe)
     model.config.quantization_config = config
@@ -243,14 +264,8 @@ def check_files(model: PreTrainedModel, names: list[str], files: Iterable[Any]) 
         CheckpointError: a damaged file; else a missing or extra tensor or a wrong shape, one message with all of them.
     """
     prefix = f"{model.base_model_prefix}."
-    # Releases rename tensors ("embed_out" is "lm_head" today, "gamma" is "weight"); the stock loader's table says how.
-    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    stored: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        for key, shape in _shapes(file).items():
-            for renaming in renamings:
-                key = renaming.rename_source_key(key)[0]
-            stored[key.removeprefix(prefix)] = shape
+    shapes = {key: shape for file in files for key, shape in read_shapes(file).items()}
+    stored = {name: shapes[key] for name, key in stored_names(model, shapes).items()}
     if not stored:
         return  # the caller passed a state dict; the stock loader checks its shapes
     tied = {key.removeprefix(prefix) for key in getattr(model, "all_tied_weights_keys", None) or {}}
@@ -279,7 +294,26 @@ def check_files(model: PreTrainedModel, names: list[str], files: Iterable[Any]) 
         raise CheckpointError(f"the checkpoint does not match its rank map: {shown}. Save or download it again")
 
 
-def _shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
+def stored_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """{name of a tensor in the model, without the base model's prefix: the key that it is stored under}."""
+    prefix = f"{model.base_model_prefix}."
+    # Releases rename tensors ("embed_out" is "lm_head" today, "gamma" is "weight"); the stock loader's table says how.
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    names: dict[str, str] = {}
+    for key in keys:
+        name = key
+        for renaming in renamings:
+            name = renaming.rename_source_key(name)[0]
+        names[name.removeprefix(prefix)] = key
+    return names
+
+
+def read_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
+    """{tensor: shape} of a safetensors file.
+
+    Raises:
+        CheckpointError: it is not there, or not as long as its header says.
+    """
     try:
         with safe_open(file, framework="pt") as tensors:
             return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118 (not a mapping)

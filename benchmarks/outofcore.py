@@ -1,0 +1,216 @@
+"""Compressing a model of Llama-7B's shape with one block in memory: seconds a block, peak memory, a kill on the way.
+
+    python benchmarks/outofcore.py --step make --folder DIR [--layers 32]
+    python benchmarks/outofcore.py --step compress --folder DIR --blocks 4 [--kill-after 2] [--json FILE]
+
+`make` writes random weights in bfloat16 (13.5 GB), a few blocks at a time, and the built-in tokenizer. `compress` runs
+asvd-i at keep 0.7 in a process of its own, kills it (SIGKILL) once `--kill-after` blocks are done, resumes it, and
+stops it for good after `--blocks` of them; 0 lets it come through. Printed are seconds a block, the peak resident
+memory of each process (VmHWM: mapped pages count), and what all blocks of the model would take at that pace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from eckart import load_tokenizer
+from eckart.builtin import builtin_model_path
+from eckart.models.shards import write_index, write_shard
+from eckart.outofcore import compress_out_of_core
+from eckart.pipeline import How
+from eckart.recipe import parse_recipe
+
+BLOCKS_A_SHARD = 2
+KEEP = 0.7
+
+
+def shape_of(arguments: argparse.Namespace) -> LlamaConfig:
+    """Llama-7B, or what the arguments make of it."""
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=32000,
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.intermediate,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+
+
+def random_block(config: LlamaConfig, number: int) -> dict[str, Tensor]:
+    """One block's weights: as large as training leaves them, so that activations stay near one."""
+    generator = torch.Generator().manual_seed(number)
+    wide, inner = config.hidden_size, config.intermediate_size
+    shapes = {
+        **{f"self_attn.{name}_proj": (wide, wide) for name in "qkvo"},
+        **{f"mlp.{name}_proj": (inner, wide) for name in ("gate", "up")},
+        "mlp.down_proj": (wide, inner),
+    }
+    block = {
+        f"{name}.weight": torch.randn(shape, generator=generator, dtype=torch.bfloat16) / shape[1] ** 0.5
+        for name, shape in shapes.items()
+    }
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        block[f"{norm}.weight"] = torch.ones(wide, dtype=torch.bfloat16)
+    return {f"model.layers.{number}.{name}": tensor for name, tensor in block.items()}
+
+
+def make_model(folder: Path, config: LlamaConfig) -> None:
+    """The checkpoint, and the built-in tokenizer, whose ids fit the vocabulary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    count = -(-config.num_hidden_layers // BLOCKS_A_SHARD) + 1
+    files: dict[str, list[str]] = {}
+    total = 0
+    for shard in range(count):
+        tensors: dict[str, Tensor] = {}
+        if shard == count - 1:
+            generator = torch.Generator().manual_seed(config.num_hidden_layers)
+            shape = (config.vocab_size, config.hidden_size)
+            tensors["model.embed_tokens.weight"] = torch.randn(shape, generator=generator, dtype=torch.bfloat16)
+            head = torch.randn(shape, generator=generator, dtype=torch.bfloat16)
+            tensors["lm_head.weight"] = head / config.hidden_size**0.5
+            tensors["model.norm.weight"] = torch.ones(config.hidden_size, dtype=torch.bfloat16)
+        else:
+            first = shard * BLOCKS_A_SHARD
+            for number in range(first, min(first + BLOCKS_A_SHARD, config.num_hidden_layers)):
+                tensors |= random_block(config, number)
+        name = f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
+        write_shard(folder / name, tensors)
+        files[name] = sorted(tensors)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    write_index(folder, files, total)
+    config.save_pretrained(folder)
+    load_tokenizer(builtin_model_path()).save_pretrained(folder)
+    print(f"{folder}: {total:,} bytes in {count} files, peak memory {peak_of('self') / 2**20:,.0f} MiB")
+
+
+def peak_of(process: int | str) -> int:
+    """The most bytes that a process has had resident so far."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def run_child(arguments: argparse.Namespace) -> None:
+    """The compression itself."""
+    calibration = {"corpus": "builtin", "samples": arguments.samples, "length": arguments.length}
+    recipe = parse_recipe(
+        {"model": str(arguments.folder), "method": "asvd-i", "keep": KEEP, "calibration": calibration}
+    )
+    compress_out_of_core(recipe, place_of(arguments), How(batch_size=arguments.batch), resume=True)
+
+
+def place_of(arguments: argparse.Namespace) -> Path:
+    """Where the compressed model goes."""
+    folder: Path = arguments.folder
+    return folder.with_name(f"{folder.name}-outofcore")
+
+
+def records_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the journal has, a record a block."""
+    out = place_of(arguments)
+    journal = out.with_name(f".{out.name}.work") / "journal.jsonl"
+    if not journal.is_file():
+        return []
+    lines = journal.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[1:-1]]
+
+
+def watch(arguments: argparse.Namespace, until: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run until the journal has so many blocks, then kill: what was seen, and the journal; 0 lets the run end."""
+    start, before, peak = time.perf_counter(), len(records_of(arguments)), 0
+    seen: list[dict[str, Any]] = []
+    child = subprocess.Popen([sys.executable, *sys.argv, "--step", "child"])
+    while child.poll() is None:
+        try:
+            peak = max(peak, peak_of(child.pid))
+        except (FileNotFoundError, ProcessLookupError, StopIteration):
+            continue  # it has just ended
+        seen = records_of(arguments) or seen
+        if until and len(seen) >= until:
+            os.kill(child.pid, signal.SIGKILL)
+            child.wait()
+        time.sleep(0.2)
+    if child.returncode not in (0, -signal.SIGKILL):
+        raise SystemExit(f"the run failed with status {child.returncode}")
+    killed = child.returncode != 0
+    blocks = [before, len(seen) if killed else arguments.layers]
+    return {"seconds": time.perf_counter() - start, "peak_bytes": peak, "blocks": blocks, "killed": killed}, seen
+
+
+def main() -> None:
+    """Make, or compress and tell."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--step", choices=("make", "compress", "child"), required=True)
+    parser.add_argument("--folder", type=Path, required=True, help="of the dense model; the other goes beside it")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--intermediate", type=int, default=11008)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--blocks", type=int, default=4, help="stop after so many; 0 for all")
+    parser.add_argument("--kill-after", type=int, default=2, help="and kill once on the way; 0 for never")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.step == "make":
+        make_model(arguments.folder, shape_of(arguments))
+        return
+    if arguments.step == "child":
+        run_child(arguments)
+        return
+    out = place_of(arguments)
+    for folder in (out, out.with_name(f".{out.name}.work")):
+        shutil.rmtree(folder, ignore_errors=True)
+    arguments.layers = json.loads((arguments.folder / "config.json").read_text())["num_hidden_layers"]
+    runs: list[dict[str, Any]] = []
+    seen: list[dict[str, Any]] = []
+    for until in [arguments.kill_after, arguments.blocks] if arguments.kill_after else [arguments.blocks]:
+        run, seen = watch(arguments, until)
+        runs.append(run)
+    dense = sum(file.stat().st_size for file in arguments.folder.glob("*.safetensors"))
+    blocks = [{"block": number, **record["seconds"]} for number, record in enumerate(seen)]
+    print(f"model {dense / 2**30:.2f} GiB, {arguments.samples} x {arguments.length} tokens, {arguments.layers} blocks")
+    for block in blocks:
+        stages = ", ".join(f"{stage} {value:.1f} s" for stage, value in block.items() if stage != "block")
+        print(f"block {block['block']}: {stages}")
+    for run in runs:
+        first, last = run["blocks"]
+        end = "killed" if run["killed"] else "came through"
+        print(
+            f"blocks {first} ... {last - 1}: {run['seconds']:.1f} s, peak memory {run['peak_bytes'] / 2**20:,.0f} MiB, "
+            f"{run['peak_bytes'] / dense:.0%} of the model; {end}"
+        )
+    each = sum(sum(value for stage, value in block.items() if stage != "block") for block in blocks)
+    whole = each / max(len(blocks), 1) * arguments.layers
+    print(f"all {arguments.layers} blocks at that pace: {whole / 60:.1f} min")
+    if arguments.json:
+        told = {
+            "machine": {"cpu": platform.processor(), "threads": torch.get_num_threads()},
+            "settings": {key: str(value) for key, value in vars(arguments).items()},
+            "model_bytes": dense,
+            "blocks": blocks,
+            "runs": runs,
+            "whole_seconds": whole,
+        }
+        arguments.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

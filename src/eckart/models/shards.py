@@ -1,0 +1,331 @@
+"""Shards: a model's safetensors files, read and written block by block, so that one block is in memory at a time.
+
+A `Skeleton` is the model without its weights: every parameter of its blocks is on the meta device, which has shapes and
+no numbers; what stands around the blocks (embeddings, norms, heads, rotary tables) is in memory. A block is filled from
+the files for a while, and emptied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from accelerate.utils import set_module_tensor_to_device  # type: ignore[import-untyped]
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import local_torch_dtype
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from eckart.models.checkpoint import CheckpointError, read_shapes, stored_names
+from eckart.models.families import UnsupportedModelError
+from eckart.models.loading import locate
+from eckart.models.sites import blocks_of
+
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+INDEX = "model.safetensors.index.json"
+# Of a model on the hub, beside the weights: configuration and tokenizer.
+BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")
+# Bytes of a file that its fingerprint reads, at as many places: weights that differ at all differ nearly everywhere.
+SAMPLED, PLACES = 4096, 64
+
+
+class Shards:
+    """The safetensors files of one model.
+
+    Attributes:
+        folder: where they are.
+        files: {stored name: file}.
+        shapes: {stored name: shape}.
+        types: {stored name: its type, as safetensors spells it}.
+        spans: {stored name: (first byte, the one after the last)} in its file.
+
+    Raises:
+        ValueError: there is no model, or none in safetensors files.
+        CheckpointError: a file that the index names is missing, damaged or cut short; the message names it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = locate(path)
+        folder = Path(path)
+        if not folder.is_dir():
+            try:
+                folder = Path(snapshot_download(str(path), allow_patterns=list(BESIDE)))
+                # Only the files that the index names: there may be copies of the weights in other formats.
+                snapshot_download(str(path), allow_patterns=_names_of_files(folder) or ["model.safetensors"])
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"cannot load the model {path}: no such directory, and the hub did not give it "
+                    f"({str(error).splitlines()[0]})"
+                ) from error
+        self.folder = folder
+        self.files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.types: dict[str, str] = {}
+        self.spans: dict[str, tuple[int, int]] = {}
+        for file in self.paths:
+            shapes = read_shapes(file)
+            self.shapes |= shapes
+            self.files |= dict.fromkeys(shapes, file)
+            start, header = _read_header(file)
+            for name in shapes:
+                self.types[name] = header[name]["dtype"]
+                begin, end = header[name]["data_offsets"]
+                self.spans[name] = (start + begin, start + end)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Every file, once."""
+        if names := _names_of_files(self.folder):
+            return [self.folder / name for name in names]
+        if (self.folder / "model.safetensors").is_file():
+            return [self.folder / "model.safetensors"]
+        others = sorted(file.name for file in self.folder.glob("*.bin"))
+        hint = f"; {others[0]} is of an older format: load the model and save it again" if others else ""
+        raise ValueError(f"{self.folder} has neither model.safetensors nor {INDEX}{hint}")
+
+    def fingerprint(self) -> str:
+        """Of the configuration and the files: names, lengths, headers, and a sample of their bytes.
+
+        Cost: a quarter of a megabyte read of each file, however long.
+        """
+        state = hashlib.sha256((self.folder / "config.json").read_bytes())
+        state.update(json.dumps([self.shapes, self.types, self.spans], sort_keys=True).encode())
+        for file in self.paths:
+            size = file.stat().st_size
+            state.update(f"{file.name} {size}".encode())
+            with file.open("rb") as stream:
+                for place in range(PLACES):
+                    stream.seek(place * max(size - SAMPLED, 0) // (PLACES - 1))
+                    state.update(stream.read(SAMPLED))
+        return state.hexdigest()[:32]
+
+    def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of each, in memory of its own.
+
+        The file is opened for each anew: it is mapped, and what was read of it counts as resident until it is closed.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        for name in sorted(names, key=lambda name: (self.files[name], self.spans[name])):
+            file = self.files[name]
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    tensor = tensors.get_tensor(name).clone()
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{file} is damaged or missing ({error}). Save or download it again") from error
+            yield name, tensor
+
+    def read_ahead(self, names: Sequence[str]) -> None:
+        """Ask the system to have these tensors at hand soon; nothing where it cannot be asked."""
+        if hasattr(os, "posix_fadvise"):
+            for name in names:
+                begin, end = self.spans[name]
+                with self.files[name].open("rb") as stream:
+                    os.posix_fadvise(stream.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+
+class Skeleton:
+    """A model whose blocks are filled from files for a while.
+
+    Attributes:
+        model: in eval mode, in the class that its config names.
+        shards: where its tensors are.
+        blocks: of the model.
+
+    Args:
+        path, dtype: as in `load_model`.
+        device: where what is in memory lies.
+
+    Raises:
+        ValueError, CheckpointError: as `Shards`; or a tensor that the model has is in no file, or has another shape.
+        UnsupportedModelError: the config names no architecture that transformers has, or the model is compressed.
+    """
+
+    def __init__(self, path: str | Path, *, dtype: str = "auto", device: str = "cpu") -> None:
+        self.shards = Shards(path)
+        config = AutoConfig.from_pretrained(self.shards.folder)
+        architecture = (config.architectures or [None])[0]
+        model_class = getattr(transformers, architecture or "", None)
+        if model_class is None:
+            raise UnsupportedModelError(
+                f"{path}: its config names architecture {architecture!r}, which transformers lacks"
+            )
+        if getattr(config, "quantization_config", None) is not None:
+            raise UnsupportedModelError(f"{path} is compressed or quantised already; start from the dense model")
+        self.dtype: torch.dtype = (config.dtype or self._stored_type()) if dtype == "auto" else getattr(torch, dtype)
+        self.device = torch.device(device)
+        config.dtype = self.dtype
+        with init_empty_weights(include_buffers=False), local_torch_dtype(self.dtype, model_class.__name__):
+            self.model: PreTrainedModel = model_class(config)
+        self.model.eval()
+        if (self.shards.folder / GENERATION_CONFIG_NAME).is_file():
+            self.model.generation_config = GenerationConfig.from_pretrained(self.shards.folder)
+        self.blocks = blocks_of(self.model)
+        self.prefix = next(name for name, module in self.model.named_modules() if module is self.blocks)
+        self.names = self._find_names()
+        self.fill(name for name in self.names if not name.startswith(f"{self.prefix}."))
+        self.model.tie_weights()
+        self._check_whole()
+
+    def _stored_type(self) -> torch.dtype:
+        """The first float tensor's."""
+        return next((FLOATS[kind] for kind in self.shards.types.values() if kind in FLOATS), torch.float32)
+
+    def _find_names(self) -> dict[str, str]:
+        """{name of a parameter or a stored buffer: stored name}.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape; one message with all of them.
+        """
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        stored = stored_names(self.model, self.shards.files)
+        prefix = f"{self.model.base_model_prefix}."
+        found, complaints = {}, []
+        parameters = {name for name, _ in self.model.named_parameters()}
+        for name, tensor in self.model.state_dict().items():
+            key = stored.get(name.removeprefix(prefix))
+            if key is None:
+                if name in parameters and name not in tied:
+                    complaints.append(f"missing tensor {name}")
+            elif self.shards.shapes[key] != tuple(tensor.shape):
+                complaints.append(f"{name} has shape {self.shards.shapes[key]}, expected {tuple(tensor.shape)}")
+            elif name not in tied:
+                found[name] = key
+        if complaints:
+            shown = "; ".join(complaints[:5]) + (f"; and {len(complaints) - 5} more" if len(complaints) > 5 else "")
+            raise CheckpointError(f"{self.shards.folder} does not hold the model: {shown}. Save or download it again")
+        return found
+
+    def fill(self, names: Iterable[str]) -> None:
+        """Read these tensors of the model from the files."""
+        stored = {self.names[name]: name for name in names}
+        for key, tensor in self.shards.read(list(stored)):
+            kind = self.dtype if tensor.is_floating_point() else tensor.dtype
+            set_module_tensor_to_device(self.model, stored[key], self.device, value=tensor, dtype=kind)
+
+    def _check_whole(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if parameter.device.type == "meta" and not name.startswith(f"{self.prefix}."):
+                raise CheckpointError(f"{self.shards.folder} does not hold the model: missing tensor {name}")
+        for name, buffer in list(self.model.named_buffers()):
+            if buffer.device != self.device:
+                set_module_tensor_to_device(self.model, name, self.device, value=buffer)
+
+    def names_of(self, number: int) -> list[str]:
+        """Parameters and stored buffers of a block."""
+        return [name for name in self.names if name.startswith(f"{self.prefix}.{number}.")]
+
+    @contextmanager
+    def resident(self, number: int) -> Iterator[nn.Module]:
+        """Inside, the block has its weights; afterwards it has none, and what was put in its place has none either."""
+        names = self.names_of(number)
+        try:
+            self.fill(names)
+            if number + 1 < len(self.blocks):
+                self.shards.read_ahead([self.names[name] for name in self.names_of(number + 1)])
+            yield self.blocks[number]
+        finally:
+            self.empty(number)
+
+    def empty(self, number: int) -> None:
+        """Take the weights of a block away."""
+        for module in self.blocks[number].modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.device.type != "meta":
+                    set_module_tensor_to_device(module, name, "meta")
+
+    def tensors_of(self, number: int) -> dict[str, Tensor]:
+        """{name in a file: tensor} of a block that is resident, as it stands now."""
+        state = self.blocks[number].state_dict(prefix=f"{self.prefix}.{number}.")
+        return dict(revert_weight_conversion(self.model, state))
+
+    def tensors_around(self) -> dict[str, Tensor]:
+        """{name in a file: tensor} of everything stored outside the blocks, tied ones once."""
+        state = self.model.state_dict()
+        around = {name: state[name] for name in self.names if not name.startswith(f"{self.prefix}.")}
+        return dict(revert_weight_conversion(self.model, around))
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file that is there whole or not at all, also after the power fails; gives its SHA-256.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; nothing of the file is left.
+    """
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    check_room(path.parent, size, path.name)
+    partial = path.with_suffix(".partial")
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, {"format": "pt"})
+        with partial.open("r+b") as stream:
+            os.fsync(stream.fileno())
+        digest = digest_of(partial)
+        partial.rename(path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}, {size:,} bytes ({error}); what was finished before is kept") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return digest
+
+
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """Raises OSError where the disk of a folder has fewer bytes left than `what` needs."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder} has room for {free:,} bytes, and {what} take {needed:,}: make room and go on; what was finished "
+            "before is kept"
+        )
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _names_of_files(folder: Path) -> list[str]:
+    """The files that the index names; none where there is no index.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return []
+    try:
+        return list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged ({error!r}). Save or download it again") from error
+
+
+def _read_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Of a safetensors file: where its tensors begin, and {name: their type and place}."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        return 8 + length, json.loads(stream.read(length))
+
+
+def write_index(folder: Path, files: Mapping[str, Sequence[str]], total: int) -> None:
+    """The index that says which file holds which tensor.
+
+    Args:
+        files: {file name: names of its tensors}. total: bytes of all of them.
+    """
+    names = {tensor: file for file, tensors in files.items() for tensor in tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
