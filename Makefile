@@ -33,11 +33,17 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Tables on the terminal, JSON in runs/bench; docs/results.md, docs/scale.md and docs/probing.md have the long runs.
 bench: $(READY)
-	$(BIN)/python benchmarks/decomposition.py
+	@mkdir -p runs/bench
+	$(BIN)/python benchmarks/decomposition.py --sizes 768 2048 --json runs/bench/decomposition.json
+	$(BIN)/python benchmarks/scale.py --layers 2 --samples 16 --folder runs/bench --json runs/bench/scale.json
+	$(BIN)/python benchmarks/growth.py --json runs/bench/growth.json
+	$(BIN)/python benchmarks/workers.py --hidden 512 --json runs/bench/workers.json
+	$(BIN)/python benchmarks/inference.py --quick --json runs/bench/inference.json
 	$(BIN)/python benchmarks/identities.py
 	$(BIN)/python benchmarks/nsvd_table.py
-	$(BIN)/python benchmarks/probing.py
+	$(BIN)/python benchmarks/probing.py --out runs/bench/probing.json
 
 train-builtin: $(READY)
 	$(BIN)/python training/train_builtin.py --out src/eckart/builtin/model

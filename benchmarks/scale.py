@@ -39,6 +39,7 @@ from eckart.builtin import builtin_model_path
 from eckart.corpora import read_text
 from eckart.lowrank import rank_for
 from eckart.models.sites import Site, find_sites
+from eckart.outofcore import compress_out_of_core
 from eckart.pipeline import How, Outcome, make_checkpoint
 from eckart.recipe import Recipe, parse_recipe
 from eckart.tokens import sample_windows
@@ -84,8 +85,6 @@ def make_recipe(folder: Path, arguments: argparse.Namespace) -> Recipe:
 
 def run_eckart(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """`make_checkpoint`, or out of core."""
-    from eckart.outofcore import compress_out_of_core
-
     make: Callable[..., Outcome] = make_checkpoint if arguments.step == "eckart" else compress_out_of_core
     out = folder.with_name(f"{folder.name}-{arguments.step}")
     outcome = make(make_recipe(folder, arguments), out, How(batch_size=BATCH), force=True)

@@ -98,7 +98,7 @@ def test_joined_linears_are_the_rows_of_one_cut(model_type: str, method: str) ->
             assert rank is not None
             if (unit.name, rank) not in expected:
                 part = calibration.blocks[unit.sites[0].block]
-                ((_, factored),) = factor_units(built, [unit], part, partial(Unit.weight, model=dense))
+                ((_, factored),) = factor_units(built, [unit], part, partial(Unit.weight, model=dense), chosen)
                 expected[unit.name, rank] = factored.cut(rank)
             modules = [model.get_submodule(site.name) for site in unit.sites]
             whole = torch.cat([module.dense().detach() for module in modules])

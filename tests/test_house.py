@@ -13,17 +13,19 @@ PACKAGE = Path(eckart.__file__).parent
 # A room may import rooms to its right, never to its left.
 ORDER = [
     *("cli", "reports", "terminal"),
-    *("reproduction", "study", "experiment", "pipeline", "demo", "card", "recipe"),
-    *("ranking", "composition", "finetuning"),
+    *("reproduction", "study", "experiment", "outofcore", "pipeline", "demo", "card", "recipe"),
+    *("ranking", "engine", "shares", "source", "composition", "finetuning"),
     *("distillation", "recovery", "refinement", "sequential"),
-    *("probes", "sensitivity", "rank_search", "scores", "predictions", "spectra", "trials", "journal"),
+    *("teams", "probes", "sensitivity", "rank_search", "scores", "predictions", "spectra", "trials", "journal"),
     *(
         "baselines",
         "descent",
         "compression",
         "cuts",
+        "sweep",
         "calibration",
         "gradients",
+        "spill",
         "store",
         "walk",
         "allocation",
@@ -31,7 +33,7 @@ ORDER = [
         "lowrank",
     ),
     *("evals", "tokens", "labelled", "corpora", "questions", "builtin", "fingerprint"),
-    *("precision", "quiet", "sizes", "tracking"),
+    *("cluster", "precision", "quiet", "sizes", "tracking"),
 ]
 
 

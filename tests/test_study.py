@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +176,10 @@ def test_a_compressed_model_without_a_result_does_not_get_the_dense_one_s(
 ) -> None:
     study, whole = at_place(place), experiment._Models.evaluate
 
-    def broken(self: experiment._Models, task: Task, which: str) -> EvalResult:
+    def broken(self: experiment._Models, tasks: Sequence[Task], which: str) -> Iterator[EvalResult | ValueError]:
         if which == "compressed":
-            raise ValueError("a logit in window 0 is not finite")
-        return whole(self, task, which)
+            return iter([ValueError("a logit in window 0 is not finite")] * len(tasks))
+        return whole(self, tasks, which)
 
     monkeypatch.setattr(experiment._Models, "evaluate", broken)
     dense, *others = run_study(study, tmp_path / "out", How())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -19,10 +20,11 @@ import torch
 from transformers import PreTrainedModel
 
 from eckart.card import write_card
+from eckart.engine import HERE
 from eckart.evals.agreement import agreement, has_answers
 from eckart.evals.result import EvalResult
 from eckart.evals.similarity import Activations, read_activations
-from eckart.evals.tasks import Task, evaluate, find_task
+from eckart.evals.tasks import Task, find_task
 from eckart.lowrank import DecompositionError
 from eckart.models.loading import load_model, load_tokenizer, locate
 from eckart.models.sites import input_groups
@@ -80,22 +82,25 @@ def run(
     results = _Results(directory / "evals", shared, recipe)
     refusals: dict[str, dict[str, str]] = {task.label: {} for task in recipe.tasks}
 
-    def measure(task: Task, which: str) -> EvalResult | None:
-        if find_task(task.name).of not in ("both", which):
-            return None
-        found = results.read(task, which)
-        if found is None:
-            try:
-                found = models.evaluate(task, which)
-            except ValueError as error:
-                if not keep_going:
-                    raise
-                refusals[task.label][which] = str(error)
-                return None
-            results.write(found, task, which)
-        return found
+    def measure(which: str) -> list[EvalResult | None]:
+        found = {
+            place: results.read(task, which)
+            for place, task in enumerate(recipe.tasks)
+            if find_task(task.name).of in ("both", which)
+        }
+        left = [place for place, result in found.items() if result is None]
+        for place, outcome in zip(left, models.evaluate([recipe.tasks[place] for place in left], which), strict=True):
+            task = recipe.tasks[place]
+            if isinstance(outcome, EvalResult):
+                results.write(outcome, task, which)
+                found[place] = outcome
+            elif keep_going:
+                refusals[task.label][which] = str(outcome)
+            else:
+                raise outcome
+        return [found.get(place) for place in range(len(recipe.tasks))]
 
-    dense = [measure(task, "dense") for task in recipe.tasks]
+    dense = measure("dense")
     compressed: list[EvalResult | None] = [None] * len(dense)
     if recipe.keep == 1:
         compressed = dense
@@ -108,7 +113,7 @@ def run(
             for reasons in refusals.values():
                 reasons["compressed"] = f"the model was not compressed: {error}"
         else:
-            compressed = [measure(task, "compressed") for task in recipe.tasks]
+            compressed = measure("compressed")
     measured = []
     for task, before, after in zip(recipe.tasks, dense, compressed, strict=True):
         both = None
@@ -194,26 +199,40 @@ class _Models:
             make_checkpoint(self.recipe, self.directory, self.how, force=True)
         mark.write_text(recipe, encoding="utf-8")
 
-    def evaluate(self, task: Task, which: str) -> EvalResult:
-        """One evaluation of one of the models, with what it needs beside it."""
-        model, needs = self.get(which), find_task(task.name).needs
-        compare = which == "compressed" and (task.kind == "cost" or "reference" in needs)
-        path = Path(locate(self.recipe.model)) if which == "dense" else self.directory
-        stored = path.is_dir() and not (which == "compressed" and self.recipe.is_baseline)
-        return evaluate(
-            model,
-            self.tokenizer,
-            [task],
-            data=self.how.data,
-            batch_size=self.how.batch_size,
-            path=path if stored else None,
-            reference=self.get("dense") if compare else None,
-            activations=self.activations if "activations" in needs else None,
-            context=self.recipe.context,
-            workers=self.how.workers,
-            cache=self.how.cache,
-            track=self.how.track,
-        )[0]
+    def evaluate(self, tasks: Sequence[Task], which: str) -> Iterator[EvalResult | ValueError]:
+        """The evaluations of one of the models, in order, with what each needs beside it; or why it was refused."""
+
+        def beside(task: Task) -> tuple[bool, bool]:
+            needs = find_task(task.name).needs
+            return which == "compressed" and (task.kind == "cost" or "reference" in needs), "activations" in needs
+
+        for (compare, read), group in itertools.groupby(tasks, beside):
+            together = list(group)
+            try:
+                model = self.get(which)
+                reference = self.get("dense") if compare else None
+                activations = self.activations if read else None
+            except ValueError as error:
+                yield from [error] * len(together)
+                continue
+            path = Path(locate(self.recipe.model)) if which == "dense" else self.directory
+            stored = path.is_dir() and not (which == "compressed" and self.recipe.is_baseline)
+            # A baseline is made in memory: no worker elsewhere could load it.
+            engine = HERE if which == "compressed" and self.recipe.is_baseline else self.how.engine
+            yield from engine.outcomes(
+                model,
+                self.tokenizer,
+                together,
+                data=self.how.data,
+                batch_size=self.how.batch_size,
+                path=path if stored else None,
+                reference=reference,
+                activations=activations,
+                context=self.recipe.context,
+                workers=self.how.workers,
+                cache=self.how.cache,
+                track=self.how.track,
+            )
 
     @functools.cached_property
     def activations(self) -> Activations:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from eckart.allocation.fitting import check_multiple
 from eckart.evals.windows import check_evaluating, windows_per_batch
-from eckart.journal import open_journal
+from eckart.journal import Record, open_journal
 from eckart.lowrank import Factored, Layout
 from eckart.models.sites import Site
 from eckart.models.units import Unit
@@ -33,6 +34,10 @@ PROBE_KEEP = 0.5
 MEMORY = 2**31
 # A tail below this share of the whole is rounding of a cut that loses nothing.
 NOTHING = 1e-12
+
+
+# Makes probers of models elsewhere, and gives the units' records in their order.
+Spread = Callable[[Callable[[PreTrainedModel, Spectra], Callable[[Unit], Record]], Sequence[Unit]], Iterable[Record]]
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ def probe_linears(
     memory: int = MEMORY,
     journal: Path | None = None,
     identity: Mapping[str, Any] | None = None,
+    spread: Spread | None = None,
     track: Track = silent,
 ) -> ProbeResult:
     """For every linear: cut it alone at one depth, and take the mean KL(dense || cut) of the model's predictions.
@@ -119,6 +125,7 @@ def probe_linears(
         keep: depth of the cut, as a share of the linear's numbers.
         memory: bytes for the dense model's log-probabilities, on the model's device.
         journal, identity: as in `rank_search.search`; the tokens are in the header by their digest.
+        spread: carries out the probes on models elsewhere, the same as this one, several at the same time.
         track: shows the probes that are left.
 
     Raises:
@@ -143,21 +150,47 @@ def probe_linears(
         "sites": describe_units(units),
     }
     with open_journal(journal, KIND, identity and {**identity, **settings}) as entries:
-        cuts, predictions = Cuts(model, spectra), _Predictions(model, tokens, memory)
+        make = partial(Prober, tokens=tokens, keep=keep, layout=layout, rank_multiple=rank_multiple, memory=memory)
         found: dict[str, Probe] = {}
         for unit in units:
             record = entries.find(unit.name)
             if record is not None:
                 found[unit.name] = _probe(unit, record)
         left = [unit for unit in units if unit.name not in found]
-        for unit in track(left, "probes", len(left)):
-            start = time.perf_counter()
-            rank, tail = _depth(cuts.factored(unit), unit.rank_for(keep, layout, rank_multiple))
-            divergence = _divergence(predictions, cuts.modules(unit, rank), f"{unit.name} at rank {rank}")
-            record = {"rank": rank, "divergence": divergence, "tail": tail, "seconds": seconds_since(start)}
+        records = map(make(model, spectra), left) if spread is None else spread(make, left)
+        for unit, record in track(zip(left, records, strict=True), "probes", len(left)):
             entries.write(unit.name, record)
             found[unit.name] = _probe(unit, record)
     return ProbeResult(tuple(found[unit.name] for unit in units), 1 + len(units))
+
+
+class Prober:
+    """Probes a model's units; calling it gives a unit's record for the journal.
+
+    Args:
+        as in `probe_linears`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        spectra: Spectra,
+        *,
+        tokens: Tokens,
+        keep: float,
+        layout: Layout,
+        rank_multiple: int,
+        memory: int,
+    ) -> None:
+        self._cuts, self._predictions = Cuts(model, spectra), _Predictions(model, tokens, memory)
+        self._rank_for = partial(Unit.rank_for, share=keep, layout=layout, multiple=rank_multiple)
+
+    @torch.no_grad()
+    def __call__(self, unit: Unit) -> Record:
+        start = time.perf_counter()
+        rank, tail = _depth(self._cuts.factored(unit), self._rank_for(unit))
+        divergence = _divergence(self._predictions, self._cuts.modules(unit, rank), f"{unit.name} at rank {rank}")
+        return {"rank": rank, "divergence": divergence, "tail": tail, "seconds": seconds_since(start)}
 
 
 def _probe(unit: Unit, record: Mapping[str, Any]) -> Probe:

@@ -24,13 +24,13 @@ from eckart.trials import (
     Better,
     Score,
     Spectra,
+    Team,
     Trial,
     check_shares,
     choose_units,
     describe_units,
     ladder_of,
     make_plan,
-    swapped,
 )
 
 KIND = "surgical search"
@@ -195,6 +195,7 @@ def search(
     stop: int | None = None,
     journal: Path | None = None,
     identity: Mapping[str, Any] | None = None,
+    team: Team | None = None,
     track: Track = silent,
 ) -> SearchResult:
     """SFSD's surgical rank search (Algorithm 1): each linear gets the smallest budget at which the score holds.
@@ -229,6 +230,8 @@ def search(
             twice; `stop` may differ, so that a target can be moved.
         identity: what makes the scores, for the journal's header: the model's name or digest, the method and its
             settings, the calibration, the score's data. What this function is given besides is added.
+        team: measures instead of `score`, on models of its own: several budgets of a linear at the same time. Those
+            above the one that held are thrown away, so that the journal and the result are as without it.
         track: shows the linears that are left, and the budgets of the one at hand.
 
     Raises:
@@ -251,7 +254,7 @@ def search(
     }
     ladders = {unit.name: ladder_of(unit, budgets, layout, rank_multiple) for unit in units}
     with open_journal(journal, KIND, identity and {**identity, **settings}) as entries, ExitStack() as kept:
-        bench = Bench(model, spectra, score, entries)
+        bench = Bench(model, spectra, score, entries, team)
         dense = bench.dense()
         walk = _Walk(bench, ladders, _Bar(tolerance, dense, better), kept)
         total = sum(site.num_params for site in every)
@@ -329,9 +332,13 @@ class _Walk:
         """
         looked_at = self.looked_at + len(unit.sites)
         ladder, held = self.ladders[unit.name], None
+        told = False
         for rank in track(ladder, unit.name, len(ladder)):
-            if self.bench.known(unit, rank) is None:
+            if self.bench.known(unit, rank) is None and not told:
                 self._catch_up()
+                left = [each for each in ladder if each >= rank and self.bench.known(unit, each) is None]
+                self.bench.expect([[(unit, ladder[each], each)] for each in left])
+                told = True
             trial = self.bench.trial(unit, ladder[rank], rank, lambda score: self.bar.holds(score, looked_at))
             trials.append(trial)
             if self.bar.holds(trial.score, looked_at):
@@ -344,5 +351,5 @@ class _Walk:
 
     def _catch_up(self) -> None:
         for unit, rank in self._waiting:
-            self.kept.enter_context(swapped(self.bench.model, self.bench.cuts.modules(unit, rank)))
+            self.bench.keep(unit, rank, self.kept)
         self._waiting.clear()

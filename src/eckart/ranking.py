@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eckart.allocation import ALLOCATIONS, NEED_CURVES, Budget, Curve, RankPlan, settle
 from eckart.calibration import BlockCalibration, calibration_digest
 from eckart.composition import Allocation, Composition
-from eckart.cuts import factor_units
+from eckart.engine import HERE, Engine
 from eckart.evals.tasks import Task, windows_of
 from eckart.lowrank import Factored, Method
 from eckart.models.sites import Site, find_sites
@@ -28,6 +28,7 @@ from eckart.sensitivity import measure_sensitivity
 from eckart.spectra import spectra_on_demand
 from eckart.tokens import Tokens
 from eckart.tracking import Track, silent
+from eckart.trials import Spectra
 
 # A model's losses at one cut are measured on this many windows: the probes then cost a pass of them for every linear.
 PROBE_SAMPLES = 16
@@ -56,6 +57,7 @@ class Bench:
             needs none.
         tokens: of the calibration; None where nothing needs any.
         tokenizer, data, batch_size, workers, context: for scores, as in `evals.tasks.evaluate`.
+        engine: where it is worked out.
         journals: folder for the trials of probes and searches, which go on where they were stopped; None keeps none.
     """
 
@@ -68,6 +70,7 @@ class Bench:
     batch_size: int = 8
     workers: int = 1
     context: int | None = None
+    engine: Engine = HERE
     journals: Path | None = None
     track: Track = silent
 
@@ -137,8 +140,8 @@ def measure_losses(method: Method, bench: Bench, joint: frozenset[str], *, both:
             units += [Unit((site,)) for site in sites if site.input_group in joint]
         # Units of one input group follow each other, so that its root is made once.
         units.sort(key=lambda unit: unit.group)
-        for unit, factored in factor_units(method, units, part, weight_of):
-            curves.append(Curve(unit.sites, factored.tails().cpu().numpy()))
+        for unit, tails in bench.engine.losses(method, units, part, weight_of):
+            curves.append(Curve(unit.sites, tails.numpy()))
     return curves
 
 
@@ -154,17 +157,19 @@ def _weigh(
     evaluations = 0
     identity = _identity(method, bench)
     for groups in ((), joint) if joint else ((),):
-        result = probe_linears(
-            bench.model,
-            _spectra(method, bench, groups),
-            windows,
-            sites=[site for site in bench.sites if not groups or site.input_group in groups],
-            joint=groups,
-            journal=_journal(bench, "probes", {**identity, "joint": sorted(groups), **options}),
-            identity=identity,
-            track=bench.track,
-            **options,
-        )
+        with bench.engine.probing(bench.model, method, bench.blocks, groups) as spread:
+            result = probe_linears(
+                bench.model,
+                {} if spread else _spectra(method, bench, groups),
+                windows,
+                sites=[site for site in bench.sites if not groups or site.input_group in groups],
+                joint=groups,
+                journal=_journal(bench, "probes", {**identity, "joint": sorted(groups), **options}),
+                identity=identity,
+                spread=spread,
+                track=bench.track,
+                **options,
+            )
         weights |= result.weights
         evaluations += result.evaluations
     # A linear whose cut loses nothing measurable counts as little as the least that counts.
@@ -196,22 +201,25 @@ def _search(
         "track": bench.track,
         **options,
     }
-    if allocation.name == "sensitivity":
-        assert numbers is not None
-        journal = _journal(bench, "sensitivity", named)
-        found = measure_sensitivity(bench.model, _spectra(method, bench, joint), criterion, journal=journal, **shared)
-        return Ranking(found.plan_within(beside + numbers), {"search": found.to_dict()})
-    tolerance = allocation.allowed
-    stop = None if numbers is None else beside + numbers
-    result: SearchResult = search(
-        bench.model,
-        _spectra(method, bench, joint),
-        criterion,
-        tolerance=tolerance,
-        stop=stop,
-        journal=_journal(bench, "surgical", {**named, "tolerance": str(tolerance)}),
-        **shared,
-    )
+    with bench.engine.team(bench.model, method, bench.blocks, criterion, joint) as team:
+        spectra: Spectra = {} if team else _spectra(method, bench, joint)
+        if allocation.name == "sensitivity":
+            assert numbers is not None
+            journal = _journal(bench, "sensitivity", named)
+            found = measure_sensitivity(bench.model, spectra, criterion, journal=journal, team=team, **shared)
+            return Ranking(found.plan_within(beside + numbers), {"search": found.to_dict()})
+        tolerance = allocation.allowed
+        stop = None if numbers is None else beside + numbers
+        result: SearchResult = search(
+            bench.model,
+            spectra,
+            criterion,
+            tolerance=tolerance,
+            stop=stop,
+            journal=_journal(bench, "surgical", {**named, "tolerance": str(tolerance)}),
+            team=team,
+            **shared,
+        )
     if stop is not None and result.plan.kept_params > stop:
         raise ValueError(
             f"the search looked at every chosen linear, and its ranks keep {result.plan.kept_params - beside:,} of "

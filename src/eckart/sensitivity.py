@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from eckart.trials import (
     Better,
     Score,
     Spectra,
+    Team,
     Trial,
     check_shares,
     choose_units,
@@ -122,6 +124,7 @@ def measure_sensitivity(
     rank_multiple: int = 1,
     journal: Path | None = None,
     identity: Mapping[str, Any] | None = None,
+    team: Team | None = None,
     track: Track = silent,
 ) -> Sensitivity:
     """The score with one linear cut at a time, at every share: the first half of ASVD's STRS (Yuan et al. 2312.05821).
@@ -133,7 +136,7 @@ def measure_sensitivity(
     The model is as it was after each trial.
 
     Args:
-        as in `rank_search.search`; shares are its budgets.
+        as in `rank_search.search`; shares are its budgets. A team measures several linears at the same time.
 
     Raises:
         ValueError: a score that is not finite or that refuses (names the site), a journal of another measurement,
@@ -154,7 +157,7 @@ def measure_sensitivity(
         "sites": describe_units(units),
     }
     with open_journal(journal, KIND, identity and {**identity, **settings}) as entries:
-        bench = Bench(model, spectra, score, entries)
+        bench = Bench(model, spectra, score, entries, team)
         dense = bench.dense()
         taken: dict[tuple[str, int], Trial] = {}
         left = []
@@ -163,6 +166,9 @@ def measure_sensitivity(
                 left.append((unit, rank, share))
             else:
                 taken[unit.name, rank] = bench.trial(unit, share, rank)
+        bench.expect(
+            [(unit, share, rank) for unit, rank, share in bundle] for _, bundle in groupby(left, key=lambda one: one[0])
+        )
         for unit, rank, share in track(left, "sensitivity", len(left)):
             taken[unit.name, rank] = bench.trial(unit, share, rank)
     trials = tuple(taken[unit.name, rank] for unit, rank, _ in rungs)

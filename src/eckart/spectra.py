@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from transformers import PreTrainedModel
 
@@ -17,7 +17,7 @@ from eckart.models.units import units_of
 def spectra_on_demand(
     model: PreTrainedModel,
     method: Method,
-    blocks: Iterable[BlockCalibration] = (),
+    blocks: Iterable[BlockCalibration] | Mapping[int, BlockCalibration] = (),
     *,
     joint: Collection[str] = (),
 ) -> Callable[[str], Factored]:
@@ -27,7 +27,8 @@ def spectra_on_demand(
 
     Args:
         model: dense; a weight is read when it is asked for, and must be dense still.
-        blocks: a `Calibration`, held in memory; nothing for a method that needs none.
+        blocks: a `Calibration`, held in memory, or a mapping by block, which may fetch each when it is asked for;
+            nothing for a method that needs none.
         joint: input groups whose linears are factored as one stack.
 
     Raises:
@@ -38,7 +39,7 @@ def spectra_on_demand(
     Cost: of a call, one factorisation, and the root of a group that is not the last call's.
     """
     units = {unit.name: unit for unit in units_of(find_sites(model), joint)}
-    found = {block.block: block for block in blocks}
+    found = blocks if isinstance(blocks, Mapping) else {block.block: block for block in blocks}
     if method.needs and not found:
         raise ValueError(f"{method.name} needs {', '.join(sorted(method.needs))}: calibrate first")
     last: tuple[str, Root] | None = None
@@ -55,7 +56,7 @@ def spectra_on_demand(
         if method.needs and block not in found:
             raise ValueError(f"{name}: the calibration has no moments of block {block}")
         weight = unit.weight(model)
-        moments = moments_of(unit, found.get(block, BlockCalibration(block)), weight.device)
+        moments = moments_of(unit, found[block] if block in found else BlockCalibration(block), weight.device)
         try:
             # A root that is made of a linear's own gradients is no other linear's.
             if last is None or last[0] != group or method.needs_gradients:

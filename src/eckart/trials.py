@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -26,6 +26,8 @@ Spectra = Mapping[str, Factored] | Callable[[str], Factored]
 # How good a model is, in one number.
 Score = Callable[[PreTrainedModel], float]
 Better = Literal["lower", "higher"]
+# A unit and the rank that it is cut at.
+Placed = tuple[Unit, int]
 
 # SFSD Algorithm 1 and ASVD's search both look at these shares of a linear's numbers.
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -148,25 +150,60 @@ class Cuts:
         return self._made[1]
 
 
+class Team(Protocol):
+    """Models elsewhere, the same as the one at hand, that measure several trials at the same time."""
+
+    def expect(self, bundles: Iterable[Sequence[tuple[Placed, str]]]) -> None:
+        """Trials that may be asked for next, with their names for messages, and no others: begin with the first.
+
+        Those of a bundle need the same factorisation, so that one model measures them all.
+        """
+
+    def score(self, trial: Placed | None, what: str) -> tuple[float, float]:
+        """(score, seconds) of the model with all that is kept in it and the trial, or none."""
+
+    def keep(self, trial: Placed) -> None:
+        """This cut stays in, of every trial that is expected or asked for from now on."""
+
+
 class Bench:
     """Scores of a model with one more cut in it, each written to a journal, which is asked first.
+
+    Args:
+        team: measures instead of the model, to which nothing is done then; asked for what nobody expected as well.
 
     Attributes:
         evaluations: scores used so far, those that the journal answered included.
     """
 
-    def __init__(self, model: PreTrainedModel, spectra: Spectra, score: Score, journal: Journal) -> None:
-        self.model, self.score, self.journal = model, score, journal
+    def __init__(
+        self, model: PreTrainedModel, spectra: Spectra, score: Score, journal: Journal, team: Team | None = None
+    ) -> None:
+        self.model, self.score, self.journal, self.team = model, score, journal, team
         self.cuts = Cuts(model, spectra)
         self.evaluations = 0
+
+    def expect(self, bundles: Iterable[Sequence[tuple[Unit, float, int]]]) -> None:
+        """What may be asked for next, (unit, share, rank), by what needs the same factorisation: for a team to begin.
+
+        Without a team nothing is done.
+        """
+        if self.team is not None:
+            self.team.expect([((unit, rank), _named(unit, share, rank)) for unit, share, rank in b] for b in bundles)
+
+    def keep(self, unit: Unit, rank: int, kept: ExitStack) -> None:
+        """Leave a cut in the model, or the team's models, for the trials to come; the model's ends with `kept`."""
+        if self.team is not None:
+            self.team.keep((unit, rank))
+        else:
+            kept.enter_context(swapped(self.model, self.cuts.modules(unit, rank)))
 
     def dense(self) -> float:
         """The score of the model as it stands before any trial."""
         record = self.journal.find("dense")
         if record is None:
-            start = time.perf_counter()
-            score = measure(self.model, self.score, f"{type(self.model).__name__}, dense")
-            record = {"score": score, "seconds": seconds_since(start)}
+            score, seconds = self._measure(None, f"{type(self.model).__name__}, dense")
+            record = {"score": score, "seconds": seconds}
             self.journal.write("dense", record)
         self.evaluations += 1
         return float(record["score"])
@@ -184,16 +221,22 @@ class Bench:
         """
         record = self.journal.find(_key(unit, rank))
         if record is None:
-            start = time.perf_counter()
-            with swapped(self.model, self.cuts.modules(unit, rank)):
-                score = measure(self.model, self.score, f"{unit.name} at rank {rank} (keep {share:g})")
+            score, seconds = self._measure((unit, rank), _named(unit, share, rank))
             record = {"site": unit.name, "budget": share, "rank": rank, "score": score}
             if holds is not None:
                 record["held"] = holds(score)
-            record["seconds"] = seconds_since(start)
+            record["seconds"] = seconds
             self.journal.write(_key(unit, rank), record)
         self.evaluations += 1
         return Trial(unit.name, share, rank, float(record["score"]), float(record["seconds"]))
+
+    def _measure(self, trial: Placed | None, what: str) -> tuple[float, float]:
+        if self.team is not None:
+            return self.team.score(trial, what)
+        start = time.perf_counter()
+        with swapped(self.model, {} if trial is None else self.cuts.modules(*trial)):
+            score = measure(self.model, self.score, what)
+        return score, seconds_since(start)
 
 
 @contextmanager
@@ -263,6 +306,10 @@ def _find(spectra: Spectra, name: str) -> Factored:
     if name not in spectra:
         raise ValueError(f"there is no spectrum of {name}")
     return spectra[name]
+
+
+def _named(unit: Unit, share: float, rank: int) -> str:
+    return f"{unit.name} at rank {rank} (keep {share:g})"
 
 
 def _key(unit: Unit, rank: int) -> str:

@@ -35,7 +35,18 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "eckar
 Cache = Annotated[Path, typer.Option(help="Folder for calibration moments, reused by content; safe to delete")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep no moments on disk")]
 CORES = os.cpu_count() or 1
-Workers = Annotated[int, typer.Option(min=1, help="Probes trained at a time: speed only")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Probes trained at a time, or workers of --engine ray; default every core: speed only"),
+]
+EngineName = Annotated[
+    str,
+    typer.Option("--engine", help="Where work runs: local (this process) or ray (a worker for each core of a cluster)"),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Head of a Ray cluster, HOST:PORT, or auto; default with --engine ray: this machine's own cores"),
+]
 Batch = Annotated[int, typer.Option(min=1, help="Calibration rows at a time: memory and speed only")]
 
 

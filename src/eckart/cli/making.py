@@ -9,13 +9,30 @@ from typing import Annotated
 import typer
 
 from eckart.baselines import BASELINES, baseline_options
-from eckart.cli.app import CACHE, Batch, Cache, Data, Device, Dtype, Force, NoCache, app, console
-from eckart.cli.tables import sizes_table
+from eckart.cli.app import (
+    CACHE,
+    CORES,
+    Address,
+    Batch,
+    Cache,
+    Data,
+    Device,
+    Dtype,
+    EngineName,
+    Force,
+    NoCache,
+    Workers,
+    app,
+    console,
+)
+from eckart.cli.tables import remarks, sizes_table
 from eckart.composition import composition_options
 from eckart.demo import run_demo
+from eckart.engine import open_engine
 from eckart.models.dense import export_dense
 from eckart.models.loading import check_free, load_model, load_tokenizer, save
 from eckart.models.sites import low_rank_modules
+from eckart.outofcore import compress_out_of_core
 from eckart.pipeline import How, make_checkpoint
 from eckart.recipe import parse_recipe
 from eckart.sizes import num_bytes, num_params
@@ -78,7 +95,7 @@ def compress(
     plan_file: Annotated[
         Path | None, typer.Option("--plan", help="Ranks from a plan.json instead of --keep; edit it by hand")
     ] = None,
-    rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this; 8 (CPU), 16 or 64 (GPU)")] = 1,
+    rank_multiple: Annotated[int, typer.Option(help="Ranks are multiples of this; 32 is fast in bfloat16")] = 1,
     allocation: Annotated[
         str | None, typer.Option(help="Who gets which rank: uniform, effective-rank, global; others in a recipe")
     ] = None,
@@ -102,8 +119,15 @@ def compress(
     data: Data = None,
     device: Device = "cpu",
     batch_size: Batch = 8,
+    workers: Workers = None,
+    engine: EngineName = "local",
+    address: Address = None,
     cache: Cache = CACHE,
     no_cache: NoCache = False,
+    out_of_core: Annotated[
+        bool, typer.Option("--out-of-core", help="One block in memory at a time: for models larger than memory")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="With --out-of-core: go on where a run was stopped")] = False,
     force: Force = False,
 ) -> None:
     """Factor a model's linears and write a checkpoint that stock transformers loads after `import eckart`.
@@ -113,6 +137,7 @@ def compress(
     eckart compress MODEL OUT --max-bytes 8000000000
     eckart compress MODEL OUT --method svd --keep 0.9 --include mlp
     eckart compress MODEL OUT --method sfsd --keep 0.46 --blocks "last 12"
+    eckart compress MODEL OUT --method asvd-i --keep 0.7 --out-of-core --resume
     """
     chosen = {"include": include or [], "exclude": exclude or [], "blocks": blocks}
     recipe = parse_recipe(
@@ -144,10 +169,19 @@ def compress(
         },
         where="command line",
     )
-    how = How(device, batch_size, None if no_cache else cache, data, TerminalTrack(console))
-    outcome = make_checkpoint(recipe, out, how, force=force)
-    for name, note in outcome.plan.notes.items():
-        console.print(f"{name}: {note}")
+    if resume and not out_of_core:
+        raise ValueError("--resume goes with --out-of-core; other runs keep their moments in the cache")
+    if out_of_core and engine != "local":
+        raise ValueError("--out-of-core takes one block after another in this process: leave out --engine")
+    check_free(out, force=force)  # before a cluster is started
+    with open_engine(engine, address=address, workers=workers) as runs:
+        how = How(device, batch_size, None if no_cache else cache, data, TerminalTrack(console), workers or CORES, runs)
+        if out_of_core:
+            outcome = compress_out_of_core(recipe, out, how, resume=resume, force=force)
+        else:
+            outcome = make_checkpoint(recipe, out, how, force=force)
+    for line in remarks(outcome.plan):
+        console.print(line)
     console.print(sizes_table(str(out), outcome.summary, outcome.plan))
     for what, name in (("refined", "refine"), ("distilled", "distil")):
         passes = [each for each in outcome.passes if each["name"] == name]

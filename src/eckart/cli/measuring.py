@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from eckart.cli.app import CORES, Batch, Data, Device, Dtype, Force, app, console
+from eckart.cli.app import CORES, Address, Batch, Data, Device, Dtype, EngineName, Force, Workers, app, console
 from eckart.corpora import read_text
+from eckart.engine import open_engine
 from eckart.evals.result import EvalResult
 from eckart.evals.similarity import read_activations
-from eckart.evals.tasks import Task, default_length, evaluate, find_task
+from eckart.evals.tasks import Task, default_length, find_task
 from eckart.experiment import write_result
 from eckart.models.loading import load_model, load_tokenizer
 from eckart.models.sites import input_groups
@@ -43,6 +44,9 @@ def eval_command(
     data: Data = None,
     device: Device = "cpu",
     batch_size: Batch = 8,
+    workers: Workers = None,
+    engine: EngineName = "local",
+    address: Address = None,
     force: Force = False,
 ) -> None:
     """Measure a model.
@@ -66,21 +70,25 @@ def eval_command(
         tokens = sample_windows(text, tokenizer, samples=samples, length=length or default_length(loaded), seed=seed)
         activations = read_activations(loaded, tokens, input_groups(dense or loaded), track=track)
     results: list[EvalResult] = []
-    for item in tasks:
-        results += evaluate(
+    with open_engine(engine, address=address, workers=workers) as runs:
+        outcomes = runs.outcomes(
             loaded,
             tokenizer,
-            [item],
+            tasks,
             data=data,
             batch_size=batch_size,
             path=Path(model) if Path(model).is_dir() else None,
             reference=dense,
             activations=activations,
-            workers=CORES,
+            workers=workers or CORES,
             track=track,
         )
-        if out is not None:
-            write_result(results[-1], out / f"{item.slug}.json")
+        for item, outcome in zip(tasks, outcomes, strict=True):
+            if not isinstance(outcome, EvalResult):
+                raise outcome
+            results.append(outcome)
+            if out is not None:
+                write_result(outcome, out / f"{item.slug}.json")
     rows = [
         row
         for result in results

@@ -46,7 +46,7 @@ def probe_command(
     data: Data = None,
     device: Device = "cpu",
     batch_size: Batch = 8,
-    workers: Workers = CORES,
+    workers: Workers = None,
     cache: Cache = CACHE,
     no_cache: NoCache = False,
     force: Force = False,
@@ -90,7 +90,7 @@ def probe_command(
                 tasks,
                 data=data,
                 batch_size=batch_size,
-                workers=workers,
+                workers=workers or CORES,
                 cache=None if no_cache else cache,
                 track=TerminalTrack(console),
             )

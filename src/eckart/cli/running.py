@@ -11,8 +11,23 @@ import yaml
 from rich.markup import escape
 from rich.table import Table
 
-from eckart.cli.app import CACHE, CORES, Batch, Cache, Data, Device, Force, NoCache, Workers, app, console
+from eckart.cli.app import (
+    CACHE,
+    CORES,
+    Address,
+    Batch,
+    Cache,
+    Data,
+    Device,
+    EngineName,
+    Force,
+    NoCache,
+    Workers,
+    app,
+    console,
+)
 from eckart.cli.measuring import tell_files
+from eckart.engine import open_engine
 from eckart.experiment import run
 from eckart.pipeline import How
 from eckart.recipe import load_recipe
@@ -31,7 +46,9 @@ def run_command(
     data: Data = None,
     device: Device = "cpu",
     batch_size: Batch = 8,
-    workers: Workers = CORES,
+    workers: Workers = None,
+    engine: EngineName = "local",
+    address: Address = None,
     cache: Cache = CACHE,
     no_cache: NoCache = False,
     force: Force = False,
@@ -45,9 +62,11 @@ def run_command(
     calibration: {corpus: wikitext2, samples: 256, length: 2048, seed: 0}
     evaluate: ["perplexity:wikitext2", {task: "perplexity:c4", limit: 100}]
     """
-    how = How(device, batch_size, None if no_cache else cache, data, TerminalTrack(console), workers)
-    rows = []
-    for item in run(load_recipe(recipe), out, how, force=force):
+    rows, chosen = [], load_recipe(recipe)
+    with open_engine(engine, address=address, workers=workers) as runs:
+        how = How(device, batch_size, None if no_cache else cache, data, TerminalTrack(console), workers or CORES, runs)
+        measured = run(chosen, out, how, force=force)
+    for item in measured:
         before, after = item.dense, item.compressed
         change = "" if before is None or after is None else number(after.value - before.value)
         shown = before or after
@@ -81,7 +100,9 @@ def reproduce(
     data: Data = None,
     device: Device = "cpu",
     batch_size: Batch = 8,
-    workers: Workers = CORES,
+    workers: Workers = None,
+    engine: EngineName = "local",
+    address: Address = None,
     cache: Cache = CACHE,
     no_cache: NoCache = False,
     force: Force = False,
@@ -101,8 +122,9 @@ def reproduce(
     data = Path(changes.pop("data")) if "data" in changes else data
     out = out or Path("runs") / f"{Path(study).stem}-{scale}"
     chosen = load_study(study).at(scale, changes)
-    how = How(device, batch_size, None if no_cache else cache, data, TerminalTrack(console), workers)
-    lines = run_study(chosen, out, how, force=force, keep_weights=keep_models)
+    with open_engine(engine, address=address, workers=workers) as runs:
+        how = How(device, batch_size, None if no_cache else cache, data, TerminalTrack(console), workers or CORES, runs)
+        lines = run_study(chosen, out, how, force=force, keep_weights=keep_models)
     console.print(study_table(chosen, lines))
     refused: dict[str, list[str]] = {}
     for line in lines:

@@ -11,11 +11,27 @@ import typer
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.calibration import calibrate_by_block, calibration_digest
-from eckart.cli.app import CACHE, CORES, Batch, Cache, Data, Device, Dtype, Force, NoCache, app, console
+from eckart.calibration import calibration_digest
+from eckart.cli.app import (
+    CACHE,
+    CORES,
+    Address,
+    Batch,
+    Cache,
+    Data,
+    Device,
+    Dtype,
+    EngineName,
+    Force,
+    NoCache,
+    Workers,
+    app,
+    console,
+)
 from eckart.cli.making import parse_options
 from eckart.composition import Allocation
 from eckart.corpora import read_text
+from eckart.engine import open_engine
 from eckart.evals.tasks import Task, default_length, find_task
 from eckart.evals.windows import cut_windows
 from eckart.lowrank import build_method
@@ -63,6 +79,9 @@ def search_command(
     data: Data = None,
     device: Device = "cpu",
     batch_size: Batch = 8,
+    workers: Workers = None,
+    engine: EngineName = "local",
+    address: Address = None,
     cache: Cache = CACHE,
     no_cache: NoCache = False,
     force: Force = False,
@@ -96,30 +115,33 @@ def search_command(
     text = read_text(calibration, split=split, data=data)
     tokens = sample_windows(text, tokenizer, samples=samples, length=length or default_length(loaded), seed=seed)
     kept = None if no_cache else cache
-    moments = tuple(calibrate_by_block(loaded, tokens, built, cache=kept, batch_size=batch_size, track=track))
-    spectra = spectra_on_demand(loaded, built, moments if built.needs else ())
-    total = sum(site.num_params for site in sites)
-    found = search(
-        loaded,
-        spectra,
-        searched,
-        better=searched.better,
-        tolerance=allowed,
-        sites=select_sites(sites, include=include or (), exclude=exclude or (), blocks=blocks),
-        budgets=budget or SHARES,
-        layout=layout,  # type: ignore[arg-type]
-        rank_multiple=rank_multiple,
-        stop=None if keep is None else int(keep * total),
-        journal=plan.with_suffix(".trials.jsonl"),
-        identity={
-            "model": model,
-            "dtype": str(loaded.dtype),
-            "calibration": calibration_digest(loaded, tokens, built.needs, sites),
-            "method": {"name": built.name, "options": built.options},
-            "score": searched.about,
-        },
-        track=track,
-    )
+    with open_engine(engine, address=address, workers=workers) as runs:
+        moments = tuple(runs.calibrate_by_block(loaded, tokens, built, cache=kept, batch_size=batch_size, track=track))
+        spectra = spectra_on_demand(loaded, built, moments if built.needs else ())
+        total = sum(site.num_params for site in sites)
+        with runs.team(loaded, built, lambda: moments if built.needs else (), searched) as team:
+            found = search(
+                loaded,
+                spectra,
+                searched,
+                better=searched.better,
+                tolerance=allowed,
+                sites=select_sites(sites, include=include or (), exclude=exclude or (), blocks=blocks),
+                budgets=budget or SHARES,
+                layout=layout,  # type: ignore[arg-type]
+                rank_multiple=rank_multiple,
+                stop=None if keep is None else int(keep * total),
+                journal=plan.with_suffix(".trials.jsonl"),
+                identity={
+                    "model": model,
+                    "dtype": str(loaded.dtype),
+                    "calibration": calibration_digest(loaded, tokens, built.needs, sites),
+                    "method": {"name": built.name, "options": built.options},
+                    "score": searched.about,
+                },
+                team=team,
+                track=track,
+            )
     dense = reported(loaded)
     with planned(loaded, found.plan, spectra):
         compressed = reported(loaded)

@@ -127,7 +127,7 @@ def factor(
         metric: A, (d_out, d_out), its diagonal (d_out,) or its blocks, non-singular. None is the identity.
         output_mean, input_mean, floor: see Spectrum.
         rank: the largest that will be cut, where that is known: only so many vectors are made. A target of less than
-            float64 is then factored in float32 where that is enough (see `leading`): the loss is within 1e-6 of the
+            float64 is then factored in float32 where that is enough (see `leading`): the loss is within 1e-5 of the
             least, and the factors are float32.
 
     Raises:

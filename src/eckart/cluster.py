@@ -1,0 +1,385 @@
+"""Cluster: functions run by the workers of a Ray cluster. The only file that knows Ray, which is an optional extra.
+
+Work is given out in three ways: `streams` (calls that give one answer after another, all at the same time), `crew`
+(workers that each hold something) and `spread` (a crew that holds a function). What a lost worker was at Ray runs
+again, on another machine where its own is gone. Every worker computes on one thread: there is one for each core, and
+several threads each would wait for each other. A worker takes seconds to start, so that those of crews stay.
+
+Streams and crews hold no core of Ray's. They are given their machines here, one for every core, and may wait for each
+other: where a machine is lost, those that were on it must find room on what is left, or the others wait for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from types import ModuleType
+from typing import Any, TypeVar
+
+import numpy
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+# How often what a lost worker was at is run again. A machine that is short of memory kills again and again.
+RETRIES = 3
+# Answers that a stream makes before they are asked for: the next one, while the last is worked on.
+AHEAD = 2
+# Seconds in which a cluster has to answer. Ray itself would try for two minutes, and then end the process.
+PATIENCE = 15.0
+# Seconds that a worker may go on with what nobody waits for any more: a new one takes as long to start.
+GRACE = 10.0
+ONE_THREAD = {"env_vars": dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")}
+# Numbers that numpy has no type for travel as integers of their size.
+INTEGERS = {1: torch.uint8, 2: torch.int16}
+
+
+class ClusterError(ConnectionError):
+    """The cluster cannot be reached, or lost its workers too often."""
+
+
+@contextmanager
+def open_cluster(address: str | None = None, workers: int | None = None) -> Iterator[Cluster]:
+    """A cluster to work on: the one at `address`, or one of this machine's cores that ends with the block.
+
+    Where the program has started or joined one itself, it is that one.
+
+    Args:
+        address: of the cluster's head, HOST:PORT, from one of its machines; "auto" is the one that runs here.
+        workers: how many; None is one for each core of the cluster.
+
+    Raises:
+        ClusterError: Ray is not installed, or nothing that answers as a cluster is at the address.
+    """
+    ray = _ray()
+    if ray.is_initialized():
+        joined = ray.get_runtime_context().gcs_address
+        if address not in (None, "auto", joined):
+            raise ClusterError(f"this program has joined the cluster at {joined} already, and cannot join {address}")
+        with closing(Cluster(workers)) as cluster:
+            yield cluster
+        return
+    # No word to Ray's makers: nothing here needs a network.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    where: dict[str, Any] = {"address": address}
+    if address is None:
+        where = {"address": "local", "num_cpus": workers or os.cpu_count(), "include_dashboard": False}
+    elif address != "auto":
+        _check_address(address)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            ray.init(**where, log_to_driver=False, logging_level="error", runtime_env=ONE_THREAD)
+    except (SystemExit, ray.exceptions.RayError, RuntimeError, ConnectionError, ValueError) as error:
+        raise ClusterError(f"no Ray cluster {f'at {address} ' if address else ''}can be used: {error}") from error
+    try:
+        with closing(Cluster(workers)) as cluster:
+            yield cluster
+    finally:
+        ray.shutdown()
+
+
+class Cluster:
+    """The cluster that this process has joined.
+
+    Attributes:
+        wanted: how many workers; None is one for each of its cores.
+    """
+
+    def __init__(self, workers: int | None = None) -> None:
+        self._ray = _ray()
+        self.wanted = workers
+        self._known: dict[Callable[..., Any], Any] = {}
+        self._members: list[Any] = []
+        _let_tensors_travel()
+
+    @property
+    def workers(self) -> int:
+        """How many there are at this time."""
+        return len(self._places())
+
+    def spread(self, function: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T]:
+        """function(item) of every item, in their order, each by whoever is free.
+
+        Raises:
+            ClusterError: one lost its workers too often. What the function raises is raised as it is.
+        """
+        if items:
+            with self.crew(lambda: function) as crew:
+                yield from crew.answers(items)
+
+    @contextmanager
+    def streams(self, function: Callable[[Any], Iterator[T]], items: Sequence[Any]) -> Iterator[list[Iterator[T]]]:
+        """The answers of function(item), one iterator for each item. All of them run, and make `AHEAD` at most.
+
+        A stream whose worker is lost is begun again, so that it must give the same answers again.
+
+        Raises:
+            ClusterError: as `spread`, by the iterator.
+        """
+        options = {"num_cpus": 0, "max_retries": RETRIES, "num_returns": "streaming"}
+        options["_generator_backpressure_num_objects"] = AHEAD
+        running = [
+            self._remote(_stream, {**options, "scheduling_strategy": place}).remote(function, item)
+            for item, place in zip(items, self._places(len(items)), strict=True)
+        ]
+        streams = [self._answers(stream) for stream in running]
+        try:
+            yield streams
+        except BaseException:
+            self._cancel(running)
+            raise
+        for stream in streams:  # to their ends: to cancel one is to end its worker, which would be missed
+            for _ in stream:
+                pass
+
+    @contextmanager
+    def crew(self, make: Callable[[], Callable[[Any], Any]], size: int | None = None) -> Iterator[Crew]:
+        """Workers that each hold what `make` makes, and answer with it.
+
+        Args:
+            make: called by each worker when it is first asked, and again by the one that stands in for a lost one.
+            size: how many; None is all.
+        """
+        size = size or self.workers
+        places = self._places(max(size, len(self._members)))
+        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": RETRIES}
+        while len(self._members) < size:
+            place = places[len(self._members)]
+            self._members.append(self._remote(_Member, {**options, "scheduling_strategy": place}).remote())
+        crew = Crew(self, self._members[:size], _Making(self.keep(make)))
+        try:
+            yield crew
+        finally:
+            crew.dismiss()
+
+    def dismiss(self, member: Any) -> None:
+        """End a worker of the crews; another one is started when there is need of it."""
+        self._members.remove(member)
+        with suppress(self._ray.exceptions.RayError):
+            self._ray.kill(member)
+
+    def close(self) -> None:
+        """End the workers that were kept for the next crew."""
+        for member in list(self._members):
+            self.dismiss(member)
+
+    def keep(self, value: Any) -> Any:
+        """A ticket for a value, which every machine of the cluster can fetch with `fetch`."""
+        return self._ray.put(value)
+
+    def get(self, ticket: Any) -> Any:
+        """The value behind a ticket, once it is there.
+
+        Raises:
+            ClusterError: it was lost with its workers. What the work raised is raised as it is.
+        """
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(ticket)
+        except errors.RayTaskError as error:
+            cause = error.cause
+            if not isinstance(cause, Exception) or isinstance(cause, errors.RayError):
+                raise ClusterError(f"a worker failed: {error}") from error
+        except errors.RayError as error:
+            raise ClusterError(
+                f"a worker was lost {RETRIES + 1} times with the same work, for want of memory perhaps "
+                f"({_first_line(error)}). What was finished is kept: give the same command again, with fewer --workers"
+            ) from error
+        raise cause
+
+    def ready(self, tickets: Sequence[Any], *, within: float | None = None) -> set[Any]:
+        """Those that are there; waits until there is one, or within some seconds for all of them."""
+        if not tickets:
+            return set()
+        if within is None:
+            self._ray.wait(list(tickets), num_returns=1, fetch_local=False)
+        found, _ = self._ray.wait(list(tickets), num_returns=len(tickets), timeout=within or 0, fetch_local=False)
+        return set(found)
+
+    def _answers(self, stream: Any) -> Iterator[Any]:
+        for ticket in stream:
+            yield self.get(ticket)
+
+    def _cancel(self, running: Iterable[Any]) -> None:
+        for task in running:
+            with suppress(self._ray.exceptions.RayError, ValueError, TypeError):
+                self._ray.cancel(task, force=True)
+
+    def _remote(self, work: Callable[..., Any], options: dict[str, Any]) -> Any:
+        if work not in self._known:
+            self._known[work] = self._ray.remote(work)
+        return self._known[work].options(**options, runtime_env=ONE_THREAD)
+
+    def _places(self, count: int | None = None) -> list[Any]:
+        """A machine for each worker: one for every core, the machines by turns; over again where more are asked for."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        cores = sorted(
+            (number, node["NodeID"])
+            for node in self._ray.nodes()
+            if node["Alive"]
+            for number in range(int(node["Resources"].get("CPU", 0)))
+        )
+        if not cores:
+            raise ClusterError("the cluster has no core to work on: `ray status` shows what it has")
+        wanted = (self.wanted or len(cores)) if count is None else count
+        return [NodeAffinitySchedulingStrategy(cores[n % len(cores)][1], soft=True) for n in range(wanted)]
+
+
+class Crew:
+    """Workers that each hold something, and answer with it; see `Cluster.crew`."""
+
+    def __init__(self, cluster: Cluster, members: Sequence[Any], making: _Making) -> None:
+        self.cluster, self._members, self._making = cluster, members, making
+        self._last: dict[int, Any] = {}
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return len(self._members)
+
+    def ask(self, member: int, item: Any) -> Any:
+        """A ticket for one member's answer to an item; it answers in the order in which it was asked."""
+        self._last[member] = self._members[member].ask.remote(self._making, item)
+        return self._last[member]
+
+    def get(self, ticket: Any) -> Any:
+        """The answer behind a ticket, as `Cluster.get`."""
+        return self.cluster.get(ticket)
+
+    def ready(self, tickets: Sequence[Any]) -> set[Any]:
+        """Those that were answered; waits until there is one."""
+        return self.cluster.ready(tickets)
+
+    def answers(self, items: Sequence[Any]) -> Iterator[Any]:
+        """The answers to all items, in their order. Who has answered takes the next.
+
+        An error is raised when its item's turn has come.
+        """
+        free, given = list(range(self.size)), 0
+        tickets: dict[int, Any] = {}
+        members: dict[Any, int] = {}
+        for turn in range(len(items)):
+            while turn not in tickets or tickets[turn] in members:
+                while free and given < len(items):
+                    member = free.pop(0)
+                    tickets[given] = self.ask(member, items[given])
+                    members[tickets[given]] = member
+                    given += 1
+                for ticket in self.ready(list(members)):
+                    free.append(members.pop(ticket))
+            yield self.get(tickets.pop(turn))
+
+    def dismiss(self) -> None:
+        """Let the members go: they stay for the next crew, but for those that are still at what nobody waits for."""
+        done = self.cluster.ready(list(self._last.values()), within=GRACE)
+        for number, ticket in self._last.items():
+            if ticket in done:
+                self._members[number].drop.remote()
+            else:
+                self.cluster.dismiss(self._members[number])
+
+
+def fetch(ticket: Any) -> Any:
+    """The value that `Cluster.keep` gave the ticket for; called by a worker."""
+    return _ray().get(ticket)
+
+
+def machine() -> str:
+    """The name of the machine that this runs on, for messages."""
+    return socket.gethostname()
+
+
+class _Making:
+    """What a crew holds, by a ticket for what makes it: each worker fetches that once, and not with every item."""
+
+    def __init__(self, ticket: Any) -> None:
+        self.ticket = ticket
+
+
+class _Member:
+    """What an actor runs: the worker of one crew after another."""
+
+    def __init__(self) -> None:
+        _settle()
+        self._ticket: Any = None
+        self._answer: Callable[[Any], Any] | None = None
+
+    def ask(self, making: _Making, item: Any) -> Any:
+        """The answer. A crew's first one makes what answers: what that raises is then an answer too."""
+        if self._answer is None or self._ticket != making.ticket:
+            self.drop()
+            self._answer = fetch(making.ticket)()
+            self._ticket = making.ticket
+        return self._answer(item)
+
+    def drop(self) -> None:
+        """Let go of what was made."""
+        self._answer = self._ticket = None
+
+
+def _stream(function: Callable[[Any], Iterator[T]], item: Any) -> Iterator[T]:
+    _settle()
+    yield from function(item)
+
+
+def _settle() -> None:
+    """Prepare a worker's process."""
+    torch.set_num_threads(1)
+    _let_tensors_travel()
+
+
+def _let_tensors_travel() -> None:
+    """Tensors that leave this process go as the numpy arrays that they are views of, which Ray does not copy."""
+    _ray().util.register_serializer(Tensor, serializer=_packed, deserializer=_unpacked)
+
+
+def _packed(tensor: Tensor) -> tuple[numpy.ndarray, torch.dtype]:
+    plain, kind = tensor.detach().cpu().contiguous(), tensor.dtype
+    try:
+        return plain.numpy(), kind
+    except TypeError:
+        return plain.view(INTEGERS[plain.element_size()]).numpy(), kind
+
+
+def _unpacked(packed: tuple[numpy.ndarray, torch.dtype]) -> Tensor:
+    """A copy: an array out of Ray's store is read-only, and torch, which knows no such thing, would write into it."""
+    array, kind = packed
+    return torch.from_numpy(array.copy()).view(kind)
+
+
+def _ray() -> ModuleType:
+    try:
+        import ray
+    except ImportError as error:
+        raise ClusterError("Ray is not installed: pip install 'eckart[ray]'") from error
+    return ray
+
+
+def _check_address(address: str) -> None:
+    """Raises ClusterError unless a cluster's head answers at HOST:PORT."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "/" in host:
+        raise ClusterError(f"address {address!r} is not HOST:PORT, as `ray start --head` prints it, nor auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+    except OSError as error:
+        raise ClusterError(f"nothing answers at {address} ({error}): is it the address of a Ray head?") from error
+    ask = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        answered = subprocess.run(ask, capture_output=True, timeout=PATIENCE).returncode == 0
+    except subprocess.TimeoutExpired:
+        answered = False
+    if not answered:
+        raise ClusterError(f"what answers at {address} is no Ray head of this version, or is not well")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
