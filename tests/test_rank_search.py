@@ -171,7 +171,7 @@ def test_the_plan_is_what_the_score_was_of() -> None:
         assert score(model) == found.curve[-1].score
         standing = logits_of(model)
     assert score(model) == found.dense_score
-    compress(model, method, found.plan, calibrate(model, tiny_tokens(6, 16), method))
+    compress(model, method, found.plan, calibrate(model, tiny_tokens(6, 16), method), spectra={})
     assert score(model) == found.curve[-1].score
     assert torch.equal(logits_of(model), standing)
 

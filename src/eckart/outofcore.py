@@ -28,7 +28,7 @@ from eckart.journal import Journal, open_journal
 from eckart.lowrank import GradientMoments, Method
 from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
 from eckart.models.checkpoint import attach, specs_of
-from eckart.models.loading import check_free, load_tokenizer, locate
+from eckart.models.loading import check_free, load_tokenizer, locate, put_in_place
 from eckart.models.shards import Skeleton, digest_of, write_index, write_shard
 from eckart.models.sites import Site, find_sites, first_readers
 from eckart.models.units import Unit, units_of
@@ -338,14 +338,7 @@ def _take(descriptor: int, path: Path) -> bool:
 
 def _publish(work: Path, out: Path) -> None:
     """Put the checkpoint in its place, and take the rest of the work away."""
-    if out.exists():
-        old = out.with_name(f".{out.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-        (work / CHECKPOINT).rename(out)
-        shutil.rmtree(old)
-    else:
-        (work / CHECKPOINT).rename(out)
+    put_in_place(work / CHECKPOINT, out)
     shutil.rmtree(work)
 
 

@@ -170,16 +170,21 @@ def staged_directory(out: str | Path, *, force: bool = False) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
-        if out.exists():
-            old = out.with_name(f".{out.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            out.rename(old)
-            staging.rename(out)
-            shutil.rmtree(old)
-        else:
-            staging.rename(out)
+        put_in_place(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def put_in_place(made: Path, out: Path) -> None:
+    """Rename a directory that is complete to `out`; what stands there is removed once the new one does."""
+    if not out.exists():
+        made.rename(out)
+        return
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    out.rename(old)
+    made.rename(out)
+    shutil.rmtree(old)
 
 
 def check_free(out: str | Path, *, force: bool = False) -> None:
