@@ -1,6 +1,6 @@
 """Speed: which low-rank linears of a plan are expected to be no faster than the dense ones they replace.
 
-The thresholds are measured by benchmarks/inference.py (docs/results.md has the tables): linears of a width of 768 to
+The thresholds are measured by benchmarks/inference.py (docs/scale.md has the tables): linears of a width of 768 to
 4096, in float32 and bfloat16, on a processor. They say where to look and measure; another machine has others.
 """
 
