@@ -33,6 +33,7 @@ from eckart.models.dense import export_dense
 from eckart.models.families import UnsupportedModelError
 from eckart.models.linear import LowRankLinear
 from eckart.models.loading import load_model, load_tokenizer, save
+from eckart.outofcore import compress_out_of_core
 from eckart.pipeline import How, make_checkpoint
 from eckart.probes import probe_linears
 from eckart.rank_search import SearchResult, Tolerance, search
@@ -69,6 +70,7 @@ __all__ = [
     "calibrate",
     "calibrate_by_block",
     "compress",
+    "compress_out_of_core",
     "evaluate",
     "export_dense",
     "fine_tune",
