@@ -36,6 +36,12 @@ class Recorder(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices are left to torch; here they stand for large ones."""
+    monkeypatch.setattr(products, "SMALL", 0)
+
+
 @pytest.fixture(params=[True, False], ids=["tiles", "no tiles"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the processor is said to have tiles; the products it then takes run anywhere."""
@@ -124,7 +130,7 @@ def test_readers_of_one_right_factor_equal_the_expression(
         (torch.float32, 1, "plain", {"linear"}),
         (torch.bfloat16, 2, "plain", {"mm"}),
         (torch.bfloat16, 16, "pivoted", {"mm", "index_select"}),
-        (torch.bfloat16, 17, "plain", {"linear"}),  # of a matrix that lies in the cache
+        (torch.bfloat16, 65, "plain", {"linear"}),
         (torch.float32, 15, "plain", {"linear"}),
         (torch.float32, 16, "plain", {"mm"}),
         (torch.float32, 100, "pivoted", {"linear", "index_select"}),
@@ -240,3 +246,12 @@ def test_nothing_is_kept_of_a_call() -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert len(tree_leaves(vars(module)["_buffers"])) == 2
+
+
+def test_small_matrices_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "SMALL", 33)
+    x = torch.zeros(2, 8, dtype=torch.bfloat16)
+    assert not products.is_worth(nn.Linear(8, 4, bias=False), x)
+    assert products.is_worth(nn.Linear(8, 5, bias=False), x)
+    assert not products.is_worth(nn.Linear(8, 5, bias=False), torch.zeros(products.FEW + 1, 8))
+    assert not products.is_worth(nn.Sequential(), x)

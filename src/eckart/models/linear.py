@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.lowrank import Factors, Pivoted
-from eckart.models.products import combine, is_bare
+from eckart.models.products import combine, is_bare, is_prompt, is_worth
 from eckart.models.shared import SharedProduct
 
 
@@ -143,7 +143,8 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         p = (self.lender or self).product.take(self.right, x, self)
-        if is_bare(self.left, p):
+        reordered = self.order is not None and is_prompt(p)
+        if (reordered or is_worth(self.left, p)) and is_bare(self.left, p):
             return combine(self.left.weight, p, self.order, self.bias)
         y = self.left(p)
         if self.order is not None:

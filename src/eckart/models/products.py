@@ -25,8 +25,8 @@ from torch.nn.functional import linear
 
 # More rows than these are faster the ordinary way.
 FEW = 64
-# A matrix of fewer numbers lies in the cache, where the order matters less: W xᵀ pays for no more rows than these.
-SMALL, FEWER = 2**18, 16
+# A matrix of fewer numbers lies in the cache, where the order matters less than the time to look at it.
+SMALL = 2**18
 # In float32, fewer rows than these are faster the ordinary way: a linear then reads the matrix row by row as well.
 FEWEST_FLOAT32 = 16
 # Moving one number of 16 bits to its place takes about as long as so many multiplications of bfloat16.
@@ -41,7 +41,7 @@ def is_bare(module: nn.Module, x: Tensor) -> bool:
     Cost: about a microsecond.
     """
     return (
-        not torch.compiler.is_compiling()
+        not _is_recorded()
         and not torch.is_grad_enabled()
         and type(module) is nn.Linear
         and type(x) is Tensor
@@ -53,9 +53,24 @@ def is_bare(module: nn.Module, x: Tensor) -> bool:
         and not (module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001 (torch has no public name for them)
         and "forward" not in vars(module)
         and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()
         and not _is_transformed()
     )
+
+
+def is_worth(module: nn.Module, x: Tensor) -> bool:
+    """Whether there are few rows, and a matrix so large that the order of operations outweighs looking at it.
+
+    Looking takes some ten microseconds, as long as a product with SMALL numbers.
+    """
+    if type(module) is not nn.Linear or module.in_features * module.out_features < SMALL or _is_recorded():
+        return False
+    least = FEWEST_FLOAT32 if x.dtype == torch.float32 else 1
+    return least <= x.numel() // max(x.shape[-1], 1) <= FEW
+
+
+def is_prompt(x: Tensor) -> bool:
+    """Whether there are more than few rows."""
+    return not _is_recorded() and x.numel() > FEW * x.shape[-1]
 
 
 def multiply(module: nn.Module, x: Tensor) -> Tensor:
@@ -64,13 +79,14 @@ def multiply(module: nn.Module, x: Tensor) -> Tensor:
     Args:
         x: (..., d_in).
     """
-    if not is_bare(module, x):
+    # What is small or nothing is gained for is called as it is, before anything dearer is looked at.
+    if not is_worth(module, x) or not is_bare(module, x):
         product: Tensor = module(x)
         return product
     weight: Tensor = module.weight  # type: ignore[assignment]
     if _is_one(x):
         return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
-    if not _is_few(x, weight):
+    if not _is_few(x):
         return linear(x, weight)
     return _shaped(torch.mm(weight, x.reshape(-1, x.shape[-1]).T).T, x)
 
@@ -139,12 +155,12 @@ def _is_one(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.numel() == x.shape[-1] and has_tiles()
 
 
-def _is_few(x: Tensor, weight: Tensor) -> bool:
+def _is_few(x: Tensor) -> bool:
     """Whether it has so many rows that W xᵀ is faster than x Wᵀ."""
     if x.dtype not in (torch.bfloat16, torch.float32) or not has_tiles():
         return False
     least = FEWEST_FLOAT32 if x.dtype == torch.float32 else 2
-    return least <= x.numel() // max(x.shape[-1], 1) <= (FEW if weight.numel() >= SMALL else FEWER)
+    return least <= x.numel() // max(x.shape[-1], 1) <= FEW
 
 
 def _spreads(rows: Tensor, left: Tensor, order: Tensor) -> bool:
@@ -161,6 +177,11 @@ def _spreads(rows: Tensor, left: Tensor, order: Tensor) -> bool:
 def _shaped(rows: Tensor, like: Tensor) -> Tensor:
     """Rows (n, out) in the batch shape of `like`."""
     return rows.view(*like.shape[:-1], rows.shape[-1])
+
+
+def _is_recorded() -> bool:
+    """Whether code is being compiled or traced, where a question about a shape would become part of the program."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _is_transformed() -> bool:
