@@ -36,7 +36,6 @@ from eckart.pipeline import How, Outcome, Workbench, plan_facts, side_files
 from eckart.recipe import Recipe
 from eckart.sizes import num_bytes, num_params
 from eckart.spill import Spill, whole_doors
-from eckart.store import GRADIENTS, read_making
 from eckart.sweep import Sweep
 from eckart.tokens import Tokens
 
@@ -267,10 +266,7 @@ class _Run:
         dense = tuple(site for site in self.plan.sites if self.plan.rank(site) is None)
         after = [self.around[at] + sum(record["params"][at] for record in records) for at in (0, 1)]
         report = CompressionReport(reports, dense, self.before[0], after[0], self.before[1], after[1], self.seconds)
-        stored = plan_facts(self.plan)
-        if self.recipe.calibration.fisher == "recorded":
-            stored["fisher"] = read_making(Path(locate(self.recipe.model)) / GRADIENTS)
-        facts = {**stored, **self.summary, **report.to_dict(), "passes": []}
+        facts = {**plan_facts(self.recipe, self.plan), **self.summary, **report.to_dict(), "passes": []}
         for name, text in side_files(self.recipe, self.plan, facts).items():
             (self.checkpoint / name).write_text(text, encoding="utf-8")
         self.seconds["save"] += time.perf_counter() - start

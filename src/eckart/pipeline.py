@@ -123,10 +123,7 @@ def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False)
     passes = [asdict(report) for report in (*done, *distilled, *work.recover())]
     seconds["recover"] = time.perf_counter() - start
     start = time.perf_counter()
-    stored = plan_facts(ranking.plan)
-    if work.recipe.calibration.fisher == "recorded":
-        stored["fisher"] = read_making(Path(locate(recipe.model)) / GRADIENTS)
-    facts = {**stored, **summary, **report.to_dict(), "passes": passes}
+    facts = {**plan_facts(work.recipe, ranking.plan), **summary, **report.to_dict(), "passes": passes}
     files = side_files(work.recipe, ranking.plan, facts)
     if ranking.facts:
         files["allocation.json"] = json.dumps(ranking.facts, indent=1)
@@ -149,9 +146,12 @@ def side_files(recipe: Recipe, plan: RankPlan, facts: dict[str, Any]) -> dict[st
     }
 
 
-def plan_facts(plan: RankPlan) -> dict[str, Any]:
-    """What compression.json says of a plan beside its ranks."""
-    return {"layout": plan.layout, "joint": sorted(plan.joint), "slow": list(slow_settings(plan))}
+def plan_facts(recipe: Recipe, plan: RankPlan) -> dict[str, Any]:
+    """What compression.json says beside the ranks: of the plan, and of the Fisher sums where they were recorded."""
+    facts: dict[str, Any] = {"layout": plan.layout, "joint": sorted(plan.joint), "slow": list(slow_settings(plan))}
+    if recipe.calibration.fisher == "recorded":
+        facts["fisher"] = read_making(Path(locate(recipe.model)) / GRADIENTS)
+    return facts
 
 
 class Workbench:

@@ -9,7 +9,7 @@ is a tensor of the one that lends it, on disk as in memory, so the model has no 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -290,8 +290,9 @@ def check_files(model: PreTrainedModel, names: list[str], files: Iterable[Any]) 
         if strict(key) and stored[key] != expected[key]
     ]
     if complaints:
-        shown = "; ".join(complaints[:5]) + (f"; and {len(complaints) - 5} more" if len(complaints) > 5 else "")
-        raise CheckpointError(f"the checkpoint does not match its rank map: {shown}. Save or download it again")
+        raise CheckpointError(
+            f"the checkpoint does not match its rank map: {some_of(complaints)}. Save or download it again"
+        )
 
 
 def stored_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
@@ -318,7 +319,17 @@ def read_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, framework="pt") as tensors:
             return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} is damaged or missing ({error}). Save or download it again") from error
+        raise damaged(file, error) from error
+
+
+def damaged(file: str | Path, error: Exception) -> CheckpointError:
+    """What is said of a file that cannot be read."""
+    return CheckpointError(f"{file} is damaged or missing ({error}). Save or download it again")
+
+
+def some_of(complaints: Sequence[str]) -> str:
+    """The first five, and how many more there are."""
+    return "; ".join(complaints[:5]) + (f"; and {len(complaints) - 5} more" if len(complaints) > 5 else "")
 
 
 def _block_prefix(name: str) -> str:

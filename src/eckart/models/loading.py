@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -43,13 +44,27 @@ def load_model(path: str | Path, *, dtype: str = "auto", device: str = "cpu") ->
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     path = locate(path)
     config = _found(f"the model {path}", path, lambda: AutoConfig.from_pretrained(path))
-    architecture = (config.architectures or [None])[0]
-    model_class = getattr(transformers, architecture or "", None)
-    if model_class is None:
-        raise UnsupportedModelError(f"{path}: its config names architecture {architecture!r}, which transformers lacks")
+    model_class = class_of(config, path)
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     model = _found(f"the model {path}", path, lambda: model_class.from_pretrained(path, dtype=wanted))
     return model.to(device).eval()
+
+
+def class_of(config: PreTrainedConfig, path: str | Path) -> type[PreTrainedModel]:
+    """The class of transformers that a configuration names.
+
+    Args:
+        path: of the model, for the message.
+
+    Raises:
+        UnsupportedModelError: it names none that transformers has.
+    """
+    names: Sequence[str | None] = config.architectures or [None]
+    architecture = names[0]
+    found: type[PreTrainedModel] | None = getattr(transformers, architecture or "", None)
+    if found is None:
+        raise UnsupportedModelError(f"{path}: its config names architecture {architecture!r}, which transformers lacks")
+    return found
 
 
 def load_classifier(path: str | Path, classes: Sequence[str]) -> tuple[PreTrainedModel, tuple[str, ...]]:

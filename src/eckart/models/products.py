@@ -38,7 +38,7 @@ def is_bare(module: nn.Module, x: Tensor) -> bool:
 
     A linear with a hook, a wrapper or another kind of weight in its place has to be called as it is.
 
-    Cost: about a microsecond.
+    Cost: some microseconds, so ask `is_worth` or `is_prompt` first.
     """
     return (
         not _is_recorded()
@@ -86,7 +86,7 @@ def multiply(module: nn.Module, x: Tensor) -> Tensor:
     weight: Tensor = module.weight  # type: ignore[assignment]
     if _is_one(x):
         return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
-    if not _is_few(x):
+    if not _is_turned(x):
         return linear(x, weight)
     return _shaped(torch.mm(weight, x.reshape(-1, x.shape[-1]).T).T, x)
 
@@ -155,12 +155,9 @@ def _is_one(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.numel() == x.shape[-1] and has_tiles()
 
 
-def _is_few(x: Tensor) -> bool:
-    """Whether it has so many rows that W xᵀ is faster than x Wᵀ."""
-    if x.dtype not in (torch.bfloat16, torch.float32) or not has_tiles():
-        return False
-    least = FEWEST_FLOAT32 if x.dtype == torch.float32 else 2
-    return least <= x.numel() // max(x.shape[-1], 1) <= FEW
+def _is_turned(x: Tensor) -> bool:
+    """Whether W xᵀ is faster than x Wᵀ, for an input that is worth it and not one row for `mv`."""
+    return x.dtype in (torch.bfloat16, torch.float32) and x.numel() > x.shape[-1] and has_tiles()
 
 
 def _spreads(rows: Tensor, left: Tensor, order: Tensor) -> bool:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from accelerate.utils import set_module_tensor_to_device  # type: ignore[import-untyped]
 from huggingface_hub import snapshot_download
@@ -29,9 +28,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from eckart.models.checkpoint import CheckpointError, read_shapes, stored_names
+from eckart.models.checkpoint import CheckpointError, damaged, read_shapes, some_of, stored_names
 from eckart.models.families import UnsupportedModelError
-from eckart.models.loading import locate
+from eckart.models.loading import class_of, locate
 from eckart.models.sites import blocks_of
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -126,7 +125,7 @@ class Shards:
                 with safe_open(file, framework="pt") as tensors:
                     tensor = tensors.get_tensor(name).clone()
             except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{file} is damaged or missing ({error}). Save or download it again") from error
+                raise damaged(file, error) from error
             yield name, tensor
 
     def read_ahead(self, names: Sequence[str]) -> None:
@@ -158,12 +157,7 @@ class Skeleton:
     def __init__(self, path: str | Path, *, dtype: str = "auto", device: str = "cpu") -> None:
         self.shards = Shards(path)
         config = AutoConfig.from_pretrained(self.shards.folder)
-        architecture = (config.architectures or [None])[0]
-        model_class = getattr(transformers, architecture or "", None)
-        if model_class is None:
-            raise UnsupportedModelError(
-                f"{path}: its config names architecture {architecture!r}, which transformers lacks"
-            )
+        model_class = class_of(config, path)
         if getattr(config, "quantization_config", None) is not None:
             raise UnsupportedModelError(f"{path} is compressed or quantised already; start from the dense model")
         self.dtype: torch.dtype = (config.dtype or self._stored_type()) if dtype == "auto" else getattr(torch, dtype)
@@ -206,8 +200,9 @@ class Skeleton:
             elif name not in tied:
                 found[name] = key
         if complaints:
-            shown = "; ".join(complaints[:5]) + (f"; and {len(complaints) - 5} more" if len(complaints) > 5 else "")
-            raise CheckpointError(f"{self.shards.folder} does not hold the model: {shown}. Save or download it again")
+            raise CheckpointError(
+                f"{self.shards.folder} does not hold the model: {some_of(complaints)}. Save or download it again"
+            )
         return found
 
     def fill(self, names: Iterable[str]) -> None:
