@@ -37,7 +37,10 @@ format: $(READY)
 bench: $(READY)
 	@mkdir -p runs/bench
 	$(BIN)/python benchmarks/decomposition.py --sizes 768 2048 --json runs/bench/decomposition.json
+	$(BIN)/python benchmarks/precision.py --json runs/bench/precision.json
 	$(BIN)/python benchmarks/scale.py --layers 2 --samples 16 --folder runs/bench --json runs/bench/scale.json
+	$(BIN)/python benchmarks/outofcore.py --step make --folder runs/bench/outofcore --layers 6 --hidden 256 --intermediate 704 --heads 4
+	$(BIN)/python benchmarks/outofcore.py --step compress --folder runs/bench/outofcore --layers 6 --hidden 256 --intermediate 704 --heads 4 --json runs/bench/outofcore.json
 	$(BIN)/python benchmarks/growth.py --json runs/bench/growth.json
 	$(BIN)/python benchmarks/workers.py --hidden 512 --json runs/bench/workers.json
 	$(BIN)/python benchmarks/inference.py --quick --json runs/bench/inference.json
