@@ -49,7 +49,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/probing.py --out runs/bench/probing.json
 
 train-builtin: $(READY)
-	$(BIN)/python training/train_builtin.py --out src/eckart/builtin/model
+	$(BIN)/python training/train_builtin.py --out src/eckart/data/builtin/model
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

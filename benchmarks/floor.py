@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig
 
 from eckart.lowrank import rank_for
-from eckart.lowrank.products import COLUMNS, exact_products
+from eckart.lowrank.float32 import COLUMNS, exact_products
 
 # Operations of a symmetric eigenproblem of size n, over n^3: reduction to tridiagonal form 4/3, divide and conquer 8/3
 # at most, and the way back 2 (LAPACK's dsyevd; Golub and Van Loan, section 8.3).

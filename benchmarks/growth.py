@@ -20,7 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eckart import build_method, calibrate, compress, plan
-from eckart.tokens import Tokens
+from eckart.data.tokens import Tokens
 
 LENGTH = 256
 # {what grows: ((hidden, blocks, samples), ...)}.

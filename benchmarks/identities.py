@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import eckart
-from eckart.builtin import builtin_model_path
+from eckart.data.builtin import builtin_model_path
 from eckart.lowrank import Moments, rank_for
 from eckart.models.sites import Site, find_sites, read_weight
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 import eckart
-from eckart.builtin import builtin_model_path
-from eckart.corpora import CORPORA, read_text
+from eckart.data.builtin import builtin_model_path
+from eckart.data.corpora import CORPORA, read_text
+from eckart.data.tokens import encode
 from eckart.evals.improvement import average_improvement
 from eckart.evals.perplexity import perplexity
 from eckart.lowrank import Factored
-from eckart.tokens import encode
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 BASELINE = "asvd-i"

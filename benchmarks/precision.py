@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eckart import build_method, calibrate, load_model, load_tokenizer, read_text, sample_windows
+from eckart.data.tokens import Tokens
 from eckart.lowrank import Method, Moments, Spectrum, leading, rank_for
+from eckart.lowrank.float32 import add_gram, exact_products, full_float32, mirror
 from eckart.lowrank.metrics import weigh_inputs
-from eckart.lowrank.products import add_gram, exact_products, full_float32, mirror
 from eckart.models.sites import find_sites, read_weight
-from eckart.tokens import Tokens
 
 ROWS = 4096
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from eckart import Labelled, load_model, load_tokenizer, probe, read_labelled
-from eckart.builtin import builtin_texts
+from eckart.data.builtin import builtin_texts
 from eckart.evals.hidden_states import read_hidden_states
 from eckart.models.sites import blocks_of
 

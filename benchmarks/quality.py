@@ -30,12 +30,12 @@ from transformers import PreTrainedModel
 
 import eckart
 from eckart.allocation import plan, weight_bytes
-from eckart.corpora import read_text
-from eckart.pipeline import How, make_checkpoint
-from eckart.predictions import log_probabilities, summed_divergence
-from eckart.recipe import parse_recipe
-from eckart.terminal import TerminalTrack
-from eckart.tokens import encode
+from eckart.cli.terminal import TerminalTrack
+from eckart.data.corpora import read_text
+from eckart.data.tokens import encode
+from eckart.evals.predictions import log_probabilities, summed_divergence
+from eckart.runs.recipe import parse_recipe
+from eckart.runs.workbench import How, make_checkpoint
 
 # Windows at a time.
 BATCH = 8

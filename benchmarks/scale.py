@@ -35,14 +35,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eckart import load_model, load_tokenizer
-from eckart.builtin import builtin_model_path
-from eckart.corpora import read_text
+from eckart.data.builtin import builtin_model_path
+from eckart.data.corpora import read_text
+from eckart.data.tokens import sample_windows
 from eckart.lowrank import rank_for
 from eckart.models.sites import Site, find_sites
-from eckart.outofcore import compress_out_of_core
-from eckart.pipeline import How, Outcome, make_checkpoint
-from eckart.recipe import Recipe, parse_recipe
-from eckart.tokens import sample_windows
+from eckart.runs.out_of_core import compress_out_of_core
+from eckart.runs.recipe import Recipe, parse_recipe
+from eckart.runs.workbench import How, Outcome, make_checkpoint
 
 BATCH = 8
 WAYS = ("plain", "eckart", "out-of-core")

@@ -19,8 +19,8 @@ from typing import Any
 
 import eckart
 from eckart.evals.tasks import Task, evaluate
-from eckart.pipeline import How, make_checkpoint
-from eckart.recipe import parse_recipe
+from eckart.runs.recipe import parse_recipe
+from eckart.runs.workbench import How, make_checkpoint
 
 TOLERANCES = ("0.02% per linear", "0.1% per linear", "0.2% per linear", "0.5% per linear", "5%")
 RIVALS: dict[str, Any] = {

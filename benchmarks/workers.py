@@ -23,10 +23,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import eckart
 from eckart.allocation import plan
-from eckart.engine import Engine, open_engine
+from eckart.data.tokens import Tokens
 from eckart.lowrank import build_method
 from eckart.models.sites import low_rank_modules
-from eckart.tokens import Tokens
+from eckart.runs.engine.on_cluster import Engine, open_engine
 
 VOCABULARY = 1000
 

@@ -10,31 +10,29 @@ import pytest
 import eckart
 
 PACKAGE = Path(eckart.__file__).parent
-# A room may import rooms to its right, never to its left.
-ORDER = [
-    *("cli", "reports", "terminal"),
-    *("reproduction", "study", "experiment", "outofcore", "pipeline", "demo", "card", "recipe"),
-    *("ranking", "engine", "shares", "source", "composition", "finetuning"),
-    *("distillation", "recovery", "refinement", "sequential"),
-    *("teams", "probes", "sensitivity", "rank_search", "scores", "predictions", "spectra", "trials", "journal"),
-    *(
-        "baselines",
-        "descent",
-        "compression",
-        "cuts",
-        "sweep",
-        "calibration",
-        "gradients",
-        "spill",
-        "store",
-        "walk",
-        "allocation",
-        "models",
-        "lowrank",
-    ),
-    *("evals", "tokens", "labelled", "corpora", "questions", "builtin", "fingerprint"),
-    *("cluster", "precision", "quiet", "sizes", "tracking"),
-]
+TESTS = Path(__file__).parent
+# The rooms, and which others each may import. All but the mathematics may import support.
+ROOMS: dict[str, set[str]] = {
+    "lowrank": set(),
+    "support": set(),
+    "data": {"support"},
+    "evals": {"data", "support"},
+    "models": {"lowrank", "data", "support"},
+    "reports": {"evals", "support"},
+    "allocation": {"models", "lowrank", "evals", "data", "support"},
+    "calibration": {"models", "lowrank", "data", "support"},
+    "compression": {"calibration", "allocation", "evals", "models", "lowrank", "data", "support"},
+    "runs": {"compression", "calibration", "allocation", "evals", "models", "lowrank", "data", "support"},
+}
+ROOMS["cli"] = set(ROOMS)
+# Of another room, only these files.
+DOORS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("models", "data"): ("eckart.data.builtin",),
+    ("reports", "evals"): ("eckart.evals.result", "eckart.evals.improvement"),
+    ("reports", "support"): ("eckart.support.files",),
+}
+# Libraries that a room must never import.
+NEVER: dict[str, set[str]] = {"lowrank": {"transformers"}, "reports": {"torch", "transformers"}}
 
 
 def imports_of(file: Path) -> set[str]:
@@ -50,54 +48,42 @@ def imports_of(file: Path) -> set[str]:
     return found
 
 
-def files_of(room: str) -> list[Path]:
-    folder = PACKAGE / room
-    return sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{room}.py"]
+def test_the_rooms_are_these() -> None:
+    rooms = {place.name for place in PACKAGE.iterdir() if (place / "__init__.py").is_file()}
+    assert rooms == set(ROOMS)
+    assert {place.name for place in PACKAGE.glob("*.py")} == {"__init__.py"}
 
 
-def test_every_room_has_its_place() -> None:
-    rooms = {place.stem for place in PACKAGE.iterdir() if place.suffix == ".py" or (place / "__init__.py").is_file()}
-    assert rooms - {"__init__", "__main__"} == set(ORDER)
-    assert len(set(ORDER)) == len(ORDER)
-
-
-@pytest.mark.parametrize("room", ORDER)
+@pytest.mark.parametrize("room", ROOMS)
 def test_imports_run_downward(room: str) -> None:
-    above = ORDER[: ORDER.index(room)]
-    for file in files_of(room):
+    for file in sorted((PACKAGE / room).rglob("*.py")):
         for module in imports_of(file):
-            assert not any(module == f"eckart.{up}" or module.startswith(f"eckart.{up}.") for up in above), (
-                file,
-                module,
-            )
+            library, _, rest = module.partition(".")
+            assert library not in NEVER.get(room, ()), (file, module)
+            other = rest.partition(".")[0]
+            if library != "eckart" or other == room:
+                continue
+            assert other in ROOMS[room], (file, module)
+            allowed = DOORS.get((room, other), ("eckart",))
+            assert any(f"{module}.".startswith(f"{door}.") for door in allowed), (file, module)
 
 
-def test_lowrank_never_imports_transformers() -> None:
-    for file in files_of("lowrank"):
-        for module in imports_of(file):
-            assert module.split(".")[0] != "transformers", file
-            assert module.split(".")[0] != "eckart" or module.startswith("eckart.lowrank"), (file, module)
+def test_no_room_needs_a_room_that_needs_it() -> None:
+    order = list(ROOMS)
+    for room, below in ROOMS.items():
+        assert all(order.index(other) < order.index(room) for other in below), room
 
 
-def test_evals_know_nothing_of_compression() -> None:
-    below = ("corpora", "fingerprint", "labelled", "quiet", "sizes", "tokens", "tracking")
-    allowed = ("eckart.evals", *(f"eckart.{room}" for room in below))
-    for file in files_of("evals"):
-        for module in imports_of(file):
-            assert not module.startswith("eckart") or module.startswith(allowed), (file, module)
-
-
-def test_reports_know_files_and_no_models() -> None:
-    for file in files_of("reports"):
-        for module in imports_of(file):
-            assert module.split(".")[0] not in {"torch", "transformers"}, (file, module)
-            allowed = ("eckart.reports", "eckart.evals.result", "eckart.evals.improvement")
-            assert not module.startswith("eckart") or module.startswith(allowed), (file, module)
+@pytest.mark.parametrize("folder", sorted({file.parent for file in PACKAGE.rglob("*.py")} - {PACKAGE}), ids=str)
+def test_tests_mirror_the_rooms(folder: Path) -> None:
+    place = TESTS / folder.relative_to(PACKAGE)
+    if any(file.stem != "__init__" for file in folder.glob("*.py")):
+        assert list(place.rglob("test_*.py")), place
 
 
 def test_only_the_terminal_knows_rich() -> None:
     for file in PACKAGE.rglob("*.py"):
-        if file.name != "terminal.py" and file.parent.name != "cli":
+        if file.parent.name != "cli":
             assert not any(module.split(".")[0] in {"rich", "typer"} for module in imports_of(file)), file
 
 

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import eckart
+from places import SHARED
 
-SHARED = Path(__file__).parents[2] / "shared"
 MODELS = {"llama6M": 256, "stories260K": 256, "craftgpt-5M": 64}
 
 pytestmark = pytest.mark.skipif(

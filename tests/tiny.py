@@ -23,8 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from eckart.data.tokens import Tokens
 from eckart.models.sites import Site
-from eckart.tokens import Tokens
 
 # `eckart ARGUMENTS` in this process: the exit status and everything printed. See the fixture `run`.
 Run = Callable[..., tuple[int, str]]

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eckart.calibration import BlockCalibration
+from eckart.calibration.moments import BlockCalibration
+from eckart.calibration.sequential import BlockPass, Order, PassReport, Sample, SequentialCalibration
+from eckart.data.tokens import Tokens
 from eckart.lowrank import InputMoments, Method, build_method, factor
 from eckart.models.sites import Site, blocks_of, replace_module
 from eckart.models.units import units_of
-from eckart.sequential import BlockPass, Order, PassReport, Sample, SequentialCalibration
-from eckart.tokens import Tokens
-from eckart.tracking import Track
+from eckart.support.progress import Track
 from tiny import relative, site_inputs, tiny_tokens
 
 PLAIN = build_method("asvd-i")

@@ -24,7 +24,7 @@ from loop import Schedule, add_schedule_options, make_optimizer, run_steps, take
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from eckart.builtin import builtin_model_path, builtin_texts
+from eckart.data.builtin import builtin_model_path, builtin_texts
 
 DOMAINS = ("prose", "code")
 VOCABULARY = 4096

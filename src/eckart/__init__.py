@@ -11,36 +11,36 @@
 Importing it also teaches stock `from_pretrained` to read compressed checkpoints. It touches no GPU and no network.
 """
 
-from eckart.quiet import quiet
+from eckart.support.quiet import quiet
 
 # Where torchao is installed, transformers imports it with its models, and it warns of kernels for other machines.
 with quiet("torchao", "torch.utils._pytree"):
     import transformers.modeling_utils  # noqa: F401
 
 from eckart.allocation import Budget, RankPlan, Rule, plan
-from eckart.calibration import Calibration, calibrate, calibrate_by_block
-from eckart.composition import COMPOSITIONS, Composition
-from eckart.compression import CompressionReport, compress
-from eckart.corpora import read_text
+from eckart.allocation.search.loss_weights import probe_linears
+from eckart.allocation.search.surgical import SearchResult, Tolerance, search
+from eckart.calibration.moments import Calibration, calibrate, calibrate_by_block
+from eckart.calibration.sequential import SequentialCalibration
+from eckart.compression.replace import CompressionReport, compress
+from eckart.compression.tuning.finetuning import FineTuning, fine_tune
+from eckart.compression.tuning.refinement import Refinement
+from eckart.data.corpora import read_text
+from eckart.data.labelled import Labelled, read_labelled
+from eckart.data.tokens import Tokens, sample_documents, sample_windows
 from eckart.evals.probing import probe
 from eckart.evals.result import EvalResult
 from eckart.evals.tasks import Task, evaluate
-from eckart.finetuning import FineTuning, fine_tune
-from eckart.labelled import Labelled, read_labelled
 from eckart.lowrank import METHODS, Method, build_method
 from eckart.models.checkpoint import CheckpointError
 from eckart.models.dense import export_dense
 from eckart.models.families import UnsupportedModelError
 from eckart.models.linear import LowRankLinear
 from eckart.models.loading import load_model, load_tokenizer, save
-from eckart.outofcore import compress_out_of_core
-from eckart.pipeline import How, make_checkpoint
-from eckart.probes import probe_linears
-from eckart.rank_search import SearchResult, Tolerance, search
-from eckart.recipe import Recipe, load_recipe, parse_recipe
-from eckart.refinement import Refinement
-from eckart.sequential import SequentialCalibration
-from eckart.tokens import Tokens, sample_documents, sample_windows
+from eckart.runs.composition import COMPOSITIONS, Composition
+from eckart.runs.out_of_core import compress_out_of_core
+from eckart.runs.recipe import Recipe, load_recipe, parse_recipe
+from eckart.runs.workbench import How, make_checkpoint
 
 __all__ = [
     "COMPOSITIONS",

@@ -10,7 +10,7 @@ import pytest
 from eckart.allocation import Budget, RankPlan, weight_bytes
 from eckart.lowrank import LAYOUTS, Layout
 from eckart.models.sites import find_sites, select_sites
-from eckart.sizes import num_params
+from eckart.support.sizes import num_params
 from tiny import tiny_model
 
 

@@ -12,7 +12,7 @@ from eckart.allocation import Rule, plan, stored_params
 from eckart.lowrank import LAYOUTS, Layout, pivoted_rank_for
 from eckart.models.families import FAMILIES
 from eckart.models.sites import find_sites
-from eckart.sizes import num_params
+from eckart.support.sizes import num_params
 from tiny import DEFAULT_CONFIGS, tiny_model
 
 ALL = sorted({*FAMILIES, *DEFAULT_CONFIGS})

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from eckart.allocation import Rule, linear_macs, plan, summarise
-from eckart.compression import compress
+from eckart.compression.replace import compress
 from eckart.evals.cost import count_macs
 from eckart.lowrank import LAYOUTS, Layout
 from eckart.models.families import FAMILIES
 from eckart.models.sites import find_sites, low_rank_modules
-from eckart.sizes import num_params
+from eckart.support.sizes import num_params
 from tiny import DEFAULT_CONFIGS, tiny_model
 
 LENGTH = 8

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eckart.lowrank import GradientMoments, InputMoments, Moments, moments
+from eckart.lowrank.float32 import full_float32
 from eckart.lowrank.moments import CHUNK_ROWS, GRADIENT_STATISTICS, INPUT_STATISTICS
-from eckart.lowrank.products import full_float32
 
 from .reference import Layer, laws, layers, make_layer
 

@@ -11,8 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eckart.lowrank import DecompositionError, Spectrum, factor, interpolate, rank_for
-from eckart.lowrank import truncation as truncation_module
+from eckart.lowrank import DecompositionError, Spectrum, factor, interpolate, rank_for, truncation
 from eckart.lowrank.metrics import cholesky_root, eigen_root
 
 from .reference import (
@@ -210,7 +209,7 @@ def test_both_routes_give_the_reference(
     monkeypatch: pytest.MonkeyPatch, resolution: float, shape: tuple[int, int]
 ) -> None:
     target, root = normal(*shape), normal(shape[1], shape[1], seed=1)
-    monkeypatch.setattr(truncation_module, "GRAM_RESOLUTION", resolution)
+    monkeypatch.setattr(truncation, "GRAM_RESOLUTION", resolution)
     called = []
     svd = torch.linalg.svd
     monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: called.append(1) or svd(*a, **k))

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import eckart  # noqa: F401 (registers the checkpoint format)
 from eckart.allocation import plan
-from eckart.calibration import calibrate
-from eckart.compression import compress
+from eckart.calibration.moments import calibrate
+from eckart.compression.replace import compress
 from eckart.lowrank import build_method
 from eckart.models.checkpoint import CheckpointError, LowRankConfig
 from eckart.models.families import FAMILIES

@@ -22,7 +22,7 @@ from eckart.models.checkpoint import CheckpointError, LowRankConfig, describe
 from eckart.models.families import FAMILIES
 from eckart.models.loading import save
 from eckart.models.sites import low_rank_modules, replace_module
-from eckart.sizes import num_bytes, num_params
+from eckart.support.sizes import num_bytes, num_params
 from tiny import DEFAULT_CONFIGS, ENCODERS, HEADS, logits_of, tiny_model, tiny_tokens
 
 from .layouts import KINDS, groups_of, head_of, laid_out, lay_out

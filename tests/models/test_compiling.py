@@ -10,7 +10,7 @@ from eckart.lowrank import Layout
 from eckart.lowrank.pivoting import LAYOUTS
 
 from .layouts import KINDS, laid_out
-from .test_products import SHAPES, expression, group, made, rows
+from .test_matmul import SHAPES, expression, group, made, rows
 
 MODES = {"gradients": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 

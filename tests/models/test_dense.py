@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 import eckart  # noqa: F401 (registers the checkpoint format)
 from eckart.allocation import plan
-from eckart.calibration import calibrate
-from eckart.compression import compress
+from eckart.calibration.moments import calibrate
+from eckart.compression.replace import compress
 from eckart.lowrank import build_method
 from eckart.models.dense import export_dense
 from eckart.models.families import FAMILIES, UnsupportedModelError

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from eckart.allocation import plan
-from eckart.compression import compress
+from eckart.compression.replace import compress
 from eckart.models.families import FAMILIES, UnsupportedModelError, default_family, family_of
 from eckart.models.sites import Site, blocks_of, find_sites, read_weight
 from tiny import BLOCKS, DEFAULT_CONFIGS, FAMILY_CONFIGS, tiny_config, tiny_model, tiny_tokens

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eckart.allocation import plan
-from eckart.compression import compress
+from eckart.compression.replace import compress
 from eckart.models.families import UnsupportedModelError
 from eckart.models.loading import load_model, load_tokenizer, save, staged_directory
 from eckart.models.sites import low_rank_modules

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from eckart.models.sites import Site, find_sites, parse_blocks, select_sites
-from eckart.sizes import num_bytes, num_params
+from eckart.support.sizes import num_bytes, num_params
 from tiny import tiny_model
 
 ROLES = {

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from eckart.allocation import plan
-from eckart.calibration import calibrate
-from eckart.compression import compress
+from eckart.calibration.moments import calibrate
+from eckart.compression.replace import compress
 from eckart.lowrank import build_method
 from eckart.models.dense import export_dense
 from eckart.models.loading import save

@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 from eckart.allocation.budget import Budget
 from eckart.allocation.curves import Curve
-from eckart.allocation.effective import effective_rank
-from eckart.allocation.files import weight_bytes
-from eckart.allocation.optimal import global_
-from eckart.allocation.ranks import RankPlan, settle, stored_params
+from eckart.allocation.effective_rank import effective_rank
+from eckart.allocation.file_size import weight_bytes
+from eckart.allocation.global_loss import global_
+from eckart.allocation.rank_plan import RankPlan, settle, stored_params
 from eckart.allocation.rules import Rule, plan
-from eckart.allocation.shares import per_role, uniform
-from eckart.allocation.speed import slow_settings
+from eckart.allocation.slow import slow_settings
 from eckart.allocation.summary import linear_macs, summarise
+from eckart.allocation.uniform import per_role, uniform
 
 # {name: f(sites, units or curves, numbers, *, layout, rank_multiple, ...) -> RankPlan}.
 ALLOCATIONS: dict[str, Callable[..., RankPlan]] = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from eckart.allocation.files import (
+from eckart.allocation.file_size import (
     SHARD,
     WORD,
     dense_tensors,
@@ -20,11 +20,11 @@ from eckart.allocation.files import (
     weight_bytes,
     with_modules,
 )
-from eckart.allocation.ranks import RankPlan
+from eckart.allocation.rank_plan import RankPlan
 from eckart.lowrank import Layout
 from eckart.models.sites import Site, read_weight
 from eckart.models.units import units_of
-from eckart.sizes import num_params
+from eckart.support.sizes import num_params
 
 # Bytes that one more file takes: a word, a header without tensors, and what fills it up.
 ONE_MORE_FILE = 64

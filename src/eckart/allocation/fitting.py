@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from eckart.allocation.curves import Curve
-from eckart.allocation.ranks import RankPlan, settle
+from eckart.allocation.rank_plan import RankPlan, settle
 from eckart.lowrank import Layout
 from eckart.models.sites import Site
 from eckart.models.units import Unit

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from eckart.allocation.budget import Budget
 from eckart.allocation.fitting import check_multiple
-from eckart.allocation.ranks import RankPlan, settle
-from eckart.allocation.shares import uniform
+from eckart.allocation.rank_plan import RankPlan, settle
+from eckart.allocation.uniform import uniform
 from eckart.lowrank import Layout
 from eckart.models.sites import Site, as_patterns, find_sites, select_sites
 from eckart.models.units import Unit, units_of

@@ -8,9 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from eckart.allocation.files import weight_bytes
-from eckart.allocation.ranks import RankPlan
-from eckart.sizes import num_params
+from eckart.allocation.file_size import weight_bytes
+from eckart.allocation.rank_plan import RankPlan
+from eckart.support.sizes import num_params
 
 
 def summarise(plan: RankPlan, model: PreTrainedModel, *, bias: bool = False) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from eckart.allocation import RankPlan, slow_settings
-from eckart.terminal import table
+from eckart.cli.terminal import table
 
 
 def sizes_table(title: str, summary: Mapping[str, Any], plan: RankPlan) -> Table:

@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eckart.data.labelled import Labelled
 from eckart.evals.hidden_states import pad_rows, tokenize_texts
 from eckart.evals.result import EvalResult, Score
 from eckart.evals.windows import check_finite
-from eckart.labelled import Labelled
-from eckart.tracking import Track, silent
+from eckart.support.progress import Track, silent
 
 
 @torch.inference_mode()

@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.evals.result import EvalResult, Score
 from eckart.evals.speed import Timing, time_in_turns
-from eckart.sizes import num_params, tensor_bytes
-from eckart.tracking import Track, silent
+from eckart.support.progress import Track, silent
+from eckart.support.sizes import num_params, tensor_bytes
 
 # SFSD Table 1 counts at 64 tokens; a model with fewer positions is counted at what is left of them.
 DEFAULT_PROMPT = 64

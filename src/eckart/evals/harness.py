@@ -31,8 +31,8 @@ from eckart.evals.harness_tasks import (
 )
 from eckart.evals.result import EvalResult, Score
 from eckart.evals.windows import check_causal, check_evaluating
-from eckart.quiet import quiet
-from eckart.tracking import Track, silent
+from eckart.support.progress import Track, silent
+from eckart.support.quiet import quiet
 
 
 def run_harness(

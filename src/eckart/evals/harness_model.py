@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.tokens import check_vocabulary
-from eckart.tracking import Track
+from eckart.data.tokens import check_vocabulary
+from eckart.support.progress import Track
 
 
 def make_scorer(

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eckart.data.tokens import check_vocabulary
 from eckart.evals.windows import check_evaluating, is_causal
-from eckart.fingerprint import describe_architecture, hash_weights
-from eckart.tokens import check_vocabulary
-from eckart.tracking import Track, silent
+from eckart.support.fingerprint import describe_architecture, hash_weights
+from eckart.support.progress import Track, silent
 
 Pooling = Literal["mean", "last", "cls"]
 # Number of this layout and of the way states are pooled; part of every digest.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.tokens import check_vocabulary
-from eckart.tracking import Track, silent
+from eckart.data.tokens import check_vocabulary
+from eckart.support.progress import Track, silent
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from eckart.data.tokens import check_vocabulary
 from eckart.evals.result import EvalResult
 from eckart.evals.windows import check_causal, check_finite, cut_windows, windows_per_batch
-from eckart.tokens import check_vocabulary
-from eckart.tracking import Track, silent
+from eckart.support.progress import Track, silent
 
 
 @torch.inference_mode()

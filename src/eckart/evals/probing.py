@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eckart.data.labelled import Labelled
 from eckart.evals.hidden_states import Pooling, read_hidden_states
 from eckart.evals.result import EvalResult, Score
-from eckart.labelled import Labelled
-from eckart.tracking import Track, silent
+from eckart.support.progress import Track, silent
 
 Control = Literal["text", "last-word"]
 # The paper's check: where the task's weighted F1 is not above the control's by this much, a layer is no evidence.

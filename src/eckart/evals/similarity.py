@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from eckart.data.tokens import Tokens, check_positions, check_vocabulary
 from eckart.evals.result import EvalResult, Score
 from eckart.evals.windows import check_evaluating, cut_windows
-from eckart.tokens import Tokens, check_positions, check_vocabulary
-from eckart.tracking import Track, silent
+from eckart.support.progress import Track, silent
 
 # Of the histogram over [-1, 1].
 BINS = 40

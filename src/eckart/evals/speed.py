@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from eckart.tracking import Track, silent
+from eckart.support.progress import Track, silent
 
 
 @dataclass(frozen=True)

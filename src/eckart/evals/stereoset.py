@@ -33,7 +33,7 @@ from eckart.evals.likelihoods import (
 )
 from eckart.evals.result import EvalResult, Score
 from eckart.evals.windows import check_evaluating, is_causal
-from eckart.tracking import Track, silent
+from eckart.support.progress import Track, silent
 
 HUB = "McGill-NLP/stereoset"
 FILES = ("dev.json", "dev.json.gz")

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.evals.similarity import Activations
-from eckart.tracking import Track, silent
+from eckart.support.progress import Track, silent
 
 
 @dataclass(frozen=True)

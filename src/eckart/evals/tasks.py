@@ -13,7 +13,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.corpora import read_text
+from eckart.data.corpora import read_text
+from eckart.data.labelled import Labelled, read_labelled
+from eckart.data.tokens import check_tokenizer, encode
 from eckart.evals.classification import classification
 from eckart.evals.cost import cost
 from eckart.evals.divergence import divergence
@@ -27,9 +29,7 @@ from eckart.evals.similarity import Activations, similarity
 from eckart.evals.stereoset import read_stereoset, stereoset
 from eckart.evals.subject import Setup, Subject
 from eckart.evals.windows import check_causal, check_evaluating, cut_windows
-from eckart.labelled import Labelled, read_labelled
-from eckart.tokens import check_tokenizer, encode
-from eckart.tracking import Track, silent
+from eckart.support.progress import Track, silent
 
 # The window of the published tables; a model with fewer positions is read at its own.
 DEFAULT_LENGTH = 2048

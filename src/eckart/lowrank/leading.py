@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eckart.lowrank.float32 import COLUMNS, full_float32, lower_gram
 from eckart.lowrank.metrics import DecompositionError, Root, Whitening, eigh, weigh_inputs
-from eckart.lowrank.products import COLUMNS, full_float32, lower_gram
 
 # A float32 answer is taken where its loss exceeds the least one by at most this share of it, and where its tail, which
 # is reported, is known that well. Storing factors in bfloat16 adds 4e-6 of the output's energy, which is more still.

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from eckart.lowrank.products import add_gram, exact_products, mirror
+from eckart.lowrank.float32 import add_gram, exact_products, mirror
 
 # Rows multiplied in float32 before the product is added in float64. Long enough for full-speed matrix products,
 # short enough that float32 rounding inside one product stays near 1e-7 of it.

@@ -16,6 +16,7 @@ from scipy.linalg.interpolative import interp_decomp
 from torch import Tensor
 
 from eckart.lowrank.factors import Factors
+from eckart.lowrank.float32 import lower_gram
 from eckart.lowrank.leading import leading_basis
 from eckart.lowrank.metrics import (
     BlockDiagonal,
@@ -30,7 +31,6 @@ from eckart.lowrank.metrics import (
     transpose_metric,
     weigh_inputs,
 )
-from eckart.lowrank.products import lower_gram
 
 # Below this share of the largest eigenvalue of the Gram matrix, rounding (2^-53 times the size) is no longer far
 # below the eigenvalue itself, and the singular value decomposition of the product is taken instead.

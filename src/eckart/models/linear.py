@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from eckart.lowrank import Factors, Pivoted
-from eckart.models.products import combine, is_bare, is_prompt, is_worth
-from eckart.models.shared import SharedProduct
+from eckart.models.matmul import combine, is_bare, is_prompt, is_worth
+from eckart.models.shared_product import SharedProduct
 
 
 class LowRankLinear(nn.Module):

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from eckart.builtin import builtin_model_path
+from eckart.data.builtin import builtin_model_path
 from eckart.models.checkpoint import CheckpointError, describe
 from eckart.models.families import UnsupportedModelError
 from eckart.models.sites import low_rank_modules

@@ -1,0 +1,1 @@
+"""Search: ranks by measuring the model."""

@@ -1,0 +1,98 @@
+"""Shares: the same share of every chosen linear, or shares in given proportions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from eckart.allocation.curves import Curve
+from eckart.allocation.fitting import bare, check_multiple, fit, share_rank
+from eckart.allocation.rank_plan import RankPlan
+from eckart.lowrank import Layout
+from eckart.models.sites import Site, matches
+from eckart.models.units import Unit
+
+
+def uniform(
+    sites: Sequence[Site],
+    units: Sequence[Unit | Curve],
+    numbers: int,
+    *,
+    layout: Layout = "plain",
+    rank_multiple: int = 1,
+) -> RankPlan:
+    """The same share at every unit: the largest at which the ranks of SFSD Eq. 3 (or the pivoted layout's) fit.
+
+    Each rank is rounded down to what its share holds, and to a multiple, never below one.
+
+    Args:
+        sites: every site of the model; those in no unit stay dense.
+        units: what the budget is shared among; of curves, only the sites are read.
+        numbers: the budget: how many numbers the units may store together.
+
+    Raises:
+        ValueError: the smallest ranks take more than `numbers`.
+    """
+    check_multiple(rank_multiple)
+    return fit(
+        sites,
+        bare(units),
+        numbers,
+        lambda unit, share: share_rank(unit, share, layout, rank_multiple),
+        1.0,
+        layout=layout,
+    )
+
+
+def per_role(
+    sites: Sequence[Site],
+    units: Sequence[Unit | Curve],
+    numbers: int,
+    *,
+    shares: Mapping[str, float],
+    layout: Layout = "plain",
+    rank_multiple: int = 1,
+) -> RankPlan:
+    """Shares in given proportions, {"mlp": 2, "attention": 1}, as large together as the budget lets them be.
+
+    A unit keeps the share factor x weight of its numbers, and is dense from 1 on; the factor is the largest that fits.
+    The plainest way to treat roles apart, as a baseline for those that look at losses.
+
+    Args:
+        sites: every site of the model; those in no unit stay dense.
+        units: what the budget is shared among; of curves, only the sites are read.
+        numbers: the budget: how many numbers the units may store together.
+        shares: {role, part or shell pattern, as in `select_sites`: weight}; the first that names a site decides, and
+            a site that none names has weight 1.
+        rank_multiple: round ranks down to a multiple, never below one.
+
+    Raises:
+        ValueError: a weight that is not positive, a name that matches nothing, sites of one joint group with different
+            weights, or the smallest ranks take more than `numbers`.
+    """
+    check_multiple(rank_multiple)
+    chosen = bare(units)
+    for pattern, weight in shares.items():
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"shares: {pattern!r} has weight {weight}, which is not positive")
+        if not any(matches(site, pattern) for unit in chosen for site in unit.sites):
+            roles = ", ".join(dict.fromkeys(site.role for unit in chosen for site in unit.sites))
+            raise ValueError(f"shares: {pattern!r} matches no chosen site; roles: {roles}")
+    weights = {unit.name: _weight(unit, shares) for unit in chosen}
+    return fit(
+        sites,
+        chosen,
+        numbers,
+        lambda unit, factor: share_rank(unit, factor * weights[unit.name], layout, rank_multiple),
+        1 / min(weights.values(), default=1),
+        layout=layout,
+    )
+
+
+def _weight(unit: Unit, shares: Mapping[str, float]) -> float:
+    found = {next((weight for pattern, weight in shares.items() if matches(site, pattern)), 1.0) for site in unit.sites}
+    if len(found) > 1:
+        raise ValueError(
+            f"shares: the linears of joint {unit.name} have the weights {', '.join(map(str, sorted(found)))}; they are "
+            "factored as one and need one"
+        )
+    return found.pop()

@@ -1,0 +1,1 @@
+"""Calibration: tokens through the model, block by block, into moments."""

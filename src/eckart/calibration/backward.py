@@ -1,0 +1,150 @@
+"""Sweep: gradient statistics block by block, the last one first, of a model of which one block is in memory.
+
+Forward, the hidden states of every sample are kept at every door. At the last one the loss and its gradient are taken;
+backward, a block is run once more from its door, and the gradient at its outputs gives those of its weights and of its
+inputs. What comes of it are the sums that `gradients.collect_gradients` takes in one piece.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from eckart.calibration.cache import is_whole, read_gradients, write_gradients
+from eckart.calibration.doors import Spill, whole_doors
+from eckart.calibration.gradients import sample_input, sample_loss, watching
+from eckart.calibration.walk import Walk, hidden_of, standing_in
+from eckart.data.tokens import Tokens
+from eckart.lowrank import GradientMoments
+from eckart.models.shards import Skeleton
+from eckart.models.sites import Site
+from eckart.support.precision import in_float32
+from eckart.support.progress import Track, silent
+
+FLOAT16 = frozenset({torch.float16})
+
+
+class Sweep:
+    """The gradient statistics of all planned sites, in files: one a block.
+
+    Args:
+        skeleton: the model. tokens, sites, needs: as in `collect_gradients`.
+        folder: for hidden states, gradients at the doors and statistics. What is there is not made again.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        tokens: Tokens,
+        sites: Sequence[Site],
+        needs: frozenset[str],
+        folder: Path,
+        *,
+        track: Track = silent,
+    ) -> None:
+        self.skeleton, self.tokens, self.sites, self.needs = skeleton, tokens, sites, needs
+        self.folder, self.track = folder, track
+        # One sample at a time, without its padding: the square is of one sample's gradient.
+        self.samples = [ids[mask][None] for ids, mask in tokens.batches(1)]
+        self.first = min(site.block for site in sites)
+
+    def run(self) -> None:
+        """Make the statistics of every block that has none.
+
+        Raises:
+            ValueError: as `collect_gradients`.
+            OSError: the disk is full.
+
+        Cost: two forward passes and a backward pass of each sample; the model's files are read twice.
+        Disk: the hidden states of all samples at every door.
+        """
+        if all(is_whole(self._file(number)) for number in {site.block for site in self.sites}):
+            return
+        above, doors = self.folder / "above", self.folder / "hidden"
+        with in_float32(self.skeleton.model, FLOAT16):  # gradients in float16 would underflow to zero
+            door = max(whole_doors(doors), default=None)
+            count, device = len(self.skeleton.blocks), self.skeleton.device
+            held = Spill(doors, len(self.samples), door=door, device=device)
+            door_above = min(whole_doors(above), default=None)
+            back = Spill(above, len(self.samples), first=count, door=door_above, step=-1, device=device)
+            walk = self._forward(held, door)
+            if back.door > count:
+                self._head(walk, back)
+            scored = json.loads(self._scored.read_text(encoding="utf-8"))
+            for number in range(back.door - 1, self.first - 1, -1):
+                self._backward(number, walk, held, back, scored)
+        for folder in (above, doors):
+            shutil.rmtree(folder)
+
+    def read(self, number: int) -> Mapping[str, GradientMoments]:
+        """{site: statistics} of a block."""
+        return read_gradients(self._file(number))
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"block-{number:03d}.safetensors"
+
+    @property
+    def _scored(self) -> Path:
+        """How many tokens each sample's loss is a mean over."""
+        return self.folder / "scored.json"
+
+    def _forward(self, held: Spill, start: int | None) -> Walk:
+        """The hidden states of every sample at every door, from one that is there on."""
+        model, generator = self.skeleton.model, torch.Generator().manual_seed(0)
+        read = [sample_input(model, ids, self.tokens.mask_token, generator) for ids in self.samples]
+        batches = [(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in read]
+        with self._resident(0):  # it runs once, to show the form of its output
+            walk = Walk(model, batches, self.track, held=held, start=start)
+        while walk.next < len(self.skeleton.blocks):
+            with self._resident(walk.next):
+                walk.skip(walk.next)
+        return walk
+
+    def _head(self, walk: Walk, back: Spill) -> None:
+        """The gradient of every sample's loss at the last door."""
+        model, generator, counts = self.skeleton.model, torch.Generator().manual_seed(0), []
+        with watching(model, {}):
+            for index, ids in self.track(enumerate(self.samples), "loss", len(self.samples)):
+                hidden = walk.held.read(index).requires_grad_()
+                with torch.enable_grad(), standing_in(self.skeleton.blocks, hidden, walk.tail):
+                    loss, scored = sample_loss(model, ids, self.tokens.mask_token, generator)
+                    loss.backward()
+                counts.append(scored)
+                back.write(index, _gradient(hidden))
+        self._scored.write_text(json.dumps(counts), encoding="utf-8")
+        back.turn()
+
+    def _backward(self, number: int, walk: Walk, held: Spill, back: Spill, scored: Sequence[int]) -> None:
+        """The statistics of a block, and the gradient at its door."""
+        sites = [site for site in self.sites if site.block == number]
+        collected = {site.name: GradientMoments(site.d_out, site.d_in, self.needs) for site in sites}
+        with self._resident(number) as block, watching(self.skeleton.model, collected) as scale:
+            for index in self.track(range(len(self.samples)), f"block {number}: gradients", len(self.samples)):
+                args, kwargs = walk.calls[index][number]
+                hidden = held.read_at(number, index).requires_grad_()
+                scale.tokens = scored[index]
+                with torch.enable_grad():
+                    output = hidden_of(block(hidden, *args, **kwargs))
+                    output.backward(back.read(index).to(output))
+                back.write(index, _gradient(hidden))
+        if sites:
+            write_gradients(self._file(number), collected)
+        back.turn()
+        back.clear()
+
+    @contextmanager
+    def _resident(self, number: int) -> Iterator[nn.Module]:
+        """The block in memory; in float32 where it is stored in float16."""
+        with self.skeleton.resident(number) as block, in_float32(block, FLOAT16):
+            yield block
+
+
+def _gradient(hidden: Tensor) -> Tensor:
+    assert hidden.grad is not None
+    return hidden.grad

@@ -1,0 +1,145 @@
+"""Doors: hidden states of all batches between two blocks, in memory or on disk."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from eckart.models.shards import check_room
+
+NAME = "hidden"
+
+
+class Doors(Protocol):
+    """Hidden states of all batches at the door of one block and, as they are made, at the next."""
+
+    def read(self, index: int) -> Tensor:
+        """A batch's at this door."""
+        ...
+
+    def write(self, index: int, hidden: Tensor) -> None:
+        """A batch's at the next door. It is not read at this one again."""
+        ...
+
+    def turn(self) -> None:
+        """Every batch is at the next door, which is this one from now on."""
+        ...
+
+
+class Held:
+    """Doors in memory: a batch's states take the place of those that they were made of."""
+
+    def __init__(self) -> None:
+        self._states: dict[int, Tensor] = {}
+
+    def read(self, index: int) -> Tensor:
+        """See `Doors`."""
+        return self._states[index]
+
+    def write(self, index: int, hidden: Tensor) -> None:
+        """See `Doors`."""
+        self._states[index] = hidden
+
+    def turn(self) -> None:
+        """See `Doors`."""
+
+
+class Spill:
+    """`Doors` in files: a folder for each door, a file for each batch.
+
+    A door's folder has its name once every batch is in it, so that a walk that was killed goes on at a whole one. A
+    file is read and written in one go and not kept mapped: what is mapped counts as resident.
+
+    Attributes:
+        door: the one that all batches have come to; to go on from another that is whole, set it.
+
+    Args:
+        folder: for the doors.
+        batches: how many there are.
+        first: the door that the first states are at.
+        door: one that is whole; None before there is any.
+        step: from one door to the next; -1 goes backward.
+        device: where what is read is put.
+
+    Raises:
+        OSError: the disk is full; the doors that are whole are left.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        batches: int,
+        *,
+        first: int = 0,
+        door: int | None = None,
+        step: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.folder, self.batches, self.step, self.device = folder, batches, step, device
+        self.door = first - step if door is None else door
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def read(self, index: int) -> Tensor:
+        """See `Doors`."""
+        return self.read_at(self.door, index)
+
+    def read_at(self, door: int, index: int) -> Tensor:
+        """A batch's at a door that is whole."""
+        with safe_open(_file(self._folder(door), index), framework="pt") as file:
+            return file.get_tensor(NAME).clone().to(self.device)
+
+    def write(self, index: int, hidden: Tensor) -> None:
+        """See `Doors`."""
+        partial = self._partial
+        if index == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            check_room(self.folder, self.batches * hidden.numel() * hidden.element_size(), "the hidden states")
+            partial.mkdir()
+        path = _file(partial, index)
+        try:
+            save_file({NAME: hidden.detach().cpu().contiguous()}, path)
+            with path.open("r+b") as stream:
+                os.fsync(stream.fileno())
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(
+                f"cannot write hidden states to {path} ({error}); what was finished before is kept"
+            ) from error
+
+    def turn(self) -> None:
+        """See `Doors`. The door that was left stays, until it is cleared."""
+        self.door += self.step
+        place = self._folder(self.door)
+        shutil.rmtree(place, ignore_errors=True)  # from a walk that came by before, and had to begin anew
+        place.with_suffix(".partial").rename(place)
+
+    def clear(self) -> None:
+        """Remove the doors that all batches have left behind."""
+        for door in whole_doors(self.folder):
+            if (self.door - door) * self.step > 0:
+                shutil.rmtree(self._folder(door))
+
+    def _folder(self, door: int) -> Path:
+        return self.folder / f"door-{door:03d}"
+
+    @property
+    def _partial(self) -> Path:
+        return self._folder(self.door + self.step).with_suffix(".partial")
+
+
+def whole_doors(folder: Path) -> list[int]:
+    """The doors whose states are all there, ascending."""
+    found = [re.fullmatch(r"door-(\d+)", place.name) for place in folder.glob("door-*")]
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _file(folder: Path, index: int) -> Path:
+    return folder / f"{index:05d}.safetensors"

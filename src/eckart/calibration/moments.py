@@ -1,0 +1,222 @@
+"""Moments: tokens through the model, block by block, into the moments of every input group.
+
+At no time are there moments of more than one block, nor hidden states of more than one layer: see `walk.Walk`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from eckart.calibration.cache import GRADIENTS, Store, read_gradients
+from eckart.calibration.gradients import collect_gradients
+from eckart.calibration.walk import Walk
+from eckart.data.tokens import Tokens, check_positions, check_vocabulary
+from eckart.lowrank import GradientMoments, InputMoments, Method
+from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
+from eckart.models.sites import Site, find_sites, first_readers
+from eckart.support.fingerprint import describe_architecture, hash_weights
+from eckart.support.progress import Track, silent
+
+# Number of this layout and of the way moments are taken; part of every digest, so that a change reuses nothing.
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class BlockCalibration:
+    """The moments of one block, or of a part of it: {input group: InputMoments} and {site name: GradientMoments}.
+
+    Attributes:
+        aside: {input group: InputMoments} of the tokens kept aside, for what has to prove itself on them.
+    """
+
+    block: int
+    inputs: dict[str, InputMoments] = field(default_factory=dict)
+    gradients: dict[str, GradientMoments] = field(default_factory=dict)
+    aside: dict[str, InputMoments] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Every block's moments, held in memory, and where they came from. Iterating gives the blocks in order.
+
+    A 7B model's second moments are about 22 GB in float32; use `calibrate_by_block` for such a one.
+    """
+
+    blocks: tuple[BlockCalibration, ...]
+    source: dict[str, Any]
+
+    def __iter__(self) -> Iterator[BlockCalibration]:
+        return iter(self.blocks)
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    method: Method,
+    *,
+    batch_size: int = 8,
+    track: Track = silent,
+) -> Calibration:
+    """The moments that `method` needs, of every site of the model, held in memory.
+
+    Raises and cost: see `calibrate_by_block`.
+    """
+    blocks = tuple(calibrate_by_block(model, tokens, method, batch_size=batch_size, track=track))
+    return Calibration(blocks, {**tokens.source, "tokens": tokens.count})
+
+
+def calibrate_by_block(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    method: Method,
+    *,
+    sites: Sequence[Site] | None = None,
+    cache: Path | None = None,
+    gradients: dict[str, GradientMoments] | None = None,
+    batch_size: int = 8,
+    track: Track = silent,
+) -> Iterator[BlockCalibration]:
+    """The moments of one block after another. A block may be replaced as soon as it was given out.
+
+    Args:
+        tokens: padding is left out of every statistic.
+        method: only what it needs is collected; a method that needs nothing yields empty blocks at once.
+        sites: only these; default all.
+        cache: folder for moments. A calibration is kept in `cache/<digest>`, a file a block, where the digest is of
+            the model's weights and configuration, the token ids and mask, the statistics and the sites. Blocks that
+            are there already are read, not computed, so a killed run goes on where it was.
+        gradients: of these sites, where they were gathered before (see `gather_gradients`).
+        batch_size: rows at a time; it changes memory and speed only.
+
+    Raises:
+        ValueError: an input or gradient that is not finite (names the group), a token outside the vocabulary, samples
+            longer than the model reads, a model in training mode, one that does not call its blocks once each in
+            order, or an anchored method.
+
+    Cost: one forward pass, and 2 n d_in^2 operations for each input group; with gradient statistics also one forward
+    and backward pass per sample.
+    """
+    sites = find_sites(model) if sites is None else sites
+    needs = method.needs
+    if "cross_moment" in needs:
+        raise ValueError(f"{method.name} is anchored and reads the compressed model too: give SequentialCalibration")
+    if needs:
+        check_readable(model, tokens)
+    if gradients is None:
+        gradients = gather_gradients(model, tokens, method, sites=sites, cache=cache, track=track)
+    store = None
+    if cache is not None and needs & INPUT_STATISTICS:
+        store = Store(cache / calibration_digest(model, tokens, needs & INPUT_STATISTICS, sites))
+    numbers = sorted({site.block for site in sites})
+    wanted = needs & INPUT_STATISTICS
+    groups = {number: first_readers(site for site in sites if site.block == number) for number in numbers}
+    missing = [number for number in numbers if wanted and not (store and store.holds(number))]
+    walk = Walk(model, tokens.batches(batch_size), track) if missing else None
+    for number in numbers:
+        inputs: dict[str, InputMoments] = {}
+        if walk and number in missing:
+            inputs = walk.moments(number, groups[number], wanted)
+            if store:
+                store.write(number, inputs)
+        elif store and wanted:
+            inputs = store.read(number)
+            if walk and number < missing[-1]:
+                walk.skip(number)  # now, with the dense block: the caller may replace it
+        names = [site.name for site in sites if site.block == number]
+        yield BlockCalibration(number, inputs, {name: gradients[name] for name in names if name in gradients})
+
+
+def gather_gradients(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    method: Method,
+    *,
+    sites: Sequence[Site] | None = None,
+    cache: Path | None = None,
+    collect: Callable[..., dict[str, GradientMoments]] = collect_gradients,
+    track: Track = silent,
+) -> dict[str, GradientMoments]:
+    """{site name: gradient statistics that `method` needs}; empty for a method that needs none.
+
+    Args:
+        sites, cache: as in `calibrate_by_block`.
+        collect: what gathers those that are not in the cache.
+
+    Raises and cost: see `collect_gradients`.
+    """
+    needs = method.needs & GRADIENT_STATISTICS
+    if not needs:
+        return {}
+    sites = find_sites(model) if sites is None else sites
+    check_readable(model, tokens)
+    store = None if cache is None else Store(cache / calibration_digest(model, tokens, needs, sites))
+    gradients = store.read_gradients() if store else None
+    if gradients is None:
+        gradients = collect(model, tokens, sites, needs, track=track)
+        if store:
+            store.write_gradients(gradients)
+    return gradients
+
+
+def recorded_gradients(model: str | Path, sites: Iterable[Site]) -> dict[str, GradientMoments]:
+    """{site name: Fisher sums} that were recorded while the model was fine-tuned, from the file beside it.
+
+    Args:
+        model: its directory.
+
+    Raises:
+        ValueError: there is no such file, it lacks a site, or a sum in it is of another shape.
+    """
+    path = Path(model) / GRADIENTS
+    if not path.is_file():
+        raise ValueError(
+            f"fisher: recorded, and there is no {path}: fine-tune the model with `eckart finetune`, or gather the "
+            "Fisher sums on the calibration text (fisher: gathered)"
+        )
+    found = read_gradients(path)
+    for site in sites:
+        if site.name not in found:
+            raise ValueError(f"{path} has nothing of {site.name}: was it recorded with another model?")
+        sums = found[site.name].sums
+        shape = (len(sums["fisher_out"]), len(sums["fisher_in"]))
+        if shape != (site.d_out, site.d_in):
+            raise ValueError(
+                f"{site.name}: {path} has the sums of a weight of shape {shape}, this one's is "
+                f"{(site.d_out, site.d_in)}: was it recorded with another model?"
+            )
+    return {site.name: found[site.name] for site in sites}
+
+
+def check_readable(model: PreTrainedModel, tokens: Tokens) -> None:
+    """Raises ValueError where the model cannot read the samples, or would read them differently every time."""
+    if model.training:
+        raise ValueError(
+            f"{type(model).__name__} is in training mode, its dropout would be in the moments: call model.eval() first"
+        )
+    check_vocabulary(model, tokens.ids)
+    check_positions(model, tokens.ids.shape[1], "calibration length")
+
+
+def calibration_digest(model: PreTrainedModel, tokens: Tokens, needs: frozenset[str], sites: Sequence[Site]) -> str:
+    """A name for the moments: of everything that makes them, contents and not names.
+
+    Cost: one read of the model's weights.
+    """
+    state = hashlib.sha256()
+    header = {
+        "format": FORMAT,
+        **describe_architecture(model),
+        "tokens": tokens.digest,
+        "needs": sorted(needs),
+        "sites": [site.name for site in sites],
+    }
+    state.update(json.dumps(header, sort_keys=True, default=str).encode())
+    hash_weights(state, model)
+    return state.hexdigest()[:32]

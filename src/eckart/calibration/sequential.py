@@ -1,0 +1,328 @@
+"""Sequential: blocks compressed in order, each calibrated on what the compressed blocks before it give.
+
+Two streams of hidden states walk through the model: one through its dense blocks, one through the blocks as they are
+once compressed. Inside a block the input groups follow in the order in which the block reads them, so that the output
+projection is already calibrated on the compressed q, k and v. Some samples are kept aside: no statistic sees them, and
+what claims to better a block (see `passes`) has to prove it on them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from eckart.calibration.moments import BlockCalibration, check_readable, gather_gradients
+from eckart.calibration.walk import hidden_of, record_calls
+from eckart.data.tokens import Tokens
+from eckart.lowrank import GradientMoments, InputMoments, Method
+from eckart.lowrank.moments import INPUT_STATISTICS
+from eckart.models.sites import Site, blocks_of, find_sites, first_readers
+from eckart.support.progress import Track, silent
+
+# What a site is calibrated on: the dense model's inputs; the compressed model's; or the compressed model's inputs with
+# the dense model's outputs as target.
+Order = Literal["one-shot", "sequential", "anchored"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One batch at the door of a block.
+
+    Attributes:
+        hidden: (batch, length, width) what the compressed blocks before it give.
+        args, kwargs: the other arguments of the block's call.
+        mask: (batch, length), True for real tokens.
+        target: what the dense block makes of the dense stream.
+    """
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    mask: Tensor
+    target: Tensor
+
+    def run(self, block: nn.Module) -> Tensor:
+        """What a block makes of it."""
+        return hidden_of(block(self.hidden, *self.args, **self.kwargs))
+
+    def cast(self, dtype: torch.dtype) -> Sample:
+        """The same in another float type, masks and rotary tables included; `target` stays as it is."""
+        if self.hidden.dtype == dtype:
+            return self
+        return replace(
+            self, hidden=self.hidden.to(dtype), args=_cast(self.args, dtype), kwargs=_cast(self.kwargs, dtype)
+        )
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What became of a pass over one block, or over the model: its loss on the tokens kept aside, before and after.
+
+    Attributes:
+        name: of the pass.
+        place: "block 3", or "model".
+        kept: whether it lowered the loss. One that did not was undone; but a recovery, whose losses are of the samples
+            that it took steps on, is always kept.
+    """
+
+    name: str
+    place: str
+    before: float
+    after: float
+    kept: bool
+
+
+class BlockPass(Protocol):
+    """Betters a block whose sites are replaced, in place, or leaves it as it was."""
+
+    def __call__(
+        self, number: int, block: nn.Module, samples: Sequence[Sample], aside: Sequence[Sample], track: Track
+    ) -> PassReport | None: ...
+
+
+class SequentialCalibration:
+    """The moments of one input group after another; give them to `compress`, which replaces sites as they come.
+
+    Iterating it once walks through the model; a second time is refused. `reports` fills with what the passes did.
+
+    Args:
+        model: dense; `compress` changes it on the way.
+        tokens: calibration samples. aside: samples kept aside, for passes and refits.
+        method: for what it needs. An anchored one (`Method.anchored`) goes with order "anchored", and only with it.
+        order: see `Order`.
+        sites: those that will be replaced; default all.
+        gradients: of these sites, where they were gathered before.
+        passes: what is done to each block once its sites are replaced.
+        batch_size: rows at a time; it changes memory and speed only, but for passes that take steps, where it is a
+            choice that changes numbers.
+
+    Raises:
+        ValueError: as `calibrate_by_block`; an order that does not go with the method; passes without samples aside.
+
+    Cost: one forward pass of each stream, and for each input group of a block another one up to where it is read.
+    Memory: the hidden states of both streams, and a second copy of one block.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokens: Tokens,
+        method: Method,
+        *,
+        order: Order = "anchored",
+        aside: Tokens | None = None,
+        sites: Sequence[Site] | None = None,
+        gradients: dict[str, GradientMoments] | None = None,
+        passes: Sequence[BlockPass] = (),
+        batch_size: int = 8,
+        track: Track = silent,
+    ) -> None:
+        if (order == "anchored") != (method.anchor is not None):
+            raise ValueError(f"order {order!r} and {method.name}, anchored at {method.anchor}, do not go together")
+        if passes and aside is None:
+            raise ValueError("a pass has to prove itself on samples kept aside: keep some")
+        self.model, self.tokens, self.method, self.order, self.aside = model, tokens, method, order, aside
+        self.sites = find_sites(model) if sites is None else tuple(sites)
+        self.gradients, self.passes, self.batch_size, self.track = gradients, tuple(passes), batch_size, track
+        self.reports: list[PassReport] = []
+        self.started = False
+
+    def __iter__(self) -> Iterator[BlockCalibration]:
+        if self.started:
+            raise ValueError("this calibration was walked through already, and the model is compressed: make a new one")
+        self.started = True
+        for tokens in (self.tokens, self.aside):
+            if tokens is not None:
+                check_readable(self.model, tokens)
+        if self.gradients is None:
+            self.gradients = gather_gradients(self.model, self.tokens, self.method, sites=self.sites, track=self.track)
+        streams = _Streams(self.model, self.tokens, self.aside, self.batch_size, self.track)
+        needs = self.method.needs & INPUT_STATISTICS
+        last_number = max((site.block for site in self.sites), default=-1)
+        for number, block in enumerate(streams.blocks):
+            sites = [site for site in self.sites if site.block == number]
+            if not sites:
+                streams.advance(block, block)
+                continue
+            dense = copy.deepcopy(block)
+            # No moments have a name here: they would live on while the next ones are made.
+            if not needs:
+                yield self._part(number, sites, {})
+            elif self.order == "one-shot":
+                groups = first_readers(sites).items()
+                yield self._part(
+                    number, sites, {group: streams.moments({"dense": (dense, site)}, needs) for group, site in groups}
+                )
+            else:
+                for group, site in streams.in_order(dense, first_readers(sites)):
+                    places = {"compressed": (block, site)}
+                    if self.order == "anchored":
+                        places["dense"] = (dense, site)
+                    members = [member for member in sites if member.input_group == group]
+                    yield self._part(number, members, {group: streams.moments(places, needs)})
+                del places
+            last = number == last_number
+            if last and not self.passes:
+                return
+            targets = streams.through(dense, "dense")
+            samples = streams.samples(number, targets)
+            for work in self.passes:
+                report = work(number, block, samples[: streams.first_aside], samples[streams.first_aside :], self.track)
+                if report is not None:
+                    self.reports.append(report)
+            del samples, dense
+            if last:
+                return
+            streams.hidden["compressed"] = streams.through(block, "compressed")
+            streams.hidden["dense"] = targets
+            streams.number += 1
+
+    def _part(
+        self, number: int, sites: Sequence[Site], moments: dict[str, tuple[InputMoments, InputMoments]]
+    ) -> BlockCalibration:
+        """What is known of some sites of a block; moments as `_Streams.moments` gives them."""
+        gradients = self.gradients or {}
+        return BlockCalibration(
+            number,
+            {group: found for group, (found, _) in moments.items()},
+            {site.name: gradients[site.name] for site in sites if site.name in gradients},
+            {group: aside for group, (_, aside) in moments.items() if aside.count},
+        )
+
+
+class _Streams:
+    """Hidden states of all batches in both models, at the door of block `number`; those aside come last."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokens: Tokens, aside: Tokens | None, batch_size: int, track: Track
+    ) -> None:
+        self.blocks, self.track, self.number = blocks_of(model), track, 0
+        batches = tokens.batches(batch_size)
+        self.first_aside = len(batches)
+        if aside is not None:
+            batches += aside.batches(batch_size)
+        self.masks = [mask for _, mask in batches]
+        recordings = record_calls(model, batches, track)
+        self.calls = [recording.calls for recording in recordings]
+        self.hidden = {name: [recording.hidden for recording in recordings] for name in ("dense", "compressed")}
+
+    def advance(self, block: nn.Module, dense: nn.Module) -> None:
+        """Both streams through a block that stays as it is; at once where they are the same still."""
+        through = self.through(dense, "dense")
+        same = all(a is b for a, b in zip(self.hidden["dense"], self.hidden["compressed"], strict=True))
+        self.hidden["compressed"] = through if same else self.through(block, "compressed")
+        self.hidden["dense"] = through
+        self.number += 1
+
+    @torch.no_grad()
+    def through(self, block: nn.Module, stream: str) -> list[Tensor]:
+        """What a block makes of every batch of a stream."""
+        made = []
+        batches = zip(self.hidden[stream], self.calls, strict=True)
+        for hidden, calls in self.track(batches, f"block {self.number}: {stream}", len(self.calls)):
+            args, kwargs = calls[self.number]
+            made.append(hidden_of(block(hidden, *args, **kwargs)))
+        return made
+
+    @torch.no_grad()
+    def moments(
+        self, places: dict[str, tuple[nn.Module, Site]], needs: frozenset[str]
+    ) -> tuple[InputMoments, InputMoments]:
+        """Of one input group, (calibration, aside): what its first site reads in each stream that is asked for.
+
+        Args:
+            places: {stream: (block, site)}. With both streams xh is the compressed one's and the dense one is the
+                reference.
+        """
+        reading = "compressed" if "compressed" in places else "dense"
+        site = places[reading][1]
+        found = InputMoments(site.d_in, needs), InputMoments(site.d_in, needs)
+        batches = zip(range(len(self.calls)), self.masks, strict=True)
+        for index, mask in self.track(batches, f"{site.input_group}: moments", len(self.calls)):
+            seen = {
+                stream: _read(block, site, self.hidden[stream][index], *self.calls[index][self.number])
+                for stream, (block, site) in places.items()
+            }
+            reference = seen["dense"] if "cross_moment" in needs else None
+            try:
+                found[index >= self.first_aside].update(
+                    seen[reading], mask.to(seen[reading].device), reference=reference
+                )
+            except ValueError as error:
+                raise ValueError(f"{site.input_group}: {error}") from error
+        return found[0].compact(), found[1].compact()
+
+    @torch.no_grad()
+    def in_order(self, block: nn.Module, groups: dict[str, Site]) -> list[tuple[str, Site]]:
+        """The input groups in the order in which the block reads them."""
+        seen: list[str] = []
+        with _watching({group: block.get_submodule(site.role) for group, site in groups.items()}, seen):
+            args, kwargs = self.calls[0][self.number]
+            block(self.hidden["dense"][0], *args, **kwargs)
+        order = list(dict.fromkeys(seen))
+        return [(group, groups[group]) for group in order + [group for group in groups if group not in order]]
+
+    def samples(self, number: int, targets: list[Tensor]) -> list[Sample]:
+        """Every batch at the door of a block, with what the dense block made of the dense stream."""
+        return [
+            Sample(hidden, *calls[number], mask, target)
+            for hidden, calls, mask, target in zip(
+                self.hidden["compressed"], self.calls, self.masks, targets, strict=True
+            )
+        ]
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """The value with every float tensor in it, in tuples, lists and dicts as well, in the type."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_cast(item, dtype) for item in value)
+    if isinstance(value, dict):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    return value
+
+
+class _Reached(Exception):
+    """The block came to the linear whose input is wanted; the rest of it need not run."""
+
+
+def _read(block: nn.Module, site: Site, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The tensor that a site of the block reads. The block runs no further than that."""
+    seen: list[Tensor] = []
+
+    def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0])
+        raise _Reached
+
+    handle = block.get_submodule(site.role).register_forward_pre_hook(stop)
+    try:
+        block(hidden, *args, **kwargs)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    if not seen:
+        raise ValueError(f"{site.name} is not called by its block; exclude it")
+    return seen[0]
+
+
+@contextmanager
+def _watching(modules: dict[str, nn.Module], seen: list[str]) -> Iterator[None]:
+    """Inside, each call of one of the modules notes its name."""
+    handles = [
+        module.register_forward_pre_hook(lambda _module, _args, name=name: seen.append(name))
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

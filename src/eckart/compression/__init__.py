@@ -1,0 +1,1 @@
+"""Compression: moments and ranks into a low-rank model."""

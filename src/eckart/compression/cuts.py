@@ -1,0 +1,187 @@
+"""Cuts: units of one block factored and cut, from their weights and moments alone, wherever those lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eckart.allocation import RankPlan
+from eckart.calibration.moments import BlockCalibration
+from eckart.lowrank import (
+    DecompositionError,
+    Factored,
+    Factors,
+    GradientMoments,
+    InputMoments,
+    Method,
+    Moments,
+    output_error,
+    refit_left,
+)
+from eckart.lowrank.metrics import Root
+from eckart.lowrank.moments import JointGradients
+from eckart.models.units import Unit
+
+# Points of a site's loss curve in the report: enough to draw it.
+CURVE = 65
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A unit's factors at the rank that was asked for, and what is known of them.
+
+    Attributes:
+        tail: the method's own loss at this rank, in its own metric; None for a nested method, whose loss is the error.
+        losses: the method's own loss at CURVE ranks from 0 to full, as shares of the loss at rank 0.
+        relative_errors: of each of its sites, E||W x - M xh - d||^2 / E||W x||^2 on the calibration tokens; None
+            without second moments.
+        refit: whether the left factor was refit and stood the test of the tokens kept aside; None where none was tried.
+    """
+
+    factors: Factors
+    tail: float | None
+    losses: tuple[float, ...]
+    relative_errors: tuple[float | None, ...]
+    refit: bool | None = None
+
+
+@torch.no_grad()
+def cut_units(
+    method: Method,
+    units: Iterable[Unit],
+    plan: RankPlan,
+    part: BlockCalibration,
+    weight_of: Callable[[Unit], Tensor],
+    *,
+    spectra: dict[str, Factored] | None = None,
+    refit: bool = False,
+) -> Iterator[tuple[Unit, Cut]]:
+    """Each unit cut at its rank, one after the other. Units of one input group share the root.
+
+    Args:
+        plan: has the ranks.
+        part: the moments of these units.
+        weight_of: a unit's dense weight (d_out, d_in), asked for when its turn comes.
+        spectra, refit: as in `compress`.
+
+    Raises:
+        ValueError, DecompositionError: as the method raises them; the message names the unit.
+    """
+    known = {} if spectra is None else spectra
+    units = list(units)
+    # A spectrum that is kept may be cut anywhere later on; else only at this rank.
+    hint = plan if spectra is None else None
+    fresh = factor_units(method, [unit for unit in units if unit.name not in known], part, weight_of, hint)
+    for unit in units:
+        factored = known[unit.name] if unit.name in known else next(fresh)[1]
+        if spectra is not None:
+            spectra[unit.name] = factored
+        weight, rank = weight_of(unit), plan.rank(unit.sites[0])
+        assert rank is not None
+        inputs, aside = (_inputs_on(found.get(unit.group), weight.device) for found in (part.inputs, part.aside))
+        try:
+            factors, took = factored.cut(rank), None
+            if refit:
+                if inputs is None or "second_moment" not in inputs.sums:
+                    raise ValueError(f"a refit needs second moments, and {method.name}'s calibration has none")
+                factors, took = _refit(weight, factors, inputs, aside)
+        except (ValueError, DecompositionError) as error:
+            raise type(error)(f"{unit.name}: {error}") from error
+        tail = None if method.residual is not None else factored.tail(rank)
+        exact = tail if method.exact and not took and len(unit.sites) == 1 else None
+        rows = weight.split([site.d_out for site in unit.sites])
+        errors = tuple(
+            _relative_error(method, factored, exact, each, member, inputs)
+            for each, member in zip(rows, unit.split(factors), strict=True)
+        )
+        yield unit, Cut(factors, tail, tuple(factored.losses(CURVE)), errors, took)
+
+
+def factor_units(
+    method: Method,
+    units: Iterable[Unit],
+    part: BlockCalibration,
+    weight_of: Callable[[Unit], Tensor],
+    plan: RankPlan | None = None,
+) -> Iterator[tuple[Unit, Factored]]:
+    """Each unit's spectrum, one after the other. Units of one input group share the root.
+
+    Args:
+        part, weight_of: as in `cut_units`.
+        plan: where the spectra will be cut at its ranks only, which is faster; None for any rank.
+
+    Raises:
+        ValueError, DecompositionError: as the method raises them; the message names the unit.
+    """
+    root: Root = None
+    group: str | None = None
+    for unit in units:
+        weight = weight_of(unit)
+        moments = moments_of(unit, part, weight.device)
+        try:
+            # A root that is made of a linear's own gradients is no other linear's.
+            if unit.group != group or method.needs_gradients:
+                root, group = method.root(moments), unit.group
+            rank = None if plan is None else plan.rank(unit.sites[0])
+            factored = method.factor(weight, moments, root=root, rank=rank)
+        except (ValueError, DecompositionError) as error:
+            raise type(error)(f"{unit.name}: {error}") from error
+        yield unit, factored
+
+
+def moments_of(unit: Unit, part: BlockCalibration, device: torch.device | None = None) -> Moments:
+    """What a part of a calibration knows of a unit; of several sites, as of the one linear that they are stacked.
+
+    Args:
+        device: of the unit's weight; gradients, and moments that were read from a file, lie in main memory.
+    """
+    inputs = _inputs_on(part.inputs.get(unit.group), device)
+    gradients = [
+        GradientMoments.from_state(found.examples, found.tokens, _sums_on(found.sums, device))
+        for found in (part.gradients[site.name] for site in unit.sites if site.name in part.gradients)
+    ]
+    if len(gradients) < len(unit.sites):
+        return Moments(inputs)
+    return Moments(inputs, gradients[0] if len(gradients) == 1 else JointGradients(tuple(gradients)))
+
+
+def _inputs_on(moments: InputMoments | None, device: torch.device | None) -> InputMoments | None:
+    return None if moments is None else InputMoments.from_state(moments.count, _sums_on(moments.sums, device))
+
+
+def _sums_on(sums: Mapping[str, Tensor], device: torch.device | None) -> dict[str, Tensor]:
+    """The sums on the device, not copied where they are there already."""
+    return {name: value if device is None else value.to(device) for name, value in sums.items()}
+
+
+def _refit(weight: Tensor, factors: Factors, inputs: InputMoments, aside: InputMoments | None) -> tuple[Factors, bool]:
+    """The factors with their left one refit, and True; as they were, and False, where that is worse on those aside."""
+    better = refit_left(weight, factors, Moments(inputs))
+    if aside is not None:
+        before, after = (output_error(weight, each, Moments(aside))[0] for each in (factors, better))
+        if after >= before:
+            return factors, False
+    return better, True
+
+
+def _relative_error(
+    method: Method,
+    factored: Factored,
+    tail: float | None,
+    weight: Tensor,
+    factors: Factors,
+    inputs: InputMoments | None,
+) -> float | None:
+    """E||W x - M xh - d||^2 / E||W x||^2, from the spectrum where it is there already (it saves two large products)."""
+    if inputs is None or "second_moment" not in inputs.sums:
+        return None
+    if tail is not None:
+        error, energy = tail, factored.tail(0)
+        if method.centred:
+            energy += float((weight.double() @ inputs.mean).square().sum())
+    else:
+        error, energy = output_error(weight, factors, Moments(inputs))
+    return error / energy if energy > 0 else 0.0

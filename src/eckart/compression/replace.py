@@ -1,0 +1,225 @@
+"""Compression: a model, a method, a plan and a calibration in; the same model with low-rank linears out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from eckart.allocation import RankPlan
+from eckart.calibration.moments import BlockCalibration
+from eckart.compression.cuts import Cut, cut_units
+from eckart.lowrank import DecompositionError, Factored, Method, build_method
+from eckart.lowrank.moments import INPUT_STATISTICS
+from eckart.models.checkpoint import describe
+from eckart.models.sites import Site, read_weight, replace_module
+from eckart.models.units import Unit, units_of
+from eckart.support.progress import Track, silent
+from eckart.support.sizes import num_bytes, num_params
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What became of one site.
+
+    Attributes:
+        rank: of its factors.
+        losses: the method's own loss at `cuts.CURVE` ranks from 0 to full, as shares of the loss at rank 0.
+        relative_error: E||W x - M xh - d||^2 / E||W x||^2 on the calibration tokens; None without second moments.
+        tail: the method's own loss at this rank, in its own metric; None for a nested method, whose loss is the error.
+            Of linears that share a right factor it is that of all of them.
+        refit: whether the left factor was refit and stood the test of the tokens kept aside; None where none was tried.
+    """
+
+    site: Site
+    rank: int
+    relative_error: float | None
+    tail: float | None
+    losses: tuple[float, ...]
+    refit: bool | None = None
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    def to_record(self) -> dict[str, Any]:
+        """For a journal: every number as it is."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**found, "site": self.name, "losses": list(self.losses)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], sites: Mapping[str, Site]) -> SiteReport:
+        """What `to_record` gave. sites: {name: site} of the model."""
+        return cls(**{**record, "site": sites[record["site"]], "losses": tuple(record["losses"])})
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What a compression did: sizes of the whole model before and after, seconds per stage.
+
+    Attributes:
+        sites: the low-rank ones. dense: the compressible ones that stayed as they were.
+    """
+
+    sites: tuple[SiteReport, ...]
+    dense: tuple[Site, ...]
+    params_before: int
+    params_after: int
+    bytes_before: int
+    bytes_after: int
+    seconds: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "params": [self.params_before, self.params_after],
+            "bytes": [self.bytes_before, self.bytes_after],
+            "seconds": {stage: round(value, 2) for stage, value in self.seconds.items()},
+            "sites": {
+                **{site.name: _place(site) | {"rank": None, "relative_error": None} for site in self.dense},
+                **{
+                    report.name: _place(report.site)
+                    | {
+                        "rank": report.rank,
+                        "relative_error": report.relative_error,
+                        "tail": report.tail,
+                        **({} if report.refit is None else {"refit": report.refit}),
+                        "spectrum": [float(f"{loss:.4g}") for loss in report.losses],
+                    }
+                    for report in self.sites
+                },
+            },
+        }
+
+
+def _place(site: Site) -> dict[str, Any]:
+    return {"block": site.block, "role": site.role, "part": site.part, "shape": [site.d_out, site.d_in]}
+
+
+@torch.no_grad()
+def compress(
+    model: PreTrainedModel,
+    method: Method | str,
+    plan: RankPlan,
+    calibration: Iterable[BlockCalibration] | None = None,
+    *,
+    spectra: dict[str, Factored] | None = None,
+    refit: bool = False,
+    cut: Callable[..., Iterable[tuple[Unit, Cut]]] = cut_units,
+    recipe: dict[str, Any] | None = None,
+    track: Track = silent,
+) -> CompressionReport:
+    """Replace the planned linears of `model` by low-rank ones, in place.
+
+    The calibration is consumed part by part and nothing of a part is kept once its sites are replaced.
+
+    Args:
+        method: of the catalogue, or its name.
+        plan: of this model; sites without a rank stay as they are.
+        calibration: a `Calibration`, the generator of `calibrate_by_block`, or a `SequentialCalibration`, which makes
+            the moments of a part when the parts before it are replaced; None for a method that needs none.
+        spectra: what this method made of this model's units, by `Unit.name`. What is in it is
+            only cut; the others are factored and put in, in place, so that a sweep over sizes factors each site once.
+            It holds all their bases.
+        refit: fit the left factors once more by least squares. Where the calibration has moments of tokens kept aside,
+            a refit that does not lower the squared output error on them is undone.
+        cut: what makes the cuts, with the arguments of `cut_units`; they may be made elsewhere.
+        recipe: noted in the model's config, for the checkpoint.
+
+    Raises:
+        ValueError: the method or a refit needs statistics that the calibration lacks, or the plan is of another model.
+        DecompositionError: a decomposition failed; the message names the site. The sites before it are replaced
+            already, so load the model again before going on.
+
+    Cost: per site one decomposition, see `lowrank.truncation.factor`.
+    """
+    if isinstance(method, str):
+        method = build_method(method)
+    if method.needs and calibration is None:
+        raise ValueError(f"{method.name} needs {', '.join(sorted(method.needs))}: calibrate first")
+    planned = [site for site in plan.sites if plan.rank(site) is not None]
+    _check_sites(model, planned)
+    before = (num_params(model), num_bytes(model))
+    pending = list(units_of(planned, [group for group in plan.joint if any(s.input_group == group for s in planned)]))
+    seconds = {"calibrate": 0.0, "factor": 0.0}
+    reports: list[SiteReport] = []
+    parts = _timed(calibration or _nothing(pending), seconds)
+
+    def factored() -> Iterator[list[SiteReport]]:
+        for part in parts:
+            chosen = [unit for unit in pending if _is_of(unit, part, method)]
+            pending[:] = [unit for unit in pending if unit not in chosen]
+            start = time.perf_counter()
+            weight_of = partial(Unit.weight, model=model)
+            for unit, made in cut(method, chosen, plan, part, weight_of, spectra=spectra, refit=refit):
+                yield place(model, unit, made, plan)
+            seconds["factor"] += time.perf_counter() - start
+            del part  # these moments end here, before the next ones are made
+
+    for done in track(factored(), "linears", len(pending)):
+        reports += done
+    if pending:
+        raise ValueError(f"the calibration has no moments of {pending[0].name}, which the plan compresses")
+    if planned:  # else the model is an ordinary dense one, and is saved as one
+        describe(model, recipe or {"method": method.name, "options": method.options})
+    dense = tuple(site for site in plan.sites if plan.rank(site) is None)
+    return CompressionReport(tuple(reports), dense, before[0], num_params(model), before[1], num_bytes(model), seconds)
+
+
+def _check_sites(model: PreTrainedModel, planned: Sequence[Site]) -> None:
+    """Raises ValueError where a planned site is not in the model, or has another shape."""
+    modules = dict(model.named_modules())
+    for site in planned:
+        shape = (site.d_out, site.d_in)
+        if site.name not in modules or tuple(read_weight(modules[site.name]).shape) != shape:
+            raise ValueError(f"the plan has {site.name} as {site.d_out} x {site.d_in}, which is not in this model")
+
+
+def _nothing(units: Iterable[Unit]) -> list[BlockCalibration]:
+    """Parts without moments, a block each, for a method that needs none."""
+    return [BlockCalibration(block) for block in dict.fromkeys(unit.sites[0].block for unit in units)]
+
+
+def _is_of(unit: Unit, part: BlockCalibration, method: Method) -> bool:
+    """Whether the part has what the method needs of the unit: its block's turn, and its inputs' if any are needed."""
+    site = unit.sites[0]
+    return site.block == part.block and (not method.needs & INPUT_STATISTICS or site.input_group in part.inputs)
+
+
+def _timed(blocks: Iterable[BlockCalibration], seconds: dict[str, float]) -> Iterator[BlockCalibration]:
+    """The parts; time spent making them is added to seconds["calibrate"]."""
+    iterator = iter(blocks)
+    while True:
+        start = time.perf_counter()
+        block = next(iterator, None)
+        seconds["calibrate"] += time.perf_counter() - start
+        if block is None:
+            return
+        yield block
+        del block
+
+
+def place(model: PreTrainedModel, unit: Unit, cut: Cut, plan: RankPlan) -> list[SiteReport]:
+    """Put a unit's cut in the place of its dense linears, in `model`; a report for each of its sites.
+
+    Raises:
+        ValueError: as `Unit.modules`; the message names the unit or its site.
+    """
+    try:
+        modules = unit.modules(model, cut.factors, plan.layout)
+    except (ValueError, DecompositionError) as error:
+        named = any(str(error).startswith(f"{name}: ") for name in (unit.name, *(site.name for site in unit.sites)))
+        raise type(error)(str(error) if named else f"{unit.name}: {error}") from error
+    for name, module in modules.items():
+        replace_module(model, name, module)
+    rank = plan.rank(unit.sites[0])
+    assert rank is not None
+    return [
+        SiteReport(site, rank, relative, cut.tail, cut.losses, cut.refit)
+        for site, relative in zip(unit.sites, cut.relative_errors, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""Tuning: gradient steps on a compressed model, a block or all of it."""

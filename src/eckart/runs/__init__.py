@@ -1,0 +1,1 @@
+"""Runs: recipes carried out."""

@@ -1,0 +1,71 @@
+"""Card: the README of a compressed checkpoint, for the person who finds it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from eckart.evals.result import EvalResult
+from eckart.runs.recipe import Recipe
+
+
+def write_card(recipe: Recipe, facts: Mapping[str, Any], results: Sequence[tuple[EvalResult, EvalResult]] = ()) -> str:
+    """Markdown with the front matter that the hub reads.
+
+    Args:
+        facts: what compression.json holds: the plan's layout and joint groups, `allocation.summarise` and
+            `CompressionReport.to_dict`.
+        results: (dense, compressed) pairs of the same task.
+    """
+    composition = dataclasses.replace(recipe.composition, layout=facts["layout"], joint=bool(facts["joint"]))
+    method, given = composition.method, "as in plan.json" if recipe.plan else "by rules" if recipe.rules else None
+    errors = [site["relative_error"] for site in facts["sites"].values() if site["relative_error"] is not None]
+    params, size = facts["params"], facts["bytes"]
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"base_model: {recipe.model}",
+        "tags: [eckart, low-rank, compressed]",
+        "---",
+        "",
+        f"# {recipe.model} by {recipe.method.name}",
+        "",
+        f"Low-rank factors of {recipe.model}, made by eckart with **{method.name}**",
+        f"({method.paper}; {method.equation}).",
+        f"{composition.describe(given)}.",
+        "",
+        "```python",
+        "import eckart  # teaches transformers to read this checkpoint",
+        "from transformers import AutoModelForCausalLM",
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this")',
+        "```",
+        "",
+        "Without `import eckart` loading stops with a shape mismatch; it never builds a random model.",
+        "",
+        "| | dense | compressed |",
+        "|---|---|---|",
+        f"| parameters | {params[0]:,} | {params[1]:,} |",
+        f"| bytes | {size[0]:,} | {size[1]:,} |",
+        f"| share of the planned linears kept | 1 | {facts['keep_of_linears']:.4f} |",
+        f"| share of the whole model kept | 1 | {params[1] / params[0]:.4f} |",
+    ]
+    for before, after in results:
+        lines.append(
+            f"| {before.task} ({before.metric}, length {before.settings.get('length')}) "
+            f"| {before.value:.4g} | {after.value:.4g} |"
+        )
+    lines += [
+        "",
+        f"{facts['sites_low_rank']} linears are low-rank, {facts['sites_dense']} compressible ones stay dense.",
+    ]
+    if errors:
+        lines.append(
+            "Relative squared error at their outputs, on the calibration tokens: "
+            f"mean {sum(errors) / len(errors):.4g}, largest {max(errors):.4g}."
+        )
+    undone = [done["place"] for done in facts.get("passes", ()) if not done["kept"]]
+    if undone:
+        lines.append(f"Gradient steps were undone where they did not help on samples kept aside: {', '.join(undone)}.")
+    lines += ["", "## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
+    return "\n".join(lines)

@@ -1,0 +1,295 @@
+"""Experiment: a recipe carried out in a run directory, both models measured, resumed where it was stopped."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from eckart.evals.agreement import agreement, has_answers
+from eckart.evals.result import EvalResult
+from eckart.evals.similarity import Activations, read_activations
+from eckart.evals.tasks import Task, find_task
+from eckart.lowrank import DecompositionError
+from eckart.models.loading import load_model, load_tokenizer, locate
+from eckart.models.sites import input_groups
+from eckart.runs.card import write_card
+from eckart.runs.engine.on_cluster import HERE
+from eckart.runs.recipe import Recipe, load_recipe
+from eckart.runs.workbench import How, make_baseline, make_checkpoint, make_tokens
+
+WEIGHTS = "*.safetensors"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run knows of one task: the dense model's result, the compressed one's, and how the two agree.
+
+    None stands where the evaluation is of the other model only, or where it was refused (`refusals` says why).
+    """
+
+    task: Task
+    dense: EvalResult | None = None
+    compressed: EvalResult | None = None
+    agreement: EvalResult | None = None
+    refusals: dict[str, str] = field(default_factory=dict)
+
+
+def run(
+    recipe: Recipe,
+    directory: Path,
+    how: How,
+    *,
+    force: bool = False,
+    shared: Path | None = None,
+    keep_going: bool = False,
+    keep_weights: bool = True,
+) -> list[Measured]:
+    """Carry out a whole recipe in a run directory, and go on where a killed run stopped.
+
+    The directory gets recipe.yaml (as given), environment.json, model/ (see `make_checkpoint`; of a baseline only what
+    it did), made.yaml (the recipe that made it), evals/<task>.json of the compressed model, evals/<task>.dense.json of
+    the one it was made from and evals/<task>.agreement.json of the two. What is there already is not done again. A
+    recipe that keeps everything (keep 1) compresses nothing, and only the dense model is measured.
+
+    Args:
+        shared: folder of dense results that several runs share, named by model, task and settings.
+        keep_going: an evaluation that refuses, or a compression that fails, is noted in refusals.json and the rest goes
+            on; otherwise the run stops.
+        keep_weights: otherwise the compressed model's weight files are removed once it is measured, and made again when
+            something asks for them.
+
+    Raises:
+        FileExistsError: the directory holds a run of another recipe and `force` is not given.
+        ValueError: as the stages raise it; an unknown task is found before anything runs.
+    """
+    _claim(directory, recipe, force)
+    (directory / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
+    models = _Models(recipe, directory / "model", how)
+    results = _Results(directory / "evals", shared, recipe)
+    refusals: dict[str, dict[str, str]] = {task.label: {} for task in recipe.tasks}
+
+    def measure(which: str) -> list[EvalResult | None]:
+        found = {
+            place: results.read(task, which)
+            for place, task in enumerate(recipe.tasks)
+            if find_task(task.name).of in ("both", which)
+        }
+        left = [place for place, result in found.items() if result is None]
+        for place, outcome in zip(left, models.evaluate([recipe.tasks[place] for place in left], which), strict=True):
+            task = recipe.tasks[place]
+            if isinstance(outcome, EvalResult):
+                results.write(outcome, task, which)
+                found[place] = outcome
+            elif keep_going:
+                refusals[task.label][which] = str(outcome)
+            else:
+                raise outcome
+        return [found.get(place) for place in range(len(recipe.tasks))]
+
+    dense = measure("dense")
+    compressed: list[EvalResult | None] = [None] * len(dense)
+    if recipe.keep == 1:
+        compressed = dense
+    else:
+        try:
+            models.compress()
+        except (ValueError, DecompositionError) as error:
+            if not keep_going:
+                raise
+            for reasons in refusals.values():
+                reasons["compressed"] = f"the model was not compressed: {error}"
+        else:
+            compressed = measure("compressed")
+    measured = []
+    for task, before, after in zip(recipe.tasks, dense, compressed, strict=True):
+        both = None
+        if recipe.keep != 1 and before and after and has_answers(before) and has_answers(after):
+            both = agreement(before, after)
+            write_result(both, directory / "evals" / f"{task.slug}.agreement.json")
+        measured.append(Measured(task, before, after, both, refusals[task.label]))
+    _note_refusals(directory, {label: reasons for label, reasons in refusals.items() if reasons})
+    _write_card(directory / "model", measured)
+    if not keep_weights:
+        for file in (directory / "model").glob(WEIGHTS):
+            file.unlink()
+    return measured
+
+
+def _write_card(model: Path, measured: Sequence[Measured]) -> None:
+    """The checkpoint's README with the results in it; nothing where there is no checkpoint."""
+    if not (model / "config.json").is_file():
+        return
+    facts = json.loads((model / "compression.json").read_text(encoding="utf-8"))
+    pairs = [(item.dense, item.compressed) for item in measured if item.dense and item.compressed]
+    (model / "README.md").write_text(write_card(load_recipe(model / "recipe.yaml"), facts, pairs), encoding="utf-8")
+
+
+def _claim(directory: Path, recipe: Recipe, force: bool) -> None:
+    """Make the directory this recipe's.
+
+    With `force` the results of another recipe go at once, and its model when the new one is complete.
+    """
+    written = directory / "recipe.yaml"
+    if written.is_file() and written.read_text(encoding="utf-8") == recipe.to_yaml():
+        return
+    if directory.exists() and any(directory.iterdir()) and not force:
+        raise FileExistsError(
+            f"{directory} holds something else than a run of this recipe; give another place, or --force"
+        )
+    if written.is_file():
+        shutil.rmtree(directory / "evals", ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    written.write_text(recipe.to_yaml(), encoding="utf-8")
+
+
+def _note_refusals(directory: Path, refusals: dict[str, dict[str, str]]) -> None:
+    """refusals.json: {task: {"dense" or "compressed": why}}; no file where nothing was refused."""
+    file = directory / "refusals.json"
+    if refusals:
+        file.write_text(json.dumps(refusals, indent=2, ensure_ascii=False), encoding="utf-8")
+    else:
+        file.unlink(missing_ok=True)
+
+
+class _Models:
+    """The two models of a run, each loaded when something first asks for it."""
+
+    def __init__(self, recipe: Recipe, directory: Path, how: How) -> None:
+        self.recipe, self.directory, self.how = recipe, directory, how
+        self.loaded: dict[str, PreTrainedModel] = {}
+        self.tokenizer = load_tokenizer(recipe.model)
+
+    def get(self, which: str) -> PreTrainedModel:
+        """The "dense" or the "compressed" model."""
+        if which not in self.loaded:
+            if which == "dense":
+                self.loaded[which] = load_model(self.recipe.model, dtype=self.recipe.dtype, device=self.how.device)
+            elif self.recipe.is_baseline:
+                self.loaded[which] = make_baseline(self.recipe, self.directory, self.how)
+            else:
+                if not any(self.directory.glob(WEIGHTS)):
+                    make_checkpoint(self.recipe, self.directory, self.how, force=True)
+                self.loaded[which] = load_model(self.directory, device=self.how.device)
+        return self.loaded[which]
+
+    def compress(self) -> None:
+        """Make the compressed model's directory, unless this recipe has made it already. The dense model is let go."""
+        self.loaded.clear()
+        mark, recipe = self.directory.with_name("made.yaml"), self.recipe.to_yaml()
+        whole = (self.directory / "compression.json").is_file()
+        if whole and mark.is_file() and mark.read_text(encoding="utf-8") == recipe:
+            return
+        if self.recipe.is_baseline:
+            self.get("compressed")
+        else:
+            make_checkpoint(self.recipe, self.directory, self.how, force=True)
+        mark.write_text(recipe, encoding="utf-8")
+
+    def evaluate(self, tasks: Sequence[Task], which: str) -> Iterator[EvalResult | ValueError]:
+        """The evaluations of one of the models, in order, with what each needs beside it; or why it was refused."""
+
+        def beside(task: Task) -> tuple[bool, bool]:
+            needs = find_task(task.name).needs
+            return which == "compressed" and (task.kind == "cost" or "reference" in needs), "activations" in needs
+
+        for (compare, read), group in itertools.groupby(tasks, beside):
+            together = list(group)
+            try:
+                model = self.get(which)
+                reference = self.get("dense") if compare else None
+                activations = self.activations if read else None
+            except ValueError as error:
+                yield from [error] * len(together)
+                continue
+            path = Path(locate(self.recipe.model)) if which == "dense" else self.directory
+            stored = path.is_dir() and not (which == "compressed" and self.recipe.is_baseline)
+            # A baseline is made in memory: no worker elsewhere could load it.
+            engine = HERE if which == "compressed" and self.recipe.is_baseline else self.how.engine
+            yield from engine.outcomes(
+                model,
+                self.tokenizer,
+                together,
+                data=self.how.data,
+                batch_size=self.how.batch_size,
+                path=path if stored else None,
+                reference=reference,
+                activations=activations,
+                context=self.recipe.context,
+                workers=self.how.workers,
+                cache=self.how.cache,
+                track=self.how.track,
+            )
+
+    @functools.cached_property
+    def activations(self) -> Activations:
+        """Of the dense model on the calibration text."""
+        model = self.get("dense")
+        tokens = make_tokens(self.recipe, model, self.tokenizer, self.how.data)
+        return read_activations(model, tokens, input_groups(model), track=self.how.track)
+
+
+class _Results:
+    """Results on disk: those of a run directory, and dense ones that runs share."""
+
+    def __init__(self, folder: Path, shared: Path | None, recipe: Recipe) -> None:
+        self.folder, self.shared, self.recipe = folder, shared, recipe
+
+    def read(self, task: Task, which: str) -> EvalResult | None:
+        for file in self._files(task, which):
+            if file.is_file():
+                result = EvalResult.from_json(file.read_text(encoding="utf-8"))
+                if file.parent != self.folder:
+                    write_result(result, self._files(task, which)[0])
+                return result
+        return None
+
+    def write(self, result: EvalResult, task: Task, which: str) -> None:
+        for file in self._files(task, which):
+            write_result(result, file)
+
+    def _files(self, task: Task, which: str) -> list[Path]:
+        files = [self.folder / f"{task.slug}{'.dense' if which == 'dense' else ''}.json"]
+        if which == "dense" and self.shared is not None:
+            made_of: list[Any] = [self.recipe.model, self.recipe.dtype, self.recipe.context, asdict(task)]
+            if "activations" in find_task(task.name).needs:
+                made_of.append(self.recipe.calibration.model_dump())
+            digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
+            files.append(self.shared / f"{task.slug}-{digest}.json")
+        return files
+
+
+def write_result(result: EvalResult, file: Path) -> None:
+    """Write a result; the file appears whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(result.to_json(), encoding="utf-8")
+    partial.rename(file)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, as far as they may move a number."""
+    packages = ("eckart", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "scipy")
+    return {
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+    }

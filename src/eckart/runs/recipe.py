@@ -1,0 +1,370 @@
+"""Recipe: one run as data. It holds everything that changes a number, and nothing else.
+
+Where and how fast a run goes (device, batch size, cache, data folder) is the command line's; see `pipeline.How`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from eckart.allocation import Budget
+from eckart.calibration.sequential import Order
+from eckart.compression.baselines import BASELINES, build_baseline
+from eckart.compression.tuning.distillation import Distillation
+from eckart.compression.tuning.recovery import Recovery
+from eckart.compression.tuning.refinement import Refinement
+from eckart.evals.hidden_states import Pooling
+from eckart.evals.probing import Control
+from eckart.evals.tasks import Task, find_task
+from eckart.lowrank import Layout, build_method
+from eckart.lowrank.entries import build_entry
+from eckart.lowrank.moments import GRADIENT_STATISTICS
+from eckart.runs.composition import COMPOSITIONS, Allocation, Composition, composition_options
+
+# Ways to say how large the result may be.
+BUDGETS = ("keep", "keep_total", "max_bytes", "rules", "plan")
+# What may be done around a method. What a recipe does not say is the composition's.
+AROUND = ("allocation", "layout", "order", "joint", "refit", "refine", "distil", "recover")
+# What a budget of this kind says itself.
+DECIDED = {"rules": ("sites", "allocation"), "plan": ("sites", "allocation", "layout", "joint")}
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MethodSection(Section):
+    """A composition (best), a method of the catalogue, or a baseline (int8, int4, llm-pruner), and its settings."""
+
+    name: str = "best"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _known(self) -> MethodSection:
+        if self.name in BASELINES:
+            build_baseline(self.name, self.options)
+        else:
+            self.composition()
+        return self
+
+    def composition(self) -> Composition:
+        """The composition of this name; a method of the catalogue stands alone."""
+        composition_options(self.name)  # refuses an unknown name, with what there is
+        if self.name in COMPOSITIONS:
+            # Its settings are those of its method, which knows them.
+            method = build_entry(COMPOSITIONS, "composition", self.name).method
+            return COMPOSITIONS[self.name](**build_method(method.name, self.options).options)
+        return Composition(build_method(self.name, self.options))
+
+
+class SitesSection(Section):
+    """Which linears are compressed: see `select_sites`. The others stay dense, and are not counted in keep."""
+
+    include: list[str] = Field(default_factory=list)
+    exclude: list[str] = Field(default_factory=list)
+    blocks: str | None = None
+
+
+class RefineSection(Section):
+    """Gradient steps on each block: see `refinement.Refinement`. No steps, no refinement."""
+
+    steps: int = Field(Refinement.steps, ge=0)
+    rate: float = Field(Refinement.rate, gt=0, lt=1)
+
+
+class RuleSection(Section):
+    """Sites that keep a share of their parameters: see `allocation.Rule`."""
+
+    keep: float = Field(gt=0, le=1)
+    include: list[str] = Field(default_factory=list)
+    exclude: list[str] = Field(default_factory=list)
+    blocks: str | None = None
+
+
+class CalibrationSection(Section):
+    """Which text calibrates, and how it is cut."""
+
+    corpus: str = "wikitext2"
+    split: str = "train"
+    column: str | None = None
+    samples: int = Field(256, gt=0)
+    length: int | None = Field(None, gt=0, description="default: the context, or the model's positions if fewer")
+    seed: int = 0
+    cut: Literal["windows", "documents"] | None = Field(
+        None, description="default: windows of a stream for decoders, documents for encoders"
+    )
+    aside: float = Field(
+        0.125, gt=0, lt=1, description="share of the samples kept aside where something has to prove itself on them"
+    )
+    fisher: Literal["gathered", "recorded"] = Field(
+        "gathered",
+        description="gathered on this text, or recorded while the model was fine-tuned, see `eckart finetune`",
+    )
+
+
+class EvaluationSection(Section):
+    """One evaluation of the dense and of the compressed model."""
+
+    task: str
+    split: str = "test"
+    column: str | None = None
+    length: int | None = Field(None, gt=1)
+    limit: int | None = Field(None, gt=0)
+    shots: int | None = Field(None, ge=0, description="examples in front of each question; default: the task's own")
+    seed: int = Field(0, description="draws those examples")
+    leave_out_long: bool = Field(False, description="StereoSet: leave out what is past the model's positions")
+    pooling: Pooling = Field("mean", description="probing: how a text's hidden states become one")
+    control: Control = Field("text", description="probing: what has one random label in the control task")
+    seeds: int = Field(3, gt=0, description="probing: probes of each layer")
+
+    @model_validator(mode="after")
+    def _known(self) -> EvaluationSection:
+        find_task(self.task)
+        return self
+
+    def to_task(self) -> Task:
+        """As `evaluate` takes it."""
+        values = self.model_dump(exclude={"task"})
+        return Task(self.task, **values)
+
+
+class DistilSection(Section):
+    """Gradient steps on the whole model: see `distillation.Distillation`. No steps, no distillation."""
+
+    steps: int = Field(Distillation.steps, ge=0)
+    rate: float = Field(Distillation.rate, gt=0, lt=1)
+    batch: int = Field(Distillation.batch, gt=0)
+
+
+class RecoverSection(Section):
+    """A short fine-tuning of the compressed model: see `recovery.Recovery`. No steps, no recovery."""
+
+    steps: int = Field(Recovery.steps, ge=0)
+    rate: float = Field(Recovery.rate, gt=0, lt=1)
+    batch: int = Field(Recovery.batch, gt=0)
+    corpus: str | None = Field(None, description="of a classifier: the labelled set that it recovers on")
+
+
+class Recipe(Section):
+    """A model, a method, an allocation, a calibration, and what to measure."""
+
+    model: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    method: MethodSection = MethodSection()
+    keep: float | None = Field(None, gt=0, le=1, description="share of the chosen linears' numbers kept")
+    keep_total: float | None = Field(None, gt=0, le=1, description="share of the whole model's numbers kept")
+    max_bytes: int | None = Field(None, gt=0, description="of the weight files")
+    rules: list[RuleSection] | None = Field(None, description="shares by place, the first that matches decides")
+    plan: str | None = Field(None, description="a plan.json, perhaps edited by hand")
+    sites: SitesSection = SitesSection()
+    allocation: Allocation | None = None
+    layout: Layout | None = None
+    order: Order | None = None
+    joint: bool | None = None
+    refit: bool | None = None
+    refine: RefineSection | None = None
+    distil: DistilSection | None = None
+    recover: RecoverSection | None = None
+    rank_multiple: int = Field(1, gt=0)
+    context: int | None = Field(
+        None, gt=1, description="window of calibration and text where they name none; default 2048, or the positions"
+    )
+    calibration: CalibrationSection = CalibrationSection()
+    evaluate: list[EvaluationSection] = Field(default_factory=list)
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method_by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("allocation", mode="before")
+    @classmethod
+    def _allocation_by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("refine", "distil", "recover", mode="before")
+    @classmethod
+    def _steps_or_not(cls, value: Any) -> Any:
+        return ({} if value else {"steps": 0}) if isinstance(value, bool) else value
+
+    @field_validator("evaluate", mode="before")
+    @classmethod
+    def _tasks_by_name(cls, value: Any) -> Any:
+        return (
+            [{"task": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+        )
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Recipe:
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if self.is_baseline:
+            baseline = build_baseline(self.method.name, self.method.options)
+            wanted = ["keep"] if baseline.needs_keep else []
+            if given != wanted:
+                raise ValueError(f"{self.method.name} takes {'keep' if wanted else 'no keep'}, and no other budget")
+            around = [name for name in (*AROUND, "sites") if self._says(name)]
+            if around:
+                raise ValueError(f"{self.method.name} is no low-rank method: leave out {' and '.join(around)}")
+            return self
+        name = self.composition.allocation.name
+        if len(given) != 1 and not (name == "surgical" and not given):
+            raise ValueError(f"give exactly one of {', '.join(BUDGETS)}")
+        twice = [name for by in given for name in DECIDED.get(by, ()) if self._says(name)]
+        if twice:
+            raise ValueError(f"leave out {' and '.join(twice)}: what is in {given[0]} decides that")
+        return self
+
+    @model_validator(mode="after")
+    def _recorded_is_fisher(self) -> Recipe:
+        if self.calibration.fisher == "gathered":
+            return self
+        needs = frozenset() if self.is_baseline else self.composition.method.needs & GRADIENT_STATISTICS
+        if not needs or "gradient_covariance" in needs:
+            wanted = " and ".join(sorted(needs)) or "no gradient"
+            raise ValueError(
+                f"fisher: recorded goes with a method that needs Fisher sums alone, as fwsvd, and {self.method.name} "
+                f"needs {wanted}: leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Recipe:
+        labels = [item.to_task().label for item in self.evaluate]
+        twice = [label for label in dict.fromkeys(labels) if labels.count(label) > 1]
+        if twice:
+            raise ValueError(f"evaluate has {twice[0]!r} twice")
+        return self
+
+    def _says(self, name: str) -> bool:
+        """Whether a section, or a part of what is around the method, differs from what it is by default."""
+        return getattr(self, name) != type(self).model_fields[name].get_default()
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the method is a rival of low rank, and not a method of the catalogue."""
+        return self.method.name in BASELINES
+
+    @property
+    def composition(self) -> Composition:
+        """What the method's name stands for, with what the recipe says otherwise."""
+        made = self.method.composition()
+        said = {name: getattr(self, name) for name in ("layout", "order", "joint", "refit")}
+        changes: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+        if self.allocation is not None:
+            changes["allocation"] = self.allocation
+        if self.refine is not None:
+            changes["refinement"] = Refinement(self.refine.steps, self.refine.rate) if self.refine.steps else None
+        if self.distil is not None:
+            steps = Distillation(self.distil.steps, self.distil.rate, self.distil.batch) if self.distil.steps else None
+            changes["distillation"] = steps
+        if self.recover is not None:
+            changes["recovery"] = Recovery(**self.recover.model_dump()) if self.recover.steps else None
+        return dataclasses.replace(made, **changes)
+
+    def spelled_out(self) -> Recipe:
+        """The same recipe without a composition's name: its method with every setting, and what is done around it.
+
+        A name may stand for something else in a later eckart, and a recipe that is kept should not.
+        """
+        if self.is_baseline:
+            return self
+        made, decided = self.composition, [name for by, names in DECIDED.items() if getattr(self, by) for name in names]
+        parts: dict[str, Any] = {
+            "allocation": made.allocation.spelled_out().model_dump(exclude_none=True),
+            "layout": made.layout,
+            "order": made.order,
+            "joint": made.joint,
+            "refit": made.refit,
+            "refine": {"steps": 0} if made.refinement is None else dataclasses.asdict(made.refinement),
+            "distil": {"steps": 0} if made.distillation is None else dataclasses.asdict(made.distillation),
+            "recover": {"steps": 0} if made.recovery is None else dataclasses.asdict(made.recovery),
+        }
+        assert parts.keys() == set(AROUND)
+        return Recipe.model_validate(
+            {
+                **self.model_dump(exclude_none=True),
+                "method": {"name": made.method.name, "options": made.method.options},
+                **{name: value for name, value in parts.items() if name not in decided},
+            }
+        )
+
+    @property
+    def budget(self) -> Budget | None:
+        """What the chosen linears may take; None where rules or a plan say so, or nothing does."""
+        if self.keep is None and self.keep_total is None and self.max_bytes is None:
+            return None
+        return Budget(keep=self.keep, keep_total=self.keep_total, max_bytes=self.max_bytes)
+
+    @property
+    def tasks(self) -> list[Task]:
+        """What to measure."""
+        return [item.to_task() for item in self.evaluate]
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """The recipe in a YAML file.
+
+    Raises:
+        ValueError: no such file, not YAML, an unknown key (with the nearest known one), or a value that does not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no recipe at {path}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds no recipe: expected keys and values such as 'model: ...'")
+    return parse_recipe(data, where=str(path))
+
+
+def parse_recipe(data: dict[str, Any], *, where: str = "recipe") -> Recipe:
+    """The recipe in plain data. Raises ValueError as `load_recipe` does."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(f"{where}: " + "; ".join(_explain(item) for item in error.errors())) from None
+
+
+def _explain(item: Any) -> str:
+    """One pydantic complaint in our words."""
+    place = [str(step) for step in item["loc"]]
+    if item["type"] == "extra_forbidden":
+        known = _keys_at(place[:-1])
+        near = difflib.get_close_matches(place[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        inside = f" in {'.'.join(place[:-1])}" if place[:-1] else ""
+        return f"unknown key {place[-1]!r}{inside}; {hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(place)}: {message}" if place else message
+
+
+def _keys_at(place: list[str]) -> list[str]:
+    """The known keys of the section at `place`."""
+    section: type[BaseModel] = Recipe
+    for step in place:
+        field = section.model_fields.get(step)
+        if field is None:
+            continue  # a position in a list
+        inner = [t for t in (field.annotation, *_arguments(field.annotation)) if isinstance(t, type)]
+        section = next((t for t in inner if issubclass(t, BaseModel)), section)
+    return list(section.model_fields)
+
+
+def _arguments(annotation: Any) -> list[Any]:
+    found: list[Any] = []
+    for argument in get_args(annotation):
+        found += [argument, *_arguments(argument)]
+    return found

@@ -1,0 +1,243 @@
+"""Reproduction: the runs of a study carried out, and its table with the paper's numbers beside ours."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from eckart.compression.tuning.finetuning import NOTES, FineTuning, fine_tune
+from eckart.evals.improvement import average_improvement
+from eckart.evals.result import EvalResult
+from eckart.evals.tasks import find_task
+from eckart.runs.experiment import Measured, run
+from eckart.runs.recipe import Recipe, parse_recipe
+from eckart.runs.study import Row, Study, merge
+from eckart.runs.workbench import How
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a study's table, all lists in the order of the columns; None where there is no number.
+
+    Attributes:
+        label: of the row.
+        run: name of its run directory; None for the dense model's row.
+        ours, published: numbers.
+        improvement, published_improvement: average improvement over the baseline, as a share.
+        refusals: {task: why it was not measured}.
+    """
+
+    label: str
+    run: str | None
+    ours: list[float | None]
+    published: list[float | None]
+    improvement: float | None = None
+    published_improvement: float | None = None
+    refusals: dict[str, str] | None = None
+
+    @property
+    def difference(self) -> list[float | None]:
+        """Ours minus the paper's."""
+        return [None if a is None or b is None else a - b for a, b in zip(self.ours, self.published, strict=True)]
+
+
+def run_study(
+    study: Study, directory: Path, how: How, *, force: bool = False, keep_weights: bool = False
+) -> list[Line]:
+    """Carry out every run of a study that `Study.at` has put at a scale, and lay its table out.
+
+    The directory gets runs/<name>/ (run directories), dense/ (dense results, shared by the runs) and study.json (the
+    table). Runs and evaluations that are there are not done again. An evaluation that refuses leaves a gap in the
+    table, with its reason; it is never a number. Where the study fine-tunes its models, finetuned/<name>/ has them, and
+    the runs start from there.
+
+    Args:
+        keep_weights: of the compressed models; a table of thirty 7B models would be 300 GB.
+
+    Raises:
+        FileExistsError: a run directory holds another recipe, or a model was fine-tuned with other settings, and
+            `force` is not given.
+        ValueError: a recipe that does not fit, found before anything runs; and what compression raises.
+    """
+    planned = study.recipes()
+    if study.finetune is not None:
+        planned = fine_tune_models(planned, study.finetune.to_settings(), directory, how, force=force)
+    measured: dict[str, list[Measured]] = {}
+    lines: list[Line] = []
+    for label, _, recipe in how.track(planned, "runs", len(planned)):
+        name = slug(label)
+        measured[name] = run(
+            recipe,
+            directory / "runs" / name,
+            how,
+            force=force,
+            shared=directory / "dense",
+            keep_going=True,
+            keep_weights=keep_weights,
+        )
+        lines = tabulate(study, planned, measured)
+        write_study(study, lines, directory)
+    return lines
+
+
+def fine_tune_models(
+    planned: Sequence[tuple[str, Row, Recipe]], settings: FineTuning, directory: Path, how: How, *, force: bool = False
+) -> list[tuple[str, Row, Recipe]]:
+    """The runs, of fine-tuned models: each distinct model of theirs is fine-tuned into `directory`/finetuned/<name>.
+
+    What was fine-tuned with the same settings is there to stay. With `force` what was fine-tuned otherwise is made
+    anew, and every result that the directory holds is removed first: it is of other weights under the same name.
+
+    Raises:
+        FileExistsError: a model was fine-tuned with other settings and `force` is not given; found before any is.
+        ValueError: as `fine_tune` raises it.
+    """
+    models = list(dict.fromkeys(recipe.model for _, _, recipe in planned))
+    names = [slug(Path(model).name) for model in models]
+    places = {
+        model: directory / "finetuned" / (name if names.count(name) == 1 else slug(model))
+        for model, name in zip(models, names, strict=True)
+    }
+    missing = []
+    for model, place in places.items():
+        made = place / NOTES
+        facts = json.loads(made.read_text(encoding="utf-8")) if made.is_file() else {}
+        if (facts.get("model"), facts.get("settings")) == (model, asdict(settings)):
+            continue
+        if facts and not force:
+            raise FileExistsError(
+                f"{place} was fine-tuned otherwise ({facts['model']}, {facts['settings']}); give another place, or "
+                "--force"
+            )
+        if facts:
+            for folder in ("runs", "dense"):
+                shutil.rmtree(directory / folder, ignore_errors=True)
+        missing.append(model)
+    for model in how.track(missing, "models", len(missing)) if missing else ():
+        fine_tune(model, places[model], settings, data=how.data, device=how.device, force=force, track=how.track)
+    return [
+        (label, row, recipe.model_copy(update={"model": str(places[recipe.model])})) for label, row, recipe in planned
+    ]
+
+
+def tabulate(
+    study: Study, planned: Sequence[tuple[str, Row, Recipe]], measured: Mapping[str, Sequence[Measured]]
+) -> list[Line]:
+    """The table of the runs measured so far; a dense row before the first run of each model."""
+    nothing: list[float | None] = [None] * len(study.columns)
+    lines: list[Line] = []
+    models: list[str] = []
+    for label, row, recipe in planned:
+        name = slug(label)
+        if name not in measured:
+            continue
+        if recipe.model not in models:
+            models.append(recipe.model)
+            lines.append(
+                Line(
+                    f"{Path(recipe.model).name}, dense",
+                    None,
+                    [read(measured[name], column, dense=True) for column in study.columns],
+                    study.dense if study.dense and len(models) == 1 else nothing,
+                )
+            )
+        refusals = {
+            item.task.label: "; ".join(dict.fromkeys(item.refusals.values()))
+            for item in measured[name]
+            if item.refusals
+        }
+        lines.append(
+            Line(
+                label,
+                name,
+                [read(measured[name], column) for column in study.columns],
+                row.published or nothing,
+                _improvement(study, label, recipe, planned, measured),
+                row.improvement if row.published else None,
+                refusals,
+            )
+        )
+    return lines
+
+
+def read(measured: Sequence[Measured], column: str, *, dense: bool = False) -> float | None:
+    """The number of a column, "task" or "task#score", in a run; None where the run has none."""
+    task, _, score = column.partition("#")
+    kind, _, inner = task.partition(":")
+    for item in measured:
+        result: EvalResult | None
+        if kind == "agreement" and item.task.name == inner:
+            result = None if dense else item.agreement
+        elif item.task.name == task:
+            of_dense = dense or find_task(item.task.name).of == "dense"
+            result = item.dense if of_dense else item.compressed
+        else:
+            continue
+        return None if result is None else result.read(score or None)
+    return None
+
+
+def _improvement(
+    study: Study,
+    label: str,
+    recipe: Recipe,
+    planned: Sequence[tuple[str, Row, Recipe]],
+    measured: Mapping[str, Sequence[Measured]],
+) -> float | None:
+    """This run's average improvement in perplexity over the study's baseline at the same size.
+
+    None for the baseline itself, for a run that has no counterpart, and where no corpus out of domain was measured.
+    """
+    if study.compare is None:
+        return None
+    try:
+        wanted = parse_recipe(merge(recipe.model_dump(exclude_none=True), study.compare.baseline))
+    except ValueError:
+        return None  # a rival of one size has no keep, which the baseline needs
+    counterpart = next((other for other, _, made in planned if made == wanted and slug(other) in measured), None)
+    if counterpart is None or counterpart == label:
+        return None
+    outside = [c for c in study.columns if c.startswith("perplexity:") and c not in study.compare.in_domain]
+    ours, theirs = (
+        {c: value for c in outside if (value := read(measured[slug(name)], c)) is not None}
+        for name in (label, counterpart)
+    )
+    shared = [c for c in outside if c in ours and c in theirs]
+    return average_improvement({c: ours[c] for c in shared}, {c: theirs[c] for c in shared}) if shared else None
+
+
+def write_study(study: Study, lines: Sequence[Line], directory: Path) -> None:
+    """study.json, the table for the report and for machines; it appears whole or not at all."""
+    data = {
+        "title": study.title,
+        "paper": study.paper,
+        "about": study.about,
+        "columns": study.columns,
+        **({} if study.finetune is None else {"finetune": study.finetune.model_dump()}),
+        "rows": [
+            {
+                "label": line.label,
+                "run": line.run,
+                "ours": line.ours,
+                "published": line.published,
+                "difference": line.difference,
+                "improvement": line.improvement,
+                "published_improvement": line.published_improvement,
+                "refusals": line.refusals or {},
+            }
+            for line in lines
+        ],
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / "study.partial"
+    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
+    partial.rename(directory / "study.json")
+
+
+def slug(label: str) -> str:
+    """A folder name."""
+    return re.sub(r"[^A-Za-z0-9_.=-]+", "-", label).strip("-.")

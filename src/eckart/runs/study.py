@@ -1,0 +1,323 @@
+"""Study: a published table or figure as data, its runs and its numbers, at the paper's scale or at a smaller one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from eckart.compression.tuning.finetuning import FineTuning
+from eckart.evals.harness_tasks import LOCAL_TASKS
+from eckart.runs.recipe import MethodSection, Recipe, Section, parse_recipe
+
+# Evaluations whose `limit` counts windows of text; the others' counts examples.
+OF_WINDOWS = ("perplexity", "divergence", "similarity")
+
+
+class Row(Section):
+    """One run of a study: recipe keys that differ from the base, and what the paper printed for it.
+
+    Attributes:
+        recipe: keys of a recipe.
+        published: the paper's numbers, in the order of the study's columns; None where it printed none.
+        improvement: the paper's average improvement over the baseline, as a share.
+        label: what the table calls the row; default: its method and size.
+    """
+
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    published: list[float | None] | None = None
+    improvement: float | None = None
+    label: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError("expected recipe keys and `published`")
+        own = {"published", "improvement", "label", "recipe"}
+        rest = {key: item for key, item in value.items() if key not in own}
+        kept = {key: item for key, item in value.items() if key in own}
+        return {**kept, "recipe": {**kept.get("recipe", {}), **rest}}
+
+
+class Comparison(Section):
+    """Against what the average improvement is taken: recipe keys of the baseline, and the tasks left out."""
+
+    baseline: dict[str, Any] = Field(default_factory=dict)
+    in_domain: list[str] = Field(default_factory=list)
+
+
+class FineTuningSection(Section):
+    """How the models are fine-tuned before anything is done with them: see `finetuning.FineTuning`."""
+
+    task: str
+    epochs: int = Field(FineTuning.epochs, gt=0)
+    batch: int = Field(FineTuning.batch, gt=0)
+    rate: float = Field(FineTuning.rate, ge=0, lt=1)
+    warm_up: float = Field(FineTuning.warm_up, ge=0, le=1)
+    weight_decay: float = Field(FineTuning.weight_decay, ge=0)
+    seed: int = FineTuning.seed
+    limit: int | None = Field(None, gt=0)
+    length: int | None = Field(None, gt=0)
+
+    def to_settings(self) -> FineTuning:
+        """As `fine_tune` takes it."""
+        return FineTuning(**self.model_dump())
+
+
+class Scale(Section):
+    """What changes at another scale; see `Study.at`."""
+
+    base: dict[str, Any] = Field(default_factory=dict)
+    finetune: dict[str, Any] = Field(default_factory=dict)
+    limits: dict[str, int] = Field(
+        default_factory=dict,
+        description="windows; documents; members: documents of each member of a family such as mmlu",
+    )
+    evaluate: list[Any] | None = None
+    columns: list[str] | None = None
+    runs: list[Row] | None = None
+    compare: dict[str, Any] = Field(default_factory=dict)
+    note: str = ""
+
+
+class Study(Section):
+    """A table or figure: its runs, its columns, the paper's numbers, and the scales at which it can be repeated.
+
+    Attributes:
+        base: recipe keys of every run.
+        models: every run once for each of these models; default: the base's or the run's own.
+        columns: what is printed: a task, or task#score.
+        dense: the paper's row for the dense model.
+        finetune: every model is fine-tuned first, and the runs start from what comes of it.
+    """
+
+    title: str
+    paper: str = ""
+    about: str = ""
+    base: dict[str, Any]
+    models: list[str] = Field(default_factory=list)
+    finetune: FineTuningSection | None = None
+    columns: list[str]
+    dense: list[float | None] | None = None
+    runs: list[Row] = Field(min_length=1)
+    compare: Comparison | None = None
+    scales: dict[str, Scale] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _rows_fit_columns(self) -> Study:
+        for published in (self.dense, *(row.published for row in self.runs)):
+            if published is not None and len(published) != len(self.columns):
+                raise ValueError(f"{len(published)} published numbers for {len(self.columns)} columns: {published}")
+        return self
+
+    def at(self, scale: str = "paper", changes: Mapping[str, Any] | None = None) -> Study:
+        """The study at a scale, with changes on top; "paper" is the study as it is written.
+
+        A scale's `base` is laid over the base and over every run; its `evaluate`, `columns` and `runs` replace the
+        study's, whose published numbers are then for something else and are dropped; its `limits` bound evaluations
+        and the scores of searches.
+
+        Args:
+            changes: {dotted recipe key: value}, such as {"model": "path", "calibration.samples": 64}; "models" is a
+                list, and "finetune.epochs" is of the study. They win over everything.
+
+        Raises:
+            ValueError: an unknown scale (the message lists those there are), or fine-tuning that does not fit.
+        """
+        if scale != "paper" and scale not in self.scales:
+            raise ValueError(f"no scale {scale!r} in this study; it has paper, {', '.join(self.scales)}")
+        chosen = self.scales.get(scale, Scale())
+        given: dict[str, Any] = {}
+        for key, value in (changes or {}).items():
+            _put(given, key.split("."), value)
+        finetune = self._finetune_at(chosen, given)
+        models = given.pop("models", None) or ([] if {"model"} & {*given, *chosen.base} else self.models)
+        over = merge(chosen.base, given)
+        replaced = bool(chosen.evaluate or chosen.columns)
+        base = merge(self.base, over)
+        if chosen.evaluate is not None:
+            base["evaluate"] = chosen.evaluate
+        base["evaluate"] = [_limited(item, chosen.limits) for item in base.get("evaluate", [])]
+        base = _limited_search(base, chosen.limits)
+        runs = []
+        for row in chosen.runs or self.runs:
+            recipe = _limited_search(merge(row.recipe, over), chosen.limits)
+            recipe.pop("evaluate", None) if replaced else None
+            if "evaluate" in recipe:
+                recipe["evaluate"] = [_limited(item, chosen.limits) for item in recipe["evaluate"]]
+            published = None if replaced else row.published
+            runs.append(row.model_copy(update={"recipe": recipe, "published": published}))
+        columns = chosen.columns or (
+            [item if isinstance(item, str) else item["task"] for item in chosen.evaluate]
+            if chosen.evaluate
+            else self.columns
+        )
+        compare = self.compare and self.compare.model_copy(update=chosen.compare)
+        return self.model_copy(
+            update={
+                "about": "\n\n".join(part.strip() for part in (chosen.note, self.about) if part.strip()),
+                "base": base,
+                "models": models,
+                "finetune": finetune,
+                "columns": columns,
+                "dense": None if replaced else self.dense,
+                "runs": runs,
+                "compare": compare,
+                "scales": {},
+            }
+        )
+
+    def _finetune_at(self, scale: Scale, given: dict[str, Any]) -> FineTuningSection | None:
+        """The section at a scale, with the changes that are of it, which are taken out of `given`."""
+        own = self.finetune.model_dump() if self.finetune else {}
+        changes = given.pop("finetune", {})
+        if changes is None or not (own or scale.finetune or changes):
+            return None  # "finetune=null": the models as they are
+        if not isinstance(changes, Mapping):
+            raise ValueError(
+                f"finetune: {changes!r} is no section; give finetune.epochs and the like, or null for none"
+            )
+        try:
+            return FineTuningSection.model_validate({**own, **scale.finetune, **changes})
+        except ValidationError as error:
+            raise ValueError(f"finetune: {_problems(error)}") from None
+
+    def recipes(self) -> list[tuple[str, Row, Recipe]]:
+        """(name, row, recipe) of every run; rows that a scale has made the same recipe are one run.
+
+        Raises:
+            ValueError: as `parse_recipe`, with the run's name; or two different runs have one name.
+        """
+        found: dict[str, tuple[str, Row, Recipe]] = {}
+        several = len(self.models) > 1 or len({row.recipe.get("model") for row in self.runs}) > 1
+        models: list[str | None] = [*self.models] or [None]
+        for model in models:
+            for row in self.runs:
+                data = merge(merge(self.base, row.recipe), {"model": model} if model else {})
+                label = row.label or describe(data)
+                if several:
+                    label = f"{Path(str(data.get('model'))).name}, {label}"
+                recipe = parse_recipe(data, where=label)
+                found.setdefault(recipe.to_yaml(), (label, row, recipe))
+        names = [label for label, *_ in found.values()]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"two different runs are both called {twice!r}: give each a label")
+        return list(found.values())
+
+
+def describe(recipe: Mapping[str, Any]) -> str:
+    """A run in a few words: method, what is said of things around it, size; "nsvd-i (share=0.9), pivoted, keep 0.7"."""
+    words = [_entry(recipe.get("method", MethodSection().name))]
+    if recipe.get("allocation") is not None:
+        words.append(_entry(recipe["allocation"]))
+    words += [str(recipe[key]) for key in ("layout", "order") if recipe.get(key) is not None]
+    for key in ("joint", "refit", "refine", "distil", "recover"):
+        said = recipe.get(key)
+        if said is not None:
+            off = not said or (isinstance(said, Mapping) and said.get("steps") == 0)
+            words.append(f"no {key}" if off else key + (_options(said) if isinstance(said, Mapping) else ""))
+    words += [f"{key} {recipe[key]:.12g}" for key in ("keep", "keep_total", "max_bytes") if recipe.get(key) is not None]
+    if recipe.get("rules"):
+        words.append("; ".join(f"keep {rule['keep']:g} of {_places(rule) or 'all blocks'}" for rule in recipe["rules"]))
+    if recipe.get("plan"):
+        words.append(f"plan {Path(recipe['plan']).stem}")
+    places = _places(recipe.get("sites") or {})
+    return ", ".join(words) + (f" of {places}" if places else "")
+
+
+def _places(section: Mapping[str, Any]) -> str:
+    """Which linears, in words: "mlp, not down_proj, last 12"; nothing for all."""
+    named = [*(section.get("include") or ()), *(f"not {name}" for name in section.get("exclude") or ())]
+    return ", ".join([*named, *([section["blocks"]] if section.get("blocks") else [])])
+
+
+def _entry(section: Any) -> str:
+    """A name, or a section's name with what else it says: "nsvd-i (share=0.9)". How much a score reads is left out."""
+    if not isinstance(section, Mapping):
+        return str(section)
+    name = str(section.get("name", MethodSection().name))
+    rest = {key: value for key, value in section.items() if key not in ("name", "options", "limit")}
+    return name + _options({**(section.get("options") or {}), **rest})
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    return f" ({', '.join(f'{key}={value}' for key, value in options.items())})" if options else ""
+
+
+def studies() -> dict[str, Path]:
+    """{name: file} of the studies that come with eckart."""
+    folder = Path(str(resources.files("eckart.runs") / "studies"))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def load_study(name: str) -> Study:
+    """A study that comes with eckart, or one in a YAML file.
+
+    Raises:
+        ValueError: no such study (with the nearest known name), not YAML, or a key or value that does not fit.
+    """
+    known = studies()
+    path = known.get(name, Path(name))
+    if not path.is_file():
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}, or a YAML file"
+        raise ValueError(f"no study {name!r}; {hint}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Study.model_validate(data)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_problems(error)}") from None
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, sections key by key, except a method, which is replaced whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key != "method":
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for step in path[:-1]:
+        tree = tree.setdefault(step, {})
+    tree[path[-1]] = value
+
+
+def _limited(item: Any, limits: Mapping[str, int]) -> dict[str, Any]:
+    """An evaluation with the scale's limit, unless it has its own."""
+    entry = {"task": item} if isinstance(item, str) else dict(item)
+    if entry["task"] != "cost" and (limit := _limit(str(entry["task"]), limits)) is not None:
+        entry.setdefault("limit", limit)
+    return entry
+
+
+def _limited_search(recipe: dict[str, Any], limits: Mapping[str, int]) -> dict[str, Any]:
+    """A recipe whose search, where it has one, has the scale's limit of its score, unless it has its own."""
+    allocation = recipe.get("allocation")
+    if not isinstance(allocation, Mapping) or "score" not in allocation or "limit" in allocation:
+        return recipe
+    limit = _limit(str(allocation["score"]), limits)
+    return recipe if limit is None else {**recipe, "allocation": {**allocation, "limit": limit}}
+
+
+def _limit(task: str, limits: Mapping[str, int]) -> int | None:
+    """How much of a task a scale reads."""
+    kind, _, argument = task.partition(":")
+    family = kind == "lm-eval" and argument in LOCAL_TASKS and LOCAL_TASKS[argument].member is not None
+    return limits.get("windows" if kind in OF_WINDOWS else "members" if family else "documents")

@@ -1,0 +1,379 @@
+"""Pipeline: a recipe in, a compressed model out."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eckart.allocation import RankPlan, Rule, plan, slow_settings, summarise
+from eckart.calibration.cache import GRADIENTS, read_making
+from eckart.calibration.moments import BlockCalibration, recorded_gradients
+from eckart.calibration.sequential import PassReport, SequentialCalibration
+from eckart.compression.baselines import build_baseline
+from eckart.compression.replace import CompressionReport, compress
+from eckart.compression.tuning.recovery import Samples
+from eckart.data.corpora import parts_of, read_text
+from eckart.data.tokens import Tokens, sample_documents, sample_windows
+from eckart.evals.tasks import default_length
+from eckart.lowrank import GradientMoments
+from eckart.lowrank.moments import GRADIENT_STATISTICS
+from eckart.models.loading import check_free, load_model, load_tokenizer, locate, own_memory, save
+from eckart.models.sites import Site, find_sites, select_sites
+from eckart.runs.card import write_card
+from eckart.runs.engine.on_cluster import HERE, Engine
+from eckart.runs.ranks import Bench, Ranking, joint_groups, rank
+from eckart.runs.recipe import Recipe
+from eckart.support.progress import Track, silent
+
+# Samples in a step of block refinement. It changes numbers, so it is not the batch size that a run is given.
+REFINED_TOGETHER = 8
+
+
+@dataclass(frozen=True)
+class How:
+    """Where and how fast a run goes. None of it changes a number beyond rounding.
+
+    Attributes:
+        device: of the model while it is calibrated, factored and evaluated.
+        batch_size: calibration rows at a time.
+        cache: folder for moments; None keeps none.
+        data: folder with local copies of known corpora; None asks the hub.
+        workers: probes trained at a time.
+        engine: this process, or a cluster; see `engine.open_engine`.
+        track: shows progress.
+    """
+
+    device: str = "cpu"
+    batch_size: int = 8
+    cache: Path | None = None
+    data: Path | None = None
+    track: Track = silent
+    workers: int = 1
+    engine: Engine = HERE
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `make_checkpoint` did: the recipe with every default filled in, the plan, the report, the seconds.
+
+    Attributes:
+        passes: what became of each pass over each block, as `PassReport`.
+        allocation: what was measured for the plan.
+    """
+
+    recipe: Recipe
+    plan: RankPlan
+    summary: dict[str, Any]
+    report: CompressionReport
+    seconds: dict[str, float]
+    passes: tuple[dict[str, Any], ...] = ()
+    allocation: dict[str, Any] = field(default_factory=dict)
+
+
+def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False) -> Outcome:
+    """Compress the recipe's model into the checkpoint directory `out`.
+
+    The directory holds the model, the tokenizer, README.md, plan.json, recipe.yaml and compression.json. It appears
+    whole or not at all.
+
+    Raises:
+        FileExistsError: `out` exists and `force` is not given; nothing is read or computed then.
+        ValueError, UnsupportedModelError, DecompositionError: as the stages raise them.
+    """
+    if recipe.is_baseline:
+        raise ValueError(f"{recipe.method.name} is a baseline: `eckart run` measures it; it makes no checkpoint")
+    check_free(out, force=force)
+    start = time.perf_counter()
+    model = load_model(recipe.model, dtype=recipe.dtype, device=how.device)
+    own_memory(model)
+    tokenizer = load_tokenizer(recipe.model)
+    seconds = {"load": time.perf_counter() - start}
+    work = Workbench(recipe, model, tokenizer, how)
+    work.recovery_samples  # noqa: B018 (what does not fit is found before anything is computed)
+    start = time.perf_counter()
+    ranking = work.rank()
+    seconds["allocate"] = time.perf_counter() - start
+    composition = recipe.composition
+    summary = summarise(ranking.plan, model, bias=composition.method.centred)
+    noted = work.recipe.model_dump(exclude_none=True, exclude={"evaluate"})
+    blocks = work.calibration(ranking.plan)
+    report = compress(
+        model,
+        composition.in_order,
+        ranking.plan,
+        blocks,
+        refit=composition.refit,
+        cut=how.engine.cut_units,
+        recipe=noted,
+        track=how.track,
+    )
+    seconds |= report.seconds
+    start = time.perf_counter()
+    done = blocks.reports if isinstance(blocks, SequentialCalibration) else []
+    distilled = work.distil()
+    seconds["distil"] = time.perf_counter() - start
+    start = time.perf_counter()
+    passes = [asdict(report) for report in (*done, *distilled, *work.recover())]
+    seconds["recover"] = time.perf_counter() - start
+    start = time.perf_counter()
+    facts = {**plan_facts(work.recipe, ranking.plan), **summary, **report.to_dict(), "passes": passes}
+    files = side_files(work.recipe, ranking.plan, facts)
+    if ranking.facts:
+        files["allocation.json"] = json.dumps(ranking.facts, indent=1)
+    save(model, out, tokenizer, recipe=noted, files=files, force=force)
+    seconds["save"] = time.perf_counter() - start
+    return Outcome(work.recipe, ranking.plan, summary, report, seconds, tuple(passes), ranking.facts)
+
+
+def side_files(recipe: Recipe, plan: RankPlan, facts: dict[str, Any]) -> dict[str, str]:
+    """{name: text} of what stands beside the weights of a compressed model.
+
+    Args:
+        facts: for compression.json.
+    """
+    return {
+        "README.md": write_card(recipe, facts),
+        "plan.json": plan.to_json(),
+        "recipe.yaml": recipe.to_yaml(),
+        "compression.json": json.dumps(facts, indent=2),
+    }
+
+
+def plan_facts(recipe: Recipe, plan: RankPlan) -> dict[str, Any]:
+    """What compression.json says beside the ranks: of the plan, and of the Fisher sums where they were recorded."""
+    facts: dict[str, Any] = {"layout": plan.layout, "joint": sorted(plan.joint), "slow": list(slow_settings(plan))}
+    if recipe.calibration.fisher == "recorded":
+        facts["fisher"] = read_making(Path(locate(recipe.model)) / GRADIENTS)
+    return facts
+
+
+class Workbench:
+    """A recipe at work on its model: the calibration, the ranks, each made when it is asked for.
+
+    Attributes:
+        recipe: with its defaults filled in.
+    """
+
+    def __init__(self, recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: How) -> None:
+        self.recipe = resolve(recipe, model, tokenizer)
+        self.model, self.tokenizer, self.how = model, tokenizer, how
+        self.composition = recipe.composition
+
+    @functools.cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """The linears that the budget is shared among."""
+        chosen = self.recipe.sites
+        return select_sites(
+            find_sites(self.model), include=chosen.include, exclude=chosen.exclude, blocks=chosen.blocks
+        )
+
+    @functools.cached_property
+    def tokens(self) -> tuple[Tokens, Tokens | None]:
+        """The calibration samples, and those kept aside where something has to prove itself on them."""
+        tokens = make_tokens(self.recipe, self.model, self.tokenizer, self.how.data)
+        if not self.composition.keeps_aside:
+            return tokens, None
+        return tokens.keep_aside(self.recipe.calibration.aside)
+
+    @functools.cached_property
+    def gradients(self) -> dict[str, GradientMoments]:
+        """Of the chosen sites, where the method needs them: gathered, or recorded while the model was fine-tuned."""
+        if not self.composition.method.needs_gradients:
+            return {}
+        if self.recipe.calibration.fisher == "recorded":
+            return recorded_gradients(locate(self.recipe.model), self.sites)
+        return self.how.engine.gather_gradients(
+            self.model,
+            self.tokens[0],
+            self.composition.method,
+            sites=self.sites,
+            cache=self.how.cache,
+            track=self.how.track,
+        )
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the method's statistics of the dense model are taken from the calibration text."""
+        recorded = GRADIENT_STATISTICS if self.recipe.calibration.fisher == "recorded" else frozenset()
+        return bool(self.composition.method.needs - recorded)
+
+    def rank(self) -> Ranking:
+        """The recipe's ranks on this model."""
+        recipe, composition = self.recipe, self.composition
+        if recipe.plan is not None or recipe.rules is not None:
+            return Ranking(make_plan(self.model, recipe))
+        uniform = composition.allocation.name == "uniform"
+        if uniform and recipe.keep is not None:
+            return Ranking(make_plan(self.model, recipe))
+        needs = composition.method.needs if not uniform and composition.allocation.name != "per-role" else frozenset()
+        probes = composition.allocation.weights == "probes"
+        journals = None if self.how.cache is None else self.how.cache / "searches"
+        if journals is not None and recipe.calibration.fisher == "recorded":
+            journals /= "recorded"  # their identity is of the model and the text, and here other sums go with these
+        bench = Bench(
+            self.model,
+            self.sites,
+            blocks=self._one_shot if needs else None,
+            tokens=self.tokens[0] if (needs and self.reads_text) or probes else None,
+            tokenizer=self.tokenizer,
+            data=self.how.data,
+            batch_size=self.how.batch_size,
+            workers=self.how.workers,
+            context=recipe.context,
+            engine=self.how.engine,
+            journals=journals,
+            track=self.how.track,
+        )
+        return rank(composition, recipe.budget, bench, rank_multiple=recipe.rank_multiple)
+
+    def calibration(self, plan: RankPlan) -> Iterable[BlockCalibration] | None:
+        """What `compress` needs for the plan, in the composition's order."""
+        composition, sites = self.composition, [site for site in plan.sites if plan.rank(site) is not None]
+        if not sites:
+            return ()
+        if composition.order == "one-shot" and not composition.keeps_aside:
+            # Where losses chose the ranks, the moments of all chosen sites are in the cache; else only these are made.
+            measured = self.recipe.budget is not None and composition.allocation.name != "uniform"
+            return self._one_shot(None if measured else sites) if composition.method.needs else None
+        tokens, aside = self.tokens
+        return SequentialCalibration(
+            self.model,
+            tokens,
+            composition.in_order,
+            order=composition.order,
+            aside=aside,
+            sites=sites,
+            gradients=self.gradients,
+            passes=() if composition.refinement is None else (composition.refinement,),
+            batch_size=self.how.batch_size if composition.refinement is None else REFINED_TOGETHER,
+            track=self.how.track,
+        )
+
+    def distil(self) -> list[PassReport]:
+        """What became of the composition's distillation, once the model is compressed; nothing where it has none."""
+        distillation = self.composition.distillation
+        if distillation is None:
+            return []
+        tokens, aside = self.tokens
+        assert aside is not None
+        dense = load_model(self.recipe.model, dtype=self.recipe.dtype, device=self.how.device)
+        report = distillation(self.model, dense, tokens, aside, self.how.track)
+        return [] if report is None else [report]
+
+    @functools.cached_property
+    def recovery_samples(self) -> Samples | None:
+        """What the compressed model is fine-tuned on; None where it is not."""
+        recovery = self.composition.recovery
+        if recovery is None:
+            return None
+        return recovery.read_samples(self.model, self.tokenizer, lambda: self.tokens[0], self.how.data)
+
+    def recover(self) -> list[PassReport]:
+        """What became of the composition's recovery, the last that is done to the model; nothing where it has none."""
+        if self.composition.recovery is None or self.recovery_samples is None:
+            return []
+        return [self.composition.recovery(self.model, self.recovery_samples, self.how.track)]
+
+    def _one_shot(self, sites: Sequence[Site] | None = None) -> Iterator[BlockCalibration]:
+        """The dense model's moments of these sites; default the chosen ones."""
+        sites = self.sites if sites is None else sites
+        if not self.reads_text:
+            for number in sorted({site.block for site in sites}):
+                names = [site.name for site in sites if site.block == number]
+                yield BlockCalibration(number, gradients={name: self.gradients[name] for name in names})
+            return
+        yield from self.how.engine.calibrate_by_block(
+            self.model,
+            self.tokens[0],
+            self.composition.method,
+            sites=sites,
+            cache=self.how.cache,
+            gradients=self.gradients,
+            batch_size=self.how.batch_size,
+            track=self.how.track,
+        )
+
+
+def make_baseline(recipe: Recipe, directory: Path, how: How) -> PreTrainedModel:
+    """The recipe's baseline, in memory; the directory gets recipe.yaml and compression.json, what it did.
+
+    Raises:
+        ValueError, UnsupportedModelError: as the baseline raises them.
+    """
+    model = load_model(recipe.model, dtype=recipe.dtype, device=how.device)
+    own_memory(model)
+    baseline = build_baseline(recipe.method.name, recipe.method.options)
+    tokens = None
+    if baseline.needs_tokens:
+        tokenizer = load_tokenizer(recipe.model)
+        recipe = resolve(recipe, model, tokenizer)
+        tokens = make_tokens(recipe, model, tokenizer, how.data)
+    facts = baseline.apply(model, keep=recipe.keep, tokens=tokens, track=how.track)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (directory / "compression.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    return model
+
+
+def make_plan(model: PreTrainedModel, recipe: Recipe) -> RankPlan:
+    """The ranks that a recipe says outright: its plan, its rules, or the same share everywhere."""
+    if recipe.plan is not None:
+        path = Path(recipe.plan)
+        if not path.is_file():
+            raise ValueError(f"no plan at {path}")
+        return RankPlan.from_json(path.read_text(encoding="utf-8"), find_sites(model))
+    composition, chosen = recipe.composition, recipe.sites
+    shared: dict[str, Any] = {"rank_multiple": recipe.rank_multiple, "layout": composition.layout}
+    if composition.joint:
+        sites = find_sites(model)
+        narrowed = select_sites(sites, include=chosen.include, exclude=chosen.exclude, blocks=chosen.blocks)
+        shared["joint"] = joint_groups(narrowed, sites)
+    if recipe.rules is not None:
+        rules = [Rule(r.keep, tuple(r.include), tuple(r.exclude), r.blocks) for r in recipe.rules]
+        return plan(model, rules=rules, **shared)
+    return plan(model, recipe.keep, include=chosen.include, exclude=chosen.exclude, blocks=chosen.blocks, **shared)
+
+
+def make_tokens(
+    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path | None
+) -> Tokens:
+    """The calibration tokens of a recipe; a mixture of corpora gives each an equal part of the samples."""
+    section = resolve(recipe, model, tokenizer).calibration
+    assert section.length is not None
+    sample = sample_windows if section.cut == "windows" else sample_documents
+    corpora = parts_of(section.corpus)
+    if section.samples < len(corpora):
+        raise ValueError(f"{section.samples} samples are fewer than the {len(corpora)} corpora of {section.corpus}")
+    drawn = []
+    for index, name in enumerate(corpora):
+        text = read_text(name, split=section.split, data=data, column=section.column)
+        share = section.samples // len(corpora) + (index < section.samples % len(corpora))
+        drawn.append(sample(text, tokenizer, samples=share, length=section.length, seed=section.seed))
+    return functools.reduce(Tokens.__add__, drawn)
+
+
+def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Recipe:
+    """The recipe with every default filled in: what a composition's name stands for, calibration length and cut.
+
+    A model that does not generate and whose tokenizer has a mask token is an encoder, and reads whole documents.
+    """
+    recipe = recipe.spelled_out()
+    section = recipe.calibration
+    decoder = model.can_generate() or tokenizer.mask_token_id is None
+    return recipe.model_copy(
+        update={
+            "calibration": section.model_copy(
+                update={
+                    "length": section.length or default_length(model, recipe.context),
+                    "cut": section.cut or ("windows" if decoder else "documents"),
+                }
+            )
+        }
+    )

@@ -1,0 +1,1 @@
+"""Support: what every room may use and that knows none of them."""

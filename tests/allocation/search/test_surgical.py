@@ -1,0 +1,485 @@
+"""Rank search: SFSD's Algorithm 1 to the letter, and the same result however often it is killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from eckart.allocation.search.criteria import accuracy_score, perplexity_score, split_windows, task_score
+from eckart.allocation.search.surgical import PERPLEXITY_TOLERANCE, SearchResult, Tolerance, search
+from eckart.allocation.search.trials import SHARES, planned
+from eckart.calibration.moments import calibrate
+from eckart.compression.replace import compress
+from eckart.compression.spectra import spectra_on_demand
+from eckart.lowrank import Factored, build_method, rank_for
+from eckart.models.sites import find_sites, low_rank_modules
+from eckart.models.units import units_of
+from tiny import logits_of, tiny_model, tiny_tokenizer, tiny_tokens
+
+FEW = (0.2, 0.5, 0.8)
+
+
+@cache
+def spectra_of(model_type: str) -> dict[str, Factored]:
+    """sfsd's, so that cuts bring a bias."""
+    model, method = tiny_model(model_type), build_method("sfsd")
+    make = spectra_on_demand(model, method, calibrate(model, tiny_tokens(6, 16), method))
+    return {site.name: make(site.name) for site in find_sites(model)}
+
+
+class TableScore:
+    """A score that reads the ranks in the model: dense 10, and for each cut linear a loss drawn from its name and rank.
+
+    Losses do not fall with the rank, so that a search that assumes it would be found out.
+    """
+
+    def __init__(self, seed: int = 0, sign: float = 1.0) -> None:
+        self.seed, self.sign, self.seen = seed, sign, []
+
+    def of(self, ranks: dict[str, int]) -> float:
+        losses = [random.Random(f"{self.seed} {name} {rank}").random() ** 2 for name, rank in sorted(ranks.items())]
+        return 10.0 + self.sign * sum(losses)
+
+    def __call__(self, model: PreTrainedModel) -> float:
+        self.seen.append({name: module.rank for name, module in low_rank_modules(model).items()})
+        return self.of(self.seen[-1])
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+def killed_at(score: Callable[[Any], float], evaluation: int) -> Callable[[Any], float]:
+    """The score, which dies at its n-th evaluation."""
+    count = 0
+
+    def dying(model: Any) -> float:
+        nonlocal count
+        count += 1
+        if count > evaluation:
+            raise Killed
+        return score(model)
+
+    return dying
+
+
+def algorithm_1(
+    sites: list[Any], score: Callable[[dict[str, int]], float], bar: Callable[[int], float], better: str
+) -> dict[str, int | None]:
+    """The paper's listing on a plain dictionary of ranks."""
+    ranks: dict[str, int] = {}
+    result: dict[str, int | None] = {}
+    for number, site in enumerate(reversed(sites), 1):
+        result[site.name] = None
+        for beta in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+            rank = math.floor(round(beta * site.d_out * site.d_in / (site.d_out + site.d_in), 9))
+            value = score({**ranks, site.name: rank})
+            if value <= bar(number) if better == "lower" else value >= bar(number):
+                ranks[site.name] = result[site.name] = rank
+                break
+    return result
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    amount=st.floats(0.0, 0.6),
+    relative=st.booleans(),
+    per_site=st.booleans(),
+    better=st.sampled_from(["lower", "higher"]),
+)
+def test_it_is_algorithm_1(seed: int, amount: float, relative: bool, per_site: bool, better: Any) -> None:
+    model = tiny_model("llama")
+    score = TableScore(seed, 1.0 if better == "lower" else -1.0)
+    amount = amount / 10 if relative else amount  # of 10
+    sign = 1 if better == "lower" else -1
+
+    def bar(number: int) -> float:
+        steps = number if per_site else 1
+        return 10 * (1 + sign * amount) ** steps if relative else 10 + sign * steps * amount
+
+    expected = algorithm_1(list(find_sites(model)), score.of, bar, better)
+    found = search(model, spectra_of("llama"), score, better=better, tolerance=Tolerance(amount, relative, per_site))
+    assert dict(found.plan.ranks) == expected
+    assert found.evaluations == len(score.seen) == 1 + len(found.trials)
+    assert not low_rank_modules(model)
+
+
+@cache
+def log_probabilities(model_type: str) -> torch.Tensor:
+    return logits_of(tiny_model(model_type), tiny_tokens(2, 16, seed=3)).double().log_softmax(-1)
+
+
+def distance(model: PreTrainedModel) -> float:
+    """A real score: how far the model's predictions are from those of the dense one, in nats. Dense is 0."""
+    log_p = log_probabilities(model.config.model_type)
+    log_q = logits_of(model, tiny_tokens(2, 16, seed=3)).double().log_softmax(-1)
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(("model_type", "bar"), [("llama", 0.1), ("gpt2", 0.1), ("bert", 0.002)])
+def test_real_models_by_brute_force(model_type: str, bar: float) -> None:
+    # The same search on copies of the model, whose weights are overwritten by the products, one copy a trial.
+    spectra = spectra_of(model_type)
+    kept: dict[str, int] = {}
+
+    def overwritten(ranks: dict[str, int]) -> PreTrainedModel:
+        model = tiny_model(model_type)
+        for name, rank in ranks.items():
+            factors, module = spectra[name].cut(rank), model.get_submodule(name)
+            weight = factors.dense().float()
+            module.weight.data = weight.mT.contiguous() if isinstance(module, Conv1D) else weight
+            bias = factors.bias.float() if module.bias is None else module.bias.detach() + factors.bias.float()
+            module.bias = nn.Parameter(bias)
+        return model
+
+    sites = find_sites(tiny_model(model_type))
+    for site in reversed(sites):
+        for beta in FEW:
+            rank = rank_for(beta, site.d_out, site.d_in)
+            if distance(overwritten({**kept, site.name: rank})) <= bar:
+                kept[site.name] = rank
+                break
+    model = tiny_model(model_type)
+    before, modules = logits_of(model), dict(model.named_modules())
+    found = search(model, spectra, distance, better="lower", tolerance=Tolerance(bar, relative=False), budgets=FEW)
+    assert 0 < len(kept) < len(sites)
+    assert {name: rank for name, rank in found.plan.ranks.items() if rank is not None} == kept
+    assert found.curve[-1].score == pytest.approx(distance(overwritten(kept)), abs=1e-5)
+    assert dict(model.named_modules()) == modules
+    assert torch.equal(logits_of(model), before)
+
+
+def test_the_plan_is_what_the_score_was_of() -> None:
+    model, score = tiny_model("llama"), TableScore()
+    found = search(model, spectra_of("llama"), score, better="lower", tolerance=Tolerance(0.5, False))
+    method = build_method("sfsd")
+    with planned(model, found.plan, spectra_of("llama")):
+        assert score(model) == found.curve[-1].score
+        standing = logits_of(model)
+    assert score(model) == found.dense_score
+    compress(model, method, found.plan, calibrate(model, tiny_tokens(6, 16), method), spectra={})
+    assert score(model) == found.curve[-1].score
+    assert torch.equal(logits_of(model), standing)
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "better", "all_smallest"),
+    [
+        (Tolerance(1e300), "lower", True),
+        (Tolerance(1e300, per_site=True), "lower", True),
+        (Tolerance(1e300, relative=False), "higher", True),
+        (Tolerance(5.0, per_site=True), "higher", True),
+        (Tolerance(-0.5), "lower", False),
+        (Tolerance(-100.0, relative=False), "higher", False),
+    ],
+)
+def test_the_ends_of_tolerance(tolerance: Tolerance, better: Any, all_smallest: bool) -> None:
+    model, score = tiny_model("llama"), TableScore()
+    before, modules = logits_of(model), dict(model.named_modules())
+    found = search(model, spectra_of("llama"), score, better=better, tolerance=tolerance)
+    sites = find_sites(model)
+    smallest = {site.name: rank_for(0.1, site.d_out, site.d_in) if all_smallest else None for site in sites}
+    assert dict(found.plan.ranks) == smallest
+    assert found.evaluations == 1 + len(sites) * (1 if all_smallest else 9)
+    assert dict(model.named_modules()) == modules
+    assert torch.equal(logits_of(model), before)
+
+
+def test_the_order_is_from_the_last_linear_to_the_first() -> None:
+    model, score, made = tiny_model("llama"), TableScore(), []
+
+    def spectrum(name: str) -> Factored:
+        made.append(name)
+        return spectra_of("llama")[name]
+
+    found = search(model, spectrum, score, better="lower", tolerance=Tolerance(0.1, False))
+    names = [site.name for site in reversed(find_sites(model))]
+    assert made == names  # each once
+    assert list(found.order) == names
+    assert names[0] == "model.layers.2.mlp.down_proj"
+    assert names[-1] == "model.layers.0.self_attn.q_proj"
+
+
+def same(found: SearchResult, expected: SearchResult) -> bool:
+    """But for the seconds."""
+
+    def timeless(result: SearchResult) -> dict[str, Any]:
+        data = result.to_dict()
+        for trial in data["trials"]:
+            del trial["seconds"]
+        return data
+
+    return timeless(found) == timeless(expected) and found.plan == expected.plan
+
+
+@pytest.mark.parametrize("kill", [0, 1, 2, 9, 10, 11, 37, 80])
+def test_a_killed_search_goes_on(tmp_path: Path, kill: int) -> None:
+    path, options = tmp_path / "journal.jsonl", {"better": "lower", "tolerance": Tolerance(0.3, False)}
+    expected = search(tiny_model("llama"), spectra_of("llama"), whole := TableScore(), **options)
+    options |= {"journal": path, "identity": {"model": "tiny"}}
+    first, second, third = TableScore(), TableScore(), TableScore()
+    model = tiny_model("llama")
+    modules = dict(model.named_modules())
+    with pytest.raises(Killed):
+        search(model, spectra_of("llama"), killed_at(first, kill), **options)
+    assert dict(model.named_modules()) == modules
+    with path.open("a") as file:
+        file.write('{"key": "torn')
+    assert same(search(model, spectra_of("llama"), second, **options), expected)
+    assert first.seen + second.seen == whole.seen
+    # Finished: nothing is scored, and no spectrum is asked for.
+    assert same(search(model, {}, third, **options), expected)
+    assert third.seen == []
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 1 + expected.evaluations
+    assert {"site", "budget", "rank", "score", "held", "seconds"} <= lines[2].keys()
+    assert sum(line.get("held", False) for line in lines) == sum(
+        rank is not None for rank in expected.plan.ranks.values()
+    )
+
+
+def test_another_search_does_not_take_the_journal(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    run = lambda tolerance, **identity: search(
+        tiny_model("llama"), spectra_of("llama"), TableScore(), better="lower", tolerance=Tolerance(tolerance, False),
+        budgets=FEW, journal=path, identity=identity,
+    )  # fmt: skip
+    run(0.3, model="a")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match='model was "a" and is "b"'):
+        run(0.3, model="b")
+    with pytest.raises(ValueError, match=r"tolerance was .*0.3.* and is .*0.4"):
+        run(0.4, model="a")
+    with pytest.raises(ValueError, match="say what makes"):
+        run(0.3)
+    assert path.read_bytes() == before
+
+
+def test_a_target_ends_the_search_and_can_be_moved(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    options = {"better": "lower", "tolerance": Tolerance(0.02, per_site=True)}
+    whole = search(model, spectra_of("llama"), TableScore(), **options)
+    assert whole.plan.kept_params / whole.plan.dense_params < 0.7
+    score, scored = TableScore(), []
+    for keep in (1.0, 0.9, 0.75):
+        stop = int(keep * whole.plan.dense_params)
+        found = search(
+            model, spectra_of("llama"), score, **options, stop=stop,
+            journal=tmp_path / "journal.jsonl", identity={"model": "tiny"},
+        )  # fmt: skip
+        assert found.plan.kept_params <= stop
+        assert len(found.curve) == 1 or found.curve[-2].kept_params > stop
+        assert found.curve == whole.curve[: len(found.curve)]
+        assert found.plan == whole.plan_after(found.curve[-1].sites)
+        scored.append(len(score.seen))
+    assert scored == sorted(set(scored))
+    assert len(score.seen) == found.evaluations  # none twice
+
+
+def test_the_curve_is_what_was_walked() -> None:
+    model, score = tiny_model("llama"), TableScore()
+    found = search(model, spectra_of("llama"), score, better="lower", tolerance=Tolerance(0.02, per_site=True))
+    sites = find_sites(model)
+    assert [point.sites for point in found.curve] == list(range(len(sites) + 1))
+    assert found.curve[0].keep == 1.0
+    assert found.curve[0].score == found.dense_score == 10.0
+    assert found.curve[-1].evaluations == found.evaluations
+    for point in found.curve:
+        plan = found.plan_after(point.sites)
+        assert plan.kept_params == point.kept_params
+        assert plan.kept_params / plan.dense_params == pytest.approx(point.keep)
+        assert score.of({name: rank for name, rank in plan.ranks.items() if rank is not None}) == point.score
+    for keep in (0.3, 0.8, 0.95, 1.0):
+        nearest = min(abs(point.keep - keep) for point in found.curve)
+        assert abs(found.point_at(keep).keep - keep) == nearest
+        assert found.plan_at(keep).kept_params == found.point_at(keep).kept_params
+    with pytest.raises(ValueError, match="outside"):
+        found.plan_at(1.5)
+
+
+@pytest.mark.parametrize("layout", ["plain", "pivoted"])
+def test_some_sites_a_layout_and_a_multiple(layout: Any) -> None:
+    model, score = tiny_model("llama"), TableScore()
+    sites = find_sites(model)
+    found = search(
+        model, spectra_of("llama"), score, better="lower", tolerance=Tolerance(1e9), sites=sites[7:9], budgets=(0.4,),
+        layout=layout, rank_multiple=4,
+    )  # fmt: skip
+    assert set(found.plan.ranks) == {site.name for site in sites[7:9]}
+    assert all(rank % 4 == 0 for rank in found.plan.ranks.values())
+    assert found.plan.layout == layout
+    assert found.curve[-1].kept_params == found.plan.kept_params
+
+
+def test_joint_groups_are_decided_as_one() -> None:
+    model = tiny_model("llama")
+    sites, method = find_sites(model), build_method("svd")
+    groups = {site.input_group: [s for s in sites if s.input_group == site.input_group] for site in sites}
+    joint = [name for name, members in groups.items() if len(members) > 1]
+    units = {unit.name: unit for unit in units_of(sites, joint)}
+
+    def spectrum(name: str) -> Factored:
+        return method.factor(units[name].weight(model))
+
+    found = search(model, spectrum, TableScore(), better="lower", tolerance=Tolerance(2.0, False), joint=joint)
+    assert found.plan.joint == frozenset(joint)
+    assert found.curve[-1].kept_params == found.plan.kept_params
+    assert any(rank is not None for rank in found.plan.ranks.values())
+    with planned(model, found.plan, spectrum):
+        low = low_rank_modules(model)
+    assert {name: module.rank for name, module in low.items()} == {
+        name: rank for name, rank in found.plan.ranks.items() if rank is not None
+    }
+    for name in joint:
+        assert len({found.plan.ranks[site.name] for site in groups[name]}) == 1
+
+
+def test_what_is_left_is_shown(tmp_path: Path) -> None:
+    shown: list[tuple[str, int]] = []
+
+    def track(items: Any, description: str, total: int) -> Any:
+        shown.append((description, total))
+        return items
+
+    options: dict[str, Any] = {"better": "lower", "tolerance": Tolerance(1e9), "budgets": FEW, "track": track}
+    options |= {"journal": tmp_path / "journal.jsonl", "identity": {"model": "tiny"}}
+    with pytest.raises(Killed):
+        search(tiny_model("llama"), spectra_of("llama"), killed_at(TableScore(), 6), **options)
+    assert shown[:2] == [("rank search", 21), ("model.layers.2.mlp.down_proj", 3)]
+    shown.clear()
+    search(tiny_model("llama"), spectra_of("llama"), TableScore(), **options)
+    assert shown[0] == ("rank search", 16)  # five were decided
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_broken_model_never_holds(broken: float) -> None:
+    model, table = tiny_model("llama"), TableScore()
+
+    def score(scoring: PreTrainedModel) -> float:
+        return broken if low_rank_modules(scoring) else table(scoring)
+
+    with pytest.raises(ValueError, match=r"model.layers.2.mlp.down_proj at rank 1 \(keep 0.1\): the score is"):
+        search(model, spectra_of("llama"), score, better="lower", tolerance=Tolerance(1e9))
+    assert not low_rank_modules(model)
+
+
+@pytest.mark.parametrize("budgets", [(), (0.0, 0.5), (1.0,), (-0.1,), (1.5,)])
+def test_bad_budgets_are_refused(budgets: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=r"each in \(0, 1\)"):
+        search(tiny_model("llama"), {}, TableScore(), better="lower", tolerance=Tolerance(0), budgets=budgets)
+
+
+def test_a_bad_multiple_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank_multiple 0"):
+        search(tiny_model("llama"), {}, TableScore(), better="lower", tolerance=Tolerance(0), rank_multiple=0)
+
+
+def test_tolerances_that_say_nothing_are_refused() -> None:
+    for amount in (math.nan, math.inf, -1.0):
+        with pytest.raises(ValueError, match="tolerance"):
+            Tolerance(amount)
+    with pytest.raises(ValueError, match="give an absolute tolerance"):
+        Tolerance(0.1).bar(-3.0, "higher", 1)
+    assert PERPLEXITY_TOLERANCE.bar(10.0, "lower", 2) == pytest.approx(10 * 1.005**2)
+    assert Tolerance(0.03, relative=False).bar(0.7, "higher", 5) == pytest.approx(0.67)
+    assert SHARES == (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("text", "tolerance"),
+    [
+        ("0.5% per linear", PERPLEXITY_TOLERANCE),
+        ("5%", Tolerance(0.05)),
+        ("0.01", Tolerance(0.01, relative=False)),
+        ("-1e-3 per linear", Tolerance(-0.001, relative=False, per_site=True)),
+    ],
+)
+def test_a_tolerance_in_words(text: str, tolerance: Tolerance) -> None:
+    assert Tolerance.parse(text) == tolerance
+    assert Tolerance.parse(str(tolerance)) == tolerance
+
+
+@pytest.mark.parametrize("text", ["", "much", "5 % of all", "1.2.3", "5 per block"])
+def test_a_tolerance_in_other_words_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is none of"):
+        Tolerance.parse(text)
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(2, 200), share=st.floats(0.01, 0.99))
+def test_windows_are_split_without_overlap(count: int, share: float) -> None:
+    rows = torch.arange(count)[:, None] * 10 + torch.arange(3)
+    if not 0 < math.floor(round(share * count, 9)) < count:
+        with pytest.raises(ValueError, match="too few"):
+            split_windows(rows, share)
+        return
+    chosen, others = split_windows(rows, share)
+    assert sorted([*chosen[:, 0].tolist(), *others[:, 0].tolist()]) == rows[:, 0].tolist()
+    assert len(chosen) == math.floor(round(share * count, 9))
+    assert torch.equal(split_windows(rows, share)[0], chosen)
+
+
+def test_windows_are_drawn_as_documents_are() -> None:
+    from eckart.evals.harness_tasks import split_rows
+
+    rows = torch.arange(53)[:, None]
+    chosen, others = split_windows(rows)
+    assert chosen[:, 0].tolist() == split_rows(53, "sfsd-search")
+    assert others[:, 0].tolist() == split_rows(53, "sfsd-evaluation")
+    with pytest.raises(ValueError, match="outside"):
+        split_windows(rows, 1.0)
+
+
+def test_perplexity_as_a_score() -> None:
+    model, rows = tiny_model("llama"), tiny_tokens(4, 12).ids
+    score = perplexity_score(rows)
+    logits = logits_of(model, tiny_tokens(4, 12))[:, :-1]
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1).double(), rows[:, 1:].flatten()).exp()
+    assert score(model) == pytest.approx(float(expected), rel=1e-5)
+    assert score.better == "lower"
+    assert score.about != perplexity_score(rows.flip(0)).about
+    json.dumps(score.about)
+    found = search(
+        model, spectra_of("llama"), score, better=score.better, tolerance=PERPLEXITY_TOLERANCE, budgets=(0.8,)
+    )
+    assert found.dense_score == score(model)
+
+
+def test_tasks_as_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    from eckart.allocation.search import criteria
+    from eckart.evals.result import EvalResult, Score
+
+    asked: list[Any] = []
+
+    def evaluate(model: Any, tokenizer: Any, tasks: list[Any], **options: Any) -> list[EvalResult]:
+        asked.append((tasks[0], options))
+        return [EvalResult("t", "acc", 0.5, None, 4, scores={"acc_norm": Score(0.75)})]
+
+    monkeypatch.setattr(criteria, "evaluate", evaluate)
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    plain = accuracy_score("lm-eval:piqa", tokenizer)
+    assert (plain(model), plain.better) == (0.5, "higher")
+    assert asked[0][0].split == "sfsd-search"
+    assert plain.about["task"]["split"] == "sfsd-search"
+    json.dumps(plain.about)
+    assert accuracy_score("lm-eval:piqa", tokenizer, score="acc_norm", batch_size=2)(model) == 0.75
+    assert asked[1][1]["batch_size"] == 2
+    assert task_score("stereoset", tokenizer)(model) == 0.5
+    with pytest.raises(ValueError, match="accuracy is of a task"):
+        accuracy_score("perplexity:ptb", tokenizer)
+    with pytest.raises(ValueError, match="unknown evaluation"):
+        task_score("perplexty:ptb", tokenizer)

@@ -1,0 +1,340 @@
+"""The command line on a tiny model: every command, and one clear line for what goes wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from eckart.evals.result import EvalResult
+from tiny import Run, tiny_model, tiny_text, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, its tokenizer, a calibration text and an evaluation text."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_model("llama").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "train.txt").write_text(tiny_text(900, seed=1))
+    (folder / "test.txt").write_text(tiny_text(300, seed=2))
+    return folder
+
+
+def compress(run: Run, place: Path, out: Path, *more: str | Path) -> tuple[int, str]:
+    calibration = ("--calibration", place / "train.txt", "--samples", "8", "--length", "16", "--cache", place / "cache")
+    return run("compress", place / "model", out, *calibration, *more)
+
+
+def test_compress_then_eval_then_inspect_then_export(run: Run, place: Path, tmp_path: Path) -> None:
+    status, printed = compress(run, place, tmp_path / "small", "--method", "nsvd-i", "--keep", "0.6")
+    assert status == 0, printed
+    assert "factor" in printed
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "plan.json", "recipe.yaml"} <= {
+        file.name for file in (tmp_path / "small").iterdir()
+    }
+    resolved = yaml.safe_load((tmp_path / "small/recipe.yaml").read_text())
+    assert resolved["calibration"]["cut"] == "windows"
+    assert "nsvd-i" in (tmp_path / "small/README.md").read_text()
+
+    task = f"perplexity:{place / 'test.txt'}"
+    arguments = ("eval", tmp_path / "small", "--task", task, "--length", "16", "--limit", "4", "--out", tmp_path / "e")
+    status, printed = run(*arguments)
+    assert status == 0, printed
+    (file,) = (tmp_path / "e").glob("*.json")
+    result = EvalResult.from_json(file.read_text())
+    assert result.n == 4
+    assert result.settings["scored_tokens"] == 60
+    assert f"{result.value:.4f}" in printed
+    status, printed = run(*arguments)
+    assert status == 2
+    assert "exists" in printed
+
+    status, printed = run("inspect", tmp_path / "small")
+    assert status == 0
+    assert "down_proj" in printed
+    assert "nsvd-i" in printed
+
+    status, printed = run("export", tmp_path / "small", tmp_path / "dense", "--dense")
+    assert status == 0, printed
+    assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert run("export", tmp_path / "dense", tmp_path / "again", "--dense")[0] == 2
+
+
+def test_nothing_said_is_the_best_composition(run: Run, place: Path, tmp_path: Path) -> None:
+    status, printed = compress(
+        run, place, tmp_path / "small", "--keep", "0.5", "--include", "mlp", "--blocks", "last 2"
+    )
+    assert status == 0, printed
+    recipe = yaml.safe_load((tmp_path / "small/recipe.yaml").read_text())
+    assert recipe["method"]["name"] == "kfac"
+    assert (recipe["allocation"]["name"], recipe["layout"], recipe["order"]) == ("global", "pivoted", "anchored")
+    assert recipe["sites"] == {"include": ["mlp"], "exclude": [], "blocks": "last 2"}
+    assert "rules" not in recipe
+    for measure in ("(keep)", "(keep_total)", "(max_bytes)", "multiply-accumulates per token", "refined", "calibrate"):
+        assert measure in printed, measure
+    plan = json.loads((tmp_path / "small/plan.json").read_text())
+    assert plan["layout"] == "pivoted"
+    size = (tmp_path / "small/model.safetensors").stat().st_size
+    status, printed = compress(run, place, tmp_path / "less", "--max-bytes", str(size - 2000), "--refine", "0")
+    assert status == 0, printed
+    assert (tmp_path / "less/model.safetensors").stat().st_size <= size - 2000
+    assert "refined" not in printed
+    status, printed = run("inspect", tmp_path / "small")
+    assert status == 0, printed
+    kept = {
+        line.split()[1]: float(line.split()[-2]) for line in printed.splitlines() if "mlp." in line and " x " in line
+    }
+    for name, share in kept.items():
+        d_out, d_in = (48, 32) if "down" not in name else (32, 48)
+        rank = plan["ranks"][name]
+        assert share == pytest.approx(rank * (d_out + d_in - rank) / (d_out * d_in), abs=5e-4)
+    assert len(kept) == len([rank for rank in plan["ranks"].values() if rank])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--allocation", "global", "--layout", "pivoted"), {"allocation": "global", "layout": "pivoted"}),
+        (("--order", "sequential", "--refit", "--joint"), {"order": "sequential", "refit": True, "joint": True}),
+        (("--refine", "2", "--no-joint"), {"refine": 2, "joint": False}),
+    ],
+)
+def test_what_is_around_a_method_is_an_option_each(
+    run: Run, place: Path, tmp_path: Path, options: tuple[str, ...], said: dict[str, object]
+) -> None:
+    status, printed = compress(run, place, tmp_path / "out", "--method", "asvd-i", "--keep-total", "0.7", *options)
+    assert status == 0, printed
+    recipe = yaml.safe_load((tmp_path / "out/recipe.yaml").read_text())
+    short = {**recipe, "allocation": recipe["allocation"]["name"], "refine": recipe["refine"]["steps"]}
+    assert {name: short[name] for name in said} == said
+    assert recipe["keep_total"] == 0.7
+
+
+def test_selection_is_one_line_each(run: Run, place: Path, tmp_path: Path) -> None:
+    status, printed = compress(run, place, tmp_path / "mlp", "--method", "svd", "--keep", "0.5", "--include", "mlp")
+    assert status == 0, printed
+    ranks = json.loads((tmp_path / "mlp/plan.json").read_text())["ranks"]
+    assert ranks
+    assert all(".mlp." in name for name in ranks)
+    status, printed = compress(run, place, tmp_path / "last", "--method", "svd", "--keep", "0.46", "--blocks", "last 2")
+    assert status == 0, printed
+    ranks = json.loads((tmp_path / "last/plan.json").read_text())["ranks"]
+    assert {name.split(".")[2] for name in ranks} == {"1", "2"}
+
+
+def test_a_plan_is_written_edited_and_used(run: Run, place: Path, tmp_path: Path) -> None:
+    status, printed = run("inspect", place / "model", "--keep", "0.5", "--save-plan", tmp_path / "plan.json")
+    assert status == 0, printed
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    first = next(iter(plan["ranks"]))
+    plan["ranks"] = {first: 3}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    status, printed = compress(run, place, tmp_path / "out", "--method", "svd", "--plan", tmp_path / "plan.json")
+    assert status == 0, printed
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["quantization_config"]["sites"] == {first: {"rank": 3, "bias": False}}
+
+
+def test_the_pivoted_layout_has_more_rank_for_the_same_share(run: Run, place: Path, tmp_path: Path) -> None:
+    plans = {}
+    for layout in ("plain", "pivoted"):
+        file = tmp_path / f"{layout}.json"
+        status, printed = run("inspect", place / "model", "--keep", "0.5", "--layout", layout, "--save-plan", file)
+        assert status == 0, printed
+        assert "numbers in the linears (keep)" in printed
+        plans[layout] = json.loads(file.read_text())
+        assert plans[layout]["layout"] == layout
+        assert plans[layout]["keep"] <= 0.5
+    assert all(plans["pivoted"]["ranks"][name] > rank for name, rank in plans["plain"]["ranks"].items())
+    status, printed = run("inspect", place / "model", "--keep", "0.5", "--layout", "round")
+    assert status == 2
+    assert "layout 'round' is none of plain, pivoted" in printed
+    status, printed = compress(run, place, tmp_path / "out", "--plan", tmp_path / "pivoted.json", "--layout", "plain")
+    assert status == 2
+    assert "leave out layout: what is in plan decides that" in printed
+
+
+def stop(*_args: object, **_options: object) -> None:
+    raise OSError("no space left on device")
+
+
+def test_run_goes_on_where_it_was(run: Run, place: Path, tmp_path: Path) -> None:
+    recipe = {
+        "model": str(place / "model"),
+        "method": "sfsd",
+        "keep": 0.6,
+        "calibration": {"corpus": str(place / "train.txt"), "samples": 8, "length": 16},
+        "evaluate": [{"task": f"perplexity:{place / 'test.txt'}", "length": 16}],
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = ("run", tmp_path / "r.yaml", "--out", tmp_path / "run", "--no-cache")
+    status, printed = run(*arguments)
+    assert status == 0, printed
+    folder = tmp_path / "run"
+    assert {file.name for file in folder.iterdir()} == {
+        "recipe.yaml",
+        "made.yaml",
+        "environment.json",
+        "evals",
+        "model",
+    }
+    assert "perplexity" in (folder / "model/README.md").read_text()
+    weights = folder / "model/model.safetensors"
+    before = weights.stat().st_mtime_ns
+    (after,) = [file for file in (folder / "evals").iterdir() if "dense" not in file.name]
+    first = after.read_text()
+    after.unlink()
+    assert run(*arguments)[0] == 0
+    assert weights.stat().st_mtime_ns == before, "the model was made again"
+    assert after.read_text() == first
+    recipe["keep"] = 0.5
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    status, printed = run(*arguments)
+    assert status == 2
+    assert "something else" in printed
+    assert weights.stat().st_mtime_ns == before
+    # Stopped while the old model is being replaced: it stays, and is not taken for the new one afterwards.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eckart.runs.experiment.make_checkpoint", stop)
+        assert run(*arguments, "--force")[0] == 2
+    assert weights.stat().st_mtime_ns == before
+    assert run(*arguments)[0] == 0
+    assert weights.stat().st_mtime_ns != before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method", "nsvdi"], "did you mean 'nsvd-i'"),
+        (["--keep", "7"], "less than or equal to 1"),
+        (["--method", "bets"], "did you mean 'best'"),
+        (["--option", "share"], "not NAME=VALUE"),
+        (["--option", "shrink_in=much"], "not a number"),
+        (["--option", "bias=perhaps"], "neither true nor false"),
+        (["--option", "alpha=1"], "no setting 'alpha'"),
+        (["--keep-total", "0.5"], "give exactly one of keep, keep_total, max_bytes, rules, plan"),
+        (["--allocation", "glbal"], "'global'"),
+        (["--allocation", "per-role"], "shares, such as {mlp: 2, attention: 1}"),
+        (["--allocation", "surgical"], "surgical needs a score"),
+        (["--layout", "round"], "layout: Input should be 'plain' or 'pivoted'"),
+        (["--order", "backwards"], "'anchored'"),
+        (["--include", "q_prj"], "'q_prj' matches no site"),
+        (["--blocks", "last 99"], "this model has 3 blocks"),
+        (["--calibration", "nowhere.txt"], "no corpus 'nowhere.txt'"),
+        (["--samples", "9999"], "windows of 16"),
+        (["--length", "4096"], "4096"),
+        (["--dtype", "int3"], "dtype"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    run: Run, place: Path, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    status, printed = compress(run, place, tmp_path / "out", "--keep", "0.5", *arguments)
+    assert status == 2, printed
+    assert said in printed
+    assert "Traceback" not in printed
+    assert printed.count("error:") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_checkpoint_is_not_touched(run: Run, place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    status, printed = compress(run, place, out, "--method", "svd", "--keep", "0.5")
+    assert status == 2
+    assert "--force" in printed
+    assert [file.name for file in out.iterdir()] == ["precious.txt"]
+    assert compress(run, place, out, "--method", "svd", "--keep", "0.5", "--force")[0] == 0
+    assert (out / "config.json").is_file()
+
+
+def test_a_model_that_is_not_there(run: Run, tmp_path: Path) -> None:
+    status, printed = run("eval", tmp_path / "none", "--task", "perplexity:builtin/code")
+    assert status == 2
+    assert "cannot load" in printed
+    status, printed = run("eval", tmp_path / "none", "--task", "perplexty:builtin/code")
+    assert status == 2
+    assert "did you mean 'perplexity'" in printed
+
+
+def test_methods_and_help_teach(run: Run) -> None:
+    status, printed = run("methods")
+    assert status == 0
+    assert "nid-ii" in printed
+    assert "best" in printed
+    status, printed = run("methods", "fwsvd")
+    assert "2207.00112" in printed
+    status, printed = run("methods", "best")
+    assert status == 0
+    for told in ("kfac", "Ranks: global, layout: pivoted, order: anchored", "docs/ablation.md", "shrink_in=0.1"):
+        assert told in printed, told
+    status, printed = run("methods", "bets")
+    assert status == 2
+    assert "did you mean 'best'" in printed
+    status, printed = run("--help")
+    assert all(command in printed for command in ("demo", "compress", "eval", "inspect", "export", "methods", "run"))
+
+
+def study_of(place: Path, columns: int) -> dict[str, object]:
+    """A study of one run, read at several lengths for as many columns."""
+    tasks = [{"task": f"perplexity:{place / 'test.txt'}", "length": 16}]
+    return {
+        "title": "Table 9",
+        "base": {"model": "nowhere", "calibration": {"corpus": str(place / "train.txt"), "samples": 8, "length": 16}},
+        "columns": [f"perplexity:{place / 'test.txt'}#{name}" for name in ["perplexity", *["n"] * (columns - 1)]],
+        "runs": [{"method": "svd", "keep": 0.5, "evaluate": tasks, "published": [7.0, *[None] * (columns - 1)]}],
+    }
+
+
+@pytest.mark.parametrize("columns", [2, 12])
+def test_a_study_is_reproduced_and_reported(run: Run, place: Path, tmp_path: Path, columns: int) -> None:
+    (tmp_path / "nine.yaml").write_text(yaml.safe_dump(study_of(place, columns)))
+    arguments = ("reproduce", tmp_path / "nine.yaml", "--set", f"model={place / 'model'}", "--out", tmp_path / "out")
+    status, printed = run(*arguments)
+    assert status == 0, printed
+    assert "ours - paper" in printed
+    table = json.loads((tmp_path / "out/study.json").read_text())
+    (line,) = [row for row in table["rows"] if row["run"]]
+    assert line["difference"][0] == pytest.approx(line["ours"][0] - 7.0)
+    assert f"{line['ours'][0]:.4g}" in printed
+    assert (tmp_path / "out/report.html").is_file()
+    assert run("report", tmp_path / "out", "--out", tmp_path / "out/report.html")[0] == 2
+    assert run("report", tmp_path / "out", "--out", tmp_path / "page.html", "--title", "Mine")[0] == 0
+    assert "<title>Mine</title>" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nsvd-table-9"], "did you mean 'nsvd-table-"),
+        (["nsvd-table-1", "--scale", "medium"], "no scale 'medium' in this study; it has paper, small, builtin"),
+        (["nsvd-table-1", "--set", "keep"], "'keep' is not KEY=VALUE"),
+        (["nsvd-table-1", "--set", "kep=0.5"], "unknown key 'kep'; did you mean 'keep'?"),
+        (["nsvd-table-1", "--set", "keep=[0.5"], "is not YAML"),
+    ],
+)
+def test_a_study_that_cannot_be_run_is_one_line(run: Run, tmp_path: Path, arguments: list[str], said: str) -> None:
+    status, printed = run("reproduce", *arguments, "--out", tmp_path / "out")
+    assert status == 2
+    assert said in printed
+    assert printed.count("error:") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_there_is_can_be_listed(run: Run) -> None:
+    status, printed = run("evaluations")
+    assert status == 0
+    assert all(name in printed for name in ("stereoset", "lm-eval:TASK", "cmrc2018", "truthfulqa_mc2"))
+    status, printed = run("reproduce")
+    assert status == 0
+    assert "sfsd-figure-3" in printed
+    status, printed = run("methods", "llm-pruner")
+    assert status == 0
+    assert "2305.11627" in printed
+    status, printed = run("compress", "nowhere", "out", "--method", "llm-pruner", "--keep", "0.7")
+    assert status == 2
+    assert "makes no checkpoint" in printed

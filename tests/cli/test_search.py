@@ -1,0 +1,113 @@
+"""`eckart search`: ranks by measurement from the command line, in a file that compress takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tiny import Run, tiny_model, tiny_text, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, its tokenizer, a calibration text and a text to search on."""
+    folder = tmp_path_factory.mktemp("search")
+    tiny_model("llama").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "train.txt").write_text(tiny_text(900, seed=1))
+    (folder / "test.txt").write_text(tiny_text(300, seed=2))
+    return folder
+
+
+def search(run: Run, place: Path, plan: Path, *more: str | Path) -> tuple[int, str]:
+    import eckart.cli.search  # noqa: F401 (registers the command)
+
+    return run(
+        "search", place / "model", plan, "--score", f"perplexity:{place / 'test.txt'}", "--length", "16",
+        "--calibration", place / "train.txt", "--samples", "8", "--cache", place / "cache", *more,
+    )  # fmt: skip
+
+
+def test_search_then_compress(run: Run, place: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    arguments = ("--tolerance", "2%", "--budget", "0.3", "--budget", "0.6")
+    status, printed = search(run, place, plan, *arguments)
+    assert status == 0, printed
+    assert "evaluations" in printed
+    found = json.loads((tmp_path / "plan.search.json").read_text())
+    assert found["ranks"] == json.loads(plan.read_text())["ranks"]
+    assert found["curve"][-1]["keep"] < 1
+    trials = tmp_path / "plan.trials.jsonl"
+    assert len(trials.read_text().splitlines()) == 1 + found["evaluations"]
+
+    status, printed = search(run, place, plan, *arguments)
+    assert status == 2
+    assert "exists" in printed
+    before = trials.read_bytes()
+    status, printed = search(run, place, plan, *arguments, "--force")  # all of it is in the journal
+    assert status == 0, printed
+    assert trials.read_bytes() == before
+    assert json.loads((tmp_path / "plan.search.json").read_text()) == found
+    status, printed = search(run, place, plan, "--tolerance", "3%", "--force")
+    assert status == 2
+    assert "another surgical search" in printed
+
+    status, printed = run(
+        "compress", place / "model", tmp_path / "small", "--method", "sfsd", "--plan", plan,
+        "--calibration", place / "train.txt", "--samples", "8", "--length", "16", "--cache", place / "cache",
+    )  # fmt: skip
+    assert status == 0, printed
+
+
+def test_a_target_and_some_sites(run: Run, place: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    arguments = ("--method", "svd", "--include", "mlp", "--tolerance", "1000%", "--budget", "0.5", "--keep")
+    status, printed = search(run, place, plan, *arguments, "0.9")
+    assert status == 0, printed
+    assert json.loads(plan.read_text())["keep"] <= 0.9
+    assert all("mlp" in name for name in json.loads(plan.read_text())["ranks"])
+    status, printed = search(run, place, plan, *arguments, "0.3", "--force")
+    assert status == 0, printed
+    assert "before keep 0.3 was reached" in printed
+
+
+def test_ranks_are_chosen_by_what_layers_know(run: Run, place: Path, tmp_path: Path) -> None:
+    """The search reads the train split and the report the other; the score is the selectivity."""
+    for name, seed in (("train", 0), ("dev", 1000)):
+        rows = [{"text": tiny_text(4, seed + n) + " w1" * (n % 2), "label": n % 2} for n in range(40)]
+        (tmp_path / "sst2").mkdir(exist_ok=True)
+        (tmp_path / "sst2" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    few = ("--method", "svd", "--include", "down_proj", "--blocks", "last 1", "--budget", "0.5", "--tolerance", "2")
+    status, printed = search(run, place, tmp_path / "plan.json", *few, "--score", "probing:sst2", "--data", tmp_path)
+    assert status == 0, printed
+    header = json.loads((tmp_path / "plan.trials.jsonl").read_text().splitlines()[0])["of"]["score"]
+    assert (header["task"]["name"], header["task"]["split"], header["score"]) == (
+        "probing:sst2",
+        "train",
+        "selectivity",
+    )
+    assert json.loads((tmp_path / "plan.search.json").read_text())["evaluations"] == 2
+    status, printed = search(run, place, tmp_path / "other.json", *few, "--score", f"probing:{place / 'test.txt'}")
+    assert status == 2
+    assert "has one split, which would be searched and reported on" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tolerance", "much"), "is none of"),
+        (("--score", "cost"), "no score to search by"),
+        (("--score", "perplexty:ptb"), "did you mean 'perplexity'"),
+        (("--layout", "round"), "none of plain, pivoted"),
+        (("--budget", "1.5"), "each in (0, 1)"),
+        (("--limit", "3"), "3 windows are too few"),
+    ],
+)
+def test_bad_input_is_one_line(run: Run, place: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    status, printed = search(run, place, tmp_path / "plan.json", *arguments)
+    assert status == 2
+    assert message in printed
+    assert "Traceback" not in printed
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,361 @@
+"""Corpora: files and known data sets become text in the usual way, and text becomes windows or padded documents."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+
+from eckart.data.corpora import CORPORA, MIXTURES, Text, parts_of, read_text
+from eckart.data.tokens import check_tokenizer, check_vocabulary, encode, sample_documents, sample_windows
+from tiny import BOS, EOS, PAD, VOCABULARY, tiny_model, tiny_text, tiny_tokenizer, tiny_tokens
+
+
+def lines(*rows: object) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+# Files
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_text_file_is_one_document(tmp_path: Path, suffix: str) -> None:
+    text = read_text(str(write(tmp_path / f"a.txt{suffix}", "One é\n\n  two \n")))
+    assert text.documents == ("One é\n\n  two \n",)
+    assert text.joined == "One é\n\n  two \n"
+    assert text.source == {"corpus": f"a.txt{suffix}"}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz"])
+def test_json_lines_are_a_document_each(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, lines({"text": "One é", "n": 1}) + "\n" + lines({"text": "two\n"}))
+    text = read_text(str(path))
+    assert text.documents == ("One é", "two\n")
+    assert text.joined == "One é\n\ntwo\n"
+
+
+def test_a_named_field(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", lines({"text": "no", "body": "yes"}))
+    assert read_text(str(path), column="body").documents == ("yes",)
+
+
+@pytest.mark.parametrize(
+    ("row", "has"),
+    [({"body": "b", "title": "t"}, "it has body, title"), ({"text": 3}, "it has text"), (["text"], "it has list")],
+)
+def test_a_missing_field_names_line_and_fields(tmp_path: Path, row: object, has: str) -> None:
+    path = write(tmp_path / "a.jsonl", lines({"text": "fine"}, row))
+    with pytest.raises(ValueError, match=rf"a\.jsonl: line 2 has no text field 'text'; {has}"):
+        read_text(str(path))
+
+
+def test_bad_json_names_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", lines({"text": "fine"}) + "\n" + '{"text": "cut\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl: line 3 is not JSON"):
+        read_text(str(path))
+
+
+@pytest.mark.parametrize("content", ["", " \n\t\n"])
+def test_an_empty_corpus_is_refused(tmp_path: Path, content: str) -> None:
+    with pytest.raises(ValueError, match=r"holds no text"):
+        read_text(str(write(tmp_path / "a.txt", content)))
+    with pytest.raises(ValueError, match=r"holds no text"):
+        read_text(str(write(tmp_path / "a.jsonl", lines({"text": content}) if content else "")))
+
+
+def corrupted(data: bytes) -> bytes:
+    return data[:20] + bytes(byte ^ 0xFF for byte in data[20:40]) + data[40:]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("a.txt", lambda _: "Grüße".encode("latin-1")),
+        ("a.txt.gz", lambda _: b"this is no archive"),
+        ("a.txt.gz", lambda data: data[:-20]),
+        ("a.txt.gz", corrupted),
+    ],
+)
+def test_a_file_that_is_no_text_is_named(tmp_path: Path, name: str, damage: Any) -> None:
+    path = write(tmp_path / name, tiny_text(100))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{name} is not readable as UTF-8 text"):
+        read_text(str(path))
+
+
+@pytest.mark.parametrize("name", ["wikitex2", "no_such_file.txt", "folder/no_such_file.txt"])
+def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"no corpus '{name}': .*builtin, wikitext2, ptb, c4"):
+        read_text(name)
+
+
+# The built-in corpus
+
+
+def test_builtin_has_domains_and_a_held_out_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eckart.data.corpora.builtin_texts", lambda domain, part: (f"{domain} {part}", "more"))
+    assert read_text("builtin").joined == "prose train\n\nmore\n\ncode train\n\nmore"
+    assert read_text("builtin/code").documents == ("code train", "more")
+    for split in ("test", "validation"):
+        assert read_text("builtin/prose", split=split).documents == ("prose heldout", "more")
+    assert read_text("builtin/code").source == {"corpus": "builtin/code", "split": "train"}
+
+
+def test_builtin_has_no_other_domain() -> None:
+    with pytest.raises(ValueError, match="poetry"):
+        read_text("builtin/poetry")
+
+
+# Known corpora in a local folder
+
+WIKI_LINES = " \n = Title = \n \n Some text . \n"
+WIKI_ROWS = ["", " = Title = \n", "", " Some text . \n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("wiki.test.raw", "test"),
+        ("wiki.valid.raw", "validation"),
+        ("raw.train.txt", "train"),
+        ("raw.test.txt.gz", "test"),
+    ],
+)
+def test_wikitext_rows_are_those_of_the_hub(tmp_path: Path, name: str, split: str) -> None:
+    write(tmp_path / "wikitext2" / name, WIKI_LINES)
+    text = read_text("wikitext2", split=split, data=tmp_path)
+    assert list(text.documents) == WIKI_ROWS
+    assert text.joined == "\n\n".join(WIKI_ROWS)
+    assert text.source == {"corpus": "wikitext2", "split": split, "file": name}
+
+
+def test_wikitext_is_the_same_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = SimpleNamespace(load_dataset=lambda *_, **__: iter([{"text": row} for row in WIKI_ROWS]))
+    monkeypatch.setitem(sys.modules, "datasets", served)
+    write(tmp_path / "wikitext2" / "wiki.test.raw", WIKI_LINES)
+    hub, local = read_text("wikitext2", split="test"), read_text("wikitext2", split="test", data=tmp_path)
+    assert hub.joined == local.joined
+
+
+def test_ptb_lines_are_stripped_and_joined_by_a_space(tmp_path: Path) -> None:
+    write(tmp_path / "ptb" / "ptb.test.txt", " no it was n't black monday \n but while <unk> \n")
+    text = read_text("ptb", split="test", data=tmp_path)
+    assert text.documents == ("no it was n't black monday", "but while <unk>")
+    assert text.joined == "no it was n't black monday but while <unk>"
+
+
+def test_the_corpus_own_field_is_known(tmp_path: Path) -> None:
+    write(tmp_path / "alpaca_eval" / "eval.jsonl", lines({"instruction": "Say é", "output": "é"}))
+    write(tmp_path / "cmrc2018" / "cmrc_dev.jsonl.gz", lines({"context": "文"}, {"context": "字"}))
+    assert read_text("alpaca_eval", split="test", data=tmp_path).documents == ("Say é",)
+    assert read_text("cmrc2018", split="test", data=tmp_path).joined == "文\n\n字"
+    assert read_text("alpaca_eval", split="test", data=tmp_path, column="output").documents == ("é",)
+
+
+def test_the_folder_of_one_corpus_may_be_given_itself(tmp_path: Path) -> None:
+    write(tmp_path / "raw.test.txt", WIKI_LINES)
+    assert list(read_text("wikitext2", split="test", data=tmp_path).documents) == WIKI_ROWS
+
+
+def test_the_corpus_own_folder_comes_first(tmp_path: Path) -> None:
+    write(tmp_path / "wiki.test.raw", "somebody else's\n")
+    write(tmp_path / "wikitext2" / "raw.test.txt", WIKI_LINES)
+    assert list(read_text("wikitext2", split="test", data=tmp_path).documents) == WIKI_ROWS
+
+
+def test_c4_train_is_not_taken_for_the_test_split(tmp_path: Path) -> None:
+    write(tmp_path / "c4" / "c4-train.00000-of-01024.json.gz", lines({"text": "train"}))
+    with pytest.raises(ValueError, match="c4: no file for split 'test'"):
+        read_text("c4", split="test", data=tmp_path)
+    write(tmp_path / "c4" / "c4-validation.00000-of-00008.json.gz", lines({"text": "validation"}))
+    assert read_text("c4", split="test", data=tmp_path).documents == ("validation",)
+    assert read_text("c4", split="train", data=tmp_path).documents == ("train",)
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_a_split_without_a_file_says_what_was_looked_for(tmp_path: Path, name: str) -> None:
+    pattern = CORPORA[name].files["test"][0]
+    with pytest.raises(ValueError, match="no file for split 'test'") as caught:
+        read_text(name, split="test", data=tmp_path)
+    assert pattern in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    with pytest.raises(ValueError, match="nothing, the corpus has no such split"):
+        read_text(name, split="dev", data=tmp_path)
+
+
+# Windows
+
+
+class Numbers:
+    """A tokenizer of whole numbers, so that every token says where in the text it stood."""
+
+    mask_token_id = None
+
+    def __call__(self, text: str, verbose: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
+def numbers(count: int) -> Text:
+    return Text((" ".join(map(str, range(count))),), "\n\n", {"corpus": "numbers"})
+
+
+def test_windows_are_whole_stretches_without_overlap() -> None:
+    tokens = sample_windows(numbers(1000), Numbers(), samples=17, length=30, seed=3)  # type: ignore[arg-type]
+    assert tokens.ids.shape == tokens.mask.shape == (17, 30)
+    assert tokens.ids.dtype == torch.int64
+    assert tokens.mask.all()
+    assert torch.equal(tokens.ids - tokens.ids[:, :1], torch.arange(30).expand(17, 30))
+    assert (tokens.ids[:, 0] % 30 == 0).all()
+    assert len(tokens.ids.unique()) == 17 * 30
+    assert tokens.count == 17 * 30
+    assert tokens.source == {"corpus": "numbers", "samples": 17, "length": 30, "seed": 3, "cut": "windows"}
+
+
+def test_the_seed_decides() -> None:
+    def drawn(seed: int) -> set[int]:
+        return set(sample_windows(numbers(5000), Numbers(), samples=20, length=10, seed=seed).ids[:, 0].tolist())  # type: ignore[arg-type]
+
+    assert drawn(0) == drawn(0)
+    assert len({frozenset(drawn(seed)) for seed in range(5)}) == 5
+    # drawn from the whole text, not from its head
+    assert min(drawn(0)) < 1500
+    assert max(drawn(0)) > 3500
+
+
+def test_all_windows_may_be_asked_for() -> None:
+    tokens = sample_windows(numbers(105), Numbers(), samples=10, length=10)  # type: ignore[arg-type]
+    assert torch.equal(tokens.ids.flatten(), torch.arange(100))
+
+
+def test_too_few_windows_give_the_numbers() -> None:
+    with pytest.raises(ValueError, match="numbers has 105 tokens, 10 windows of 10; 11 were asked for"):
+        sample_windows(numbers(105), Numbers(), samples=11, length=10)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sample", [sample_windows, sample_documents])
+def test_sizes_are_positive(sample: Any) -> None:
+    with pytest.raises(ValueError, match="samples 0 is not positive"):
+        sample(numbers(10), tiny_tokenizer(), samples=0, length=5)
+    with pytest.raises(ValueError, match="length -1 is not positive"):
+        sample(numbers(10), tiny_tokenizer(), samples=1, length=-1)
+
+
+def test_documents_run_on_across_windows() -> None:
+    text = Text(("0 1 2", "3 4", "5 6 7"), " ", {"corpus": "rows"})
+    assert sample_windows(text, Numbers(), samples=2, length=4).ids.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]  # type: ignore[arg-type]
+
+
+def test_encode_keeps_the_tokenizers_specials() -> None:
+    tokenizer = tiny_tokenizer()
+    assert encode("w0 w1", tokenizer).tolist() == [7, 8]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    assert encode("w0 w1", tokenizer).tolist() == [BOS, 7, 8, EOS]
+
+
+# Documents
+
+ROWS = ("w0 w1 w2", "", "w3", "w4 w5 w6 w7 w8 w9", "  \n")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_documents_are_cut_padded_on_the_right_and_masked(side: str) -> None:
+    tokenizer = tiny_tokenizer(padding_side=side)
+    tokens = sample_documents(Text(ROWS, "\n", {"corpus": "rows"}), tokenizer, samples=3, length=4)
+    assert tokens.ids.tolist() == [[7, 8, 9, PAD], [10, PAD, PAD, PAD], [11, 12, 13, 14]]
+    assert tokens.mask.dtype == torch.bool
+    assert torch.equal(tokens.mask, tokens.ids != PAD)
+    assert tokens.count == 8
+    assert tokens.mask_token == tokenizer.mask_token_id
+    assert tokens.source == {"corpus": "rows", "samples": 3, "length": 4, "seed": 0, "cut": "documents"}
+
+
+def test_a_file_of_paragraphs_is_split_at_empty_lines() -> None:
+    text = Text(("w0 w1\n\nw2\n\n\n\nw3 w4\n",), "\n\n", {})
+    assert sample_documents(text, tiny_tokenizer(), samples=3, length=8).ids.tolist() == [[7, 8], [9, PAD], [10, 11]]
+
+
+def test_the_seed_draws_documents() -> None:
+    text = Text(tuple(f"w{number}" for number in range(60)), "\n", {})
+    drawn = [sample_documents(text, tiny_tokenizer(), samples=9, length=4, seed=s).ids.flatten() for s in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert len(drawn[0].unique()) == 9
+
+
+def test_too_few_documents_give_the_numbers() -> None:
+    with pytest.raises(ValueError, match="rows has 3 documents; 4 were asked for"):
+        sample_documents(Text(ROWS, "\n", {"corpus": "rows"}), tiny_tokenizer(), samples=4, length=4)
+
+
+def test_documents_need_a_pad_token() -> None:
+    with pytest.raises(ValueError, match="the tokenizer has no pad token"):
+        sample_documents(Text(ROWS, "\n", {}), tiny_tokenizer(pad_token=None), samples=1, length=4)
+
+
+# Tokens
+
+
+def test_batches_are_all_rows_in_order() -> None:
+    tokens = tiny_tokens(7, 5, padded=True)
+    batches = tokens.batches(3)
+    assert [len(ids) for ids, _ in batches] == [3, 3, 1]
+    assert torch.equal(torch.cat([ids for ids, _ in batches]), tokens.ids)
+    assert torch.equal(torch.cat([mask for _, mask in batches]), tokens.mask)
+    assert len(tokens) == 7
+
+
+def test_check_vocabulary() -> None:
+    model = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(10, 2))
+    assert check_vocabulary(model, torch.tensor([[0, 9]])) == 10  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="token 10 is outside the model's vocabulary of 10"):
+        check_vocabulary(model, torch.tensor([[0, 10]]))  # type: ignore[arg-type]
+
+
+# Mixtures, and tokenizers
+
+
+def test_a_name_is_one_corpus_several_or_a_file(tmp_path: Path) -> None:
+    assert parts_of("ptb") == ("ptb",)
+    assert parts_of("ptb+c4") == ("ptb", "c4")
+    assert parts_of("commonsense") == MIXTURES["commonsense"]
+    file = write(tmp_path / "a+b.txt", "text")
+    assert parts_of(str(file)) == (str(file),)
+
+
+def test_tokens_add_and_the_shorter_are_padded() -> None:
+    long, short = tiny_tokens(2, 8), tiny_tokens(3, 5, seed=1)
+    both = short + long + short
+    assert both.ids.shape == (8, 8)
+    assert both.count == short.count * 2 + long.count
+    assert torch.equal(both.ids[3:5], long.ids)
+    assert torch.equal(both.ids[:3, :5], short.ids)
+    assert not both.mask[:3, 5:].any()
+    assert both.source == {"parts": [short.source, long.source, short.source]}
+
+
+@pytest.mark.parametrize(("vocabulary", "fits"), [(VOCABULARY, True), (112, True), (121, False), (90, False)])
+def test_a_tokenizer_fills_most_of_the_embedding(vocabulary: int, fits: bool) -> None:
+    model = tiny_model("llama", vocab_size=vocabulary)
+    if fits:
+        check_tokenizer(model, tiny_tokenizer())
+    else:
+        with pytest.raises(ValueError, match=f"the tokenizer knows 96 tokens and LlamaForCausalLM {vocabulary}"):
+            check_tokenizer(model, tiny_tokenizer())

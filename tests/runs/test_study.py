@@ -1,0 +1,342 @@
+"""Studies: scales laid over a study, its runs carried out on a tiny model, and its table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import eckart
+from eckart.evals.result import EvalResult
+from eckart.evals.tasks import Task
+from eckart.reports import write_report
+from eckart.runs import experiment
+from eckart.runs.recipe import parse_recipe
+from eckart.runs.reproduction import read, run_study, slug
+from eckart.runs.study import Study, describe, load_study, studies
+from eckart.runs.workbench import How
+from tiny import tiny_model, tiny_text, tiny_tokenizer
+
+BASE: dict[str, Any] = {
+    "title": "Table 0",
+    "base": {
+        "model": "owner/big",
+        "calibration": {"corpus": "text.txt", "samples": 8, "length": 16},
+        "evaluate": ["perplexity:text.txt", {"task": "perplexity:other.txt", "length": 16}],
+    },
+    "columns": ["perplexity:text.txt", "perplexity:other.txt"],
+    "dense": [5.0, 6.0],
+    "runs": [
+        {"method": "svd", "keep": 0.5, "published": [50.0, None]},
+        {"method": "asvd-i", "keep": 0.5, "published": [7.0, 8.0]},
+        {
+            "method": {"name": "nsvd-i", "options": {"share": 0.5}},
+            "keep": 0.5,
+            "published": [7.5, 7.0],
+            "improvement": 0.1,
+        },
+    ],
+    "compare": {"baseline": {"method": "asvd-i"}, "in_domain": ["perplexity:text.txt"]},
+    "scales": {
+        "small": {"base": {"model": "small", "calibration": {"samples": 4}}, "limits": {"windows": 3}},
+        "other": {"base": {"model": "small"}, "evaluate": ["perplexity:text.txt"], "note": "Only one corpus."},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and two texts."""
+    folder = tmp_path_factory.mktemp("study")
+    eckart.save(tiny_model("llama"), folder / "model", tiny_tokenizer())
+    for name, seed in (("text.txt", 0), ("other.txt", 1)):
+        (folder / name).write_text(tiny_text(400, seed=seed))
+    return folder
+
+
+def at_place(place: Path, **changes: Any) -> Study:
+    data = json.loads(
+        json.dumps(BASE).replace("text.txt", str(place / "text.txt")).replace("other.txt", str(place / "other.txt"))
+    )
+    return Study.model_validate({**data, **changes}).at("paper", {"model": str(place / "model")})
+
+
+def test_a_scale_is_laid_over_base_and_runs() -> None:
+    study = Study.model_validate(BASE).at("small")
+    (_, row, recipe), *others = study.recipes()
+    assert recipe.model == "small"
+    assert recipe.calibration.samples == 4
+    assert recipe.calibration.length == 16
+    assert [task.limit for task in recipe.tasks] == [3, 3]
+    assert row.published == [50.0, None]
+    assert len(others) == 2
+
+
+def test_a_scale_with_other_evaluations_has_nothing_published_to_compare() -> None:
+    study = Study.model_validate(BASE).at("other")
+    assert study.columns == ["perplexity:text.txt"]
+    assert study.dense is None
+    assert all(row.published is None for row in study.runs)
+    assert study.about.startswith("Only one corpus.")
+
+
+def test_changes_win_and_make_equal_runs_one() -> None:
+    study = Study.model_validate(BASE).at("small", {"method": "svd", "calibration.samples": 2, "model": "mine"})
+    ((label, _, recipe),) = study.recipes()
+    assert label == "svd, keep 0.5"
+    assert (recipe.model, recipe.calibration.samples, recipe.calibration.length) == ("mine", 2, 16)
+
+
+def test_several_models() -> None:
+    study = Study.model_validate(BASE).at("small", {"models": ["a/x", "b/y"]})
+    labels = [label for label, *_ in study.recipes()]
+    assert labels[0] == "x, svd, keep 0.5"
+    assert labels[3] == "y, svd, keep 0.5"
+    assert len(labels) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dense": [1.0]}, "1 published numbers for 2 columns"),
+        ({"runs": []}, "runs"),
+        ({"collumns": []}, "collumns"),
+    ],
+)
+def test_a_study_that_does_not_fit_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(json.dumps({**BASE, **change}))
+    with pytest.raises(ValueError, match=message):
+        load_study(str(file))
+
+
+def test_unknown_names_say_what_there_is() -> None:
+    with pytest.raises(ValueError, match="did you mean 'nsvd-table-1'"):
+        load_study("nsvd-table1")
+    with pytest.raises(ValueError, match="no scale 'tiny' in this study; it has paper, small, other"):
+        Study.model_validate(BASE).at("tiny")
+
+
+def test_a_whole_study(place: Path, tmp_path: Path) -> None:
+    study = at_place(place)
+    dense, svd, asvd, nsvd = run_study(study, tmp_path / "out", How())
+    assert dense.run is None
+    assert dense.published == [5.0, 6.0]
+    text, other = (column.partition("#")[0] for column in study.columns)
+    for line in (svd, asvd, nsvd):
+        assert line.run is not None
+        written = tmp_path / "out" / "runs" / line.run / "evals"
+        values = {
+            data["task"]: data["value"]
+            for file in written.glob("*.json")
+            if not file.name.endswith(".dense.json") and (data := json.loads(file.read_text()))
+        }
+        assert line.ours[0] == values[text]
+    assert svd.difference == [pytest.approx(svd.ours[0] - 50.0), None]
+    assert asvd.improvement is None
+    assert asvd.ours[1] is not None
+    assert nsvd.ours[1] is not None
+    assert nsvd.improvement == pytest.approx(1 - nsvd.ours[1] / asvd.ours[1])
+    assert nsvd.published_improvement == 0.1
+    table = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert [row["ours"] for row in table["rows"]] == [line.ours for line in (dense, svd, asvd, nsvd)]
+    assert len(list((tmp_path / "out" / "dense").iterdir())) == 2, "dense is measured once for all runs"
+    assert other
+
+
+def test_a_study_goes_on_where_it_stopped(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, out = at_place(place), tmp_path / "out"
+    first = run_study(study, out, How())
+
+    def nothing(*_args: Any, **_options: Any) -> Any:
+        raise AssertionError("was done already")
+
+    monkeypatch.setattr("eckart.runs.experiment.load_model", nothing)
+    assert run_study(study, out, How()) == first
+
+
+def test_what_is_refused_is_a_gap_with_its_reason(place: Path, tmp_path: Path) -> None:
+    base = json.loads(json.dumps(BASE["base"]).replace("text.txt", str(place / "text.txt")))
+    base["evaluate"] = [f"perplexity:{place / 'text.txt'}", {"task": "perplexity:nowhere.txt", "length": 16}]
+    study = at_place(place, base=base, columns=[f"perplexity:{place / 'text.txt'}", "perplexity:nowhere.txt"])
+    _, svd, *_ = run_study(study, tmp_path / "out", How())
+    assert svd.ours[0] is not None
+    assert svd.ours[1] is None
+    assert svd.refusals is not None
+    assert "no corpus 'nowhere.txt'" in svd.refusals["perplexity:nowhere.txt@16"]
+    assert svd.run is not None
+    assert (tmp_path / "out" / "runs" / svd.run / "refusals.json").is_file()
+
+
+def test_a_compressed_model_without_a_result_does_not_get_the_dense_one_s(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, whole = at_place(place), experiment._Models.evaluate
+
+    def broken(self: experiment._Models, tasks: Sequence[Task], which: str) -> Iterator[EvalResult | ValueError]:
+        if which == "compressed":
+            return iter([ValueError("a logit in window 0 is not finite")] * len(tasks))
+        return whole(self, tasks, which)
+
+    monkeypatch.setattr(experiment._Models, "evaluate", broken)
+    dense, *others = run_study(study, tmp_path / "out", How())
+    assert None not in dense.ours
+    for line in others:
+        assert line.ours == [None, None]
+        assert line.improvement is None
+        assert set((line.refusals or {}).values()) == {"a logit in window 0 is not finite"}
+
+
+def test_a_model_that_cannot_be_compressed_is_a_row_of_gaps(place: Path, tmp_path: Path) -> None:
+    runs = [{"method": "svd", "keep": 0.5}, {"method": "asvd-i", "keep": 0.5, "calibration": {"samples": 9999}}]
+    _, svd, asvd = run_study(at_place(place, runs=runs), tmp_path / "out", How())
+    assert None not in svd.ours
+    assert asvd.ours == [None, None]
+    assert all("the model was not compressed: corpus" in why for why in (asvd.refusals or {"": ""}).values())
+    assert write_report([tmp_path / "out"], tmp_path / "report.html").is_file()
+
+
+def test_weights_are_let_go_and_made_again_when_asked_for(place: Path, tmp_path: Path) -> None:
+    study, out = at_place(place, runs=[{"method": "svd", "keep": 0.5}]), tmp_path / "out"
+    first = run_study(study, out, How())
+    assert not list(out.rglob("*.safetensors"))
+    (result,) = [file for file in out.glob("runs/*/evals/*other*.json") if ".dense" not in file.name]
+    before = result.read_text()
+    result.unlink()
+    assert run_study(study, out, How(), keep_weights=True) == first
+    assert result.read_text() == before
+    assert len(list(out.rglob("*.safetensors"))) == 1
+
+
+def test_keeping_everything_is_the_dense_model(place: Path, tmp_path: Path) -> None:
+    dense, kept = run_study(at_place(place, runs=[{"method": "svd", "keep": 1}]), tmp_path / "out", How())
+    assert kept.ours == dense.ours
+    assert not (tmp_path / "out" / "runs" / "svd-keep-1" / "model").exists()
+
+
+def test_the_context_is_the_window_of_text_that_names_none(place: Path, tmp_path: Path) -> None:
+    base = json.loads(json.dumps(BASE["base"]).replace("text.txt", str(place / "text.txt")))
+    base |= {"context": 24, "evaluate": [f"perplexity:{place / 'text.txt'}"]}
+    del base["calibration"]["length"]
+    study = at_place(place, base=base, columns=base["evaluate"], dense=None, runs=[{"method": "asvd-i", "keep": 0.5}])
+    run_study(study, tmp_path / "out", How())
+    (run,) = (tmp_path / "out" / "runs").iterdir()
+    (result,) = (run / "evals").glob("*.dense.json")
+    assert json.loads(result.read_text())["settings"]["length"] == 24
+    assert "length: 24" in (run / "model" / "recipe.yaml").read_text()
+
+
+def test_a_rival_of_one_size_stands_in_the_table_without_an_improvement(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="needs the extra 'baselines'")
+    runs = [{"method": "asvd-i", "keep": 0.5}, {"method": "int8"}]
+    study = at_place(place, runs=runs, columns=["cost#params"], dense=None)
+    study = study.model_copy(update={"columns": [item["task"] for item in study.base["evaluate"]]})
+    _, asvd, int8 = run_study(study, tmp_path / "out", How())
+    assert int8.improvement is None
+    assert asvd.ours[0] is not None
+    assert int8.ours[0] is not None
+    assert int8.ours[0] != asvd.ours[0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "label"),
+    [
+        ({"keep": 0.5}, "best, keep 0.5"),
+        ({"method": {"options": {"bias": False}}, "keep": 0.5}, "best (bias=False), keep 0.5"),
+        ({"method": "kfac", "allocation": "global", "keep": 0.5}, "kfac, global, keep 0.5"),
+        (
+            {"method": "kfac", "allocation": {"name": "global", "exact": True}, "keep_total": 0.5},
+            "kfac, global (exact=True), keep_total 0.5",
+        ),
+        (
+            {"method": "sfsd", "allocation": {"name": "surgical", "score": "lm-eval:piqa", "limit": 9}, "keep": 0.5},
+            "sfsd, surgical (score=lm-eval:piqa), keep 0.5",
+        ),
+        (
+            {"method": "sfsd", "allocation": {"name": "surgical", "score": "stereoset"}},
+            "sfsd, surgical (score=stereoset)",
+        ),
+        ({"method": "svd", "layout": "pivoted", "order": "anchored", "keep": 0.5}, "svd, pivoted, anchored, keep 0.5"),
+        ({"method": "svd", "joint": True, "refit": True, "max_bytes": 5000000}, "svd, joint, refit, max_bytes 5000000"),
+        ({"refine": False, "joint": False, "keep": 0.5}, "best, no joint, no refine, keep 0.5"),
+        ({"refine": {"steps": 0}, "distil": {"steps": 8}, "keep": 0.5}, "best, no refine, distil (steps=8), keep 0.5"),
+        ({"recover": True, "keep": 0.5}, "best, recover, keep 0.5"),
+        ({"distil": False, "recover": {"steps": 64}, "keep": 0.5}, "best, no distil, recover (steps=64), keep 0.5"),
+        ({"sites": {"include": ["mlp"], "blocks": "last 2"}, "keep": 0.5}, "best, keep 0.5 of mlp, last 2"),
+        ({"method": "svd", "sites": {"exclude": ["q_proj"]}, "keep": 0.5}, "svd, keep 0.5 of not q_proj"),
+        (
+            {"method": "svd", "rules": [{"keep": 0.5, "include": ["mlp"]}, {"keep": 0.9}]},
+            "svd, keep 0.5 of mlp; keep 0.9 of all blocks",
+        ),
+        ({"method": "svd", "plan": "some/where/mine.json"}, "svd, plan mine"),
+        ({"method": "int8"}, "int8"),
+    ],
+)
+def test_what_is_around_a_method_is_in_the_label(recipe: dict[str, Any], label: str) -> None:
+    parse_recipe({"model": "m", **recipe})
+    assert describe(recipe) == label
+
+
+def test_runs_that_differ_in_something_else_need_a_label() -> None:
+    few, many = ({"method": "asvd-i", "keep": 0.5, "calibration": {"samples": number}} for number in (4, 8))
+    with pytest.raises(ValueError, match=r"two different runs are both called 'asvd-i, keep 0.5': give each a label"):
+        Study.model_validate({**BASE, "runs": [few, many]}).recipes()
+    study = Study.model_validate({**BASE, "runs": [few, {**many, "label": "asvd-i, 8 samples"}]})
+    assert [label for label, *_ in study.recipes()] == ["asvd-i, keep 0.5", "asvd-i, 8 samples"]
+
+
+def test_limits_bound_the_scores_of_searches() -> None:
+    search = {"name": "surgical", "score": "perplexity:text.txt"}
+    runs: list[dict[str, Any]] = [
+        {"method": "sfsd", "allocation": search},
+        {"method": "svd", "allocation": {**search, "limit": 2}},
+        {"method": "sfsd", "allocation": {"name": "surgical", "score": "lm-eval:piqa"}},
+        {"method": "svd", "keep": 0.5},
+    ]
+    small = {"base": {"model": "small"}, "limits": {"windows": 3, "documents": 5}}
+    study = Study.model_validate({**BASE, "runs": runs, "scales": {"small": small}, "compare": None})
+    limits = [recipe.allocation and recipe.allocation.limit for *_, recipe in study.at("small").recipes()]
+    assert limits == [3, 2, 5, None]
+    assert [recipe.allocation and recipe.allocation.limit for *_, recipe in study.recipes()] == [None, 2, None, None]
+    base = {**BASE["base"], "method": "sfsd", "allocation": search}
+    shared = Study.model_validate({**BASE, "base": base, "runs": [{}, {"keep": 0.8}], "scales": {"small": small}})
+    assert [recipe.allocation and recipe.allocation.limit for *_, recipe in shared.at("small").recipes()] == [3, 3]
+
+
+def test_a_search_that_stays_above_its_size_is_a_gap_with_its_reason(place: Path, tmp_path: Path) -> None:
+    search = {"name": "surgical", "score": f"perplexity:{place / 'text.txt'}", "tolerance": "-90%", "limit": 1}
+    runs = [{"method": "svd", "keep": 0.5}, {"method": "svd", "allocation": search, "keep": 0.5}]
+    _, uniform, searched = run_study(at_place(place, runs=runs), tmp_path / "out", How(cache=tmp_path / "cache"))
+    assert None not in uniform.ours
+    assert searched.ours == [None, None]
+    assert "raise the tolerance" in next(iter((searched.refusals or {}).values()))
+    assert searched.label.startswith("svd, surgical (score=perplexity:")
+
+
+def test_labels_and_folders() -> None:
+    assert describe({"method": "svd", "keep": 0.7}) == "svd, keep 0.7"
+    assert describe({"method": {"name": "nsvd-i", "options": {"share": 0.9}}, "keep": 0.5}) == (
+        "nsvd-i (share=0.9), keep 0.5"
+    )
+    assert (
+        describe({"method": "sfsd", "rules": [{"keep": 0.46, "blocks": "last 3/8"}]}) == "sfsd, keep 0.46 of last 3/8"
+    )
+    assert slug("llama-7b, nsvd-i (share=0.9), keep 0.5") == "llama-7b-nsvd-i-share=0.9-keep-0.5"
+
+
+@pytest.mark.parametrize("name", studies())
+def test_every_study_makes_recipes_at_every_scale(name: str) -> None:
+    """Scale builtin is not there where a study reads nothing but labelled text, which does not come with eckart."""
+    whole = load_study(name)
+    assert "small" in whole.scales
+    for study in (whole.at(scale) for scale in ("paper", *whole.scales)):
+        planned = study.recipes()
+        assert planned
+        names = [slug(label) for label, *_ in planned]
+        assert len(set(names)) == len(names), "two runs would share a folder"
+        for _, row, _ in planned:
+            assert row.published is None or len(row.published) == len(study.columns)
+        assert read([], study.columns[0]) is None
