@@ -11,8 +11,9 @@ import torch
 from eckart.allocation import plan
 from eckart.compression.replace import compress
 from eckart.models.families import UnsupportedModelError
-from eckart.models.loading import load_model, load_tokenizer, save, staged_directory
+from eckart.models.loading import load_model, load_tokenizer, save
 from eckart.models.sites import low_rank_modules
+from eckart.support.files import staged_directory
 from tiny import logits_of, tiny_model, tiny_tokenizer
 
 

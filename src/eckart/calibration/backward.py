@@ -24,6 +24,7 @@ from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments
 from eckart.models.shards import Skeleton
 from eckart.models.sites import Site
+from eckart.support.files import write_whole
 from eckart.support.precision import in_float32
 from eckart.support.progress import Track, silent
 
@@ -117,7 +118,7 @@ class Sweep:
                     loss.backward()
                 counts.append(scored)
                 back.write(index, _gradient(hidden))
-        self._scored.write_text(json.dumps(counts), encoding="utf-8")
+        write_whole(self._scored, json.dumps(counts))
         back.turn()
 
     def _backward(self, number: int, walk: Walk, held: Spill, back: Spill, scored: Sequence[int]) -> None:

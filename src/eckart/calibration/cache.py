@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eckart.lowrank import GradientMoments, InputMoments
+from eckart.support.files import whole_file
 
 # The file of gradient statistics, in a calibration's folder and beside a fine-tuned model.
 GRADIENTS = "gradients.safetensors"
@@ -108,13 +108,8 @@ def _write_file(
     noted = {name: json.dumps(numbers) for name, (numbers, _) in entries.items()}
     if made_by is not None:
         noted[MADE_BY] = json.dumps(made_by)
-    # The process's own name: two runs that share a cache do not write into one file.
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         save_file(tensors, partial, metadata=noted)
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _read_file(path: Path) -> dict[str, tuple[list[int], dict[str, Tensor]]]:

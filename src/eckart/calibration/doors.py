@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eckart.models.shards import check_room
+from eckart.support.files import check_room
 
 NAME = "hidden"
 

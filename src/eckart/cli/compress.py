@@ -29,13 +29,14 @@ from eckart.cli.tables import remarks, sizes_table
 from eckart.cli.terminal import TerminalTrack, megabytes, table
 from eckart.compression.baselines import BASELINES, baseline_options
 from eckart.models.dense import export_dense
-from eckart.models.loading import check_free, load_model, load_tokenizer, save
+from eckart.models.loading import load_model, load_tokenizer, save
 from eckart.models.sites import low_rank_modules
 from eckart.runs.composition import composition_options
 from eckart.runs.engine.on_cluster import open_engine
 from eckart.runs.out_of_core import compress_out_of_core
 from eckart.runs.recipe import parse_recipe
 from eckart.runs.workbench import How, make_checkpoint
+from eckart.support.files import check_free, write_whole
 from eckart.support.sizes import num_bytes, num_params
 
 
@@ -74,7 +75,7 @@ def demo(
         "keep is the share of each linear kept; embeddings stay dense. Decode speed is against dense, same run."
     )
     if out is not None:
-        out.write_text(json.dumps([row.to_dict() for row in rows], indent=1), encoding="utf-8")
+        write_whole(out, json.dumps([row.to_dict() for row in rows], indent=1))
 
 
 @app.command()

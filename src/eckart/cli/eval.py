@@ -12,13 +12,12 @@ from eckart.cli.app import CORES, Address, Batch, Data, Device, Dtype, EngineNam
 from eckart.cli.terminal import TerminalTrack, number, table
 from eckart.data.corpora import read_text
 from eckart.data.tokens import sample_windows
-from eckart.evals.result import EvalResult
+from eckart.evals.result import EvalResult, write_result
 from eckart.evals.similarity import read_activations
 from eckart.evals.tasks import Task, default_length, find_task
 from eckart.models.loading import load_model, load_tokenizer
 from eckart.models.sites import input_groups
 from eckart.runs.engine.on_cluster import open_engine
-from eckart.runs.experiment import write_result
 
 
 @app.command("eval")

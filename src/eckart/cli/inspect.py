@@ -23,6 +23,7 @@ from eckart.models.linear import LowRankLinear
 from eckart.models.loading import load_model
 from eckart.models.sites import find_sites, low_rank_modules
 from eckart.runs.composition import COMPOSITIONS, composition_options
+from eckart.support.files import write_whole
 from eckart.support.sizes import num_bytes, num_params
 
 
@@ -80,7 +81,7 @@ def inspect(
             for line in remarks(ranks):
                 console.print(line)
             if save_plan is not None:
-                save_plan.write_text(ranks.to_json(), encoding="utf-8")
+                write_whole(save_plan, ranks.to_json())
     console.print(f"{num_params(loaded):,} parameters, {megabytes(num_bytes(loaded))} in {loaded.dtype}")
 
 

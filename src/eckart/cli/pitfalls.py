@@ -39,10 +39,10 @@ def pitfalls_command(
     """
     if out is not None and out.exists() and not force:
         raise FileExistsError(f"{out} exists; give another --out, or --force")
-    from eckart.reports.files import write_whole  # plotly takes a second to import
     from eckart.reports.pitfalls import answer
     from eckart.reports.runs import read_runs
     from eckart.reports.verdicts import answers_data, sections
+    from eckart.support.files import write_whole
 
     answers = answer(read_runs(directories), baseline=baseline, seed=seed)
     found = sections(answers)

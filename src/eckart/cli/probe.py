@@ -13,10 +13,9 @@ from eckart.cli.app import CACHE, CORES, Batch, Cache, Data, Device, Dtype, Forc
 from eckart.cli.terminal import TerminalTrack, table
 from eckart.evals.hidden_states import Pooling
 from eckart.evals.probing import CHECK, Control
-from eckart.evals.result import EvalResult, Score
+from eckart.evals.result import EvalResult, Score, write_result
 from eckart.evals.tasks import Task, evaluate, find_task
 from eckart.models.loading import load_model, load_tokenizer
-from eckart.runs.experiment import write_result
 
 
 @app.command("probe")

@@ -43,6 +43,7 @@ from eckart.models.loading import load_model, load_tokenizer
 from eckart.models.sites import find_sites, select_sites
 from eckart.runs.composition import Allocation
 from eckart.runs.engine.on_cluster import open_engine
+from eckart.support.files import write_whole
 
 # Rows of the printed curve; all of it is in the file.
 ROWS = 10
@@ -145,8 +146,8 @@ def search_command(
     dense = reported(loaded)
     with planned(loaded, found.plan, spectra):
         compressed = reported(loaded)
-    plan.with_suffix(".search.json").write_text(json.dumps(found.to_dict(), indent=1), encoding="utf-8")
-    plan.write_text(found.plan.to_json(), encoding="utf-8")
+    write_whole(plan.with_suffix(".search.json"), json.dumps(found.to_dict(), indent=1))
+    write_whole(plan, found.plan.to_json())
     console.print(_curve(found))
     ends = found.curve[-1]
     console.print(

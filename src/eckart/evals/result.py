@@ -7,7 +7,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+from eckart.support.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -90,3 +93,8 @@ class EvalResult:
         data = json.loads(text)
         scores = {name: Score(**score) for name, score in data.pop("scores", {}).items()}
         return cls(**data, scores=scores)
+
+
+def write_result(result: EvalResult, file: Path) -> None:
+    """Write a result as JSON; the file appears whole or not at all."""
+    write_whole(file, result.to_json())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from eckart.data.builtin import builtin_model_path
 from eckart.models.checkpoint import CheckpointError, describe
 from eckart.models.families import UnsupportedModelError
 from eckart.models.sites import low_rank_modules
+from eckart.support.files import staged_directory, write_whole
 
 BUILTIN = "builtin"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -167,47 +166,5 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         for name, text in (files or {}).items():
-            (staging / name).write_text(text, encoding="utf-8")
+            write_whole(staging / name, text)
     return Path(out)
-
-
-@contextmanager
-def staged_directory(out: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """A directory beside `out` that becomes `out` when the block ends well, and is removed when it fails.
-
-    Raises:
-        FileExistsError: `out` exists, is not an empty directory, and `force` is not given.
-    """
-    out = Path(out)
-    check_free(out, force=force)
-    staging = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        put_in_place(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def put_in_place(made: Path, out: Path) -> None:
-    """Rename a directory that is complete to `out`; what stands there is removed once the new one does."""
-    if not out.exists():
-        made.rename(out)
-        return
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    out.rename(old)
-    made.rename(out)
-    shutil.rmtree(old)
-
-
-def check_free(out: str | Path, *, force: bool = False) -> None:
-    """Raises FileExistsError where writing `out` would overwrite something and `force` is not given."""
-    out = Path(out)
-    if out.is_file():
-        raise FileExistsError(f"{out} is a file; give another place")
-    if out.exists() and any(out.iterdir()) and not force:
-        raise FileExistsError(
-            f"{out} exists; give another place, or --force to replace it when the new one is complete"
-        )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,7 @@ from eckart.models.checkpoint import CheckpointError, damaged, read_shapes, some
 from eckart.models.families import UnsupportedModelError
 from eckart.models.loading import class_of, locate
 from eckart.models.sites import blocks_of
+from eckart.support.files import check_room, whole_file, write_whole
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 INDEX = "model.safetensors.index.json"
@@ -263,28 +263,14 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     check_room(path.parent, size, path.name)
-    partial = path.with_suffix(".partial")
     try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, {"format": "pt"})
-        with partial.open("r+b") as stream:
-            os.fsync(stream.fileno())
-        digest = digest_of(partial)
-        partial.rename(path)
+        with whole_file(path) as partial:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, {"format": "pt"})
+            with partial.open("r+b") as stream:
+                os.fsync(stream.fileno())
+            return digest_of(partial)
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {path}, {size:,} bytes ({error}); what was finished before is kept") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return digest
-
-
-def check_room(folder: Path, needed: int, what: str) -> None:
-    """Raises OSError where the disk of a folder has fewer bytes left than `what` needs."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            f"{folder} has room for {free:,} bytes, and {what} take {needed:,}: make room and go on; what was finished "
-            "before is kept"
-        )
 
 
 def digest_of(path: Path) -> str:
@@ -323,4 +309,4 @@ def write_index(folder: Path, files: Mapping[str, Sequence[str]], total: int) ->
     """
     names = {tensor: file for file, tensors in files.items() for tensor in tensors}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / INDEX, json.dumps(index, indent=2) + "\n")

@@ -14,6 +14,7 @@ from eckart.reports.formats import MISSING
 from eckart.reports.runs import Collection
 from eckart.reports.tables import Cell, Table, paper_table, summary
 from eckart.reports.verdicts import pitfalls_of
+from eckart.support.files import write_whole
 
 T = TypeVar("T")
 
@@ -68,15 +69,6 @@ def table_csv(table: Table) -> str:
     for row in table.rows:
         writer.writerow([_field(cell) for cell in row])
     return buffer.getvalue()
-
-
-def write_whole(file: Path, text: str) -> Path:
-    """Write a file that appears whole or not at all; its folder is made."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
-    return file
 
 
 def slug(text: str) -> str:

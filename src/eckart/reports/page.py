@@ -14,11 +14,11 @@ from plotly.offline import get_plotlyjs
 
 from eckart.reports.charts import Chart, View
 from eckart.reports.figures import all_figures
-from eckart.reports.files import write_whole
 from eckart.reports.palette import DARK
 from eckart.reports.runs import Collection, Run, read_runs
 from eckart.reports.tables import Table, environments, incomplete, paper_table, summary
 from eckart.reports.verdicts import pitfalls_of
+from eckart.support.files import write_whole
 
 TEMPLATES = Path(__file__).parent / "templates"
 

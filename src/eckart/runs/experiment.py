@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from eckart.evals.agreement import agreement, has_answers
-from eckart.evals.result import EvalResult
+from eckart.evals.result import EvalResult, write_result
 from eckart.evals.similarity import Activations, read_activations
 from eckart.evals.tasks import Task, find_task
 from eckart.lowrank import DecompositionError
@@ -30,6 +30,7 @@ from eckart.runs.card import write_card
 from eckart.runs.engine.on_cluster import HERE
 from eckart.runs.recipe import Recipe, load_recipe
 from eckart.runs.workbench import How, make_baseline, make_checkpoint, make_tokens
+from eckart.support.files import write_whole
 
 WEIGHTS = "*.safetensors"
 
@@ -77,7 +78,7 @@ def run(
         ValueError: as the stages raise it; an unknown task is found before anything runs.
     """
     _claim(directory, recipe, force)
-    (directory / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
+    write_whole(directory / "environment.json", json.dumps(environment(), indent=2))
     models = _Models(recipe, directory / "model", how)
     results = _Results(directory / "evals", shared, recipe)
     refusals: dict[str, dict[str, str]] = {task.label: {} for task in recipe.tasks}
@@ -135,7 +136,7 @@ def _write_card(model: Path, measured: Sequence[Measured]) -> None:
         return
     facts = json.loads((model / "compression.json").read_text(encoding="utf-8"))
     pairs = [(item.dense, item.compressed) for item in measured if item.dense and item.compressed]
-    (model / "README.md").write_text(write_card(load_recipe(model / "recipe.yaml"), facts, pairs), encoding="utf-8")
+    write_whole(model / "README.md", write_card(load_recipe(model / "recipe.yaml"), facts, pairs))
 
 
 def _claim(directory: Path, recipe: Recipe, force: bool) -> None:
@@ -153,14 +154,14 @@ def _claim(directory: Path, recipe: Recipe, force: bool) -> None:
     if written.is_file():
         shutil.rmtree(directory / "evals", ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
-    written.write_text(recipe.to_yaml(), encoding="utf-8")
+    write_whole(written, recipe.to_yaml())
 
 
 def _note_refusals(directory: Path, refusals: dict[str, dict[str, str]]) -> None:
     """refusals.json: {task: {"dense" or "compressed": why}}; no file where nothing was refused."""
     file = directory / "refusals.json"
     if refusals:
-        file.write_text(json.dumps(refusals, indent=2, ensure_ascii=False), encoding="utf-8")
+        write_whole(file, json.dumps(refusals, indent=2, ensure_ascii=False))
     else:
         file.unlink(missing_ok=True)
 
@@ -197,7 +198,7 @@ class _Models:
             self.get("compressed")
         else:
             make_checkpoint(self.recipe, self.directory, self.how, force=True)
-        mark.write_text(recipe, encoding="utf-8")
+        write_whole(mark, recipe)
 
     def evaluate(self, tasks: Sequence[Task], which: str) -> Iterator[EvalResult | ValueError]:
         """The evaluations of one of the models, in order, with what each needs beside it; or why it was refused."""
@@ -270,14 +271,6 @@ class _Results:
             digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
             files.append(self.shared / f"{task.slug}-{digest}.json")
         return files
-
-
-def write_result(result: EvalResult, file: Path) -> None:
-    """Write a result; the file appears whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(result.to_json(), encoding="utf-8")
-    partial.rename(file)
 
 
 def environment() -> dict[str, Any]:

@@ -31,12 +31,13 @@ from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments, Method
 from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
 from eckart.models.checkpoint import attach, specs_of
-from eckart.models.loading import check_free, load_tokenizer, locate, put_in_place
+from eckart.models.loading import load_tokenizer, locate
 from eckart.models.shards import Skeleton, digest_of, write_index, write_shard
 from eckart.models.sites import Site, find_sites, first_readers
 from eckart.models.units import Unit, units_of
 from eckart.runs.recipe import Recipe
 from eckart.runs.workbench import How, Outcome, Workbench, plan_facts, side_files
+from eckart.support.files import check_free, put_in_place, write_whole
 from eckart.support.journal import Journal, open_journal
 from eckart.support.sizes import num_bytes, num_params
 
@@ -269,7 +270,7 @@ class _Run:
         report = CompressionReport(reports, dense, self.before[0], after[0], self.before[1], after[1], self.seconds)
         facts = {**plan_facts(self.recipe, self.plan), **self.summary, **report.to_dict(), "passes": []}
         for name, text in side_files(self.recipe, self.plan, facts).items():
-            (self.checkpoint / name).write_text(text, encoding="utf-8")
+            write_whole(self.checkpoint / name, text)
         self.seconds["save"] += time.perf_counter() - start
         return Outcome(self.recipe, self.plan, self.summary, report, dict(self.seconds))
 

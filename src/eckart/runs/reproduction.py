@@ -17,6 +17,7 @@ from eckart.runs.experiment import Measured, run
 from eckart.runs.recipe import Recipe, parse_recipe
 from eckart.runs.study import Row, Study, merge
 from eckart.runs.workbench import How
+from eckart.support.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -232,10 +233,7 @@ def write_study(study: Study, lines: Sequence[Line], directory: Path) -> None:
             for line in lines
         ],
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / "study.partial"
-    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
-    partial.rename(directory / "study.json")
+    write_whole(directory / "study.json", json.dumps(data, indent=2, ensure_ascii=False))
 
 
 def slug(label: str) -> str:

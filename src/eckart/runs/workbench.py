@@ -24,12 +24,13 @@ from eckart.data.tokens import Tokens, sample_documents, sample_windows
 from eckart.evals.tasks import default_length
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.moments import GRADIENT_STATISTICS
-from eckart.models.loading import check_free, load_model, load_tokenizer, locate, own_memory, save
+from eckart.models.loading import load_model, load_tokenizer, locate, own_memory, save
 from eckart.models.sites import Site, find_sites, select_sites
 from eckart.runs.card import write_card
 from eckart.runs.engine.on_cluster import HERE, Engine
 from eckart.runs.ranks import Bench, Ranking, joint_groups, rank
 from eckart.runs.recipe import Recipe
+from eckart.support.files import check_free, write_whole
 from eckart.support.progress import Track, silent
 
 # Samples in a step of block refinement. It changes numbers, so it is not the batch size that a run is given.
@@ -317,8 +318,8 @@ def make_baseline(recipe: Recipe, directory: Path, how: How) -> PreTrainedModel:
         tokens = make_tokens(recipe, model, tokenizer, how.data)
     facts = baseline.apply(model, keep=recipe.keep, tokens=tokens, track=how.track)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    (directory / "compression.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    write_whole(directory / "recipe.yaml", recipe.to_yaml())
+    write_whole(directory / "compression.json", json.dumps(facts, indent=2))
     return model
 
 

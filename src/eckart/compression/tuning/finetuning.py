@@ -27,8 +27,9 @@ from eckart.evals.classification import classification
 from eckart.evals.hidden_states import TokenRows, pad_rows, tokenize_texts
 from eckart.evals.result import EvalResult
 from eckart.lowrank import GradientMoments
-from eckart.models.loading import check_free, load_classifier, load_tokenizer, staged_directory
+from eckart.models.loading import load_classifier, load_tokenizer
 from eckart.models.sites import find_sites
+from eckart.support.files import check_free, staged_directory, write_whole
 from eckart.support.fingerprint import describe_architecture, hash_weights
 from eckart.support.progress import Track, silent
 from eckart.support.quiet import quiet
@@ -175,8 +176,8 @@ def fine_tune(
             tokenizer.save_pretrained(staging)
             made_by = {key: facts[key] for key in ("model", "settings", "steps")}
             write_gradients(staging / GRADIENTS, tuned.recorded, made_by=made_by)
-            (staging / NOTES).write_text(json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8")
-            (staging / "README.md").write_text(_write_card(facts), encoding="utf-8")
+            write_whole(staging / NOTES, json.dumps(facts, indent=2, ensure_ascii=False))
+            write_whole(staging / "README.md", _write_card(facts))
     shutil.rmtree(progress, ignore_errors=True)
     return facts
 
@@ -329,7 +330,7 @@ def _claim(progress: Path, identity: str) -> Path | None:
         return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
     shutil.rmtree(progress, ignore_errors=True)
     progress.mkdir(parents=True)
-    mark.write_text(identity, encoding="utf-8")
+    write_whole(mark, identity)
     return None
 
 

@@ -1,0 +1,64 @@
+"""Files: whole or not at all, and what was there before a failure is there after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from eckart.support.files import check_free, check_room, staged_directory, whole_file, write_whole
+
+
+def test_a_file_is_written_with_its_folder(tmp_path: Path) -> None:
+    file = tmp_path / "a" / "b" / "text.json"
+    assert write_whole(file, "first") == file
+    assert file.read_text() == "first"
+    write_whole(file, "second")
+    assert [path.name for path in file.parent.iterdir()] == ["text.json"]
+    assert file.read_text() == "second"
+
+
+def test_a_failure_leaves_the_file_that_was_there(tmp_path: Path) -> None:
+    file = write_whole(tmp_path / "kept", "mine")
+    with pytest.raises(RuntimeError), whole_file(file) as partial:
+        partial.write_text("half of")
+        assert file.read_text() == "mine"
+        raise RuntimeError
+    assert file.read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_text_that_cannot_be_encoded_leaves_the_file_that_was_there(tmp_path: Path) -> None:
+    file = write_whole(tmp_path / "kept", "mine")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(file, "\ud800")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("kept", "mine")]
+
+
+def test_a_directory_is_staged(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError), staged_directory(out) as staging:
+        (staging / "half").write_text("")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    with staged_directory(out) as staging:
+        (staging / "done").write_text("")
+        assert not out.exists()
+    assert [path.name for path in out.iterdir()] == ["done"]
+
+
+def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    check_free(tmp_path / "nothing")
+    file = write_whole(tmp_path / "folder" / "file", "mine")
+    for place in (file, file.parent):
+        with pytest.raises(FileExistsError, match=str(place)):
+            check_free(place)
+    check_free(file.parent, force=True)
+    with pytest.raises(FileExistsError, match="is a file"):
+        check_free(file, force=True)
+
+
+def test_a_disk_without_room_is_an_error_with_the_numbers(tmp_path: Path) -> None:
+    check_room(tmp_path, 1, "a byte")
+    with pytest.raises(OSError, match="hidden states take 1,000,000,000,000,000,000"):
+        check_room(tmp_path, 10**18, "hidden states")
