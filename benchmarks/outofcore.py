@@ -30,9 +30,9 @@ from transformers import LlamaConfig
 from eckart import load_tokenizer
 from eckart.data.builtin import builtin_model_path
 from eckart.models.shards import write_index, write_shard
+from eckart.runs.how import How
 from eckart.runs.out_of_core import compress_out_of_core
 from eckart.runs.recipe import parse_recipe
-from eckart.runs.workbench import How
 
 BLOCKS_A_SHARD = 2
 KEEP = 0.7

@@ -34,8 +34,9 @@ from eckart.cli.terminal import TerminalTrack
 from eckart.data.corpora import read_text
 from eckart.data.tokens import encode
 from eckart.evals.predictions import log_probabilities, summed_divergence
+from eckart.runs.how import How
+from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.recipe import parse_recipe
-from eckart.runs.workbench import How, make_checkpoint
 
 # Windows at a time.
 BATCH = 8
@@ -187,11 +188,11 @@ class Bench:
             "key": [str(self.arguments.model), name, keep, samples],
             "bytes": size,
             "limit": limit,
-            "macs": made.summary["macs_per_token"][1] / made.summary["macs_per_token"][0],
+            "macs": made.summary.macs_per_token[1] / made.summary.macs_per_token[0],
             "seconds": round(seconds, 1),
             "nats": {corpus: change for corpus, (change, _) in changes.items()},
             "kl": {corpus: kl for corpus, (_, kl) in changes.items()},
-            "undone": sum(not done["kept"] for done in made.passes),
+            "undone": sum(not done.kept for done in made.passes),
         }
         self.rows.append(row)
         if self.arguments.out is not None:

@@ -40,9 +40,11 @@ from eckart.data.corpora import read_text
 from eckart.data.tokens import sample_windows
 from eckart.lowrank import rank_for
 from eckart.models.sites import Site, find_sites
+from eckart.runs.facts import Outcome
+from eckart.runs.how import How
+from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.out_of_core import compress_out_of_core
 from eckart.runs.recipe import Recipe, parse_recipe
-from eckart.runs.workbench import How, Outcome, make_checkpoint
 
 BATCH = 8
 WAYS = ("plain", "eckart", "out-of-core")

@@ -19,8 +19,9 @@ from typing import Any
 
 import eckart
 from eckart.evals.tasks import Task, evaluate
+from eckart.runs.how import How
+from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.recipe import parse_recipe
-from eckart.runs.workbench import How, make_checkpoint
 
 TOLERANCES = ("0.02% per linear", "0.1% per linear", "0.2% per linear", "0.5% per linear", "5%")
 RIVALS: dict[str, Any] = {
@@ -97,7 +98,7 @@ class Bench:
         facts = made.allocation
         row = {
             "name": name,
-            "keep": made.summary["keep_of_linears"],
+            "keep": made.summary.keep_of_linears,
             "nats": result.scores["log_perplexity.change"].value,
             "kl": result.value,
             "evaluations": facts.get("evaluations", facts.get("search", {}).get("evaluations", 0)),

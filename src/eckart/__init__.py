@@ -38,9 +38,10 @@ from eckart.models.families import UnsupportedModelError
 from eckart.models.linear import LowRankLinear
 from eckart.models.loading import load_model, load_tokenizer, save
 from eckart.runs.composition import COMPOSITIONS, Composition
+from eckart.runs.how import How
+from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.out_of_core import compress_out_of_core
 from eckart.runs.recipe import Recipe, load_recipe, parse_recipe
-from eckart.runs.workbench import How, make_checkpoint
 
 __all__ = [
     "COMPOSITIONS",

@@ -32,11 +32,11 @@ def test_the_summary_is_what_compression_then_does(model_type: str, layout: Layo
     summary = summarise(made, model)
     dense_params, dense_macs = num_params(model), counted(model)
     compress(model, "svd", made)
-    assert summary["params"] == [dense_params, num_params(model)]
-    assert summary["macs_per_token"] == [dense_macs, counted(model)]
-    assert summary["keep_of_model"] == pytest.approx(num_params(model) / dense_params)
-    assert summary["keep_of_linears"] == pytest.approx(made.kept_params / made.dense_params)
-    assert (summary["sites_low_rank"], summary["sites_dense"]) == (len(low_rank_modules(model)), len(sites) // 3)
+    assert summary.params == [dense_params, num_params(model)]
+    assert summary.macs_per_token == [dense_macs, counted(model)]
+    assert summary.keep_of_model == pytest.approx(num_params(model) / dense_params)
+    assert summary.keep_of_linears == pytest.approx(made.kept_params / made.dense_params)
+    assert (summary.sites_low_rank, summary.sites_dense) == (len(low_rank_modules(model)), len(sites) // 3)
 
 
 def test_added_biases_are_counted() -> None:

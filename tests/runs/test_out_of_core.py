@@ -27,10 +27,12 @@ from eckart.models import shards
 from eckart.models.checkpoint import CheckpointError
 from eckart.models.families import UnsupportedModelError
 from eckart.models.shards import INDEX, Skeleton
-from eckart.runs import out_of_core, workbench
+from eckart.runs import in_memory, out_of_core
+from eckart.runs.facts import Outcome
+from eckart.runs.how import How
+from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.out_of_core import compress_out_of_core
 from eckart.runs.recipe import Recipe, parse_recipe
-from eckart.runs.workbench import How, Outcome, make_checkpoint
 from tiny import BLOCKS, FAMILY_CONFIGS, Run, logits_of, tiny_model, tiny_text, tiny_tokenizer
 
 BATCHED = How(batch_size=3)
@@ -48,7 +50,7 @@ def put_model(folder: Path, model_type: str, **changes: Any) -> Path:
 @pytest.fixture(autouse=True)
 def _tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny tokenizer, whatever the model: some families' names stand for a tokenizer of their own."""
-    for module in (out_of_core, workbench):
+    for module in (out_of_core, in_memory):
         monkeypatch.setattr(module, "load_tokenizer", lambda _path: tiny_tokenizer())
 
 

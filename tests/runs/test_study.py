@@ -14,10 +14,10 @@ from eckart.evals.result import EvalResult
 from eckart.evals.tasks import Task
 from eckart.reports import write_report
 from eckart.runs import experiment
+from eckart.runs.how import How
 from eckart.runs.recipe import parse_recipe
 from eckart.runs.reproduction import read, run_study, slug
 from eckart.runs.study import Study, describe, load_study, studies
-from eckart.runs.workbench import How
 from tiny import tiny_model, tiny_text, tiny_tokenizer
 
 BASE: dict[str, Any] = {

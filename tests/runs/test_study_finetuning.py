@@ -11,10 +11,10 @@ import pytest
 
 import eckart
 from eckart.compression.tuning.finetuning import NOTES
+from eckart.runs.how import How
 from eckart.runs.recipe import load_recipe
 from eckart.runs.reproduction import run_study
 from eckart.runs.study import Study
-from eckart.runs.workbench import How
 from eckart.support.progress import T
 from tiny import tiny_model, tiny_text, tiny_tokenizer
 

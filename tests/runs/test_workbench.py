@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from eckart.allocation.search import criteria
 from eckart.lowrank import METHODS, build_method
 from eckart.models.sites import find_sites, low_rank_modules, select_sites
 from eckart.runs.composition import COMPOSITIONS, Composition
+from eckart.runs.facts import Outcome
+from eckart.runs.how import How
+from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.recipe import Recipe, load_recipe, parse_recipe
-from eckart.runs.workbench import How, Outcome, make_checkpoint
 from eckart.support.sizes import num_params
 from tiny import logits_of, tiny_model, tiny_text, tiny_tokenizer
 
@@ -83,7 +86,7 @@ def test_every_allocation_makes_a_checkpoint_within_its_budget(
         name: rank for name, rank in plan.ranks.items() if rank is not None
     }
     assert torch.isfinite(logits_of(loaded)).all()
-    assert num_params(loaded) == outcome.summary["params"][1] == outcome.report.params_after
+    assert num_params(loaded) == outcome.summary.params[1] == outcome.report.params_after
 
     # What is measured for the ranks is told; what is not measured is not.
     measures = isinstance(around.get("allocation"), dict) and {"score", "weights"} & around["allocation"].keys()
@@ -152,9 +155,9 @@ def test_no_budget_is_overrun(
         "max_bytes": size,
     }[name]
     assert 0.6 * allowed < taken <= allowed
-    assert outcome.summary["file_bytes"][1] >= size
+    assert outcome.summary.file_bytes[1] >= size
     if not outcome.plan.joint:
-        assert outcome.summary["file_bytes"][1] == size
+        assert outcome.summary.file_bytes[1] == size
 
 
 @pytest.mark.parametrize("said", [{"keep": 1}, {"keep_total": 1}, {"max_bytes": 10**9}])
@@ -174,7 +177,7 @@ def test_a_budget_of_everything_is_the_dense_model(
 def test_every_method_goes_with_every_order_and_pass(place: Path, tmp_path: Path, method: str) -> None:
     around = {"order": "anchored", "layout": "pivoted", "refit": True, "refine": {"steps": 1}, "distil": {"steps": 1}}
     outcome = make(place, tmp_path / "out", method=method, keep=0.5, sites={"blocks": "last 2"}, **around)
-    assert [(done["name"], done["place"]) for done in outcome.passes] == [
+    assert [(done.name, done.place) for done in outcome.passes] == [
         ("refine", "block 1"),
         ("refine", "block 2"),
         ("distil", "model"),
@@ -182,9 +185,9 @@ def test_every_method_goes_with_every_order_and_pass(place: Path, tmp_path: Path
     assert all(report.refit is not None for report in outcome.report.sites), "a refit was asked for at each"
     assert torch.isfinite(logits_of(eckart.load_model(tmp_path / "out"))).all()
     facts = json.loads((tmp_path / "out/compression.json").read_text())
-    assert facts["passes"] == list(outcome.passes)
+    assert facts["passes"] == [asdict(done) for done in outcome.passes]
     for done in outcome.passes:
-        assert done["kept"] == (done["after"] < done["before"])
+        assert done.kept == (done.after < done.before)
 
 
 def test_orders_differ_and_the_first_is_what_nothing_said_means(place: Path, tmp_path: Path) -> None:

@@ -20,10 +20,14 @@ def test_a_file_is_written_with_its_folder(tmp_path: Path) -> None:
 
 def test_a_failure_leaves_the_file_that_was_there(tmp_path: Path) -> None:
     file = write_whole(tmp_path / "kept", "mine")
-    with pytest.raises(RuntimeError), whole_file(file) as partial:
-        partial.write_text("half of")
+
+    def fail(place: Path) -> None:
+        place.write_text("half of")
         assert file.read_text() == "mine"
         raise RuntimeError
+
+    with pytest.raises(RuntimeError), whole_file(file) as partial:
+        fail(partial)
     assert file.read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
@@ -37,9 +41,13 @@ def test_a_text_that_cannot_be_encoded_leaves_the_file_that_was_there(tmp_path: 
 
 def test_a_directory_is_staged(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(RuntimeError), staged_directory(out) as staging:
-        (staging / "half").write_text("")
+
+    def fail(place: Path) -> None:
+        (place / "half").write_text("")
         raise RuntimeError
+
+    with pytest.raises(RuntimeError), staged_directory(out) as staging:
+        fail(staging)
     assert not list(tmp_path.iterdir())
     with staged_directory(out) as staging:
         (staging / "done").write_text("")

@@ -10,7 +10,7 @@ from eckart.allocation.global_loss import global_
 from eckart.allocation.rank_plan import RankPlan, settle, stored_params
 from eckart.allocation.rules import Rule, plan
 from eckart.allocation.slow import slow_settings
-from eckart.allocation.summary import linear_macs, summarise
+from eckart.allocation.summary import PlanSummary, linear_macs, summarise
 from eckart.allocation.uniform import per_role, uniform
 
 # {name: f(sites, units or curves, numbers, *, layout, rank_multiple, ...) -> RankPlan}.
@@ -28,6 +28,7 @@ __all__ = [
     "NEED_CURVES",
     "Budget",
     "Curve",
+    "PlanSummary",
     "RankPlan",
     "Rule",
     "effective_rank",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,16 +13,30 @@ from eckart.allocation.rank_plan import RankPlan
 from eckart.support.sizes import num_params
 
 
-def summarise(plan: RankPlan, model: PreTrainedModel, *, bias: bool = False) -> dict[str, Any]:
-    """Shares kept, counted both ways people count, and sizes before and after.
+@dataclass(frozen=True)
+class PlanSummary:
+    """What a plan makes of a model, in numbers.
 
-    Call before compressing. Keys:
-        sites_low_rank, sites_dense: how many.
+    Attributes:
+        sites_low_rank, sites_dense: how many linears.
         keep_of_linears: share of the compressible linears' numbers.
         keep_of_model: share of the whole model's; embeddings, heads and norms are counted.
         params: [before, after], numbers of the whole model.
         file_bytes: [before, after], of the weight files, see `weight_bytes`.
         macs_per_token: [before, after], multiply-accumulates in linears, see `linear_macs`.
+    """
+
+    sites_low_rank: int
+    sites_dense: int
+    keep_of_linears: float
+    keep_of_model: float
+    params: list[int]
+    file_bytes: list[int]
+    macs_per_token: list[int]
+
+
+def summarise(plan: RankPlan, model: PreTrainedModel, *, bias: bool = False) -> PlanSummary:
+    """Shares kept, counted both ways people count, and sizes before and after. Call before compressing.
 
     Args:
         bias: the method adds a bias to every low-rank site that has none. It counts in all but keep_of_linears.
@@ -32,17 +46,17 @@ def summarise(plan: RankPlan, model: PreTrainedModel, *, bias: bool = False) -> 
     removed = plan.dense_params - plan.kept_params
     added = sum(site.d_out for site in low_rank if bias and not site.has_bias)
     macs = linear_macs(model)
-    return {
-        "sites_low_rank": len(low_rank),
-        "sites_dense": len(plan.sites) - len(low_rank),
-        "keep_of_linears": plan.kept_params / plan.dense_params,
-        "keep_of_model": (whole - removed + added) / whole,
-        "params": [whole, whole - removed + added],
-        "file_bytes": [weight_bytes(model, RankPlan(plan.sites, {})), weight_bytes(model, plan, bias=bias)],
+    return PlanSummary(
+        sites_low_rank=len(low_rank),
+        sites_dense=len(plan.sites) - len(low_rank),
+        keep_of_linears=plan.kept_params / plan.dense_params,
+        keep_of_model=(whole - removed + added) / whole,
+        params=[whole, whole - removed + added],
+        file_bytes=[weight_bytes(model, RankPlan(plan.sites, {})), weight_bytes(model, plan, bias=bias)],
         # Factors take a multiply-accumulate for each number that they store: the layouts and a shared right factor save
         # as many of the one as of the other.
-        "macs_per_token": [macs, macs - removed],
-    }
+        macs_per_token=[macs, macs - removed],
+    )
 
 
 def linear_macs(model: PreTrainedModel) -> int:

@@ -33,9 +33,10 @@ from eckart.models.loading import load_model, load_tokenizer, save
 from eckart.models.sites import low_rank_modules
 from eckart.runs.composition import composition_options
 from eckart.runs.engine.on_cluster import open_engine
+from eckart.runs.how import How
+from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.out_of_core import compress_out_of_core
 from eckart.runs.recipe import parse_recipe
-from eckart.runs.workbench import How, make_checkpoint
 from eckart.support.files import check_free, write_whole
 from eckart.support.sizes import num_bytes, num_params
 
@@ -185,14 +186,14 @@ def compress(
         console.print(line)
     console.print(sizes_table(str(out), outcome.summary, outcome.plan))
     for what, name in (("refined", "refine"), ("distilled", "distil")):
-        passes = [each for each in outcome.passes if each["name"] == name]
-        undone = [each["place"] for each in passes if not each["kept"]]
+        passes = [each for each in outcome.passes if each.name == name]
+        undone = [each.place for each in passes if not each.kept]
         told = f"; undone, as it did not help on samples kept aside: {', '.join(undone)}" if undone else ""
         if passes:
             console.print(f"{what} {len(passes) - len(undone)} of {len(passes)}{told}")
     for done in outcome.passes:
-        if done["name"] == "recover":
-            console.print(f"fine-tuned after compression: loss {done['before']:.4f} before, {done['after']:.4f} after")
+        if done.name == "recover":
+            console.print(f"fine-tuned after compression: loss {done.before:.4f} before, {done.after:.4f} after")
     console.print(", ".join(f"{stage} {value:.1f} s" for stage, value in outcome.seconds.items()))
 
 

@@ -30,10 +30,10 @@ from eckart.cli.eval import tell_files
 from eckart.cli.terminal import TerminalTrack, number, table
 from eckart.runs.engine.on_cluster import open_engine
 from eckart.runs.experiment import run
+from eckart.runs.how import How
 from eckart.runs.recipe import load_recipe
 from eckart.runs.reproduction import Line, run_study
 from eckart.runs.study import Study, load_study, studies
-from eckart.runs.workbench import How
 
 # Columns of a study that a terminal shows side by side.
 WIDEST = 10

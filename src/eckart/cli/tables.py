@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from rich.table import Table
 
-from eckart.allocation import RankPlan, slow_settings
+from eckart.allocation import PlanSummary, RankPlan, slow_settings
 from eckart.cli.terminal import table
 
 
-def sizes_table(title: str, summary: Mapping[str, Any], plan: RankPlan) -> Table:
+def sizes_table(title: str, summary: PlanSummary, plan: RankPlan) -> Table:
     """What a plan makes of a model, in every measure that a budget can be given in."""
 
     def row(what: str, before: float, after: float) -> list[str]:
         return [what, f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.1%}"]
 
-    files = [size / 1e6 for size in summary["file_bytes"]]
+    files = [size / 1e6 for size in summary.file_bytes]
     return table(
         title,
         ["", "dense", "compressed", "kept"],
         [
             row("numbers in the linears (keep)", plan.dense_params, plan.kept_params),
-            row("numbers in the model (keep_total)", *summary["params"]),
+            row("numbers in the model (keep_total)", *summary.params),
             ["weight files in MB (max_bytes)", *(f"{size:,.2f}" for size in files), f"{files[1] / files[0]:.1%}"],
-            row("multiply-accumulates per token, in linears", *summary["macs_per_token"]),
+            row("multiply-accumulates per token, in linears", *summary.macs_per_token),
         ],
     )
 

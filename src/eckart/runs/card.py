@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from eckart.evals.result import EvalResult
+from eckart.runs.facts import Facts
 from eckart.runs.recipe import Recipe
 
 
-def write_card(recipe: Recipe, facts: Mapping[str, Any], results: Sequence[tuple[EvalResult, EvalResult]] = ()) -> str:
+def write_card(recipe: Recipe, facts: Facts, results: Sequence[tuple[EvalResult, EvalResult]] = ()) -> str:
     """Markdown with the front matter that the hub reads.
 
     Args:
-        facts: what compression.json holds: the plan's layout and joint groups, `allocation.summarise` and
-            `CompressionReport.to_dict`.
         results: (dense, compressed) pairs of the same task.
     """
-    composition = dataclasses.replace(recipe.composition, layout=facts["layout"], joint=bool(facts["joint"]))
+    composition = dataclasses.replace(recipe.composition, layout=facts.layout, joint=bool(facts.joint))
     method, given = composition.method, "as in plan.json" if recipe.plan else "by rules" if recipe.rules else None
-    errors = [site["relative_error"] for site in facts["sites"].values() if site["relative_error"] is not None]
-    params, size = facts["params"], facts["bytes"]
+    errors = [site["relative_error"] for site in facts.sites.values() if site["relative_error"] is not None]
+    params, size = facts.params, facts.bytes
     lines = [
         "---",
         "library_name: transformers",
@@ -47,7 +45,7 @@ def write_card(recipe: Recipe, facts: Mapping[str, Any], results: Sequence[tuple
         "|---|---|---|",
         f"| parameters | {params[0]:,} | {params[1]:,} |",
         f"| bytes | {size[0]:,} | {size[1]:,} |",
-        f"| share of the planned linears kept | 1 | {facts['keep_of_linears']:.4f} |",
+        f"| share of the planned linears kept | 1 | {facts.keep_of_linears:.4f} |",
         f"| share of the whole model kept | 1 | {params[1] / params[0]:.4f} |",
     ]
     for before, after in results:
@@ -57,14 +55,14 @@ def write_card(recipe: Recipe, facts: Mapping[str, Any], results: Sequence[tuple
         )
     lines += [
         "",
-        f"{facts['sites_low_rank']} linears are low-rank, {facts['sites_dense']} compressible ones stay dense.",
+        f"{facts.sites_low_rank} linears are low-rank, {facts.sites_dense} compressible ones stay dense.",
     ]
     if errors:
         lines.append(
             "Relative squared error at their outputs, on the calibration tokens: "
             f"mean {sum(errors) / len(errors):.4g}, largest {max(errors):.4g}."
         )
-    undone = [done["place"] for done in facts.get("passes", ()) if not done["kept"]]
+    undone = [done["place"] for done in facts.passes if not done["kept"]]
     if undone:
         lines.append(f"Gradient steps were undone where they did not help on samples kept aside: {', '.join(undone)}.")
     lines += ["", "## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]

@@ -28,8 +28,11 @@ from eckart.models.loading import load_model, load_tokenizer, locate
 from eckart.models.sites import input_groups
 from eckart.runs.card import write_card
 from eckart.runs.engine.on_cluster import HERE
+from eckart.runs.facts import FACTS, Facts
+from eckart.runs.how import How
+from eckart.runs.in_memory import make_baseline, make_checkpoint
 from eckart.runs.recipe import Recipe, load_recipe
-from eckart.runs.workbench import How, make_baseline, make_checkpoint, make_tokens
+from eckart.runs.workbench import make_tokens
 from eckart.support.files import write_whole
 
 WEIGHTS = "*.safetensors"
@@ -134,9 +137,8 @@ def _write_card(model: Path, measured: Sequence[Measured]) -> None:
     """The checkpoint's README with the results in it; nothing where there is no checkpoint."""
     if not (model / "config.json").is_file():
         return
-    facts = json.loads((model / "compression.json").read_text(encoding="utf-8"))
     pairs = [(item.dense, item.compressed) for item in measured if item.dense and item.compressed]
-    write_whole(model / "README.md", write_card(load_recipe(model / "recipe.yaml"), facts, pairs))
+    write_whole(model / "README.md", write_card(load_recipe(model / "recipe.yaml"), Facts.read(model), pairs))
 
 
 def _claim(directory: Path, recipe: Recipe, force: bool) -> None:
@@ -191,7 +193,7 @@ class _Models:
         """Make the compressed model's directory, unless this recipe has made it already. The dense model is let go."""
         self.loaded.clear()
         mark, recipe = self.directory.with_name("made.yaml"), self.recipe.to_yaml()
-        whole = (self.directory / "compression.json").is_file()
+        whole = (self.directory / FACTS).is_file()
         if whole and mark.is_file() and mark.read_text(encoding="utf-8") == recipe:
             return
         if self.recipe.is_baseline:

@@ -35,8 +35,10 @@ from eckart.models.loading import load_tokenizer, locate
 from eckart.models.shards import Skeleton, digest_of, write_index, write_shard
 from eckart.models.sites import Site, find_sites, first_readers
 from eckart.models.units import Unit, units_of
+from eckart.runs.facts import Facts, Outcome
+from eckart.runs.how import How
 from eckart.runs.recipe import Recipe
-from eckart.runs.workbench import How, Outcome, Workbench, plan_facts, side_files
+from eckart.runs.workbench import Workbench
 from eckart.support.files import check_free, put_in_place, write_whole
 from eckart.support.journal import Journal, open_journal
 from eckart.support.sizes import num_bytes, num_params
@@ -96,7 +98,7 @@ class _Run:
         self.skeleton = Skeleton(recipe.model, dtype=recipe.dtype, device=how.device)
         self.model = self.skeleton.model
         self.tokenizer = load_tokenizer(recipe.model)
-        bench = Workbench(recipe, self.model, self.tokenizer, how)
+        self.bench = bench = Workbench(recipe, self.model, self.tokenizer, how)
         self.recipe = bench.recipe
         self.method: Method = recipe.composition.in_order
         self.plan: RankPlan = bench.rank().plan
@@ -106,7 +108,7 @@ class _Run:
         if self.tokens is not None:
             check_readable(self.model, self.tokens)
         self.summary = summarise(self.plan, self.model, bias=self.method.centred)
-        self.noted = self.recipe.model_dump(exclude_none=True, exclude={"evaluate"})
+        self.noted = bench.noted
         # What the hidden states and gradients depend on, beside how many there are in a batch.
         self.stream = {
             "model": self.skeleton.shards.fingerprint(),
@@ -268,8 +270,8 @@ class _Run:
         dense = tuple(site for site in self.plan.sites if self.plan.rank(site) is None)
         after = [self.around[at] + sum(record["params"][at] for record in records) for at in (0, 1)]
         report = CompressionReport(reports, dense, self.before[0], after[0], self.before[1], after[1], self.seconds)
-        facts = {**plan_facts(self.recipe, self.plan), **self.summary, **report.to_dict(), "passes": []}
-        for name, text in side_files(self.recipe, self.plan, facts).items():
+        facts = Facts.of(self.recipe, self.plan, self.summary, report)
+        for name, text in self.bench.side_files(self.plan, facts).items():
             write_whole(self.checkpoint / name, text)
         self.seconds["save"] += time.perf_counter() - start
         return Outcome(self.recipe, self.plan, self.summary, report, dict(self.seconds))
@@ -277,8 +279,7 @@ class _Run:
 
 def _check_recipe(recipe: Recipe) -> None:
     """Raises ValueError where the recipe needs more of the model than one block at a time."""
-    if recipe.is_baseline:
-        raise ValueError(f"{recipe.method.name} is a baseline: `eckart run` measures it; it makes no checkpoint")
+    recipe.check_makes_checkpoint()
     composition = recipe.composition
     allocation = composition.allocation
     measured = allocation.searches or allocation.name in NEED_CURVES

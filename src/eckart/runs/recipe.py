@@ -1,6 +1,6 @@
 """Recipe: one run as data. It holds everything that changes a number, and nothing else.
 
-Where and how fast a run goes (device, batch size, cache, data folder) is the command line's; see `pipeline.How`.
+Where and how fast a run goes (device, batch size, cache, data folder) is the command line's; see `how.How`.
 """
 
 from __future__ import annotations
@@ -251,6 +251,11 @@ class Recipe(Section):
     def is_baseline(self) -> bool:
         """Whether the method is a rival of low rank, and not a method of the catalogue."""
         return self.method.name in BASELINES
+
+    def check_makes_checkpoint(self) -> None:
+        """Raises ValueError for a baseline, which is made and measured in memory."""
+        if self.is_baseline:
+            raise ValueError(f"{self.method.name} is a baseline: `eckart run` measures it; it makes no checkpoint")
 
     @property
     def composition(self) -> Composition:

@@ -14,9 +14,9 @@ from eckart.evals.improvement import average_improvement
 from eckart.evals.result import EvalResult
 from eckart.evals.tasks import find_task
 from eckart.runs.experiment import Measured, run
+from eckart.runs.how import How
 from eckart.runs.recipe import Recipe, parse_recipe
 from eckart.runs.study import Row, Study, merge
-from eckart.runs.workbench import How
 from eckart.support.files import write_whole
 
 

@@ -1,162 +1,37 @@
-"""Pipeline: a recipe in, a compressed model out."""
+"""Workbench: a recipe at work on its model: the calibration text, the ranks, the moments, each when it is asked for."""
 
 from __future__ import annotations
 
 import functools
-import json
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.allocation import RankPlan, Rule, plan, slow_settings, summarise
-from eckart.calibration.cache import GRADIENTS, read_making
+from eckart.allocation import RankPlan, Rule, plan
 from eckart.calibration.moments import BlockCalibration, recorded_gradients
 from eckart.calibration.sequential import PassReport, SequentialCalibration
-from eckart.compression.baselines import build_baseline
-from eckart.compression.replace import CompressionReport, compress
 from eckart.compression.tuning.recovery import Samples
 from eckart.data.corpora import parts_of, read_text
 from eckart.data.tokens import Tokens, sample_documents, sample_windows
 from eckart.evals.tasks import default_length
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.moments import GRADIENT_STATISTICS
-from eckart.models.loading import load_model, load_tokenizer, locate, own_memory, save
+from eckart.models.loading import load_model, locate
 from eckart.models.sites import Site, find_sites, select_sites
 from eckart.runs.card import write_card
-from eckart.runs.engine.on_cluster import HERE, Engine
+from eckart.runs.facts import FACTS, Facts
+from eckart.runs.how import How
 from eckart.runs.ranks import Bench, Ranking, joint_groups, rank
 from eckart.runs.recipe import Recipe
-from eckart.support.files import check_free, write_whole
-from eckart.support.progress import Track, silent
 
 # Samples in a step of block refinement. It changes numbers, so it is not the batch size that a run is given.
 REFINED_TOGETHER = 8
 
 
-@dataclass(frozen=True)
-class How:
-    """Where and how fast a run goes. None of it changes a number beyond rounding.
-
-    Attributes:
-        device: of the model while it is calibrated, factored and evaluated.
-        batch_size: calibration rows at a time.
-        cache: folder for moments; None keeps none.
-        data: folder with local copies of known corpora; None asks the hub.
-        workers: probes trained at a time.
-        engine: this process, or a cluster; see `engine.open_engine`.
-        track: shows progress.
-    """
-
-    device: str = "cpu"
-    batch_size: int = 8
-    cache: Path | None = None
-    data: Path | None = None
-    track: Track = silent
-    workers: int = 1
-    engine: Engine = HERE
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What `make_checkpoint` did: the recipe with every default filled in, the plan, the report, the seconds.
-
-    Attributes:
-        passes: what became of each pass over each block, as `PassReport`.
-        allocation: what was measured for the plan.
-    """
-
-    recipe: Recipe
-    plan: RankPlan
-    summary: dict[str, Any]
-    report: CompressionReport
-    seconds: dict[str, float]
-    passes: tuple[dict[str, Any], ...] = ()
-    allocation: dict[str, Any] = field(default_factory=dict)
-
-
-def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False) -> Outcome:
-    """Compress the recipe's model into the checkpoint directory `out`.
-
-    The directory holds the model, the tokenizer, README.md, plan.json, recipe.yaml and compression.json. It appears
-    whole or not at all.
-
-    Raises:
-        FileExistsError: `out` exists and `force` is not given; nothing is read or computed then.
-        ValueError, UnsupportedModelError, DecompositionError: as the stages raise them.
-    """
-    if recipe.is_baseline:
-        raise ValueError(f"{recipe.method.name} is a baseline: `eckart run` measures it; it makes no checkpoint")
-    check_free(out, force=force)
-    start = time.perf_counter()
-    model = load_model(recipe.model, dtype=recipe.dtype, device=how.device)
-    own_memory(model)
-    tokenizer = load_tokenizer(recipe.model)
-    seconds = {"load": time.perf_counter() - start}
-    work = Workbench(recipe, model, tokenizer, how)
-    work.recovery_samples  # noqa: B018 (what does not fit is found before anything is computed)
-    start = time.perf_counter()
-    ranking = work.rank()
-    seconds["allocate"] = time.perf_counter() - start
-    composition = recipe.composition
-    summary = summarise(ranking.plan, model, bias=composition.method.centred)
-    noted = work.recipe.model_dump(exclude_none=True, exclude={"evaluate"})
-    blocks = work.calibration(ranking.plan)
-    report = compress(
-        model,
-        composition.in_order,
-        ranking.plan,
-        blocks,
-        refit=composition.refit,
-        cut=how.engine.cut_units,
-        recipe=noted,
-        track=how.track,
-    )
-    seconds |= report.seconds
-    start = time.perf_counter()
-    done = blocks.reports if isinstance(blocks, SequentialCalibration) else []
-    distilled = work.distil()
-    seconds["distil"] = time.perf_counter() - start
-    start = time.perf_counter()
-    passes = [asdict(report) for report in (*done, *distilled, *work.recover())]
-    seconds["recover"] = time.perf_counter() - start
-    start = time.perf_counter()
-    facts = {**plan_facts(work.recipe, ranking.plan), **summary, **report.to_dict(), "passes": passes}
-    files = side_files(work.recipe, ranking.plan, facts)
-    if ranking.facts:
-        files["allocation.json"] = json.dumps(ranking.facts, indent=1)
-    save(model, out, tokenizer, recipe=noted, files=files, force=force)
-    seconds["save"] = time.perf_counter() - start
-    return Outcome(work.recipe, ranking.plan, summary, report, seconds, tuple(passes), ranking.facts)
-
-
-def side_files(recipe: Recipe, plan: RankPlan, facts: dict[str, Any]) -> dict[str, str]:
-    """{name: text} of what stands beside the weights of a compressed model.
-
-    Args:
-        facts: for compression.json.
-    """
-    return {
-        "README.md": write_card(recipe, facts),
-        "plan.json": plan.to_json(),
-        "recipe.yaml": recipe.to_yaml(),
-        "compression.json": json.dumps(facts, indent=2),
-    }
-
-
-def plan_facts(recipe: Recipe, plan: RankPlan) -> dict[str, Any]:
-    """What compression.json says beside the ranks: of the plan, and of the Fisher sums where they were recorded."""
-    facts: dict[str, Any] = {"layout": plan.layout, "joint": sorted(plan.joint), "slow": list(slow_settings(plan))}
-    if recipe.calibration.fisher == "recorded":
-        facts["fisher"] = read_making(Path(locate(recipe.model)) / GRADIENTS)
-    return facts
-
-
 class Workbench:
-    """A recipe at work on its model: the calibration, the ranks, each made when it is asked for.
+    """A recipe at work on its model, in memory or out of core.
 
     Attributes:
         recipe: with its defaults filled in.
@@ -166,6 +41,24 @@ class Workbench:
         self.recipe = resolve(recipe, model, tokenizer)
         self.model, self.tokenizer, self.how = model, tokenizer, how
         self.composition = recipe.composition
+
+    def check(self) -> None:
+        """Raises ValueError for what does not fit, before anything is computed."""
+        _ = self.recovery_samples
+
+    @property
+    def noted(self) -> dict[str, Any]:
+        """The recipe as a checkpoint's configuration holds it."""
+        return self.recipe.model_dump(exclude_none=True, exclude={"evaluate"})
+
+    def side_files(self, plan: RankPlan, facts: Facts) -> dict[str, str]:
+        """{name: text} of what stands beside the weights of a compressed model."""
+        return {
+            "README.md": write_card(self.recipe, facts),
+            "plan.json": plan.to_json(),
+            "recipe.yaml": self.recipe.to_yaml(),
+            FACTS: facts.to_json(),
+        }
 
     @functools.cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -300,27 +193,6 @@ class Workbench:
             batch_size=self.how.batch_size,
             track=self.how.track,
         )
-
-
-def make_baseline(recipe: Recipe, directory: Path, how: How) -> PreTrainedModel:
-    """The recipe's baseline, in memory; the directory gets recipe.yaml and compression.json, what it did.
-
-    Raises:
-        ValueError, UnsupportedModelError: as the baseline raises them.
-    """
-    model = load_model(recipe.model, dtype=recipe.dtype, device=how.device)
-    own_memory(model)
-    baseline = build_baseline(recipe.method.name, recipe.method.options)
-    tokens = None
-    if baseline.needs_tokens:
-        tokenizer = load_tokenizer(recipe.model)
-        recipe = resolve(recipe, model, tokenizer)
-        tokens = make_tokens(recipe, model, tokenizer, how.data)
-    facts = baseline.apply(model, keep=recipe.keep, tokens=tokens, track=how.track)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_whole(directory / "recipe.yaml", recipe.to_yaml())
-    write_whole(directory / "compression.json", json.dumps(facts, indent=2))
-    return model
 
 
 def make_plan(model: PreTrainedModel, recipe: Recipe) -> RankPlan:

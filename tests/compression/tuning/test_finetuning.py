@@ -21,6 +21,8 @@ from eckart.evals.hidden_states import pad_rows, tokenize_texts
 from eckart.models.families import UnsupportedModelError
 from eckart.models.sites import find_sites, low_rank_modules
 from eckart.runs import workbench
+from eckart.runs.how import How
+from eckart.runs.in_memory import make_checkpoint
 from eckart.support.progress import T
 from tiny import BLOCKS, ENCODERS, Run, relative, tiny_model, tiny_text, tiny_tokenizer
 
@@ -298,12 +300,12 @@ def test_recorded_squares_serve_whatever_is_around_the_method(
     read: list[str] = []
     make = workbench.make_tokens
     monkeypatch.setattr(workbench, "make_tokens", lambda *given: (read.append("text"), make(*given))[1])
-    outcome = workbench.make_checkpoint(
-        recipe_of(place, tmp_path / "tuned", **around), tmp_path / "small", workbench.How(cache=tmp_path / "cache")
+    outcome = make_checkpoint(
+        recipe_of(place, tmp_path / "tuned", **around), tmp_path / "small", How(cache=tmp_path / "cache")
     )
     assert outcome.recipe.calibration.fisher == "recorded"
     assert bool(read) == reads, "text is drawn only for what else reads it"
-    again = workbench.make_checkpoint(outcome.recipe, tmp_path / "again", workbench.How())
+    again = make_checkpoint(outcome.recipe, tmp_path / "again", How())
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "small/model.safetensors").read_bytes()
     assert again.recipe == outcome.recipe
 
@@ -318,10 +320,10 @@ def test_recorded_squares_are_not_weights(place: Path, tmp_path: Path) -> None:
 
 def test_what_was_not_recorded_is_named(place: Path, tmp_path: Path) -> None:
     def compress() -> None:
-        workbench.make_checkpoint(recipe_of(place, tmp_path / "tuned"), tmp_path / "small", workbench.How())
+        make_checkpoint(recipe_of(place, tmp_path / "tuned"), tmp_path / "small", How())
 
     with pytest.raises(ValueError, match=r"bert.gradients\.safetensors: fine-tune the model with `eckart finetune`"):
-        workbench.make_checkpoint(recipe_of(place, place / "bert"), tmp_path / "small", workbench.How())
+        make_checkpoint(recipe_of(place, place / "bert"), tmp_path / "small", How())
     fine_tune(place / "bert", tmp_path / "tuned", settings_of(place, epochs=1))
     file = tmp_path / "tuned" / GRADIENTS
     recorded = read_gradients(file)

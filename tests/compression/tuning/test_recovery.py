@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from eckart.compression.replace import compress
 from eckart.compression.tuning.recovery import Recovery, Samples
 from eckart.lowrank import build_method
 from eckart.models.sites import low_rank_modules
+from eckart.runs.how import How
+from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.recipe import parse_recipe
-from eckart.runs.workbench import How, make_checkpoint
 from tiny import MASK, logits_of, tiny_model, tiny_text, tiny_tokenizer, tiny_tokens
 
 METHOD = build_method("svd")
@@ -179,9 +181,9 @@ def test_a_decoder_recovers_on_its_calibration_text(place: Path, tmp_path: Path)
     outcome = make(place, "llama", tmp_path / "out", recover={"steps": 20, "rate": 0.01})
     (report,) = outcome.passes
     assert plain.passes == ()
-    assert (report["name"], report["kept"]) == ("recover", True)
-    assert report["after"] < report["before"]
-    assert json.loads((tmp_path / "out/compression.json").read_text())["passes"] == [report]
+    assert (report.name, report.kept) == ("recover", True)
+    assert report.after < report.before
+    assert json.loads((tmp_path / "out/compression.json").read_text())["passes"] == [asdict(report)]
     assert "fine-tuned in 20 steps" in (tmp_path / "out/README.md").read_text()
     assert outcome.recipe.recover is not None
     assert outcome.recipe.recover.steps == 20
@@ -196,14 +198,14 @@ def test_a_decoder_recovers_on_its_calibration_text(place: Path, tmp_path: Path)
 def test_it_comes_after_what_else_is_done_to_the_model(place: Path, tmp_path: Path) -> None:
     around = {"refine": {"steps": 1}, "distil": {"steps": 1}, "recover": {"steps": 1}}
     outcome = make(place, "llama", tmp_path / "out", **around)
-    assert [report["name"] for report in outcome.passes] == [*["refine"] * 3, "distil", "recover"]
+    assert [report.name for report in outcome.passes] == [*["refine"] * 3, "distil", "recover"]
 
 
 def test_a_classifier_recovers_on_labels(place: Path, tmp_path: Path) -> None:
     recover = {"steps": 20, "rate": 0.01, "corpus": str(place / "rows.jsonl")}
     outcome = make(place, "bert", tmp_path / "out", recover=recover)
     (report,) = outcome.passes
-    assert report["after"] < report["before"]
+    assert report.after < report.before
     assert type(eckart.load_model(tmp_path / "out")).__name__ == "BertForSequenceClassification"
 
 
@@ -226,7 +228,7 @@ def test_what_does_not_fit_the_model_is_found_before_anything_is_computed(
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("nothing is computed")
 
-    monkeypatch.setattr("eckart.runs.workbench.compress", refuse)
+    monkeypatch.setattr("eckart.runs.in_memory.compress", refuse)
     with pytest.raises(ValueError, match=message):
         make(place, model, tmp_path / "out", recover=recover)
     assert not (tmp_path / "out").exists()

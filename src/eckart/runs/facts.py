@@ -1,0 +1,114 @@
+"""Facts: what is known of a compressed model once it is made, and the files beside its weights that say so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from eckart.allocation import PlanSummary, RankPlan, slow_settings
+from eckart.calibration.cache import GRADIENTS, read_making
+from eckart.calibration.sequential import PassReport
+from eckart.compression.replace import CompressionReport
+from eckart.lowrank import Layout
+from eckart.models.loading import locate
+from eckart.runs.recipe import Recipe
+
+# In a checkpoint's directory.
+FACTS = "compression.json"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What compression.json holds. A field that an older eckart did not write has a default.
+
+    Attributes:
+        layout: how factors are stored. joint: input groups whose linears share a right factor.
+        slow: the plan's settings that are expected to be no faster than dense, in words.
+        sites_low_rank, sites_dense, keep_of_linears, keep_of_model, file_bytes, macs_per_token: see `PlanSummary`.
+        params, bytes: [before, after], of the models in memory.
+        seconds: {stage: seconds}.
+        sites: {linear: its place, rank and losses}, see `CompressionReport.to_dict`.
+        passes: see `PassReport`.
+        fisher: where recorded Fisher sums come from; None where they were not recorded.
+    """
+
+    layout: Layout
+    joint: list[str]
+    slow: list[str]
+    sites_low_rank: int
+    sites_dense: int
+    keep_of_linears: float
+    keep_of_model: float
+    params: list[int]
+    file_bytes: list[int]
+    macs_per_token: list[int]
+    bytes: list[int]
+    seconds: dict[str, float]
+    sites: dict[str, dict[str, Any]]
+    passes: list[dict[str, Any]] = field(default_factory=list)
+    fisher: dict[str, Any] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        plan: RankPlan,
+        summary: PlanSummary,
+        report: CompressionReport,
+        passes: Sequence[PassReport] = (),
+    ) -> Facts:
+        """Of a compression that is done. The parameters are those counted in the model, not the plan's forecast."""
+        planned = {key: value for key, value in asdict(summary).items() if key != "params"}
+        recorded = recipe.calibration.fisher == "recorded"
+        return cls(
+            layout=plan.layout,
+            joint=sorted(plan.joint),
+            slow=list(slow_settings(plan)),
+            passes=[asdict(each) for each in passes],
+            fisher=read_making(Path(locate(recipe.model)) / GRADIENTS) if recorded else None,
+            **planned,
+            **report.to_dict(),
+        )
+
+    def to_json(self) -> str:
+        """The file's text."""
+        left_out = () if self.fisher is not None else ("fisher",)
+        return json.dumps({key: value for key, value in asdict(self).items() if key not in left_out}, indent=2)
+
+    @classmethod
+    def read(cls, folder: Path) -> Facts:
+        """Of a checkpoint.
+
+        Raises:
+            ValueError: there is no compression.json, or it lacks something.
+        """
+        file = folder / FACTS
+        try:
+            data: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            known = {each.name for each in fields(cls)}
+            return cls(**{key: value for key, value in data.items() if key in known})
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{file} does not say how the model was compressed: {error}") from error
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a compression did.
+
+    Attributes:
+        recipe: with every default filled in.
+        seconds: {stage: seconds}, loading and saving included.
+        passes: what became of each pass over a block or over the model.
+        allocation: what was measured for the plan.
+    """
+
+    recipe: Recipe
+    plan: RankPlan
+    summary: PlanSummary
+    report: CompressionReport
+    seconds: dict[str, float]
+    passes: tuple[PassReport, ...] = ()
+    allocation: dict[str, Any] = field(default_factory=dict)

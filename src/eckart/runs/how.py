@@ -1,0 +1,32 @@
+"""How: where and how fast a run goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from eckart.runs.engine.on_cluster import HERE, Engine
+from eckart.support.progress import Track, silent
+
+
+@dataclass(frozen=True)
+class How:
+    """Where and how fast a run goes. None of it changes a number beyond rounding.
+
+    Attributes:
+        device: of the model while it is calibrated, factored and evaluated.
+        batch_size: calibration rows at a time.
+        cache: folder for moments; None keeps none.
+        data: folder with local copies of known corpora; None asks the hub.
+        workers: probes trained at a time.
+        engine: this process, or a cluster; see `engine.open_engine`.
+        track: shows progress.
+    """
+
+    device: str = "cpu"
+    batch_size: int = 8
+    cache: Path | None = None
+    data: Path | None = None
+    track: Track = silent
+    workers: int = 1
+    engine: Engine = HERE

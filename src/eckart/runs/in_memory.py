@@ -1,0 +1,88 @@
+"""In memory: a recipe in, a checkpoint or a baseline out, with the whole model in the memory of this process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from eckart.allocation import summarise
+from eckart.calibration.sequential import SequentialCalibration
+from eckart.compression.baselines import build_baseline
+from eckart.compression.replace import compress
+from eckart.models.loading import load_model, load_tokenizer, own_memory, save
+from eckart.runs.facts import FACTS, Facts, Outcome
+from eckart.runs.how import How
+from eckart.runs.recipe import Recipe
+from eckart.runs.workbench import Workbench, make_tokens, resolve
+from eckart.support.files import check_free, write_whole
+from eckart.support.timing import timed
+
+
+def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False) -> Outcome:
+    """Compress the recipe's model into the checkpoint directory `out`.
+
+    The directory holds the model, the tokenizer, README.md, plan.json, recipe.yaml and compression.json. It appears
+    whole or not at all.
+
+    Raises:
+        FileExistsError: `out` exists and `force` is not given; nothing is read or computed then.
+        ValueError, UnsupportedModelError, DecompositionError: as the stages raise them.
+    """
+    recipe.check_makes_checkpoint()
+    check_free(out, force=force)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "load"):
+        model = load_model(recipe.model, dtype=recipe.dtype, device=how.device)
+        own_memory(model)
+        tokenizer = load_tokenizer(recipe.model)
+    work = Workbench(recipe, model, tokenizer, how)
+    work.check()
+    with timed(seconds, "allocate"):
+        ranking = work.rank()
+    composition = recipe.composition
+    summary = summarise(ranking.plan, model, bias=composition.method.centred)
+    blocks = work.calibration(ranking.plan)
+    report = compress(
+        model,
+        composition.in_order,
+        ranking.plan,
+        blocks,
+        refit=composition.refit,
+        cut=how.engine.cut_units,
+        recipe=work.noted,
+        track=how.track,
+    )
+    seconds |= report.seconds
+    passes = [*blocks.reports] if isinstance(blocks, SequentialCalibration) else []
+    with timed(seconds, "distil"):
+        passes += work.distil()
+    with timed(seconds, "recover"):
+        passes += work.recover()
+    with timed(seconds, "save"):
+        files = work.side_files(ranking.plan, Facts.of(work.recipe, ranking.plan, summary, report, passes))
+        if ranking.facts:
+            files["allocation.json"] = json.dumps(ranking.facts, indent=1)
+        save(model, out, tokenizer, recipe=work.noted, files=files, force=force)
+    return Outcome(work.recipe, ranking.plan, summary, report, seconds, tuple(passes), ranking.facts)
+
+
+def make_baseline(recipe: Recipe, directory: Path, how: How) -> PreTrainedModel:
+    """The recipe's baseline, in memory; the directory gets recipe.yaml and compression.json, what it did.
+
+    Raises:
+        ValueError, UnsupportedModelError: as the baseline raises them.
+    """
+    model = load_model(recipe.model, dtype=recipe.dtype, device=how.device)
+    own_memory(model)
+    baseline = build_baseline(recipe.method.name, recipe.method.options)
+    tokens = None
+    if baseline.needs_tokens:
+        tokenizer = load_tokenizer(recipe.model)
+        recipe = resolve(recipe, model, tokenizer)
+        tokens = make_tokens(recipe, model, tokenizer, how.data)
+    done = baseline.apply(model, keep=recipe.keep, tokens=tokens, track=how.track)
+    write_whole(directory / "recipe.yaml", recipe.to_yaml())
+    write_whole(directory / FACTS, json.dumps(done, indent=2))
+    return model
