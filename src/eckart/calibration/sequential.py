@@ -9,7 +9,7 @@ what claims to better a block (see `passes`) has to prove it on them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -144,45 +144,54 @@ class SequentialCalibration:
         if self.gradients is None:
             self.gradients = gather_gradients(self.model, self.tokens, self.method, sites=self.sites, track=self.track)
         streams = _Streams(self.model, self.tokens, self.aside, self.batch_size, self.track)
-        needs = self.method.needs & INPUT_STATISTICS
-        last_number = max((site.block for site in self.sites), default=-1)
+        last = max((site.block for site in self.sites), default=-1)
         for number, block in enumerate(streams.blocks):
             sites = [site for site in self.sites if site.block == number]
             if not sites:
                 streams.advance(block, block)
                 continue
-            dense = copy.deepcopy(block)
-            # No moments have a name here: they would live on while the next ones are made.
-            if not needs:
-                yield self._part(number, sites, {})
-            elif self.order == "one-shot":
-                groups = first_readers(sites).items()
-                yield self._part(
-                    number, sites, {group: streams.moments({"dense": (dense, site)}, needs) for group, site in groups}
-                )
-            else:
-                for group, site in streams.in_order(dense, first_readers(sites)):
-                    places = {"compressed": (block, site)}
-                    if self.order == "anchored":
-                        places["dense"] = (dense, site)
-                    members = [member for member in sites if member.input_group == group]
-                    yield self._part(number, members, {group: streams.moments(places, needs)})
-                del places
-            last = number == last_number
-            if last and not self.passes:
+            targets = yield from self._block(streams, number, block, sites, last=number == last)
+            if number == last:
                 return
-            targets = streams.through(dense, "dense")
-            samples = streams.samples(number, targets)
-            for work in self.passes:
-                report = work(number, block, samples[: streams.first_aside], samples[streams.first_aside :], self.track)
-                if report is not None:
-                    self.reports.append(report)
-            del samples, dense
-            if last:
-                return
-            streams.hidden["compressed"] = streams.through(block, "compressed")
-            streams.hidden["dense"] = targets
-            streams.number += 1
+            streams.turn(block, targets)
+
+    def _block(
+        self, streams: _Streams, number: int, block: nn.Module, sites: Sequence[Site], *, last: bool
+    ) -> Generator[BlockCalibration, None, list[Tensor]]:
+        """The parts of a block, then its passes; gives what the dense block makes of every batch.
+
+        The copy of the dense block is gone when it returns, and the moments of a part before the next ones are made:
+        nothing here has a name for them.
+        """
+        dense = copy.deepcopy(block)
+        needs = self.method.needs & INPUT_STATISTICS
+        if not needs:
+            yield self._part(number, sites, {})
+        elif self.order == "one-shot":
+            groups = first_readers(sites).items()
+            yield self._part(
+                number, sites, {group: streams.moments({"dense": (dense, site)}, needs) for group, site in groups}
+            )
+        else:
+            for group, site in streams.in_order(dense, first_readers(sites)):
+                readings = {"compressed": (block, site)}
+                if self.order == "anchored":
+                    readings["dense"] = (dense, site)
+                members = [member for member in sites if member.input_group == group]
+                yield self._part(number, members, {group: streams.moments(readings, needs)})
+        if last and not self.passes:
+            return []
+        targets = streams.through(dense, "dense")
+        self._run_passes(streams, number, block, targets)
+        return targets
+
+    def _run_passes(self, streams: _Streams, number: int, block: nn.Module, targets: list[Tensor]) -> None:
+        """Every pass over the block, in place; `reports` gets what became of each."""
+        samples = streams.samples(number, targets)
+        for work in self.passes:
+            report = work(number, block, samples[: streams.first_aside], samples[streams.first_aside :], self.track)
+            if report is not None:
+                self.reports.append(report)
 
     def _part(
         self, number: int, sites: Sequence[Site], moments: dict[str, tuple[InputMoments, InputMoments]]
@@ -219,6 +228,12 @@ class _Streams:
         same = all(a is b for a, b in zip(self.hidden["dense"], self.hidden["compressed"], strict=True))
         self.hidden["compressed"] = through if same else self.through(block, "compressed")
         self.hidden["dense"] = through
+        self.number += 1
+
+    def turn(self, block: nn.Module, targets: list[Tensor]) -> None:
+        """Both streams to the next block's door, given what the dense block makes of its stream."""
+        self.hidden["compressed"] = self.through(block, "compressed")
+        self.hidden["dense"] = targets
         self.number += 1
 
     @torch.no_grad()

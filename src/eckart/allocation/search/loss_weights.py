@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,16 @@ MEMORY = 2**31
 NOTHING = 1e-12
 
 
-# Makes probers of models elsewhere, and gives the units' records in their order.
-Spread = Callable[[Callable[[PreTrainedModel, Spectra], Callable[[Unit], Record]], Sequence[Unit]], Iterable[Record]]
+class MakeProber(Protocol):
+    """Makes what probes the units of a model."""
+
+    def __call__(self, model: PreTrainedModel, spectra: Spectra, /) -> Callable[[Unit], Record]: ...
+
+
+class Spread(Protocol):
+    """Probes units with models of its own, several at a time, and gives their records in order."""
+
+    def __call__(self, make: MakeProber, units: Sequence[Unit], /) -> Iterable[Record]: ...
 
 
 @dataclass(frozen=True)
