@@ -1,0 +1,31 @@
+"""A tiny model in many files, for what is compressed from files to files."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from eckart.runs import in_memory, out_of_core
+from tiny import tiny_tokenizer
+
+from .from_files import put_model
+
+
+@pytest.fixture
+def any_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny tokenizer, whatever the model: some families' names stand for a tokenizer of their own."""
+    for module in (out_of_core, in_memory):
+        monkeypatch.setattr(module, "load_tokenizer", lambda _path: tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return put_model(tmp_path_factory.mktemp("outofcore"), "llama")
+
+
+@pytest.fixture
+def own_place(place: Path, tmp_path: Path) -> Path:
+    """The place, for a test that damages it."""
+    return shutil.copytree(place, tmp_path / "own")

@@ -1,0 +1,89 @@
+"""Models in files, their recipes, and what two checkpoints of one recipe have to agree in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from eckart.runs.facts import Outcome
+from eckart.runs.how import How
+from eckart.runs.in_memory import make_checkpoint
+from eckart.runs.out_of_core import compress_out_of_core
+from eckart.runs.recipe import Recipe, parse_recipe
+from tiny import tiny_model, tiny_text, tiny_tokenizer
+
+BATCHED = How(batch_size=3)
+
+
+def put_model(folder: Path, model_type: str, **changes: Any) -> Path:
+    """A folder with a tiny model in many files, its tokenizer and a calibration text."""
+    tiny_model(model_type, **changes).save_pretrained(folder / "model", max_shard_size="10KB")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    documents = [{"text": tiny_text(5 + 7 * number % 20, seed=number)} for number in range(80)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    return folder
+
+
+def recipe_of(place: Path, **said: Any) -> Recipe:
+    calibration = {"corpus": str(place / "train.jsonl"), "samples": 8, "length": 16}
+    given = {"method": "asvd-i", **({} if {"rules", "plan", "keep_total"} & said.keys() else {"keep": 0.6}), **said}
+    return parse_recipe({"model": str(place / "model"), "context": 16, "calibration": calibration, **given})
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((folder / "compression.json").read_text())
+    return {key: value for key, value in facts.items() if key != "seconds"}
+
+
+def check_same(found: Path, expected: Path, tolerance: float = 1e-5) -> None:
+    """Two checkpoints hold the same: tensors, configuration, facts and the files beside them."""
+    ours, theirs = tensors_of(found), tensors_of(expected)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype
+        torch.testing.assert_close(ours[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
+    for name in ("config.json", "generation_config.json", "plan.json", "recipe.yaml", "tokenizer.json"):
+        assert (found / name).exists() == (expected / name).exists(), name
+        if (found / name).exists():
+            assert (found / name).read_text() == (expected / name).read_text(), name
+    assert_close(facts_of(found), facts_of(expected))
+    assert (found / "README.md").is_file()
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    """The same plain data, numbers to within rounding."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert_close(found[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for pair in zip(found, expected, strict=True):
+            assert_close(*pair)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    else:
+        assert found == expected
+
+
+def both(place: Path, tmp_path: Path, how: How = BATCHED, **said: Any) -> tuple[Outcome, Outcome]:
+    """The recipe out of core and in memory; what they leave is the same."""
+    recipe = recipe_of(place, **said)
+    found = compress_out_of_core(recipe, tmp_path / "found", how)
+    expected = make_checkpoint(recipe, tmp_path / "expected", how)
+    check_same(tmp_path / "found", tmp_path / "expected")
+    assert not list(tmp_path.glob(".found*"))
+    assert dict(found.plan.ranks) == dict(expected.plan.ranks)
+    assert found.summary == expected.summary
+    assert found.recipe == expected.recipe
+    return found, expected
