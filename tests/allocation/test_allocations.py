@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from eckart.allocation import (
     ALLOCATIONS,
-    NEED_CURVES,
     Curve,
     RankPlan,
     effective_rank,
@@ -32,6 +31,9 @@ from tiny import tiny_model
 
 from .curves import block, curve, site
 
+# Those that need no model to measure.
+BUDGETED = {name: row.allocate for name, row in ALLOCATIONS.items() if row.needs != "trials"}
+LOSSES = {name for name, row in ALLOCATIONS.items() if row.needs == "losses"}
 OPTIONS: Mapping[str, dict[str, Any]] = {"per-role": {"shares": {"mlp": 2.0, "attention": 1.0}}}
 SITES = [*block(0), *block(1), *block(2)]
 DENSE = sum(s.num_params for s in SITES)
@@ -42,7 +44,7 @@ def curves_of(sites: Sequence[Site], joint: Sequence[str] = ()) -> list[Curve]:
 
 
 def allocate(name: str, curves: Sequence[Curve], numbers: int, **options: Any) -> RankPlan:
-    return ALLOCATIONS[name](SITES, curves, numbers, **OPTIONS.get(name, {}), **options)
+    return BUDGETED[name](SITES, curves, numbers, **OPTIONS.get(name, {}), **options)
 
 
 def loss_of(made: RankPlan, curves: Sequence[Curve]) -> float:
@@ -62,7 +64,7 @@ def loss_of(made: RankPlan, curves: Sequence[Curve]) -> float:
 @pytest.mark.parametrize("joint", [(), ("a.0.q", "a.2.q")], ids=["", "joint"])
 @pytest.mark.parametrize("multiple", [1, 4])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ALLOCATIONS)
+@pytest.mark.parametrize("name", BUDGETED)
 def test_a_budget_is_kept_and_spent(name: str, layout: Layout, multiple: int, joint: tuple[str, ...]) -> None:
     curves = curves_of(SITES, joint)
     before = 0
@@ -74,13 +76,13 @@ def test_a_budget_is_kept_and_spent(name: str, layout: Layout, multiple: int, jo
         # One step of the widest unit's rank is left over at most, in each of a third of the units.
         assert made.kept_params > share * DENSE - 6 * multiple * 48
         for rank in made.ranks.values():
-            assert rank is None or rank % multiple == 0 or (name not in NEED_CURVES and rank < multiple)
+            assert rank is None or rank % multiple == 0 or (name not in LOSSES and rank < multiple)
         assert made.notes == {}
         before = made.kept_params
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ALLOCATIONS)
+@pytest.mark.parametrize("name", BUDGETED)
 def test_a_budget_for_everything_leaves_everything_dense(name: str, layout: Layout) -> None:
     curves = curves_of(SITES, ["a.1.q"])
     for numbers in (DENSE, 10 * DENSE):
@@ -88,7 +90,7 @@ def test_a_budget_for_everything_leaves_everything_dense(name: str, layout: Layo
         assert made.ranks == dict.fromkeys(s.name for s in SITES)
 
 
-@pytest.mark.parametrize("name", ALLOCATIONS)
+@pytest.mark.parametrize("name", BUDGETED)
 def test_what_has_no_curve_stays_dense_and_is_not_counted(name: str) -> None:
     chosen = SITES[:6]
     made = allocate(name, curves_of(chosen), sum(s.num_params for s in chosen) // 2)
@@ -98,7 +100,7 @@ def test_what_has_no_curve_stays_dense_and_is_not_counted(name: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ALLOCATIONS)
+@pytest.mark.parametrize("name", BUDGETED)
 def test_a_budget_that_nothing_fits_says_what_would(name: str, layout: Layout) -> None:
     least = sum(num_stored(s.d_out, s.d_in, 1, layout) for s in SITES)
     curves = curves_of(SITES)
@@ -107,11 +109,11 @@ def test_a_budget_that_nothing_fits_says_what_would(name: str, layout: Layout) -
     assert set(allocate(name, curves, least, layout=layout).ranks.values()) == {1}
 
 
-@pytest.mark.parametrize("name", ALLOCATIONS)
+@pytest.mark.parametrize("name", BUDGETED)
 def test_a_multiple_that_no_rank_has_leaves_dense(name: str) -> None:
     """k and v have 8 rows. Shares round down to no less than one multiple only where there is one."""
     curves = curves_of(SITES)
-    if name in NEED_CURVES:
+    if name in LOSSES:
         made = allocate(name, curves, int(0.9 * DENSE), layout="pivoted", rank_multiple=8)
         assert made.ranks["a.0.k"] is made.ranks["a.0.v"] is None
         assert any(rank == 8 for rank in made.ranks.values())
@@ -119,7 +121,7 @@ def test_a_multiple_that_no_rank_has_leaves_dense(name: str) -> None:
         allocate(name, curves, DENSE, rank_multiple=0)
 
 
-@pytest.mark.parametrize("name", ALLOCATIONS)
+@pytest.mark.parametrize("name", BUDGETED)
 def test_units_that_overlap_or_are_none_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"a\.0\.o is in two of the units"):
         allocate(name, [curve(SITES[3]), curve(SITES[3], 1), curve(SITES[4])], 100)
@@ -253,7 +255,7 @@ def test_the_exact_allocation_is_the_best_of_all_plans(
 @pytest.mark.parametrize("share", [0.4, 0.6, 0.8])
 def test_global_loses_least(layout: Layout, share: float) -> None:
     curves, numbers = curves_of(SITES), int(share * DENSE)
-    made = {name: loss_of(allocate(name, curves, numbers, layout=layout), curves) for name in ALLOCATIONS}
+    made = {name: loss_of(allocate(name, curves, numbers, layout=layout), curves) for name in BUDGETED}
     exact = loss_of(global_(SITES, curves, numbers, layout=layout, exact=True), curves)
     assert exact <= made["global"] <= 1.05 * exact
     assert made["global"] < min(loss for name, loss in made.items() if name != "global")

@@ -84,7 +84,7 @@ def test_a_type_that_files_here_never_have_is_refused() -> None:
         weight_bytes(model, plan(model, 0.5))
 
 
-@pytest.mark.parametrize("name", ALLOCATIONS)
+@pytest.mark.parametrize("name", [name for name, row in ALLOCATIONS.items() if row.needs != "trials"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model_type", ["llama", "bert", "gpt_neox"])
 def test_no_allocation_writes_more_than_the_budget(model_type: str, layout: Layout, name: str, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_no_allocation_writes_more_than_the_budget(model_type: str, layout: Layo
     sizes = []
     for max_bytes in (int(0.7 * dense), dense - 1, dense):
         numbers = Budget(max_bytes=max_bytes).numbers(model, sites, layout=layout, joint=joint)
-        made = ALLOCATIONS[name](sites, curves, numbers, layout=layout, **OPTIONS.get(name, {}))
+        made = ALLOCATIONS[name].allocate(sites, curves, numbers, layout=layout, **OPTIONS.get(name, {}))
         sizes.append(weight_bytes(model, made))
         assert sizes[-1] <= max_bytes
         if max_bytes == int(0.7 * dense):

@@ -44,11 +44,11 @@ def test_added_biases_are_counted() -> None:
     made = plan(model, 0.5, include="mlp")
     plain, biased = summarise(made, model), summarise(made, model, bias=True)
     outputs = sum(site.d_out for site in made.sites if site.part == "mlp")
-    assert biased["params"][1] - plain["params"][1] == outputs
-    assert biased["keep_of_model"] > plain["keep_of_model"]
-    assert biased["keep_of_linears"] == plain["keep_of_linears"]
-    assert biased["file_bytes"][1] > plain["file_bytes"][1] + 4 * outputs
-    assert biased["macs_per_token"] == plain["macs_per_token"]
+    assert biased.params[1] - plain.params[1] == outputs
+    assert biased.keep_of_model > plain.keep_of_model
+    assert biased.keep_of_linears == plain.keep_of_linears
+    assert biased.file_bytes[1] > plain.file_bytes[1] + 4 * outputs
+    assert biased.macs_per_token == plain.macs_per_token
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from eckart.allocation import Allocation
 from eckart.allocation.search.surgical import PERPLEXITY_TOLERANCE, Tolerance
 from eckart.compression.tuning.distillation import Distillation
 from eckart.compression.tuning.refinement import Refinement
 from eckart.lowrank import METHODS, build_method
-from eckart.runs.composition import ANCHOR_SHRINKAGE, COMPOSITIONS, Allocation, Composition, best, composition_options
+from eckart.runs.composition import ANCHOR_SHRINKAGE, COMPOSITIONS, Composition, best, composition_options
 
 SCORE = "perplexity:builtin/prose"
 
@@ -33,18 +34,18 @@ SCORE = "perplexity:builtin/prose"
 def test_an_allocation_survives_its_own_data(said: dict[str, Any]) -> None:
     allocation = Allocation(**said)
     assert Allocation(**allocation.model_dump()) == allocation
-    assert allocation.searches == ("score" in said)
+    assert (allocation.row.needs == "trials") == ("score" in said)
 
 
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"name": "per-role"}, "shares, such as {mlp: 2, attention: 1}, go with per-role"),
-        ({"name": "global", "shares": {"mlp": 2}}, "go with per-role, and only with it"),
-        ({"name": "surgical"}, "surgical needs a score, such as perplexity:wikitext2"),
-        ({"name": "sensitivity"}, "sensitivity needs a score"),
-        ({"name": "global", "score": SCORE}, "global measures nothing: leave out score"),
-        ({"name": "global", "limit": 3}, "limit bounds the score of a search, and global is none"),
+        ({"name": "per-role"}, "per-role needs shares, such as {mlp: 2, attention: 1}"),
+        ({"name": "global", "shares": {"mlp": 2}}, "shares goes with per-role, not with global: leave it out"),
+        ({"name": "surgical"}, "surgical needs score, such as perplexity:wikitext2 or lm-eval:piqa"),
+        ({"name": "sensitivity"}, "sensitivity needs score, such as"),
+        ({"name": "global", "score": SCORE}, "score goes with sensitivity and surgical, not with global: leave it out"),
+        ({"name": "global", "limit": 3}, "limit goes with sensitivity and surgical, not with global"),
         ({"name": "surgical", "score": "perplexty:ptb"}, "did you mean 'perplexity'"),
         ({"name": "surgical", "score": "perplexity"}, "names no corpus"),
         ({"name": "surgical", "score": "cost"}, "'cost' is no score to search by"),
@@ -52,10 +53,10 @@ def test_an_allocation_survives_its_own_data(said: dict[str, Any]) -> None:
         ({"name": "surgical", "score": "similarity:ptb"}, "is no score to search by"),
         ({"name": "surgical", "score": SCORE, "tolerance": "a little"}, "tolerance 'a little' is none of"),
         ({"name": "sensitivity", "score": SCORE, "tolerance": "5%"}, "tolerance goes with surgical, not with"),
-        ({"name": "uniform", "exact": True}, "weights and exact go with global, not with uniform"),
-        ({"name": "surgical", "score": SCORE, "weights": "probes"}, "weights and exact go with global"),
+        ({"name": "uniform", "exact": True}, "exact goes with global, not with uniform"),
+        ({"name": "surgical", "score": SCORE, "weights": "probes"}, "weights goes with global, not with surgical"),
         ({"name": "surgical", "score": SCORE, "limit": 0}, "greater than 0"),
-        ({"name": "best"}, "'surgical'"),
+        ({"name": "best"}, "unknown allocation 'best'; known: uniform, per-role"),
         ({"name": "global", "wieghts": "probes"}, "wieghts"),
     ],
 )

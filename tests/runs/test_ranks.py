@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from eckart.allocation import Budget
+from eckart.allocation import ALLOCATIONS, Allocation, Allocator, Budget, Curve, RankPlan, settle
 from eckart.allocation.search.loss_weights import Probe, ProbeResult
 from eckart.calibration.moments import calibrate
 from eckart.compression.spectra import spectra_on_demand
 from eckart.data.tokens import Tokens
 from eckart.evals.tasks import Task, evaluate, windows_of
-from eckart.lowrank import build_method
-from eckart.models.sites import find_sites, low_rank_modules
+from eckart.lowrank import Layout, build_method
+from eckart.models.sites import Site, find_sites, low_rank_modules
 from eckart.models.units import units_of
-from eckart.runs.composition import Allocation, Composition
+from eckart.runs.composition import Composition
 from eckart.runs.ranks import PROBE_SAMPLES, Bench, joint_groups, make_score, measure_losses, rank
 from tiny import logits_of, tiny_model, tiny_text, tiny_tokenizer, tiny_tokens
 
@@ -215,3 +216,27 @@ def test_a_search_leaves_the_model_as_it_was(text: str, name: str) -> None:
     assert torch.equal(logits_of(bench.model), before)
     assert found.plan.kept_params <= 0.8 * found.plan.dense_params
     assert found.facts["search"]["evaluations"] >= len(found.facts["search"]["trials"]) > 0
+
+
+def test_a_new_allocation_is_a_function_and_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def last_first(
+        sites: Sequence[Site], curves: Sequence[Curve], numbers: int, *, layout: Layout, rank_multiple: int
+    ) -> RankPlan:
+        """Rank 1 for one linear after another, from the last, until the budget is met."""
+        read.extend(curve.name for curve in curves if curve.losses[-1] <= curve.losses[0])
+        ranks: dict[str, int | None] = {}
+        for curve in reversed(curves):
+            if settle(sites, ranks, layout=layout).kept_params > numbers:
+                ranks[curve.name] = rank_multiple
+        return settle(sites, ranks, layout=layout)
+
+    monkeypatch.setitem(ALLOCATIONS, "last-first", Allocator(last_first, "from the last", needs="losses"))
+    bench = bench_of()
+    made = rank(Composition(build_method("asvd-i"), Allocation(name="last-first")), Budget(keep=0.5), bench).plan
+    assert sorted(read) == sorted(site.name for site in bench.sites)
+    cut = {name for name, rank in made.ranks.items() if rank == 1}
+    assert 0 < len(cut) < len(read)
+    assert cut == set(read[-len(cut) :])
+    assert made.kept_params <= 0.5 * made.dense_params

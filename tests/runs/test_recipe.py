@@ -125,8 +125,11 @@ def test_a_baseline_stays_as_it_is() -> None:
         ),
         ({"plan": "p", "joint": False}, "leave out joint: what is in plan decides that"),
         ({"plan": "p", "allocation": SCORED}, "leave out allocation"),
-        ({"keep": 0.5, "allocation": {"name": "per-role"}}, "allocation: shares, such as"),
-        ({"keep": 0.5, "allocation": {"name": "glbal"}}, "allocation.name: Input should be 'uniform'"),
+        ({"keep": 0.5, "allocation": {"name": "per-role"}}, "allocation: per-role needs shares, such as"),
+        (
+            {"keep": 0.5, "allocation": {"name": "glbal"}},
+            "allocation.name: unknown allocation 'glbal'; did you mean 'global'?",
+        ),
         (
             {"keep": 0.5, "allocation": {"name": "global", "exat": True}},
             "unknown key 'exat' in allocation; did you mean 'ex",

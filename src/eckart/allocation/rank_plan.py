@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from eckart.lowrank import LAYOUTS, Layout
 from eckart.models.sites import Site
@@ -156,3 +157,15 @@ def _common_rank(unit: Unit, ranks: Mapping[str, int | None]) -> int | None:
             f"{given}"
         )
     return next(iter(found.values()))
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A plan, and how it was come by.
+
+    Attributes:
+        facts: for JSON: what was measured, and the trade-off that a search walked.
+    """
+
+    plan: RankPlan
+    facts: dict[str, Any] = field(default_factory=dict)

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eckart.allocation import Allocation
 from eckart.allocation.search.criteria import Criterion, accuracy_score, labelled_score, perplexity_score, split_windows
 from eckart.allocation.search.surgical import SearchResult, Tolerance, search
 from eckart.allocation.search.trials import SHARES, planned
@@ -41,7 +42,6 @@ from eckart.evals.windows import cut_windows
 from eckart.lowrank import build_method
 from eckart.models.loading import load_model, load_tokenizer
 from eckart.models.sites import find_sites, select_sites
-from eckart.runs.composition import Allocation
 from eckart.runs.engine.on_cluster import open_engine
 from eckart.support.files import write_whole
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from eckart.allocation import NEED_CURVES, RankPlan, summarise
+from eckart.allocation import RankPlan, summarise
 from eckart.calibration.backward import Sweep
 from eckart.calibration.doors import Spill, whole_doors
 from eckart.calibration.moments import BlockCalibration, check_readable, recorded_gradients
@@ -282,7 +282,7 @@ def _check_recipe(recipe: Recipe) -> None:
     recipe.check_makes_checkpoint()
     composition = recipe.composition
     allocation = composition.allocation
-    measured = allocation.searches or allocation.name in NEED_CURVES
+    measured = allocation.row.needs != "sites"
     found = {
         f"ranks by {allocation.name} (--allocation uniform)": measured and recipe.plan is None and recipe.rules is None,
         f"the order {composition.order} (--order one-shot)": composition.order != "one-shot",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.allocation import ALLOCATIONS, NEED_CURVES, Budget, Curve, RankPlan, settle
+from eckart.allocation import Allocation, Budget, Curve, Ranking, settle
 from eckart.allocation.search.criteria import Criterion, labelled_score, perplexity_score, task_score
 from eckart.allocation.search.loss_weights import probe_linears
-from eckart.allocation.search.sensitivity import measure_sensitivity
-from eckart.allocation.search.surgical import SearchResult, search
-from eckart.allocation.search.trials import Spectra
+from eckart.allocation.search.trials import SearchInputs
 from eckart.calibration.moments import BlockCalibration, calibration_digest
 from eckart.compression.spectra import spectra_on_demand
 from eckart.data.tokens import Tokens
@@ -26,7 +24,7 @@ from eckart.evals.tasks import Task, windows_of
 from eckart.lowrank import Factored, Method
 from eckart.models.sites import Site, find_sites
 from eckart.models.units import Unit, units_of
-from eckart.runs.composition import Allocation, Composition
+from eckart.runs.composition import Composition
 from eckart.runs.engine.on_cluster import HERE, Engine
 from eckart.support.progress import Track, silent
 
@@ -34,18 +32,6 @@ from eckart.support.progress import Track, silent
 PROBE_SAMPLES = 16
 # What a method is calibrated on that needs no text.
 NO_TEXT = Tokens(torch.zeros((0, 0), dtype=torch.int64), torch.zeros((0, 0), dtype=torch.bool))
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """A plan, and how it was come by.
-
-    Attributes:
-        facts: for JSON: what was measured, and the trade-off that a search walked.
-    """
-
-    plan: RankPlan
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,7 +65,7 @@ def rank(composition: Composition, budget: Budget | None, bench: Bench, *, rank_
     """The ranks of the chosen sites within the budget.
 
     Args:
-        budget: None only for the surgical search, which then ends where its tolerance does.
+        budget: None only for an allocation that is open-ended.
 
     Raises:
         ValueError: as the allocation raises it.
@@ -94,21 +80,17 @@ def rank(composition: Composition, budget: Budget | None, bench: Bench, *, rank_
         numbers = budget.numbers(bench.model, bench.sites, layout=composition.layout, joint=joint, bias=method.centred)
         if numbers == sum(site.num_params for site in bench.sites):
             return Ranking(settle(every, {site.name: None for site in bench.sites}, layout=composition.layout))
-    options: dict[str, Any] = {"layout": composition.layout, "rank_multiple": rank_multiple}
-    if allocation.searches:
-        return _search(allocation, method, bench, numbers, joint, options)
-    assert numbers is not None
+    row, fitting = allocation.row, {"layout": composition.layout, "rank_multiple": rank_multiple}
+    if row.needs == "trials":
+        return _search(allocation, method, bench, numbers, joint, fitting)
     facts: dict[str, Any] = {}
     units: list[Unit | Curve] = [*units_of(bench.sites, joint)]
-    if allocation.name in NEED_CURVES:
-        units = [*measure_losses(method, bench, joint, both=allocation.name == "global")]
+    if row.needs == "losses":
+        units = [*measure_losses(method, bench, joint, both=row.members)]
         if allocation.weights == "probes":
-            units, facts = _weigh(units, method, bench, joint, options)
-    if allocation.name == "per-role":
-        options["shares"] = allocation.shares
-    if allocation.name == "global":
-        options["exact"] = allocation.exact
-    return Ranking(ALLOCATIONS[allocation.name](every, units, numbers, **options), facts)
+            units, facts = _weigh(units, method, bench, joint, fitting)
+    plan = row.allocate(every, units, numbers, **fitting, **allocation.options)
+    return replace(plan, facts={**facts, **plan.facts}) if isinstance(plan, Ranking) else Ranking(plan, facts)
 
 
 def joint_groups(chosen: Collection[Site], every: Iterable[Site]) -> frozenset[str]:
@@ -184,49 +166,30 @@ def _search(
     bench: Bench,
     numbers: int | None,
     joint: frozenset[str],
-    options: dict[str, Any],
+    fitting: dict[str, Any],
 ) -> Ranking:
     """A search that measures the model with cuts in it."""
-    assert allocation.score is not None
     criterion = make_score(allocation, bench)
-    dense = sum(site.num_params for site in find_sites(bench.model))
-    beside = dense - sum(site.num_params for site in bench.sites)
+    every = find_sites(bench.model)
     identity = {**_identity(method, bench), **criterion.about}
-    named = {**identity, **options, "joint": sorted(joint)}
-    shared: dict[str, Any] = {
-        "better": criterion.better,
-        "sites": bench.sites,
-        "joint": joint,
-        "identity": identity,
-        "track": bench.track,
-        **options,
-    }
+    named = {**identity, **fitting, "joint": sorted(joint)}
     with bench.engine.team(bench.model, method, bench.blocks, criterion, joint) as team:
-        spectra: Spectra = {} if team else _spectra(method, bench, joint)
-        if allocation.name == "sensitivity":
-            assert numbers is not None
-            journal = _journal(bench, "sensitivity", named)
-            found = measure_sensitivity(bench.model, spectra, criterion, journal=journal, team=team, **shared)
-            return Ranking(found.plan_within(beside + numbers), {"search": found.to_dict()})
-        tolerance = allocation.allowed
-        stop = None if numbers is None else beside + numbers
-        result: SearchResult = search(
+        inputs = SearchInputs(
             bench.model,
-            spectra,
-            criterion,
-            tolerance=tolerance,
-            stop=stop,
-            journal=_journal(bench, "surgical", {**named, "tolerance": str(tolerance)}),
+            sites=bench.sites,
+            joint=joint,
+            outside=sum(site.num_params for site in every) - sum(site.num_params for site in bench.sites),
+            spectra={} if team else _spectra(method, bench, joint),
+            score=criterion,
+            better=criterion.better,
+            identity=identity,
+            journal=lambda kind, more: _journal(bench, kind, {**named, **more}),
             team=team,
-            **shared,
+            track=bench.track,
         )
-    if stop is not None and result.plan.kept_params > stop:
-        raise ValueError(
-            f"the search looked at every chosen linear, and its ranks keep {result.plan.kept_params - beside:,} of "
-            f"{dense - beside:,} numbers, more than the budget's {numbers:,}: raise the tolerance (it is {tolerance}), "
-            "or leave out the budget to take these ranks"
-        )
-    return Ranking(result.plan, {"search": result.to_dict()})
+        ranking = allocation.row.allocate(every, inputs, numbers, **fitting, **allocation.options)
+    assert isinstance(ranking, Ranking)
+    return ranking
 
 
 def make_score(allocation: Allocation, bench: Bench) -> Criterion:

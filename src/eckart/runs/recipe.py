@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from eckart.allocation import Budget
+from eckart.allocation import Allocation, Budget
 from eckart.calibration.sequential import Order
 from eckart.compression.baselines import BASELINES, build_baseline
 from eckart.compression.tuning.distillation import Distillation
@@ -25,7 +25,7 @@ from eckart.evals.tasks import Task, find_task
 from eckart.lowrank import Layout, build_method
 from eckart.lowrank.entries import build_entry
 from eckart.lowrank.moments import GRADIENT_STATISTICS
-from eckart.runs.composition import COMPOSITIONS, Allocation, Composition, composition_options
+from eckart.runs.composition import COMPOSITIONS, Composition, composition_options
 
 # Ways to say how large the result may be.
 BUDGETS = ("keep", "keep_total", "max_bytes", "rules", "plan")
@@ -214,8 +214,8 @@ class Recipe(Section):
             if around:
                 raise ValueError(f"{self.method.name} is no low-rank method: leave out {' and '.join(around)}")
             return self
-        name = self.composition.allocation.name
-        if len(given) != 1 and not (name == "surgical" and not given):
+        open_ended = self.composition.allocation.row.open_ended
+        if len(given) != 1 and not (open_ended and not given):
             raise ValueError(f"give exactly one of {', '.join(BUDGETS)}")
         twice = [name for by in given for name in DECIDED.get(by, ()) if self._says(name)]
         if twice:

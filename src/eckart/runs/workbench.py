@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.allocation import RankPlan, Rule, plan
+from eckart.allocation import Ranking, RankPlan, Rule, plan
 from eckart.calibration.moments import BlockCalibration, recorded_gradients
 from eckart.calibration.sequential import PassReport, SequentialCalibration
 from eckart.compression.tuning.recovery import Samples
@@ -23,7 +23,7 @@ from eckart.models.sites import Site, find_sites, select_sites
 from eckart.runs.card import write_card
 from eckart.runs.facts import FACTS, Facts
 from eckart.runs.how import How
-from eckart.runs.ranks import Bench, Ranking, joint_groups, rank
+from eckart.runs.ranks import Bench, joint_groups, rank
 from eckart.runs.recipe import Recipe
 
 # Samples in a step of block refinement. It changes numbers, so it is not the batch size that a run is given.
@@ -103,10 +103,10 @@ class Workbench:
         recipe, composition = self.recipe, self.composition
         if recipe.plan is not None or recipe.rules is not None:
             return Ranking(make_plan(self.model, recipe))
-        uniform = composition.allocation.name == "uniform"
-        if uniform and recipe.keep is not None:
+        row = composition.allocation.row
+        if row.same_share and recipe.keep is not None:
             return Ranking(make_plan(self.model, recipe))
-        needs = composition.method.needs if not uniform and composition.allocation.name != "per-role" else frozenset()
+        needs = composition.method.needs if row.needs != "sites" else frozenset()
         probes = composition.allocation.weights == "probes"
         journals = None if self.how.cache is None else self.how.cache / "searches"
         if journals is not None and recipe.calibration.fisher == "recorded":
@@ -134,7 +134,7 @@ class Workbench:
             return ()
         if composition.order == "one-shot" and not composition.keeps_aside:
             # Where losses chose the ranks, the moments of all chosen sites are in the cache; else only these are made.
-            measured = self.recipe.budget is not None and composition.allocation.name != "uniform"
+            measured = self.recipe.budget is not None and composition.allocation.row.needs != "sites"
             return self._one_shot(None if measured else sites) if composition.method.needs else None
         tokens, aside = self.tokens
         return SequentialCalibration(

@@ -10,12 +10,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from eckart.allocation import RankPlan
+from eckart.allocation.rank_plan import Ranking, RankPlan
 from eckart.allocation.search.trials import (
     SHARES,
     Bench,
     Better,
     Score,
+    SearchInputs,
     Spectra,
     Team,
     Trial,
@@ -173,3 +174,31 @@ def measure_sensitivity(
             taken[unit.name, rank] = bench.trial(unit, share, rank)
     trials = tuple(taken[unit.name, rank] for unit, rank, _ in rungs)
     return Sensitivity(every, units, trials, dense, better, layout, bench.evaluations)
+
+
+def rank_by_sensitivity(
+    sites: Sequence[Site], inputs: SearchInputs, numbers: int, *, layout: Layout = "plain", rank_multiple: int = 1
+) -> Ranking:
+    """The ranks of `measure_sensitivity` within a budget.
+
+    Args:
+        sites: every site of the model.
+        numbers: how many numbers the linears that share the budget may store together.
+
+    Raises and cost: see `measure_sensitivity`.
+    """
+    result = measure_sensitivity(
+        inputs.model,
+        inputs.spectra,
+        inputs.score,
+        better=inputs.better,
+        sites=inputs.sites,
+        layout=layout,
+        joint=inputs.joint,
+        rank_multiple=rank_multiple,
+        journal=inputs.journal("sensitivity", {}),
+        identity=inputs.identity,
+        team=inputs.team,
+        track=inputs.track,
+    )
+    return Ranking(result.plan_within(inputs.outside + numbers), {"search": result.to_dict()})

@@ -12,12 +12,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from eckart.allocation import RankPlan
+from eckart.allocation.rank_plan import Ranking, RankPlan
 from eckart.allocation.search.trials import (
     SHARES,
     Bench,
     Better,
     Score,
+    SearchInputs,
     Spectra,
     Team,
     Trial,
@@ -283,6 +284,55 @@ def search(
     return SearchResult(
         make_plan(every, units, walk.ranks, layout), tuple(curve), dense, bench.evaluations, tuple(trials), walk.order
     )
+
+
+def rank_surgically(
+    sites: Sequence[Site],
+    inputs: SearchInputs,
+    numbers: int | None,
+    *,
+    tolerance: Tolerance,
+    layout: Layout = "plain",
+    rank_multiple: int = 1,
+) -> Ranking:
+    """The ranks of `search`, which ends once the budget is met.
+
+    Args:
+        sites: every site of the model.
+        numbers: how many numbers the linears that share the budget may store together; None ends where the tolerance
+            does.
+
+    Raises:
+        ValueError: every linear was looked at, and the ranks keep more than the budget; and as `search`.
+
+    Cost: see `search`.
+    """
+    stop = None if numbers is None else inputs.outside + numbers
+    result = search(
+        inputs.model,
+        inputs.spectra,
+        inputs.score,
+        better=inputs.better,
+        tolerance=tolerance,
+        sites=inputs.sites,
+        layout=layout,
+        joint=inputs.joint,
+        rank_multiple=rank_multiple,
+        stop=stop,
+        journal=inputs.journal("surgical", {"tolerance": str(tolerance)}),
+        identity=inputs.identity,
+        team=inputs.team,
+        track=inputs.track,
+    )
+    kept = result.plan.kept_params
+    if stop is not None and kept > stop:
+        dense = sum(site.num_params for site in sites)
+        raise ValueError(
+            f"the search looked at every selected linear, and its ranks keep {kept - inputs.outside:,} of "
+            f"{dense - inputs.outside:,} numbers, more than the budget's {numbers:,}: raise the tolerance (it is "
+            f"{tolerance}), or leave out the budget to take these ranks"
+        )
+    return Ranking(result.plan, {"search": result.to_dict()})
 
 
 @dataclass(frozen=True)

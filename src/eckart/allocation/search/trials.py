@@ -7,18 +7,20 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from eckart.allocation import RankPlan
 from eckart.allocation.fitting import check_multiple
+from eckart.allocation.rank_plan import RankPlan
 from eckart.lowrank import DecompositionError, Factored, Layout
 from eckart.models.sites import Site, find_sites, replace_module
 from eckart.models.units import Unit, units_of
 from eckart.support.journal import Journal
+from eckart.support.progress import Track, silent
 
 # What a method made of each unit, by `Unit.name`. A callable may make it when it is asked for; searches ask for one
 # at a time and keep none.
@@ -164,6 +166,31 @@ class Team(Protocol):
 
     def keep(self, trial: Placed) -> None:
         """This cut stays in, of every trial that is expected or asked for from now on."""
+
+
+@dataclass(frozen=True)
+class SearchInputs:
+    """What a search for ranks works with.
+
+    Attributes:
+        sites: those that share the budget. joint: input groups of theirs whose linears are cut as one.
+        outside: numbers in the compressible linears that are not among them.
+        score: measures a model. better: which way the score is good.
+        identity: what makes the scores, for a journal's header.
+        journal: (kind of search, what tells this one from others of its kind) -> its file; None keeps none.
+    """
+
+    model: PreTrainedModel
+    sites: Sequence[Site]
+    joint: Collection[str]
+    outside: int
+    spectra: Spectra
+    score: Score
+    better: Better
+    identity: Mapping[str, Any]
+    journal: Callable[[str, Mapping[str, Any]], Path | None]
+    team: Team | None = None
+    track: Track = silent
 
 
 class Bench:
