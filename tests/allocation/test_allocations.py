@@ -125,7 +125,7 @@ def test_a_multiple_that_no_rank_has_leaves_dense(name: str) -> None:
 def test_units_that_overlap_or_are_none_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"a\.0\.o is in two of the units"):
         allocate(name, [curve(SITES[3]), curve(SITES[3], 1), curve(SITES[4])], 100)
-    with pytest.raises(ValueError, match=r"no linear is chosen|matches no chosen site"):
+    with pytest.raises(ValueError, match=r"no linear is selected|matches no selected site"):
         allocate(name, [], 100)
 
 
@@ -177,7 +177,7 @@ def test_the_first_share_that_names_a_site_decides() -> None:
     [
         ({"up": 0.0}, "shares: 'up' has weight 0.0, which is not positive"),
         ({"up": float("inf")}, "shares: 'up' has weight inf"),
-        ({"mpl": 2.0}, "shares: 'mpl' matches no chosen site; roles: q, k, v, o, up, down"),
+        ({"mpl": 2.0}, "shares: 'mpl' matches no selected site; roles: q, k, v, o, up, down"),
         ({"q": 2.0}, r"shares: the linears of joint a\.0\.q\+k\+v have the weights 1.0, 2.0"),
     ],
 )

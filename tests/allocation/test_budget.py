@@ -1,4 +1,4 @@
-"""Budgets: how many numbers they leave to the chosen linears, and what they say when that is too few."""
+"""Budgets: how many numbers they leave to the selected linears, and what they say when that is too few."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_too_little_says_how_much_is_the_least(
     sites = find_sites(model)
     with pytest.raises(ValueError, match="too small, the least possible is") as caught:
         Budget(**budget).numbers(model, sites, layout=layout)
-    found = re.search(f"least possible is {possible}, with every chosen linear at rank 1", str(caught.value))
+    found = re.search(f"least possible is {possible}, with every selected linear at rank 1", str(caught.value))
     assert found is not None
     least = as_budget(found[1])
     (name,) = budget
@@ -101,7 +101,7 @@ def test_joint_groups_can_be_smaller(model: Any) -> None:
     [
         ({}, "give exactly one of keep, keep_total, max_bytes, not none"),
         ({"keep": 0.5, "max_bytes": 3}, "give exactly one of keep, keep_total, max_bytes, not keep and max_bytes"),
-        ({"keep": 0}, r"keep 0 is outside \(0, 1\]: it is the share of the chosen linears kept, not removed"),
+        ({"keep": 0}, r"keep 0 is outside \(0, 1\]: it is the share of the selected linears kept, not removed"),
         ({"keep": 70}, r"keep 70 is outside \(0, 1\]"),
         ({"keep_total": 1.1}, r"keep_total 1.1 is outside \(0, 1\]: it is the share of the model kept"),
         ({"max_bytes": 0}, "max_bytes 0 is not a positive whole number"),

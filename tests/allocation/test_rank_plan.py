@@ -81,14 +81,14 @@ def test_past_break_even_a_site_stays_dense_with_a_note() -> None:
     assert sites[0].break_even_rank == 19
     made = settle(sites, {"a.0.w": 20, "a.1.w": 19})
     assert made.ranks == {"a.0.w": None, "a.1.w": 19}
-    assert made.notes == {"a.0.w": "rank 20 is past break-even (19): left dense"}
+    assert made.notes == {"a.0.w": "rank 20 is past break-even (19): stays dense"}
     assert made.kept_params == 32 * 48 + 19 * 80
 
 
 def test_at_full_rank_a_pivoted_site_stays_dense_with_a_note() -> None:
     made = settle([site(32, 48)], {"a.0.w": 32}, layout="pivoted")
     assert made.ranks == {"a.0.w": None}
-    assert made.notes == {"a.0.w": "rank 32 is full, and stores as much as the dense weight: left dense"}
+    assert made.notes == {"a.0.w": "rank 32 is full, and stores as much as the dense weight: stays dense"}
     assert settle([site(32, 48)], {"a.0.w": 31}, layout="pivoted").notes == {}
 
 
@@ -98,7 +98,7 @@ def test_a_joint_group_is_settled_as_one() -> None:
     assert settle(sites, dict.fromkeys(QKV, 10), joint=["a.0.q"]).ranks == dict.fromkeys(QKV, 10)
     made = settle(sites, dict.fromkeys(QKV, 11), joint=["a.0.q"])
     assert made.ranks == dict.fromkeys(QKV)
-    assert made.notes == dict.fromkeys(QKV, "rank 11 is past break-even (10): left dense")
+    assert made.notes == dict.fromkeys(QKV, "rank 11 is past break-even (10): stays dense")
 
 
 def test_a_row_vector_has_no_rank_that_pays() -> None:
@@ -179,7 +179,7 @@ def test_a_plan_may_be_edited_by_hand(model: Any) -> None:
     assert made.ranks["model.layers.0.mlp.up_proj"] == 3
     assert made.ranks["model.layers.1.mlp.up_proj"] is None
     past = edited(model, {"model.layers.0.mlp.up_proj": 25})
-    assert past.notes == {"model.layers.0.mlp.up_proj": "rank 25 is past break-even (19): left dense"}
+    assert past.notes == {"model.layers.0.mlp.up_proj": "rank 25 is past break-even (19): stays dense"}
     assert edited(model, {"model.layers.0.mlp.up_proj": 25}, layout="pivoted").notes == {}
 
 

@@ -1,4 +1,4 @@
-"""The same share at every chosen site: SFSD's rule, choosing, and the budgets it takes."""
+"""The same share at every selected site: SFSD's rule, choosing, and the budgets it takes."""
 
 from __future__ import annotations
 

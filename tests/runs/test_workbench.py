@@ -252,7 +252,7 @@ def test_whole_groups_share_their_right_factor(place: Path, tmp_path: Path, said
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"keep": 0.5, "allocation": {"name": "per-role", "shares": {"q_prj": 2}}}, "'q_prj' matches no chosen site"),
+        ({"keep": 0.5, "allocation": {"name": "per-role", "shares": {"q_prj": 2}}}, "'q_prj' matches no selected site"),
         ({"keep": 0.5, "allocation": {"name": "per-role", "shares": {"mlp": -1}}}, "which is not positive"),
         (
             {"keep": 0.5, "allocation": {"name": "per-role", "shares": {"q_proj": 2}}, "joint": True},

@@ -35,7 +35,7 @@ class Budget:
     """How large the compressed model may be. Exactly one of:
 
     Attributes:
-        keep: share of the chosen linears' numbers, in (0, 1]. Everything else stays as it is and is not counted.
+        keep: share of the selected linears' numbers, in (0, 1]. Everything else stays as it is and is not counted.
         keep_total: share of all the model's numbers, in (0, 1]: embeddings, head and norms count, tied ones once.
         max_bytes: of the weight files, as `save_pretrained` writes them.
 
@@ -53,7 +53,7 @@ class Budget:
         if len(given) != 1:
             raise ValueError(f"give exactly one of {', '.join(named)}, not {' and '.join(given) or 'none'}")
         for name, share, of in (
-            ("keep", self.keep, "the chosen linears"),
+            ("keep", self.keep, "the selected linears"),
             ("keep_total", self.keep_total, "the model"),
         ):
             if share is not None and not 0 < share <= 1:
@@ -70,10 +70,11 @@ class Budget:
         joint: Collection[str] = (),
         bias: bool = False,
     ) -> int:
-        """How many numbers the chosen `sites` may store together; at most their dense ones.
+        """How many numbers the selected `sites` may store together; at most their dense ones.
 
-        What is not chosen stays dense. Of `max_bytes`, everything that comes with a low-rank site beside its factors is
-        taken off for every chosen site (see `weight_bytes`), so no plan of so many numbers makes larger files.
+        What is not selected stays dense. Of `max_bytes`, everything that comes with a low-rank site besides its
+        factors is taken off for every selected site (see `weight_bytes`), so no plan of so many numbers makes larger
+        files.
 
         Args:
             model: dense; its weights are not read.
@@ -82,7 +83,7 @@ class Budget:
                 bytes in `max_bytes`.
 
         Raises:
-            ValueError: the chosen sites do not fit even at rank 1; the message says what the least possible is.
+            ValueError: the selected sites do not fit even at rank 1; the message says what the least possible is.
         """
         dense = sum(site.num_params for site in sites)
         present = [group for group in joint if any(site.input_group == group for site in sites)]
@@ -92,21 +93,21 @@ class Budget:
             possible = f"keep {_rounded_up(least / dense)}"
         elif self.keep_total is not None:
             whole = num_params(model)
-            beside = whole - dense + sum(site.d_out for site in sites if bias and not site.has_bias)
-            numbers = dense if self.keep_total == 1 else _share_of(whole, self.keep_total) - beside
-            possible = f"keep_total {_rounded_up((beside + least) / whole)}"
+            rest = whole - dense + sum(site.d_out for site in sites if bias and not site.has_bias)
+            numbers = dense if self.keep_total == 1 else _share_of(whole, self.keep_total) - rest
+            possible = f"keep_total {_rounded_up((rest + least) / whole)}"
         else:
             assert self.max_bytes is not None
             most = int(self.max_bytes)
             if weight_bytes(model, RankPlan(tuple(sites), {})) <= most:
                 return dense
             size = max(read_weight(model.get_submodule(site.name)).itemsize for site in sites)
-            beside = _bytes_beside(model, sites, layout, bias, most)
-            numbers = (most - beside) // size
-            possible = f"max_bytes {beside + least * size:,}"
+            rest = _other_bytes(model, sites, layout, bias, most)
+            numbers = (most - rest) // size
+            possible = f"max_bytes {rest + least * size:,}"
         if numbers < least:
             raise ValueError(
-                f"{self}: too small, the least possible is {possible}, with every chosen linear at rank 1; "
+                f"{self}: too small, the least possible is {possible}, with every selected linear at rank 1; "
                 "allow more, or choose more linears"
             )
         return min(numbers, dense)
@@ -127,8 +128,8 @@ def _rounded_up(share: float) -> float:
     return math.ceil(share * 1e4) / 1e4
 
 
-def _bytes_beside(model: PreTrainedModel, sites: Sequence[Site], layout: Layout, bias: bool, max_bytes: int) -> int:
-    """The most that files of `max_bytes` hold beside the numbers of the chosen sites.
+def _other_bytes(model: PreTrainedModel, sites: Sequence[Site], layout: Layout, bias: bool, max_bytes: int) -> int:
+    """The most that files of `max_bytes` hold in addition to the numbers of the selected sites.
 
     That is with every site low-rank and on its own: it then has more tensors than a dense or joint one, each with an
     entry in the header. Shapes and places in the file are taken at their longest.
@@ -139,7 +140,7 @@ def _bytes_beside(model: PreTrainedModel, sites: Sequence[Site], layout: Layout,
     }
     tensors = with_modules(dense_tensors(model), longest)
     factors = {f"{name}.{side}.weight" for name in longest for side in ("left", "right")}
-    beside = sum(tensor.nbytes for name, tensor in tensors.items() if name not in factors)
+    rest = sum(tensor.nbytes for name, tensor in tensors.items() if name not in factors)
     stored = revert_weight_conversion(model, tensors)
     entries = {
         name: entry(type_name(name, tensor), list(tensor.shape), max_bytes, max_bytes)
@@ -147,4 +148,4 @@ def _bytes_beside(model: PreTrainedModel, sites: Sequence[Site], layout: Layout,
     }
     # Two files that follow each other hold more than one may, or they would be one.
     files = 1 + 2 * max_bytes // SHARD
-    return WORD + header_bytes(entries) + files * ONE_MORE_FILE + beside
+    return WORD + header_bytes(entries) + files * ONE_MORE_FILE + rest

@@ -19,7 +19,7 @@ class Curve:
     Attributes:
         sites: one, or all of an input group.
         losses: (max_rank + 1,) loss at rank 0, 1, ...; `Factored.tails()`. Taken to a float64 array.
-        weight: how much a unit of this loss counts beside those of other curves.
+        weight: how much a unit of this loss counts against those of other curves.
 
     Raises:
         ValueError: sites that do not read one tensor, fewer than two losses or more than ranks, a loss that is not

@@ -34,13 +34,13 @@ def effective_rank(
         ValueError: the smallest ranks take more than `numbers`, or a site is in two curves.
     """
     check_multiple(rank_multiple)
-    found = {curve.name: curve.effective_rank for curve in curves}
+    effective = {curve.name: curve.effective_rank for curve in curves}
 
     def rank_at(unit: Unit, factor: float) -> int:
-        rank = int(factor * found[unit.name])
+        rank = int(factor * effective[unit.name])
         return max(rank - rank % rank_multiple, rank_multiple)
 
     units = bare(curves)
     # Every rank is past full here, one multiple's rounding included.
-    largest = max(((unit.d_in + rank_multiple) / found[unit.name] for unit in units), default=1.0)
+    largest = max(((unit.d_in + rank_multiple) / effective[unit.name] for unit in units), default=1.0)
     return fit(sites, units, numbers, rank_at, largest, layout=layout)

@@ -117,10 +117,10 @@ def with_modules(tensors: Mapping[str, Tensor], modules: Mapping[str, LowRankLin
 def _own_pivots(sites: Sequence[Site], rank: int) -> list[int]:
     """Pivots of each site, as many as possible at the last: the tensors before it are then as long as they can be, and
     so are their places in the file."""
-    left, own = rank, {}
+    remaining, own = rank, {}
     for site in sorted(sites, key=lambda site: site.name, reverse=True):
-        own[site.name] = min(left, site.d_out)
-        left -= own[site.name]
+        own[site.name] = min(remaining, site.d_out)
+        remaining -= own[site.name]
     return [own[site.name] for site in sites]
 
 

@@ -37,14 +37,14 @@ def fit(
     """
     check_units(units)
     if not units:
-        raise ValueError("there is nothing to share a budget among: no linear is chosen")
+        raise ValueError("there is nothing to share a budget among: no linear is selected")
 
     def ranks(factor: float) -> list[int | None]:
-        found = [rank_at(unit, factor) for unit in units]
-        return [None if pays_nothing(unit, rank, layout) else rank for unit, rank in zip(units, found, strict=True)]
+        wanted = [rank_at(unit, factor) for unit in units]
+        return [None if pays_nothing(unit, rank, layout) else rank for unit, rank in zip(units, wanted, strict=True)]
 
-    def stored(chosen: Sequence[int | None]) -> int:
-        return sum(unit.num_stored(rank, layout) for unit, rank in zip(units, chosen, strict=True))
+    def stored(choice: Sequence[int | None]) -> int:
+        return sum(unit.num_stored(rank, layout) for unit, rank in zip(units, choice, strict=True))
 
     low, high = 0.0, largest
     best = ranks(low)
@@ -55,9 +55,9 @@ def fit(
     else:
         for _ in range(HALVINGS):
             middle = (low + high) / 2
-            chosen = ranks(middle)
-            if stored(chosen) <= numbers:
-                low, best = middle, chosen
+            choice = ranks(middle)
+            if stored(choice) <= numbers:
+                low, best = middle, choice
             else:
                 high = middle
     return plan_of(sites, units, best, layout)
@@ -96,7 +96,7 @@ def pays_nothing(unit: Unit, rank: int | None, layout: Layout) -> bool:
 def too_small(numbers: int, least: int) -> str:
     """What to say of a budget that nothing fits."""
     return (
-        f"a budget of {numbers:,} numbers is too small: at their smallest ranks the chosen linears take {least:,}; "
+        f"a budget of {numbers:,} numbers is too small: at their smallest ranks the selected linears take {least:,}; "
         "allow more, or lower rank_multiple"
     )
 

@@ -48,7 +48,7 @@ def global_(
     """
     check_multiple(rank_multiple)
     if not curves:
-        raise ValueError("there is nothing to share a budget among: no linear is chosen")
+        raise ValueError("there is nothing to share a budget among: no linear is selected")
     options = [_options(group, layout, rank_multiple) for group in _groups(curves)]
     least = sum(int(option.item.costs.min()) for option in options)
     if numbers < least:
@@ -57,8 +57,8 @@ def global_(
     if numbers >= sum(site.num_params for site in named.values()):
         return settle(sites, dict.fromkeys(named), layout=layout)
     solution = solve([option.item for option in options], numbers, exact=exact)
-    chosen = [pair for option, at in zip(options, solution.choices, strict=True) for pair in option.choice(at)]
-    return plan_of(sites, [unit for unit, _ in chosen], [rank for _, rank in chosen], layout)
+    picked = [pair for option, at in zip(options, solution.choices, strict=True) for pair in option.choice(at)]
+    return plan_of(sites, [unit for unit, _ in picked], [rank for _, rank in picked], layout)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class _Options:
 
 
 def _groups(curves: Sequence[Curve]) -> list[list[Curve]]:
-    """Curves that are chosen together: one, or a joint one (first) and those of its sites."""
+    """Curves whose ranks are decided together: one, or a joint one (first) and those of its sites."""
     alone = [curve for curve in curves if len(curve.sites) == 1]
     joint = [curve for curve in curves if len(curve.sites) > 1]
     check_units([curve.unit for curve in alone])

@@ -49,7 +49,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Solution:
-    """What was chosen.
+    """A choice for each item.
 
     Attributes:
         choices: for each item the number of its option.

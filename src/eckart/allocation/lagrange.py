@@ -52,7 +52,7 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Relaxed:
-    """What `relax` found.
+    """What `relax` gives.
 
     Attributes:
         fits: the best choice of a multiplier that fits the budget.
@@ -103,18 +103,18 @@ def spend(table: Table, columns: np.ndarray, budget: int) -> np.ndarray:
     """
     while True:
         costs, losses = table.take(columns)
-        left = budget - costs.sum()
-        better = relax(table.only(table.costs <= costs[:, None] + left), budget).fits
+        spare = budget - costs.sum()
+        better = relax(table.only(table.costs <= costs[:, None] + spare), budget).fits
         if not table.sums(better)[1] < losses.sum():
             break
         columns = better
     columns = columns.copy()
     while True:
         costs, losses = table.take(columns)
-        left = budget - costs.sum()
+        spare = budget - costs.sum()
         dearer, gain = table.costs - costs[:, None], losses[:, None] - table.losses
         # An option that costs no more and loses less comes before all others: as if it cost a millionth.
-        rate = np.where((gain > 0) & (dearer <= left), gain / np.maximum(dearer, 1e-6), 0)
+        rate = np.where((gain > 0) & (dearer <= spare), gain / np.maximum(dearer, 1e-6), 0)
         row, column = np.unravel_index(rate.argmax(), rate.shape)
         if rate[row, column] == 0:
             return columns

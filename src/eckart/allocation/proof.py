@@ -17,8 +17,8 @@ ROUNDING = 1e-12
 # and thins them out, but starts anew, so each branch may hold a little more of them: some search always ends. Measured
 # on 224 items with 4096 options: 2,000 and 10,000 take as long, 20,000 that double with each branch twenty times that.
 PARTIAL, GROWTH = 5000, 1.15
-# Multipliers beside the best one, as shares of it, whose bounds rule out partial choices that cost far too much or too
-# little for the options that are left to make up for it.
+# Multipliers next to the best one, as shares of it, whose bounds rule out partial choices that cost far too much or too
+# little for the remaining options to make up for it.
 BESIDE = (0.8, 0.95, 1.05, 1.2)
 
 
@@ -50,9 +50,9 @@ def prove(table: Table, columns: np.ndarray, budget: int) -> np.ndarray:
         target = loss(best) - ROUNDING * (abs(loss(best)) + relaxed.multiplier * budget)
         if relaxed.bound >= target or relaxed.multiplier == 0:
             continue
-        found, complete = _core(branch, relaxed, budget, target - relaxed.bound, partial)
-        if found is not None:
-            best = min(best, found, key=loss)
+        better, complete = _core(branch, relaxed, budget, target - relaxed.bound, partial)
+        if better is not None:
+            best = min(best, better, key=loss)
         if complete:
             continue
         step = np.abs(branch.take(relaxed.over)[0] - branch.take(relaxed.fits)[0])
@@ -82,7 +82,7 @@ def _core(table: Table, relaxed: Relaxed, budget: int, gap: float, partial: floa
     # The choice that fits takes minima as well, up to rounding. Going out from it, small steps fill the budget.
     base = np.where(reduced[rows, relaxed.fits] < gap, relaxed.fits, reduced.argmin(axis=1))
     dearer = table.costs - table.take(base)[0][:, None]
-    left = budget - table.sums(base)[0]
+    spare = budget - table.sums(base)[0]
     others = reduced.copy()
     others[rows, base] = np.inf
     nearest = others.min(axis=1)
@@ -90,44 +90,44 @@ def _core(table: Table, relaxed: Relaxed, budget: int, gap: float, partial: floa
     core = core[nearest[core] < gap]
     slopes = [(share - 1) * relaxed.multiplier for share in BESIDE]
     least = np.array([(reduced[core] + slope * dearer[core]).min(axis=1) for slope in slopes])
-    # What the items that are still to come add at least, beside each multiplier.
+    # The least that the items still to come add, for each multiplier.
     to_come = np.concatenate([least[:, ::-1].cumsum(axis=1)[:, ::-1], np.zeros((len(slopes), 1))], axis=1)
 
     cost, lost = np.zeros(1, np.int64), np.zeros(1)
     steps: list[tuple[int, np.ndarray, np.ndarray]] = []
-    found: tuple[int, int] | None = None
-    if left >= 0 and relaxed.multiplier * left < gap:
-        gap, found = relaxed.multiplier * left, (-1, 0)
+    best: tuple[int, int] | None = None
+    if spare >= 0 and relaxed.multiplier * spare < gap:
+        gap, best = relaxed.multiplier * spare, (-1, 0)
     for number, row in enumerate(core.tolist()):
         options = np.flatnonzero(reduced[row] < gap)
         costs = (cost[:, None] + dearer[row, options]).ravel()
         losses = (lost[:, None] + reduced[row, options]).ravel()
         bounds = losses.copy()
         for slope, rest in zip(slopes, to_come[:, number + 1], strict=True):
-            np.maximum(bounds, losses + slope * (costs - left) + rest, out=bounds)
+            np.maximum(bounds, losses + slope * (costs - spare) + rest, out=bounds)
         kept = np.flatnonzero(bounds < gap)
         kept = kept[np.lexsort((losses[kept], costs[kept]))]
         if not len(kept):
-            return _choice(base, steps, found), True
+            return _choice(base, steps, best), True
         total = losses[kept] - relaxed.multiplier * costs[kept]  # the loss itself, but for a constant
         kept = kept[np.append(True, total[1:] < np.minimum.accumulate(total)[:-1])]
         cost, lost = costs[kept], losses[kept]
         steps.append((row, options, kept))
-        complete = np.where(cost <= left, lost + relaxed.multiplier * (left - cost), np.inf)
+        complete = np.where(cost <= spare, lost + relaxed.multiplier * (spare - cost), np.inf)
         if complete.min() < gap:
-            gap, found = complete.min(), (number, int(complete.argmin()))
+            gap, best = complete.min(), (number, int(complete.argmin()))
         if len(kept) > partial:
-            return _choice(base, steps, found), number == len(core) - 1
-    return _choice(base, steps, found), True
+            return _choice(base, steps, best), number == len(core) - 1
+    return _choice(base, steps, best), True
 
 
 def _choice(
-    base: np.ndarray, steps: list[tuple[int, np.ndarray, np.ndarray]], found: tuple[int, int] | None
+    base: np.ndarray, steps: list[tuple[int, np.ndarray, np.ndarray]], best: tuple[int, int] | None
 ) -> np.ndarray | None:
-    """The columns of partial choice `found` (step, place), with the other items as in `base`."""
-    if found is None:
+    """The columns of partial choice `best` (step, place), with the other items as in `base`."""
+    if best is None:
         return None
-    columns, (number, place) = base.copy(), found
+    columns, (number, place) = base.copy(), best
     for row, options, kept in reversed(steps[: number + 1]):
         place, option = divmod(int(kept[place]), len(options))
         columns[row] = options[option]

@@ -142,21 +142,21 @@ def stored_params(site: Site, rank: int | None, layout: Layout = "plain") -> int
 def _why_dense(unit: Unit, rank: int, layout: Layout) -> str | None:
     if layout == "pivoted":
         full = rank == min(unit.d_out, unit.d_in)
-        return f"rank {rank} is full, and stores as much as the dense weight: left dense" if full else None
+        return f"rank {rank} is full, and stores as much as the dense weight: stays dense" if full else None
     break_even = unit.num_params // (unit.d_in + unit.d_out)
-    return f"rank {rank} is past break-even ({break_even}): left dense" if rank > break_even else None
+    return f"rank {rank} is past break-even ({break_even}): stays dense" if rank > break_even else None
 
 
 def _common_rank(unit: Unit, ranks: Mapping[str, int | None]) -> int | None:
     """The rank of the unit's sites. Raises ValueError where they differ; names the unit."""
-    found = {site.name: ranks.get(site.name) for site in unit.sites}
-    if len(set(found.values())) > 1:
-        given = ", ".join(f"{name} {'dense' if rank is None else rank}" for name, rank in found.items())
+    own = {site.name: ranks.get(site.name) for site in unit.sites}
+    if len(set(own.values())) > 1:
+        given = ", ".join(f"{name} {'dense' if rank is None else rank}" for name, rank in own.items())
         raise ValueError(
             f"joint {unit.name}: its linears share a right factor and need one rank, or all stay dense; they have "
             f"{given}"
         )
-    return next(iter(found.values()))
+    return next(iter(own.values()))
 
 
 @dataclass(frozen=True)

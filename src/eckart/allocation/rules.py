@@ -1,4 +1,4 @@
-"""Rules: the same share kept at every chosen site, or at those of each rule."""
+"""Rules: the same share kept at every selected site, or at those of each rule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from eckart.models.units import Unit, units_of
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of an allocation: the chosen sites keep the share `keep` of their numbers.
+    """One line of an allocation: the selected sites keep the share `keep` of their numbers.
 
     Attributes:
         keep: share kept, in (0, 1]; 1 leaves the sites dense.
@@ -50,13 +50,13 @@ def plan(
     joint: Collection[str] = (),
     bias: bool = False,
 ) -> RankPlan:
-    """The same share kept at every chosen site: rank = floor(keep d_out d_in / (d_out + d_in)), SFSD Eq. 3.
+    """The same share kept at every selected site: rank = floor(keep d_out d_in / (d_out + d_in)), SFSD Eq. 3.
 
     In the pivoted layout the rank is the largest whose r (d_out + d_in - r) numbers are within the share. With
     `keep_total` or `max_bytes` the share is the largest that the budget allows, see `uniform`.
 
     Args:
-        keep: share of each chosen site's numbers kept, in (0, 1].
+        keep: share of each selected site's numbers kept, in (0, 1].
         keep_total: share of the whole model's numbers kept. max_bytes: of the weight files. See `Budget`.
         include, exclude, blocks: as in `select_sites`; everything else stays dense.
         rules: instead of the above, several lines; the first that chooses a site decides.
@@ -76,18 +76,18 @@ def plan(
     sites = find_sites(model)
     include, exclude = as_patterns(include), as_patterns(exclude)
     if keep_total is not None or max_bytes is not None:
-        chosen = select_sites(sites, include=include, exclude=exclude, blocks=blocks)
+        selected = select_sites(sites, include=include, exclude=exclude, blocks=blocks)
         budget = Budget(keep_total=keep_total, max_bytes=max_bytes)
-        units = _units_of(chosen, joint)
-        numbers = budget.numbers(model, chosen, layout=layout, joint=joint, bias=bias)
+        units = _units_of(selected, joint)
+        numbers = budget.numbers(model, selected, layout=layout, joint=joint, bias=bias)
         return uniform(sites, units, numbers, layout=layout, rank_multiple=rank_multiple)
     if rules is None:
         assert keep is not None
         rules = [Rule(keep, include, exclude, blocks)]
     ranks: dict[str, int | None] = {}
     for rule in rules:
-        chosen = select_sites(sites, include=rule.include, exclude=rule.exclude, blocks=rule.blocks)
-        for unit in _units_of(chosen, joint):
+        selected = select_sites(sites, include=rule.include, exclude=rule.exclude, blocks=rule.blocks)
+        for unit in _units_of(selected, joint):
             rank = None  # at keep = 1 the dense weight is the same size, and exact
             if rule.keep < 1:
                 rank = unit.rank_for(rule.keep, layout, rank_multiple)
@@ -96,6 +96,6 @@ def plan(
     return settle(sites, ranks, layout=layout, joint=joint)
 
 
-def _units_of(chosen: Sequence[Site], joint: Collection[str]) -> tuple[Unit, ...]:
-    """The chosen sites, those of a joint group that has any of them as one."""
-    return units_of(chosen, [group for group in joint if any(site.input_group == group for site in chosen)])
+def _units_of(selected: Sequence[Site], joint: Collection[str]) -> tuple[Unit, ...]:
+    """The selected sites, those of a joint group that has any of them as one."""
+    return units_of(selected, [group for group in joint if any(site.input_group == group for site in selected)])

@@ -17,22 +17,22 @@ NARROW = 1024
 NARROW_SHARES = {"plain": 0.6, "pivoted": 0.5}
 # Above this share reordering the outputs of a prompt costs what the pivoted layout saves, at any width.
 PIVOTED_SHARE = 0.75
-# Processors and GPUs multiply bfloat16 in tiles; a rank beside their multiples is up to twice as slow for a prompt.
+# Processors and GPUs multiply bfloat16 in tiles; a rank between their multiples is up to twice as slow for a prompt.
 TILE = 32
 
 
 def slow_settings(plan: RankPlan) -> tuple[str, ...]:
     """A line for each kind of setting that is expected to be slow, with how many linears have it and what helps."""
-    found = {"narrow": 0, "reordered": 0, "odd": 0}
+    counts = {"narrow": 0, "reordered": 0, "odd": 0}
     for unit, rank, share in _low_rank(plan):
         members = len(unit.sites)
         narrow = min(unit.d_in, *(site.d_out for site in unit.sites)) < NARROW
         if narrow and share > NARROW_SHARES[plan.layout]:
-            found["narrow"] += members
+            counts["narrow"] += members
         elif plan.layout == "pivoted" and share > PIVOTED_SHARE:
-            found["reordered"] += members
+            counts["reordered"] += members
         if rank > TILE and rank % TILE:
-            found["odd"] += members
+            counts["odd"] += members
     lines = {
         "narrow": f"have a side below {NARROW} and keep more than {NARROW_SHARES[plan.layout]:g} of their numbers: "
         "expected no faster than dense; they save bytes. Keep less of them, or leave them out (--exclude)",
@@ -41,7 +41,7 @@ def slow_settings(plan: RankPlan) -> tuple[str, ...]:
         "odd": f"have ranks that are no multiples of {TILE}: in bfloat16 a prompt can take twice as long as it need; "
         f"--rank-multiple {TILE} rounds them down",
     }
-    return tuple(f"{count} linears {lines[kind]}" for kind, count in found.items() if count)
+    return tuple(f"{count} linears {lines[kind]}" for kind, count in counts.items() if count)
 
 
 def _low_rank(plan: RankPlan) -> Iterator[tuple[Unit, int, float]]:

@@ -62,7 +62,7 @@ def summarise(plan: RankPlan, model: PreTrainedModel, *, bias: bool = False) -> 
 def linear_macs(model: PreTrainedModel) -> int:
     """Multiply-accumulates per token of the dense model's linears: those that read each token, the head included.
 
-    A pooler and what a classifier has beside the base model read one token of a text; they are not counted. Products
+    A pooler and what a classifier adds to the base model read one token of a text; they are not counted. Products
     that are no linear's, such as attention scores, grow with the text and are not counted either.
     """
     base = model.base_model

@@ -1,4 +1,4 @@
-"""Shares: the same share of every chosen linear, or shares in given proportions."""
+"""Shares: the same share of every selected linear, or shares in given proportions."""
 
 from __future__ import annotations
 
@@ -70,17 +70,17 @@ def per_role(
             weights, or the smallest ranks take more than `numbers`.
     """
     check_multiple(rank_multiple)
-    chosen = bare(units)
+    bare_units = bare(units)
     for pattern, weight in shares.items():
         if not 0 < weight < float("inf"):
             raise ValueError(f"shares: {pattern!r} has weight {weight}, which is not positive")
-        if not any(matches(site, pattern) for unit in chosen for site in unit.sites):
-            roles = ", ".join(dict.fromkeys(site.role for unit in chosen for site in unit.sites))
-            raise ValueError(f"shares: {pattern!r} matches no chosen site; roles: {roles}")
-    weights = {unit.name: _weight(unit, shares) for unit in chosen}
+        if not any(matches(site, pattern) for unit in bare_units for site in unit.sites):
+            roles = ", ".join(dict.fromkeys(site.role for unit in bare_units for site in unit.sites))
+            raise ValueError(f"shares: {pattern!r} matches no selected site; roles: {roles}")
+    weights = {unit.name: _weight(unit, shares) for unit in bare_units}
     return fit(
         sites,
-        chosen,
+        bare_units,
         numbers,
         lambda unit, factor: share_rank(unit, factor * weights[unit.name], layout, rank_multiple),
         1 / min(weights.values(), default=1),
@@ -89,10 +89,10 @@ def per_role(
 
 
 def _weight(unit: Unit, shares: Mapping[str, float]) -> float:
-    found = {next((weight for pattern, weight in shares.items() if matches(site, pattern)), 1.0) for site in unit.sites}
-    if len(found) > 1:
+    weights = {next((share for pattern, share in shares.items() if matches(site, pattern)), 1.0) for site in unit.sites}
+    if len(weights) > 1:
         raise ValueError(
-            f"shares: the linears of joint {unit.name} have the weights {', '.join(map(str, sorted(found)))}; they are "
-            "factored as one and need one"
+            f"shares: the linears of joint {unit.name} have the weights {', '.join(map(str, sorted(weights)))}; they "
+            "are factored as one and need one"
         )
-    return found.pop()
+    return weights.pop()

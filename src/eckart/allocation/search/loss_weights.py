@@ -129,12 +129,12 @@ def probe_linears(
     Args:
         model: dense, in eval mode; it is as it was after each probe.
         spectra, sites, layout, joint, rank_multiple: as in `rank_search.search`.
-        tokens: text to measure on; padding is left out.
+        tokens: text to measure on; padding does not count.
         keep: depth of the cut, as a share of the linear's numbers.
         memory: bytes for the dense model's log-probabilities, on the model's device.
         journal, identity: as in `rank_search.search`; the tokens are in the header by their digest.
         spread: carries out the probes on models elsewhere, the same as this one, several at the same time.
-        track: shows the probes that are left.
+        track: shows the probes that remain.
 
     Raises:
         ValueError: a prediction that is not finite (names the site), a model without predictions to compare, in
@@ -159,17 +159,17 @@ def probe_linears(
     }
     with open_journal(journal, KIND, identity and {**identity, **settings}) as entries:
         make = partial(Prober, tokens=tokens, keep=keep, layout=layout, rank_multiple=rank_multiple, memory=memory)
-        found: dict[str, Probe] = {}
+        probes: dict[str, Probe] = {}
         for unit in units:
             record = entries.find(unit.name)
             if record is not None:
-                found[unit.name] = _probe(unit, record)
-        left = [unit for unit in units if unit.name not in found]
-        records = map(make(model, spectra), left) if spread is None else spread(make, left)
-        for unit, record in track(zip(left, records, strict=True), "probes", len(left)):
+                probes[unit.name] = _probe(unit, record)
+        remaining = [unit for unit in units if unit.name not in probes]
+        records = map(make(model, spectra), remaining) if spread is None else spread(make, remaining)
+        for unit, record in track(zip(remaining, records, strict=True), "probes", len(remaining)):
             entries.write(unit.name, record)
-            found[unit.name] = _probe(unit, record)
-    return ProbeResult(tuple(found[unit.name] for unit in units), 1 + len(units))
+            probes[unit.name] = _probe(unit, record)
+    return ProbeResult(tuple(probes[unit.name] for unit in units), 1 + len(units))
 
 
 class Prober:
@@ -249,8 +249,8 @@ class _Predictions:
     def _dense(self, number: int) -> Tensor:
         if number in self._kept:
             return self._kept[number]
-        found = log_probabilities(self.model, *self.batches[number])
-        if found.nbytes <= self._room:
-            self._room -= found.nbytes
-            self._kept[number] = found
-        return found
+        predicted = log_probabilities(self.model, *self.batches[number])
+        if predicted.nbytes <= self._room:
+            self._room -= predicted.nbytes
+            self._kept[number] = predicted
+        return predicted
