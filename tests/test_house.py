@@ -108,7 +108,8 @@ def test_importing_needs_no_network_and_no_gpu() -> None:
         "import socket\n"
         "def refuse(*a, **k): raise OSError('no network in this test')\n"
         "socket.socket.connect = refuse; socket.getaddrinfo = refuse\n"
-        "import eckart, torch\n"
+        "from eckart import *\n"
+        "import torch\n"
         "assert not torch.cuda.is_initialized()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -218,7 +218,7 @@ def test_run_goes_on_where_it_was(run: Run, place: Path, tmp_path: Path) -> None
         (["--keep-total", "0.5"], "give exactly one of keep, keep_total, max_bytes, rules, plan"),
         (["--allocation", "glbal"], "'global'"),
         (["--allocation", "per-role"], "shares, such as {mlp: 2, attention: 1}"),
-        (["--allocation", "surgical"], "surgical needs a score"),
+        (["--allocation", "surgical"], "surgical needs score"),
         (["--layout", "round"], "layout: Input should be 'plain' or 'pivoted'"),
         (["--order", "backwards"], "'anchored'"),
         (["--include", "q_prj"], "'q_prj' matches no site"),

@@ -22,8 +22,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def search(run: Run, place: Path, plan: Path, *more: str | Path) -> tuple[int, str]:
-    import eckart.cli.search  # noqa: F401 (registers the command)
-
     return run(
         "search", place / "model", plan, "--score", f"perplexity:{place / 'test.txt'}", "--length", "16",
         "--calibration", place / "train.txt", "--samples", "8", "--cache", place / "cache", *more,

@@ -1,65 +1,121 @@
-"""The command itself: its name, the options that several commands share, and how it ends on bad input."""
+"""The application: the names of the commands, how one is fetched from its file, and how it ends on bad input."""
 
 from __future__ import annotations
 
+import ast
+import importlib
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
+from typing import Annotated, Any, Final
 
 import typer
+import wrapt
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
 
-from eckart.lowrank import DecompositionError
+# Each is the function `command` of the file of its name, and its docstring is the help. In the order of a first use.
+COMMANDS = (
+    "demo",
+    "compress",
+    "export",
+    "inspect",
+    "methods",
+    "evaluations",
+    "eval",
+    "report",
+    "run",
+    "reproduce",
+    "search",
+    "probe",
+    "finetune",
+    "pitfalls",
+)
+STYLE: Final = "rich"
+
+
+def load_command(name: str) -> TyperCommand:
+    """The command of this name of COMMANDS; imports its file, and torch with most of them, which takes seconds."""
+    one = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=STYLE)
+    one.command(name)(importlib.import_module(f"eckart.cli.{name}").command)
+    command = typer.main.get_command(one)
+    assert isinstance(command, TyperCommand)
+    return command
+
+
+def first_line(name: str) -> str:
+    """What the command of this name of COMMANDS does, from its file, without importing it."""
+    tree = ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
+    (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "command")
+    return (ast.get_docstring(function) or "").partition("\n")[0]
+
+
+class LazyGroup(TyperGroup):
+    """Lists the commands from the text of their files, and imports the file of the one that is called."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = {name: TyperCommand(name, help=first_line(name), rich_markup_mode=STYLE) for name in COMMANDS}
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
+        name, _listed, others = super().resolve_command(ctx, args)
+        return name, load_command(name) if name else None, others
+
 
 app = typer.Typer(
     name="eckart",
+    cls=LazyGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    help="""Low-rank compression of Hugging Face language models.
+    rich_markup_mode=STYLE,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"eckart {importlib.metadata.version('eckart')}")
+        raise typer.Exit
+
+
+@app.callback()
+def eckart(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit")
+    ] = False,
+) -> None:
+    """Low-rank compression of Hugging Face language models.
 
     Start with [bold]eckart demo[/bold] (the built-in model, no network), then [bold]eckart compress[/bold] and
-    [bold]eckart eval[/bold] on your own. "keep" is always the share of parameters kept, not removed.""",
-)
-# What is not a terminal, a file or a pipe, has room for a wide table.
-console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
-
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps")]
-Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16")]
-Data = Annotated[Path | None, typer.Option(help="Folder with local copies of known corpora; default: ask the hub")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is there, once the new one is complete")]
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "eckart"
-Cache = Annotated[Path, typer.Option(help="Folder for calibration moments, reused by content; safe to delete")]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep no moments on disk")]
-CORES = os.cpu_count() or 1
-Workers = Annotated[
-    int | None,
-    typer.Option(min=1, help="Probes trained at a time, or workers of --engine ray; default every core: speed only"),
-]
-EngineName = Annotated[
-    str,
-    typer.Option("--engine", help="Where work runs: local (this process) or ray (a worker for each core of a cluster)"),
-]
-Address = Annotated[
-    str | None,
-    typer.Option(help="Head of a Ray cluster, HOST:PORT, or auto; default with --engine ray: this machine's own cores"),
-]
-Batch = Annotated[int, typer.Option(min=1, help="Calibration rows at a time: memory and speed only")]
+    [bold]eckart eval[/bold] on your own. "keep" is always the share of parameters kept, not removed.
+    """
 
 
 def main() -> None:
     """Entry point: bad input ends with one line on stderr and status 2; ECKART_DEBUG=1 shows the traceback."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    wrapt.when_imported("transformers.utils.logging")(_silence)
     try:
         app()
-    except (ValueError, OSError, DecompositionError) as error:
-        if os.environ.get("ECKART_DEBUG"):
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("ECKART_DEBUG") or not _is_told_whole(error):
             raise
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _is_told_whole(error: Exception) -> bool:
+    """Whether the message says all; a RuntimeError other than of a decomposition is a mistake of ours, or torch's."""
+    if not isinstance(error, RuntimeError):
+        return True
+    from eckart.lowrank import DecompositionError  # not above: it imports torch, which takes seconds
+
+    return isinstance(error, DecompositionError)
+
+
+def _silence(logging: ModuleType) -> None:
+    """Of transformers a command shows errors only, and no bars of its own."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

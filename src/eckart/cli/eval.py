@@ -1,15 +1,27 @@
-"""Commands that measure: eval, report."""
+"""`eckart eval`: a model and tasks to results."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from eckart.cli.app import CORES, Address, Batch, Data, Device, Dtype, EngineName, Force, Workers, app, console
-from eckart.cli.terminal import TerminalTrack, number, table
+from eckart.cli.options import (
+    ENGINE,
+    Address,
+    AnyModel,
+    Batch,
+    Data,
+    Device,
+    Dtype,
+    EngineName,
+    Force,
+    TextColumn,
+    Workers,
+    open_run,
+)
+from eckart.cli.terminal import TerminalTrack, console, number, table
 from eckart.data.corpora import read_text
 from eckart.data.tokens import sample_windows
 from eckart.evals.result import EvalResult, write_result
@@ -17,16 +29,14 @@ from eckart.evals.similarity import read_activations
 from eckart.evals.tasks import Task, default_length, find_task
 from eckart.models.loading import load_model, load_tokenizer
 from eckart.models.sites import input_groups
-from eckart.runs.engine.on_cluster import open_engine
 
 
-@app.command("eval")
-def eval_command(
-    model: Annotated[str, typer.Argument(help="Dense or compressed: a Hugging Face directory, a hub name, or builtin")],
+def command(
+    model: AnyModel,
     task: Annotated[list[str], typer.Option(help="See `eckart evaluations`, such as perplexity:CORPUS (repeatable)")],
     out: Annotated[Path | None, typer.Option(help="Directory for one JSON file per task")] = None,
     split: Annotated[str, typer.Option(help="Split of the corpus; of a task sfsd-search, sfsd-evaluation")] = "test",
-    column: Annotated[str | None, typer.Option(help="Field that holds the text")] = None,
+    column: TextColumn = None,
     length: Annotated[int | None, typer.Option(help="Window length; default 2048 or the model's limit")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read at most this many windows or examples")] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Examples before each question; default the task's")] = None,
@@ -44,7 +54,7 @@ def eval_command(
     device: Device = "cpu",
     batch_size: Batch = 8,
     workers: Workers = None,
-    engine: EngineName = "local",
+    engine: EngineName = ENGINE,
     address: Address = None,
     force: Force = False,
 ) -> None:
@@ -60,27 +70,27 @@ def eval_command(
         find_task(item.name)
         if out is not None and (out / f"{item.slug}.json").exists() and not force:
             raise FileExistsError(f"{out / f'{item.slug}.json'} exists; give another --out, or --force")
-    track = TerminalTrack(console)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device), load_tokenizer(model)
     dense = None if reference is None else load_model(reference, dtype=dtype, device=device)
     activations = None
     if calibration is not None:
         text = read_text(calibration, data=data)
         tokens = sample_windows(text, tokenizer, samples=samples, length=length or default_length(loaded), seed=seed)
-        activations = read_activations(loaded, tokens, input_groups(dense or loaded), track=track)
+        groups = input_groups(dense or loaded)
+        activations = read_activations(loaded, tokens, groups, track=TerminalTrack(console))
     results: list[EvalResult] = []
-    with open_engine(engine, address=address, workers=workers) as runs:
-        outcomes = runs.outcomes(
+    with open_run(engine, address=address, workers=workers, device=device, batch_size=batch_size, data=data) as how:
+        outcomes = how.engine.outcomes(
             loaded,
             tokenizer,
             tasks,
-            data=data,
-            batch_size=batch_size,
+            data=how.data,
+            batch_size=how.batch_size,
             path=Path(model) if Path(model).is_dir() else None,
             reference=dense,
             activations=activations,
-            workers=workers or CORES,
-            track=track,
+            workers=how.workers,
+            track=how.track,
         )
         for item, outcome in zip(tasks, outcomes, strict=True):
             if not isinstance(outcome, EvalResult):
@@ -101,34 +111,3 @@ def eval_command(
 
 def _score_row(task: str, metric: str, value: float, stderr: float | None, n: int) -> list[str]:
     return [task, metric, number(value), "" if stderr is None else number(stderr), f"{n:,}"]
-
-
-@app.command()
-def report(
-    directories: Annotated[list[Path], typer.Argument(help="Run or study directories")],
-    out: Annotated[Path, typer.Option(help="The page to write")] = Path("report.html"),
-    title: Annotated[str | None, typer.Option(help="Its heading")] = None,
-    files: Annotated[
-        Path | None, typer.Option(help="Folder for its tables as CSV and its line figures as SVG, for a paper")
-    ] = None,
-    force: Force = False,
-) -> None:
-    """Write one HTML page from run directories: tables and figures, no network, opens from disk."""
-    if out.exists() and not force:
-        raise FileExistsError(f"{out} exists; give another --out, or --force")
-    if files is not None and files.exists() and any(files.iterdir()) and not force:
-        raise FileExistsError(f"{files} is not empty; give another --files, or --force")
-    from eckart.reports import write_report  # plotly takes a second to import
-
-    console.print(f"{write_report(directories, out, title=title)}")
-    if files is not None:
-        console.print(tell_files(directories, files))
-
-
-def tell_files(directories: Sequence[Path], folder: Path) -> str:
-    """Write a report's tables and figures as files, and say in words where, and why there are no figures."""
-    from eckart.reports import read_runs, why_no_drawings, write_files
-
-    count = len(write_files(read_runs(directories), folder))
-    why = why_no_drawings()
-    return f"{count} files in {folder}" + (f"; {why}" if why else "")

@@ -1,4 +1,4 @@
-"""Commands that train: finetune."""
+"""`eckart finetune`: a model and labelled texts to a classifier."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Annotated
 import typer
 
 from eckart.calibration.cache import GRADIENTS
-from eckart.cli.app import Data, Device, Force, app, console
-from eckart.cli.terminal import TerminalTrack, number, table
+from eckart.cli.options import Data, Device, Force
+from eckart.cli.terminal import TerminalTrack, console, number, table
 from eckart.compression.tuning.finetuning import FineTuning, fine_tune
 
 
-@app.command()
-def finetune(
+def command(
     model: Annotated[str, typer.Argument(help="An encoder or a decoder: Hugging Face directory, hub name, or builtin")],
     out: Annotated[Path, typer.Argument(help="Directory for the fine-tuned checkpoint")],
     task: Annotated[str, typer.Option(help="cola, sst2, a .jsonl, .csv or .tsv file, or a hub data set")],

@@ -1,28 +1,28 @@
-"""Commands that answer from what was measured: pitfalls, the probing paper's three questions."""
+"""`eckart pitfalls`: the probing paper's three questions, answered from run directories. Needs no torch."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
+from rich.table import Table as Drawn
 
-from eckart.cli.app import Force, app, console
-from eckart.cli.terminal import table
-
-if TYPE_CHECKING:
-    from rich.table import Table as Drawn
-
-    from eckart.reports.tables import Table
+from eckart.cli.options import Force
+from eckart.cli.terminal import console, table
+from eckart.reports.pitfalls import answer
+from eckart.reports.runs import read_runs
+from eckart.reports.tables import Table
+from eckart.reports.verdicts import answers_data, sections
+from eckart.support.files import write_whole
 
 # Columns that belong to the number before them, and how they are written after it.
 AFTER = {"from": " [{}", "to": ", {}]", "error": " ± {}"}
 
 
-@app.command("pitfalls")
-def pitfalls_command(
+def command(
     directories: Annotated[list[Path], typer.Argument(help="Run or study directories, with probing results")],
     out: Annotated[Path | None, typer.Option(help="The answers as JSON, with every number in full")] = None,
     baseline: Annotated[str, typer.Option(help="The method that others are compared with")] = "svd",
@@ -39,14 +39,8 @@ def pitfalls_command(
     """
     if out is not None and out.exists() and not force:
         raise FileExistsError(f"{out} exists; give another --out, or --force")
-    from eckart.reports.pitfalls import answer
-    from eckart.reports.runs import read_runs
-    from eckart.reports.verdicts import answers_data, sections
-    from eckart.support.files import write_whole
-
     answers = answer(read_runs(directories), baseline=baseline, seed=seed)
-    found = sections(answers)
-    for section in found:
+    for section in sections(answers):
         console.print(f"[bold]{escape(section.title)}[/bold]", highlight=False)
         for part in section.tables:
             console.print(_drawn(part, "" if part.title == section.title else part.title))

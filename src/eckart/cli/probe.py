@@ -1,4 +1,4 @@
-"""Commands that look inside: probe, what each layer of a model knows."""
+"""`eckart probe`: what each layer of a model knows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,20 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from eckart.cli.app import CACHE, CORES, Batch, Cache, Data, Device, Dtype, Force, NoCache, Workers, app, console
-from eckart.cli.terminal import TerminalTrack, table
+from eckart.cli.options import (
+    CACHE,
+    CORES,
+    AnyModel,
+    Batch,
+    Cache,
+    Data,
+    Device,
+    Dtype,
+    Force,
+    NoCache,
+    Workers,
+)
+from eckart.cli.terminal import TerminalTrack, console, table
 from eckart.evals.hidden_states import Pooling
 from eckart.evals.probing import CHECK, Control
 from eckart.evals.result import EvalResult, Score, write_result
@@ -18,9 +30,8 @@ from eckart.evals.tasks import Task, evaluate, find_task
 from eckart.models.loading import load_model, load_tokenizer
 
 
-@app.command("probe")
-def probe_command(
-    model: Annotated[str, typer.Argument(help="Dense or compressed: a Hugging Face directory, a hub name, or builtin")],
+def command(
+    model: AnyModel,
     task: Annotated[
         list[str],
         typer.Option(help="cola, sst2, truthfulqa, a .jsonl, .csv or .tsv file, or a hub data set (repeatable)"),

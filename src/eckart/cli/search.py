@@ -16,9 +16,10 @@ from eckart.allocation.search.criteria import Criterion, accuracy_score, labelle
 from eckart.allocation.search.surgical import SearchResult, Tolerance, search
 from eckart.allocation.search.trials import SHARES, planned
 from eckart.calibration.moments import calibration_digest
-from eckart.cli.app import (
+from eckart.cli.options import (
     CACHE,
     CORES,
+    ENGINE,
     Address,
     Batch,
     Cache,
@@ -29,11 +30,9 @@ from eckart.cli.app import (
     Force,
     NoCache,
     Workers,
-    app,
-    console,
+    parse_options,
 )
-from eckart.cli.compress import parse_options
-from eckart.cli.terminal import TerminalTrack, number, table
+from eckart.cli.terminal import TerminalTrack, console, number, table
 from eckart.compression.spectra import spectra_on_demand
 from eckart.data.corpora import read_text
 from eckart.data.tokens import encode, sample_windows
@@ -49,8 +48,7 @@ from eckart.support.files import write_whole
 ROWS = 10
 
 
-@app.command("search")
-def search_command(
+def command(
     model: Annotated[str, typer.Argument(help="Dense: a Hugging Face directory, a hub name, or builtin")],
     plan: Annotated[Path, typer.Argument(help="Where the ranks go, as JSON; `compress --plan` takes it")],
     method: Annotated[str, typer.Option(help="See `eckart methods`")] = "sfsd",
@@ -81,7 +79,7 @@ def search_command(
     device: Device = "cpu",
     batch_size: Batch = 8,
     workers: Workers = None,
-    engine: EngineName = "local",
+    engine: EngineName = ENGINE,
     address: Address = None,
     cache: Cache = CACHE,
     no_cache: NoCache = False,

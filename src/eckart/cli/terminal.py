@@ -1,7 +1,9 @@
-"""Terminal: progress and tables for people. The only file that knows rich."""
+"""Terminal: progress and tables for people."""
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -13,6 +15,8 @@ from rich.table import Table
 
 T = TypeVar("T")
 
+# What is not a terminal, a file or a pipe, has room for a wide table.
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 # A log file gets a line this often; a terminal gets a live bar.
 LOG_SECONDS = 30.0
 

@@ -1,9 +1,9 @@
 """The Hugging Face face: a compressed model is a checkpoint that stock `from_pretrained` builds and loads.
 
-transformers calls a plug-in for stored weight formats a "quantizer"; importing this file registers ours. `config.json`
-then carries, under `quantization_config`, a format number and the rank map; the loader builds the model empty, swaps
-each named linear for a LowRankLinear, checks the files against it, and loads. A right factor that several linears share
-is a tensor of the one that lends it, on disk as in memory, so the model has no tied tensors because of it.
+transformers calls a plug-in for stored weight formats a "quantizer"; `registration` enters ours. `config.json` carries,
+under `quantization_config`, a format number and the rank map; the loader builds the model empty, swaps each named
+linear for a LowRankLinear, checks the files against it, and loads. A right factor that several linears share is a
+tensor of the one that lends it, on disk as in memory, so the model has no tied tensors because of it.
 """
 
 from __future__ import annotations
@@ -20,20 +20,15 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.lowrank.pivoting import check_order
 from eckart.models.dense import export_dense
 from eckart.models.families import is_linear
 from eckart.models.linear import LowRankLinear
+from eckart.models.registration import QUANT_METHOD
 from eckart.models.sites import low_rank_modules, read_weight, replace_module
 
-QUANT_METHOD = "eckart"
 # 1: plain factors, each linear with its own. 2: pivoted layouts and shared right factors as well.
 FORMATS = (1, 2)
 
@@ -167,13 +162,6 @@ class LowRankQuantizer(HfQuantizer):
         """`model.dequantize()` is `export_dense`, so that what it gives can be saved; None keeps the model's type."""
         model = export_dense(model)
         return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
-
-
-def register() -> None:
-    """Make stock `from_pretrained` read our checkpoints. Called once, by `import eckart`."""
-    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(QUANT_METHOD)(LowRankConfig)
-        register_quantizer(QUANT_METHOD)(LowRankQuantizer)
 
 
 def describe(model: PreTrainedModel, recipe: Mapping[str, Any] | None = None) -> None:
@@ -336,6 +324,3 @@ def _block_prefix(name: str) -> str:
     """ "layers.3.mlp.down_proj" -> "layers.": everything under the list of blocks."""
     match = re.match(r"(.*?)\d+\.", name)
     return match[1] if match else name
-
-
-register()

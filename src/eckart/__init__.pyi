@@ -1,0 +1,45 @@
+# The names of the face, each with the file that it comes from. `eckart/__init__.py` reads them here when it is imported
+# and imports a file when one of its names is used; type checkers and editors read them here too.
+# ruff: noqa: I001 (in the order of use, not of the alphabet)
+
+# load
+from .data.corpora import read_text as read_text
+from .data.labelled import Labelled as Labelled, read_labelled as read_labelled
+from .data.tokens import Tokens as Tokens, sample_documents as sample_documents, sample_windows as sample_windows
+from .models.checkpoint import CheckpointError as CheckpointError
+from .models.families import UnsupportedModelError as UnsupportedModelError
+from .models.loading import load_model as load_model, load_tokenizer as load_tokenizer
+
+# plan
+from .allocation import Budget as Budget, RankPlan as RankPlan, Rule as Rule, plan as plan
+from .allocation.search.loss_weights import probe_linears as probe_linears
+from .allocation.search.surgical import SearchResult as SearchResult, Tolerance as Tolerance, search as search
+
+# calibrate
+from .calibration.moments import Calibration as Calibration
+from .calibration.moments import calibrate as calibrate, calibrate_by_block as calibrate_by_block
+from .calibration.sequential import SequentialCalibration as SequentialCalibration
+
+# compress
+from .compression.replace import CompressionReport as CompressionReport, compress as compress
+from .compression.tuning.finetuning import FineTuning as FineTuning, fine_tune as fine_tune
+from .compression.tuning.refinement import Refinement as Refinement
+from .lowrank import METHODS as METHODS, Method as Method, build_method as build_method
+from .models.linear import LowRankLinear as LowRankLinear
+from .runs.composition import COMPOSITIONS as COMPOSITIONS, Composition as Composition
+from .runs.out_of_core import compress_out_of_core as compress_out_of_core
+
+# save
+from .models.dense import export_dense as export_dense
+from .models.loading import save as save
+
+# evaluate
+from .evals.probing import probe as probe
+from .evals.result import EvalResult as EvalResult
+from .evals.tasks import Task as Task, evaluate as evaluate
+
+# run
+from .runs.experiment import run as run
+from .runs.recipe import Recipe as Recipe, load_recipe as load_recipe, parse_recipe as parse_recipe
+from .runs.how import How as How
+from .runs.in_memory import make_checkpoint as make_checkpoint

@@ -1,0 +1,26 @@
+"""`eckart evaluations`: the tables of what measures, and of what is read for it."""
+
+from __future__ import annotations
+
+from eckart.cli.terminal import console, table
+from eckart.data.corpora import CORPORA
+from eckart.data.labelled import LABELLED
+from eckart.evals.harness_tasks import LOCAL_TASKS
+from eckart.evals.tasks import EVALUATIONS
+
+
+def command() -> None:
+    """List what can be measured: evaluations, the corpora and labelled sets that they read, the local tasks."""
+    rows = [
+        [f"{name}:{row.argument.upper()}" if row.argument else name, row.about] for name, row in EVALUATIONS.items()
+    ]
+    console.print(table("Evaluations", ["name", "what it measures"], rows, text_columns=2))
+    rows = [[name, corpus.hub or "", ", ".join(corpus.files)] for name, corpus in CORPORA.items()]
+    console.print(
+        table("Corpora (or a file, or a hub data set)", ["name", "hub", "local splits"], rows, text_columns=3)
+    )
+    rows = [[name, f"{known.hub}:{known.config}", ", ".join(known.splits)] for name, known in LABELLED.items()]
+    console.print(
+        table("Labelled sets (or a file, or a hub data set)", ["name", "hub", "splits"], rows, text_columns=3)
+    )
+    console.print(f"lm-eval tasks that local files serve: {', '.join(LOCAL_TASKS)}; any other is read from the hub")

@@ -1,0 +1,117 @@
+"""What several commands share: their options, each written once, and what is made of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eckart.cli.terminal import TerminalTrack, console
+
+if TYPE_CHECKING:
+    from eckart.runs.how import How
+
+# The model, and how it is loaded
+AnyModel = Annotated[str, typer.Argument(help="Dense or compressed: a Hugging Face directory, a hub name, or builtin")]
+DenseModel = Annotated[str, typer.Argument(help="Dense: a Hugging Face directory, a hub name, or builtin")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps")]
+
+# Its linears, and their ranks
+MethodOptions = Annotated[
+    list[str] | None, typer.Option("--option", help="Setting of the method, NAME=VALUE (repeatable)")
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(help="Only these sites: a part (mlp), a role (q_proj) or a pattern (repeatable)"),
+]
+Exclude = Annotated[list[str] | None, typer.Option(help="Not these sites (repeatable)")]
+Blocks = Annotated[str | None, typer.Option(help="Only these blocks: 'last 12', 'first 4', '8-19', '0,5,7'")]
+RankMultiple = Annotated[int, typer.Option(min=1, help="Ranks are multiples of this; 32 is fast in bfloat16")]
+
+# The calibration text
+CalibrationText = Annotated[
+    str, typer.Option(help="Corpus name, .txt or .jsonl(.gz) file, 'builtin', or hub data set owner/name")
+]
+CalibrationSplit = Annotated[str, typer.Option(help="Split of the calibration corpus")]
+CalibrationSeed = Annotated[int, typer.Option(help="Which calibration windows are drawn")]
+TextColumn = Annotated[str | None, typer.Option(help="Field that holds the text")]
+
+# Where it runs, how fast, and what is kept
+Data = Annotated[Path | None, typer.Option(help="Folder with local copies of known corpora; default: ask the hub")]
+Batch = Annotated[int, typer.Option(min=1, help="Calibration rows at a time: memory and speed only")]
+CORES = os.cpu_count() or 1
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Probes trained at a time, or workers of --engine ray; default every core: speed only"),
+]
+ENGINE = "local"
+EngineName = Annotated[
+    str,
+    typer.Option("--engine", help="Where work runs: local (this process) or ray (a worker for each core of a cluster)"),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Head of a Ray cluster, HOST:PORT, or auto; default with --engine ray: this machine's own cores"),
+]
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "eckart"
+Cache = Annotated[Path, typer.Option(help="Folder for calibration moments, reused by content; safe to delete")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep no moments on disk")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there, once the new one is complete")]
+
+
+@contextmanager
+def open_run(
+    engine: str,
+    *,
+    address: str | None,
+    workers: int | None,
+    device: str,
+    batch_size: int,
+    data: Path | None,
+    cache: Path | None = None,
+    no_cache: bool = False,
+) -> Iterator[How]:
+    """The options of where and how fast as the `How` of a run; its engine is open for the `with` block.
+
+    Raises:
+        ValueError: no such engine, or a cluster that cannot be had.
+    """
+    # Not above: torch takes seconds, and some commands that have options of this file do without it.
+    from eckart.runs.engine.on_cluster import open_engine
+    from eckart.runs.how import How
+
+    with open_engine(engine, address=address, workers=workers) as opened:
+        kept = None if no_cache else cache
+        yield How(device, batch_size, kept, data, TerminalTrack(console), workers or CORES, opened)
+
+
+def parse_options(method: str, pairs: list[str]) -> dict[str, object]:
+    """{"alpha": 1.0} out of ["alpha=1"]: values become numbers where the method's default is one.
+
+    Raises:
+        ValueError: not NAME=VALUE, or not a number where one is needed.
+    """
+    from eckart.compression.baselines import BASELINES, baseline_options
+    from eckart.runs.composition import composition_options
+
+    defaults = baseline_options(method) if method in BASELINES else composition_options(method)
+    options: dict[str, object] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--option {pair!r} is not NAME=VALUE")
+        if isinstance(defaults.get(key), bool):
+            if value not in ("true", "false"):
+                raise ValueError(f"--option {key}: {value!r} is neither true nor false")
+            options[key] = value == "true"
+            continue
+        try:
+            options[key] = float(value) if isinstance(defaults.get(key), float) else value
+        except ValueError as error:
+            raise ValueError(f"--option {key}: {value!r} is not a number") from error
+    return options

@@ -1,0 +1,69 @@
+"""The application: its commands are the files that hold one, listed without importing them, and how it ends."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from eckart.cli import app
+from eckart.cli.app import COMMANDS, first_line, load_command
+from tiny import Run
+
+
+def test_every_file_with_a_command_is_listed() -> None:
+    files = Path(app.__file__).parent.glob("*.py")
+    assert {file.stem for file in files if "\ndef command(" in file.read_text()} == set(COMMANDS)
+    assert len(set(COMMANDS)) == len(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_listed_as_it_says(name: str) -> None:
+    command = load_command(name)
+    assert command.name == name
+    assert (command.help or "").splitlines()[0] == first_line(name)
+    assert all(parameter.help for parameter in command.params if parameter.name != "help"), name  # type: ignore[attr-defined]
+
+
+def test_the_help_and_the_version(run: Run) -> None:
+    status, printed = run("--help")
+    assert status == 0
+    assert all(first_line(name) in printed for name in COMMANDS)
+    status, printed = run("--version")
+    assert (status, printed) == (0, f"eckart {version('eckart')}\n")
+    status, printed = run("compress", "--help")
+    assert status == 0
+    assert "eckart compress MODEL OUT --max-bytes" in printed
+    status, printed = run("serach")
+    assert status == 2
+    assert "Did you mean 'search'" in printed
+
+
+class Broken(ModuleType):
+    """A file of a command that raises."""
+
+    error: Exception
+
+    def __getattr__(self, name: str) -> object:
+        raise self.error
+
+
+def test_what_ends_with_one_line_and_what_does_not(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from eckart.lowrank import DecompositionError
+
+    broken = Broken("eckart.cli.demo")
+    monkeypatch.setitem(sys.modules, "eckart.cli.demo", broken)
+    for error in (ModuleNotFoundError("No module named 'torch'"), DecompositionError("4 x 4: no"), ValueError("[x]")):
+        broken.error = error
+        status, printed = run("demo")
+        assert (status, printed) == (2, f"error: {error}\n")
+    broken.error = RuntimeError("out of memory")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run("demo")
+    monkeypatch.setenv("ECKART_DEBUG", "1")
+    broken.error = ValueError("told whole")
+    with pytest.raises(ValueError, match="told whole"):
+        run("demo")
