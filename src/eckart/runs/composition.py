@@ -27,6 +27,7 @@ class Allocation(BaseModel):
     """How a budget is shared out: a name of `allocation.ALLOCATIONS`, or a search that measures the model.
 
     Attributes:
+        name: uniform is the same share everywhere; docs/methods.md has the others.
         shares: of per-role, {role: weight}.
         weights: of global: "equal" takes the method's own losses as they are, "probes" measures what they are worth.
         exact: of global: the true optimum.
