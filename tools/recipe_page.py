@@ -1,6 +1,6 @@
 """docs/recipe.md, from the fields of `Recipe` and of its sections: every key, its type, its default, its meaning.
 
-    python tools/recipe_page.py          # writes docs/recipe.md
+python tools/recipe_page.py          # writes docs/recipe.md
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HEAD = """# The recipe: every key
 
 A recipe is one run as data, in YAML: everything that changes a number, and nothing else. Where and how fast a run goes
 (device, batch size, cache, data folder) are options of the command. `eckart run RECIPE.yaml --out DIR` carries it out;
-the [examples](../examples) are recipes that run as they are. An unknown key is an error that names the nearest known one.
+the [examples](../examples) are recipes that run as they are. An unknown key is an error that names the nearest one.
 
 Of the budgets `keep`, `keep_total`, `max_bytes`, `rules` and `plan` exactly one is given. This page is made from the
 fields by `python tools/recipe_page.py`, and a test compares them.

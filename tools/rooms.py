@@ -2,7 +2,7 @@
 
     python tools/rooms.py                               # of this checkout
     python tools/rooms.py OTHER/src                     # of another one, older ones included
-    python tools/rooms.py OTHER/src --follow asvd-i     # runs `eckart compress builtin` there and lists the files it enters
+    python tools/rooms.py OTHER/src --follow asvd-i     # runs `eckart compress builtin` there, lists the files it enters
 
 A room is a module or a package directly below `eckart`. An arrow is a room that imports another one, anywhere in it. A
 room's floor is one above the highest room that it imports; rooms that need each other share one. Imports are read by
@@ -26,8 +26,10 @@ import grimp
 PACKAGE = "eckart"
 HERE = Path(__file__).resolve().parents[1] / "src"
 # Of the command, calibrated on little: which files are entered does not depend on how much text there is.
-COMMAND = ("compress", "builtin", "OUT", "--keep", "0.7", "--calibration", "builtin/prose", "--samples", "16")
-COMMAND = (*COMMAND, "--length", "32", "--no-cache")
+COMMAND = (
+    *("compress", "builtin", "OUT", "--keep", "0.7", "--no-cache"),
+    *("--calibration", "builtin/prose", "--samples", "16", "--length", "32"),
+)
 # Notes each file of the package in which a function runs, in the order of the first call. Calls made by imports
 # (decorators, tables that are built) are not part of the way.
 TRACER = """
@@ -117,8 +119,8 @@ def circles_of(needs: dict[str, frozenset[str]] | dict[str, set[str]]) -> list[l
         for name in reach:
             if middle in reach[name]:
                 reach[name] |= reach[middle]
-    inside = {frozenset(other for other in reach[name] if name in reach[other]) for name in reach if name in reach[name]}
-    return sorted(sorted(circle) for circle in inside if len(circle) > 1)
+    groups = {frozenset(other for other in others if name in reach[other]) for name, others in reach.items()}
+    return sorted(sorted(group) for group in groups if len(group) > 1)
 
 
 def follow(source: Path, method: str) -> dict[str, str]:
