@@ -1,10 +1,16 @@
 """The documents: lines that fit, links and paths that lead somewhere, pages made from the code that are not stale."""
 
 import re
+import runpy
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import BaseModel
+
+import eckart
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "eckart"
@@ -58,3 +64,80 @@ def test_every_document_has_its_line_in_the_index() -> None:
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     pages = {file.name for file in (ROOT / "docs").iterdir() if file.suffix in {".md", ".ipynb"}} - {"index.md"}
     assert pages == set(re.findall(r"\]\(([\w-]+\.(?:md|ipynb))\)", index))
+
+
+def tool(name: str) -> dict[str, Any]:
+    """What is in a script of tools/."""
+    return runpy.run_path(str(ROOT / "tools" / f"{name}.py"))
+
+
+def test_the_page_of_the_recipe_is_not_stale() -> None:
+    written = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    assert written == tool("recipe_page")["page"](), "run python tools/recipe_page.py"
+
+
+def test_a_key_without_a_description_is_refused() -> None:
+    class Bare(BaseModel):
+        """A section."""
+
+        speed: int = 3
+
+    with pytest.raises(ValueError, match="speed has no description"):
+        tool("recipe_page")["section_text"]("bare", Bare)
+
+
+def test_modules_in_the_changelog_are_there() -> None:
+    rows = re.findall(r"^\| `[\w.]+` \| `([\w.]+)` \|$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert len(rows) > 50
+    for name in rows:
+        place = PACKAGE.joinpath(*name.split("."))
+        assert place.with_suffix(".py").is_file() or (place / "__init__.py").is_file(), name
+
+
+def test_the_tutorial_runs() -> None:
+    notebook = tool("tutorial")["run_tutorial"]()
+    printed = "".join(
+        output.text
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if output.output_type == "stream"
+    )
+    by_hand = re.findall(r"(?:by hand|its entry): +([\d.]+)", printed)
+    tails = re.findall(r"asvd-i(?:, tail|, measured|\)): +([\d.]+)", printed)
+    assert len(by_hand) == 2
+    assert len(set(by_hand)) == 1
+    assert len(tails) == 3
+    assert len(set(tails)) == 1
+    assert "identical logits: True" in printed
+
+
+@pytest.mark.slow
+def test_the_reference_is_built(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "reference.py"), "--out", str(tmp_path)]
+    subprocess.run(command, check=True, timeout=600)
+    reference = (tmp_path / "eckart.html").read_text(encoding="utf-8")
+    for name in eckart.__all__:
+        assert f'id="{name}"' in reference, name
+    assert (tmp_path / "eckart" / "lowrank" / "factors.html").is_file()
+    assert 'href="methods.html' in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+def test_rooms_are_counted(tmp_path: Path) -> None:
+    """A house of three rooms, two of which need each other, in place of the package."""
+    files = {
+        "__init__.py": "",
+        "top.py": "import eckart.left, eckart.right",
+        "left/__init__.py": "",
+        "left/a.py": "from eckart.right import b",
+        "right/__init__.py": "",
+        "right/b.py": "def late():\n    import eckart.left.a",
+        "low.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / "eckart" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "eckart" / name).write_text(text)
+    command = [sys.executable, str(ROOT / "tools" / "rooms.py"), str(tmp_path)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    assert "4 rooms on 2 floors, 4 arrows, 6 modules" in printed
+    assert "1 circles of imports\n  eckart.left.a, eckart.right.b" in printed

@@ -35,7 +35,7 @@ BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 def page() -> str:
     """The whole document. Raises ValueError for a key without a description, by name."""
     sections = _sections(Recipe)
-    return HEAD + "".join(_section(key, section) for section, key in sections.items())
+    return HEAD + "".join(section_text(key, section) for section, key in sections.items())
 
 
 def _sections(start: type[BaseModel]) -> dict[type[BaseModel], str]:
@@ -53,7 +53,8 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for argument in get_args(annotation) for model in _models_in(argument)]
 
 
-def _section(key: str, section: type[BaseModel]) -> str:
+def section_text(key: str, section: type[BaseModel]) -> str:
+    """One section with its keys, under a heading. Raises ValueError for a key without a description."""
     first = (section.__doc__ or "").strip().split("\n")[0]
     lines = ["", f"## {key}" if key else "## A recipe", "", *_fill(_in_words(first), ""), ""]
     for name, field in section.model_fields.items():

@@ -2,7 +2,7 @@
 
     python tools/rooms.py                               # of this checkout
     python tools/rooms.py OTHER/src                     # of another one, older ones included
-    python tools/rooms.py OTHER/src --follow asvd-i     # runs `eckart compress builtin` there, lists the files it enters
+    python tools/rooms.py OTHER/src --follow asvd-i     # runs `eckart compress` there, lists the files it enters
 
 A room is a module or a package directly below `eckart`. An arrow is a room that imports another one, anywhere in it. A
 room's floor is one above the highest room that it imports; rooms that need each other share one. Imports are read by
@@ -159,8 +159,8 @@ def main() -> None:
         print(f"  {', '.join(circle)}")
     if given.follow:
         entered = follow(source, given.follow)
-        rooms = {name.split("/")[0] for name in entered}
-        print(f"{len(entered)} files in {len(rooms)} rooms from `eckart compress` to the checkpoint, {given.follow}:")
+        passed = {name.split("/")[0] for name in entered}
+        print(f"{len(entered)} files in {len(passed)} rooms from `eckart compress` to the checkpoint, {given.follow}:")
         for name, function in entered.items():
             print(f"  {name}: {function}")
 
