@@ -1,6 +1,6 @@
 """Recipe: one run as data. It holds everything that changes a number, and nothing else.
 
-Where and how fast a run goes (device, batch size, cache, data folder) is the command line's; see `workbench.How`.
+Where and how fast a run goes (device, batch size, cache, data folder) is the command line's; see `How`.
 docs/recipe.md is made of the descriptions of the fields, by `python tools/recipe_page.py`.
 """
 
