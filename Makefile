@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-all bench lint format train-builtin clean
+.PHONY: setup demo test test-all bench docs lint format train-builtin clean
 
 setup: $(READY)
 
@@ -32,6 +32,12 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The reference and the documents as pages in build/docs; what is made from the code is made anew.
+docs: $(READY)
+	$(BIN)/python tools/recipe_page.py
+	$(BIN)/python tools/tutorial.py
+	$(BIN)/python tools/reference.py --out build/docs
 
 # Tables on the terminal, JSON in runs/bench; docs/results.md, docs/scale.md and docs/probing.md have the long runs.
 bench: $(READY)

@@ -114,7 +114,8 @@ def layers(arguments: argparse.Namespace, width: int, dtype: torch.dtype) -> Ite
             if arguments.compile:
                 made = {name: torch.compile(module) for name, module in made.items()}  # type: ignore[misc]
             for rows in arguments.rows:
-                x = torch.randn(1 if rows == PROMPT else rows, rows if rows == PROMPT else 1, width, **where)  # type: ignore[call-overload]
+                shape = (1, rows, width) if rows == PROMPT else (rows, 1, width)
+                x = torch.randn(*shape, **where)  # type: ignore[call-overload]
                 runs = {name: partial(module, x) for name, module in made.items()}
                 yield {
                     "what": f"{d_out} x {width}",
@@ -161,7 +162,8 @@ def llama(width: int, blocks: int, device: torch.device, dtype: torch.dtype) -> 
         max_position_embeddings=PROMPT + CACHED,
     )
     with torch.device(device):
-        return LlamaForCausalLM._from_config(config, dtype=dtype).eval()  # noqa: SLF001 (transformers' only way to a type)
+        # transformers has no other way to a type
+        return LlamaForCausalLM._from_config(config, dtype=dtype).eval()  # noqa: SLF001
 
 
 def replaced(

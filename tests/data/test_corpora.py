@@ -229,7 +229,7 @@ def test_windows_are_whole_stretches_without_overlap() -> None:
 
 def test_the_seed_decides() -> None:
     def drawn(seed: int) -> set[int]:
-        return set(sample_windows(numbers(5000), Numbers(), samples=20, length=10, seed=seed).ids[:, 0].tolist())  # type: ignore[arg-type]
+        return set(sample_windows(numbers(5000), Numbers(), samples=20, length=10, seed=seed).ids[:, 0].tolist())
 
     assert drawn(0) == drawn(0)
     assert len({frozenset(drawn(seed)) for seed in range(5)}) == 5
@@ -258,7 +258,7 @@ def test_sizes_are_positive(sample: Any) -> None:
 
 def test_documents_run_on_across_windows() -> None:
     text = Text(("0 1 2", "3 4", "5 6 7"), " ", {"corpus": "rows"})
-    assert sample_windows(text, Numbers(), samples=2, length=4).ids.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]  # type: ignore[arg-type]
+    assert sample_windows(text, Numbers(), samples=2, length=4).ids.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_encode_keeps_the_tokenizers_specials() -> None:

@@ -63,7 +63,7 @@ def test_a_line_for_each_method_and_a_panel_for_each_corpus(study: Collection) -
 def test_a_method_looks_the_same_in_every_figure(study: Collection) -> None:
     look = looks_of(study)["asvd-i"]
     for chart in (perplexity(study), divergence(study)):
-        traces = [t for found in chart.views for t in found.figure.data if t.name == "asvd-i"]  # type: ignore[union-attr]
+        traces = [t for found in chart.views for t in found.figure.data if t.name == "asvd-i"]
         assert {trace.line.color for trace in traces} == {look.color}
     bars = view(tasks(study), "sable-60M", "keep 0.7", "acc").figure.data[0]
     assert bars.marker.color[list(bars.y).index("asvd-i")] == look.color
@@ -163,7 +163,7 @@ def test_a_classifier_is_a_task_among_others(tmp_path: Path) -> None:
         assert chart is not None
         assert "probing" not in {cells[3].text for cells in chart.table.rows}
         assert {cells[3].text for cells in chart.table.rows} == {"cola"}
-    assert {found.choices[2] for found in tasks(collection).views} == {"mcc", "accuracy", "f1"}  # type: ignore[union-attr]
+    assert {found.choices[2] for found in tasks(collection).views} == {"mcc", "accuracy", "f1"}
 
 
 def test_stereoset_by_domain(study: Collection) -> None:

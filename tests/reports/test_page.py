@@ -24,7 +24,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 def stored(page: str) -> dict[str, object]:
     found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
     assert found
-    return json.loads(found[1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))  # type: ignore[no-any-return]
+    return json.loads(found[1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def without_plotly(page: str) -> str:

@@ -67,7 +67,10 @@ def run_demo(
     statistics = calibrate(model, tokens, build_method("asvd-i"), track=track)
 
     def row(name: str, keep: float, candidate: torch.nn.Module) -> DemoRow:
-        values = [perplexity(candidate, stream, length=LENGTH, limit=WINDOWS).value for stream in streams]  # type: ignore[arg-type]
+        values = [
+            perplexity(candidate, stream, length=LENGTH, limit=WINDOWS).value  # type: ignore[arg-type]
+            for stream in streams
+        ]
         params = num_params(candidate)
         speed = 1.0 if candidate is model else decode_speed(candidate, model)  # type: ignore[arg-type]
         return DemoRow(name, keep, values[0], values[1], params, params * stored_bytes, speed)

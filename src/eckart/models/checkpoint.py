@@ -305,7 +305,8 @@ def read_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
     """
     try:
         with safe_open(file, framework="pt") as tensors:
-            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118 (not a mapping)
+            names = tensors.keys()  # tensors are no mapping: they cannot be iterated themselves
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in names}
     except (OSError, SafetensorError) as error:
         raise damaged(file, error) from error
 

@@ -1,6 +1,7 @@
 """Recipe: one run as data. It holds everything that changes a number, and nothing else.
 
 Where and how fast a run goes (device, batch size, cache, data folder) is the command line's; see `how.How`.
+docs/recipe.md is made of the descriptions of the fields, by `python tools/recipe_page.py`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,18 @@ AROUND = ("allocation", "layout", "order", "joint", "refit", "refine", "distil",
 # What a budget of this kind says itself.
 DECIDED = {"rules": ("sites", "allocation"), "plan": ("sites", "allocation", "layout", "joint")}
 
+# Descriptions that several sections share.
+INCLUDE: Any = Field(
+    default_factory=list,
+    description="parts (mlp), roles (q_proj) or shell patterns (model.layers.*.mlp.*) of linears; default: all",
+)
+EXCLUDE: Any = Field(default_factory=list, description="the same, of those that stay dense")
+BLOCKS: Any = Field(None, description='"last 12", "first 4", "last 3/8", "8-19" (from 0, both ends in), "0,5,7"')
+STEPS = "of one batch each; 0 is none of it"
+RATE = "largest step of a number, relative to the root mean square of its tensor"
+BATCH = "samples in a step"
+OWN = "default: the method's own"
+
 
 class Section(BaseModel):
     """A part of a recipe: unknown keys are refused, values do not change."""
@@ -44,8 +57,11 @@ class Section(BaseModel):
 class MethodSection(Section):
     """A composition (best), a method of the catalogue, or a baseline (int8, int4, llm-pruner), and its settings."""
 
-    name: str = "best"
-    options: dict[str, Any] = Field(default_factory=dict)
+    name: str = Field("best", description="see `eckart methods`; a name in place of the section stands for itself")
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="settings of the method, which `eckart methods NAME` lists with their defaults",
+    )
 
     @model_validator(mode="after")
     def _known(self) -> MethodSection:
@@ -68,41 +84,46 @@ class MethodSection(Section):
 class SitesSection(Section):
     """Which linears are compressed: see `select_sites`. The others stay dense, and are not counted in keep."""
 
-    include: list[str] = Field(default_factory=list)
-    exclude: list[str] = Field(default_factory=list)
-    blocks: str | None = None
+    include: list[str] = INCLUDE
+    exclude: list[str] = EXCLUDE
+    blocks: str | None = BLOCKS
 
 
 class RefineSection(Section):
-    """Gradient steps on each block: see `refinement.Refinement`. No steps, no refinement."""
+    """Gradient steps on each block, undone where they do not help: see `refinement.Refinement`."""
 
-    steps: int = Field(Refinement.steps, ge=0)
-    rate: float = Field(Refinement.rate, gt=0, lt=1)
+    steps: int = Field(Refinement.steps, ge=0, description=STEPS)
+    rate: float = Field(Refinement.rate, gt=0, lt=1, description=RATE)
 
 
 class RuleSection(Section):
-    """Sites that keep a share of their parameters: see `allocation.Rule`."""
+    """Linears that keep a share of their numbers: see `allocation.Rule`."""
 
-    keep: float = Field(gt=0, le=1)
-    include: list[str] = Field(default_factory=list)
-    exclude: list[str] = Field(default_factory=list)
-    blocks: str | None = None
+    keep: float = Field(gt=0, le=1, description="share of the numbers of each linear kept")
+    include: list[str] = INCLUDE
+    exclude: list[str] = EXCLUDE
+    blocks: str | None = BLOCKS
 
 
 class CalibrationSection(Section):
     """Which text calibrates, and how it is cut."""
 
-    corpus: str = "wikitext2"
-    split: str = "train"
-    column: str | None = None
-    samples: int = Field(256, gt=0)
-    length: int | None = Field(None, gt=0, description="default: the context, or the model's positions if fewer")
-    seed: int = 0
+    corpus: str = Field(
+        "wikitext2",
+        description="a known corpus, a hub data set, a .txt or .jsonl(.gz) file, or several, joined by +: ptb+c4",
+    )
+    split: str = Field("train", description="which split of it is read")
+    column: str | None = Field(None, description="field that holds the text; default: the corpus's own, or text")
+    samples: int = Field(256, gt=0, description="windows or documents that the statistics are made of")
+    length: int | None = Field(
+        None, gt=0, description="tokens of a sample; default: the context, or the model's positions if fewer"
+    )
+    seed: int = Field(0, description="draws the samples")
     cut: Literal["windows", "documents"] | None = Field(
-        None, description="default: windows of a stream for decoders, documents for encoders"
+        None, description="how text becomes samples; default: windows of a stream for decoders, documents for encoders"
     )
     aside: float = Field(
-        0.125, gt=0, lt=1, description="share of the samples kept aside where something has to prove itself on them"
+        0.125, gt=0, lt=1, description="share of the samples held out to judge refit, refinement and distillation by"
     )
     fisher: Literal["gathered", "recorded"] = Field(
         "gathered",
@@ -113,11 +134,15 @@ class CalibrationSection(Section):
 class EvaluationSection(Section):
     """One evaluation of the dense and of the compressed model."""
 
-    task: str
-    split: str = "test"
-    column: str | None = None
-    length: int | None = Field(None, gt=1)
-    limit: int | None = Field(None, gt=0)
+    task: str = Field(
+        description="EVALUATION:CORPUS or EVALUATION:TASK, see `eckart evaluations`; a name in place of the section"
+    )
+    split: str = Field("test", description="which split is read; of text and tasks, also sfsd-search, sfsd-evaluation")
+    column: str | None = Field(None, description="field that holds the text; default: the corpus's own, or text")
+    length: int | None = Field(
+        None, gt=1, description="tokens of a window; of cost, of the prompt; default: the context, or the positions"
+    )
+    limit: int | None = Field(None, gt=0, description="windows, questions or texts read at most; default: all")
     shots: int | None = Field(None, ge=0, description="examples in front of each question; default: the task's own")
     seed: int = Field(0, description="draws those examples")
     leave_out_long: bool = Field(False, description="StereoSet: leave out what is past the model's positions")
@@ -137,48 +162,68 @@ class EvaluationSection(Section):
 
 
 class DistilSection(Section):
-    """Gradient steps on the whole model: see `distillation.Distillation`. No steps, no distillation."""
+    """Gradient steps on the whole model towards the dense model's predictions: see `distillation.Distillation`."""
 
-    steps: int = Field(Distillation.steps, ge=0)
-    rate: float = Field(Distillation.rate, gt=0, lt=1)
-    batch: int = Field(Distillation.batch, gt=0)
+    steps: int = Field(Distillation.steps, ge=0, description=STEPS)
+    rate: float = Field(Distillation.rate, gt=0, lt=1, description=RATE)
+    batch: int = Field(Distillation.batch, gt=0, description=BATCH)
 
 
 class RecoverSection(Section):
-    """A short fine-tuning of the compressed model: see `recovery.Recovery`. No steps, no recovery."""
+    """A short fine-tuning of the compressed model, never undone: see `recovery.Recovery`."""
 
-    steps: int = Field(Recovery.steps, ge=0)
-    rate: float = Field(Recovery.rate, gt=0, lt=1)
-    batch: int = Field(Recovery.batch, gt=0)
+    steps: int = Field(Recovery.steps, ge=0, description=STEPS)
+    rate: float = Field(Recovery.rate, gt=0, lt=1, description=RATE)
+    batch: int = Field(Recovery.batch, gt=0, description=BATCH)
     corpus: str | None = Field(None, description="of a classifier: the labelled set that it recovers on")
 
 
 class Recipe(Section):
     """A model, a method, an allocation, a calibration, and what to measure."""
 
-    model: str
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    method: MethodSection = MethodSection()
-    keep: float | None = Field(None, gt=0, le=1, description="share of the chosen linears' numbers kept")
-    keep_total: float | None = Field(None, gt=0, le=1, description="share of the whole model's numbers kept")
-    max_bytes: int | None = Field(None, gt=0, description="of the weight files")
-    rules: list[RuleSection] | None = Field(None, description="shares by place, the first that matches decides")
-    plan: str | None = Field(None, description="a plan.json, perhaps edited by hand")
-    sites: SitesSection = SitesSection()
-    allocation: Allocation | None = None
-    layout: Layout | None = None
-    order: Order | None = None
-    joint: bool | None = None
-    refit: bool | None = None
-    refine: RefineSection | None = None
-    distil: DistilSection | None = None
-    recover: RecoverSection | None = None
-    rank_multiple: int = Field(1, gt=0)
+    model: str = Field(description="a directory, a hub name, or builtin")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of the weights, in memory and in the checkpoint; auto is what the model is stored in"
+    )
+    method: MethodSection = Field(MethodSection(), description="what factors a linear, and what is done around that")
+    keep: float | None = Field(
+        None, gt=0, le=1, description="budget: share kept of the numbers of the selected linears"
+    )
+    keep_total: float | None = Field(None, gt=0, le=1, description="budget: share kept of the whole model's numbers")
+    max_bytes: int | None = Field(None, gt=0, description="budget: bytes of the weight files at most")
+    rules: list[RuleSection] | None = Field(
+        None, description="budget: shares by place; the first that matches decides, what none matches stays dense"
+    )
+    plan: str | None = Field(
+        None, description="budget: a plan.json of `eckart inspect --save-plan`, perhaps edited by hand"
+    )
+    sites: SitesSection = Field(SitesSection(), description="which linears are compressed; default: all in the blocks")
+    allocation: Allocation | None = Field(
+        None, description=f"how the budget is shared out among linears; a name in place of the section; {OWN}"
+    )
+    layout: Layout | None = Field(None, description=f"how factors are stored; {OWN}")
+    order: Order | None = Field(
+        None,
+        description="what a linear is calibrated on: one-shot, the dense model's inputs; sequential, the compressed "
+        f"model's; anchored, those, fit to the dense model's outputs; {OWN}",
+    )
+    joint: bool | None = Field(
+        None, description=f"linears that read one input share a right factor where that is better; {OWN}"
+    )
+    refit: bool | None = Field(None, description=f"left factors are fit once more, by least squares; {OWN}")
+    refine: RefineSection | None = Field(None, description=f"gradient steps on each block, or true or false; {OWN}")
+    distil: DistilSection | None = Field(
+        None, description=f"gradient steps on the whole model, or true or false; {OWN}"
+    )
+    recover: RecoverSection | None = Field(None, description="a fine-tuning of the result, or true; default: none")
+    rank_multiple: int = Field(1, gt=0, description="every rank is a multiple of this; 32 is fast in bfloat16")
     context: int | None = Field(
         None, gt=1, description="window of calibration and text where they name none; default 2048, or the positions"
     )
-    calibration: CalibrationSection = CalibrationSection()
-    evaluate: list[EvaluationSection] = Field(default_factory=list)
+    calibration: CalibrationSection = Field(CalibrationSection(), description="the text that statistics are made of")
+    evaluate: list[EvaluationSection] = Field(
+        default_factory=list, description="what is measured, of the dense and of the compressed model"
+    )
 
     @field_validator("method", mode="before")
     @classmethod

@@ -200,7 +200,7 @@ def test_what_is_broken_is_named(entry: float | None, error: type[Exception], me
     model = tiny_model("llama")
     site = find_sites(model)[3]
     with pytest.raises(error, match=message.format(site.name)):
-        probe_linears(model, lambda name: Broken(entry), tiny_tokens(2, 12), sites=[site])  # type: ignore[arg-type,return-value]
+        probe_linears(model, lambda name: Broken(entry), tiny_tokens(2, 12), sites=[site])  # type: ignore
     assert not low_rank_modules(model)
 
 

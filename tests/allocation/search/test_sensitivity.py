@@ -53,7 +53,12 @@ def plan_by_trying_all(found: Sensitivity, budget: int) -> RankPlan | None:
     """The paper's order walked from its start, a pair at a time."""
     sites = {site.name: site for site in found.sites}
     sign = 1 if found.better == "lower" else -1
-    pairs = sorted(found.trials, key=lambda t: (sign * t.score, sum(map(sites[t.name].__getattribute__, ("d_in", "d_out"))) * t.rank - sites[t.name].num_params))  # fmt: skip  # noqa: E501
+
+    def saved(trial: Any) -> int:
+        site = sites[trial.name]
+        return site.num_params - (site.d_in + site.d_out) * trial.rank
+
+    pairs = sorted(found.trials, key=lambda t: (sign * t.score, -saved(t)))
     ranks: dict[str, int | None] = {}
     for trial in [None, *pairs]:
         if trial is not None:
