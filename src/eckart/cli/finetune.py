@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from eckart.calibration.cache import GRADIENTS
 from eckart.cli.app import Data, Device, Force, app, console
 from eckart.cli.terminal import TerminalTrack, number, table
 from eckart.compression.tuning.finetuning import FineTuning, fine_tune
+from eckart.support.files import GRADIENTS
 
 
 @app.command()
