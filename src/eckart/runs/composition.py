@@ -8,12 +8,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from eckart.allocation.search.criteria import check_split
 from eckart.allocation.search.surgical import PERPLEXITY_TOLERANCE, Tolerance
+from eckart.allocation.search.trials import check_shares
 from eckart.calibration.sequential import Order
 from eckart.compression.tuning.distillation import Distillation
 from eckart.compression.tuning.recovery import Recovery
 from eckart.compression.tuning.refinement import Refinement
-from eckart.evals.tasks import Task, find_task
+from eckart.evals.tasks import find_task, searched_by
 from eckart.lowrank import METHODS, Layout, Method, method_options
 from eckart.lowrank.catalogue import INPUT_SHRINKAGE, kfac
 from eckart.lowrank.entries import entry_options
@@ -30,9 +32,11 @@ class Allocation(BaseModel):
         shares: of per-role, {role: weight}.
         weights: of global: "equal" takes the method's own losses as they are, "probes" measures what they are worth.
         exact: of global: the true optimum.
-        score: of the searches: a task. Of text, and of tasks of lm-eval, a search reads the split sfsd-search; of
-            labelled sets the rows to train on. Of probing:SET it is the mean selectivity of the layers.
-        limit: windows or questions that the score reads at most.
+        score: of the searches: a task. Of text, of StereoSet and of tasks of lm-eval, a search reads the split
+            sfsd-search; of labelled sets the rows to train on. Of probing:SET it is the mean selectivity of the layers.
+        split: of a score's corpus: the split whose windows are divided between search and report. None is "test".
+        limit: windows or questions that the score reads at most, after that division.
+        budgets: of surgical: the shares of a linear that are tried. None is 0.1 ... 0.9.
         tolerance: of surgical, as `Tolerance.parse` reads it: "0.5% per linear", "5%", "0.01". None is what the
             authors' release has: 0.5 % of perplexity at each linear, of other scores nothing.
     """
@@ -44,7 +48,9 @@ class Allocation(BaseModel):
     weights: Literal["equal", "probes"] = "equal"
     exact: bool = False
     score: str | None = None
+    split: str | None = None
     limit: int | None = Field(None, gt=0)
+    budgets: list[float] | None = None
     tolerance: str | None = Field(None, coerce_numbers_to_str=True)
 
     @property
@@ -57,8 +63,8 @@ class Allocation(BaseModel):
         """The tolerance, of a surgical search: what is said, else the authors'."""
         if self.tolerance is not None:
             return Tolerance.parse(self.tolerance)
-        by_perplexity = self.score is not None and Task(self.score).kind == "perplexity"
-        return PERPLEXITY_TOLERANCE if by_perplexity else Tolerance(0.0, relative=False)
+        by_ratio = self.score is not None and find_task(self.score).traits.ratio
+        return PERPLEXITY_TOLERANCE if by_ratio else Tolerance(0.0, relative=False)
 
     def spelled_out(self) -> Allocation:
         """The same with its tolerance said."""
@@ -73,9 +79,17 @@ class Allocation(BaseModel):
         if self.score is not None:
             if not self.searches:
                 raise ValueError(f"{self.name} measures nothing: leave out score")
-            _check_score(self.score)
+            searched_by(self.score)
         if self.limit is not None and not self.searches:
             raise ValueError(f"limit bounds the score of a search, and {self.name} is none")
+        if self.split is not None:
+            if self.score is None:
+                raise ValueError(f"split is of the score of a search, and {self.name} has none")
+            check_split(self.score, self.split)
+        if self.budgets is not None:
+            if self.name != "surgical":
+                raise ValueError(f"budgets go with surgical, not with {self.name}")
+            check_shares(self.budgets)
         if self.tolerance is not None:
             if self.name != "surgical":
                 raise ValueError(f"tolerance goes with surgical, not with {self.name}")
@@ -164,10 +178,3 @@ def composition_options(name: str) -> dict[str, Any]:
     """{setting: default} of a composition or of a method of the catalogue. Raises ValueError on an unknown name."""
     entry_options({**COMPOSITIONS, **METHODS}, "method", name)
     return method_options(COMPOSITIONS[name]().method.name if name in COMPOSITIONS else name)
-
-
-def _check_score(task: str) -> None:
-    """Raises ValueError for a task that is no measure of one model alone."""
-    if find_task(task).needs or Task(task).kind == "cost":
-        known = "perplexity:CORPUS, lm-eval:TASK, probing:SET, classification:SET and stereoset"
-        raise ValueError(f"{task!r} is no score to search by; there are {known}")

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.allocation import RankPlan, Rule, plan, slow_settings, summarise
-from eckart.calibration.cache import GRADIENTS, read_making
+from eckart.calibration.cache import read_making
 from eckart.calibration.moments import BlockCalibration, recorded_gradients
 from eckart.calibration.sequential import PassReport, SequentialCalibration
 from eckart.compression.baselines import build_baseline
@@ -30,6 +30,7 @@ from eckart.runs.card import write_card
 from eckart.runs.engine.on_cluster import HERE, Engine
 from eckart.runs.ranks import Bench, Ranking, joint_groups, rank
 from eckart.runs.recipe import Recipe
+from eckart.support.files import GRADIENTS
 from eckart.support.progress import Track, silent
 
 # Samples in a step of block refinement. It changes numbers, so it is not the batch size that a run is given.
@@ -212,12 +213,18 @@ class Workbench:
         uniform = composition.allocation.name == "uniform"
         if uniform and recipe.keep is not None:
             return Ranking(make_plan(self.model, recipe))
+        return rank(composition, recipe.budget, self.bench(), rank_multiple=recipe.rank_multiple)
+
+    def bench(self) -> Bench:
+        """What the recipe's allocation works with."""
+        recipe, composition = self.recipe, self.composition
+        uniform = composition.allocation.name == "uniform"
         needs = composition.method.needs if not uniform and composition.allocation.name != "per-role" else frozenset()
         probes = composition.allocation.weights == "probes"
         journals = None if self.how.cache is None else self.how.cache / "searches"
         if journals is not None and recipe.calibration.fisher == "recorded":
             journals /= "recorded"  # their identity is of the model and the text, and here other sums go with these
-        bench = Bench(
+        return Bench(
             self.model,
             self.sites,
             blocks=self._one_shot if needs else None,
@@ -231,7 +238,6 @@ class Workbench:
             journals=journals,
             track=self.how.track,
         )
-        return rank(composition, recipe.budget, bench, rank_multiple=recipe.rank_multiple)
 
     def calibration(self, plan: RankPlan) -> Iterable[BlockCalibration] | None:
         """What `compress` needs for the plan, in the composition's order."""

@@ -153,21 +153,6 @@ class SearchResult:
     trials: tuple[Trial, ...]
     order: tuple[str, ...]
 
-    def point_at(self, keep: float) -> Point:
-        """The point whose `keep` is nearest; of two as near, the one with the fewer numbers."""
-        if not 0 < keep <= 1:
-            raise ValueError(f"keep {keep} is outside (0, 1]: it is the share of parameters kept, not removed")
-        return min(self.curve, key=lambda point: (abs(point.keep - keep), point.kept_params, point.sites))
-
-    def plan_at(self, keep: float) -> RankPlan:
-        """The plan as it was at `point_at(keep)`: what was decided later stays dense."""
-        return self.plan_after(self.point_at(keep).sites)
-
-    def plan_after(self, sites: int) -> RankPlan:
-        """The plan as it was when `sites` linears were decided."""
-        ranks = {name: self.plan.ranks[name] for name in self.order[:sites]}
-        return RankPlan(self.plan.sites, ranks, layout=self.plan.layout, joint=self.plan.joint)
-
     def to_dict(self) -> dict[str, Any]:
         """For JSON: everything but the plan's sites."""
         return {
