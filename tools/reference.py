@@ -26,7 +26,7 @@ def build(out: Path) -> None:
     """Write the pages: out/index.html is the index of the documents, out/eckart.html the reference."""
     import eckart
 
-    for name in eckart.__all__:
+    for name in dir(eckart):
         vars(eckart).setdefault(name, getattr(eckart, name))
     pdoc.render.configure(docformat="google", show_source=False, search=False)
     out.mkdir(parents=True, exist_ok=True)

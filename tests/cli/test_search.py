@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from eckart.models.sites import find_sites
+from eckart.runs.how import How
+from eckart.runs.in_memory import make_checkpoint
+from eckart.runs.recipe import parse_recipe
 from tiny import Run, tiny_model, tiny_text, tiny_tokenizer
 
 
@@ -64,8 +68,14 @@ def test_a_target_and_some_sites(run: Run, place: Path, tmp_path: Path) -> None:
     arguments = ("--method", "svd", "--include", "mlp", "--tolerance", "1000%", "--budget", "0.5", "--keep")
     status, printed = search(run, place, plan, *arguments, "0.9")
     assert status == 0, printed
-    assert json.loads(plan.read_text())["keep"] <= 0.9
-    assert all("mlp" in name for name in json.loads(plan.read_text())["ranks"])
+    written = json.loads(plan.read_text())
+    assert all("mlp" in name for name in written["ranks"])
+    # keep is the share of the chosen linears, as everywhere: the first plan that is small enough ends the search.
+    chosen = sum(site.num_params for site in find_sites(tiny_model("llama")) if "mlp" in site.name)
+    curve = json.loads((tmp_path / "plan.search.json").read_text())["curve"]
+    shares = [1 - (written["dense_params"] - point["kept_params"]) / chosen for point in curve]
+    assert shares[-1] <= 0.9 < shares[-2]
+    assert f"keeps {shares[-1]:.1%} of the chosen linears" in printed
     status, printed = search(run, place, plan, *arguments, "0.3", "--force")
     assert status == 0, printed
     assert "before keep 0.3 was reached" in printed
@@ -92,15 +102,41 @@ def test_ranks_are_chosen_by_what_layers_know(run: Run, place: Path, tmp_path: P
     assert "has one split, which would be searched and reported on" in printed
 
 
+def test_the_command_finds_what_the_recipe_does(run: Run, place: Path, tmp_path: Path) -> None:
+    """One search behind both; a limit is what it reads at most, after the division."""
+    shared = {"budgets": [0.3, 0.6], "tolerance": "2%", "limit": 2}
+    arguments = [word for share in shared["budgets"] for word in ("--budget", str(share))]  # type: ignore[attr-defined]
+    status, printed = search(run, place, tmp_path / "plan.json", *arguments, "--tolerance", "2%", "--limit", "2")
+    assert status == 0, printed
+    recipe = parse_recipe(
+        {
+            "model": str(place / "model"),
+            "method": "sfsd",
+            "allocation": {"name": "surgical", "score": f"perplexity:{place / 'test.txt'}", **shared},
+            "context": 16,
+            "calibration": {"corpus": str(place / "train.txt"), "samples": 8},
+        }
+    )
+    outcome = make_checkpoint(recipe, tmp_path / "out", How())
+    written = json.loads((tmp_path / "plan.json").read_text())["ranks"]
+    assert written == outcome.plan.ranks
+    assert any(rank is not None for rank in written.values())
+    header = json.loads((tmp_path / "plan.trials.jsonl").read_text().splitlines()[0])["of"]
+    assert header["score"]["windows"] == [2, 16]
+    assert header["budgets"] == [0.3, 0.6]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--tolerance", "much"), "is none of"),
         (("--score", "cost"), "no score to search by"),
         (("--score", "perplexty:ptb"), "did you mean 'perplexity'"),
-        (("--layout", "round"), "none of plain, pivoted"),
+        (("--layout", "round"), "should be 'plain' or 'pivoted'"),
         (("--budget", "1.5"), "each in (0, 1)"),
-        (("--limit", "3"), "3 windows are too few"),
+        (("--keep", "1"), "the budget keeps everything"),
+        (("--score", "stereoset", "--score-split", "train"), "split 'train' is of a corpus of text"),
+        (("--length", "64", "--samples", "4"), "of windows of 64 tokens, 4 documents are too few"),
     ],
 )
 def test_bad_input_is_one_line(run: Run, place: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:

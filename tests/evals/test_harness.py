@@ -17,11 +17,17 @@ import pytest
 import torch
 import yaml
 
+from eckart.allocation.search.criteria import search_criterion
+from eckart.allocation.search.surgical import Tolerance, search
+from eckart.compression.spectra import spectra_on_demand
+from eckart.evals.harness import harness_direction
 from eckart.evals.harness_tasks import LOCAL_TASKS
 from eckart.evals.result import EvalResult
+from eckart.lowrank import build_method
+from eckart.models.sites import find_sites
 from tiny import POSITIONS, tiny_model, tiny_tokenizer
 
-from .harness_files import FILES, ROWS, STOCK, corpus, likelihood, low_rank, run, words, write
+from .harness_files import FILES, MEMBERS, ROWS, STOCK, corpus, likelihood, low_rank, run, words, write
 
 # Numbers
 
@@ -142,6 +148,7 @@ def test_mmlu_is_weighted_by_size(tmp_path: Path) -> None:
     assert found.n == len(found.examples) == len(found.details["answers"]) == size
     assert found.value == pytest.approx(sum(found.examples) / size, rel=1e-12)
     assert (found.metric, found.better, found.settings["task_version"]) == ("acc", "higher", "2")
+    assert harness_direction("mmlu", data=tmp_path) == "higher"
     assert set(found.scores) == {f"mmlu_{member}" for member, _ in members} | {
         "mmlu_stem",
         "mmlu_other",
@@ -300,6 +307,43 @@ def test_other_tasks_of_the_hub(hub: dict[str, Any]) -> None:
     assert set(found.scores) == {"byte_perplexity", "bits_per_byte"}
     assert found.examples == []
     assert "answers" not in found.details
+
+
+def test_a_search_by_a_perplexity_of_the_harness_wants_it_low(hub: dict[str, Any]) -> None:
+    """The direction is the harness's own; the search reads one document in five."""
+    from datasets import Dataset, DatasetDict
+
+    rows = [{"page": words(n, 9)} for n in range(10)]
+    hub["EleutherAI/wikitext_document_level"] = DatasetDict(
+        dict.fromkeys(("train", "validation", "test"), Dataset.from_list(rows))
+    )
+    model, method = tiny_model("llama"), build_method("svd")
+    criterion = search_criterion("lm-eval:wikitext", model, tiny_tokenizer())
+    assert criterion.better == "lower"
+    searched = run(None, "wikitext", split="sfsd-search")
+    assert searched.n == 2
+    assert criterion(model) == searched.value
+    found = search(
+        model,
+        spectra_on_demand(model, method, ()),
+        criterion,
+        better=criterion.better,
+        tolerance=Tolerance(0.0, relative=False),
+        sites=find_sites(model)[-8:],
+        budgets=(0.2, 0.6),
+    )
+    assert found.dense_score == searched.value
+    worse = [trial.score > found.dense_score for trial in found.trials]
+    assert set(worse) == {True, False}
+    held = {trial.name: trial.rank for trial, is_worse in zip(found.trials, worse, strict=True) if not is_worse}
+    assert {name: rank for name, rank in found.plan.ranks.items() if rank is not None} == held
+
+
+@pytest.mark.parametrize("name", [name for name in (*ROWS, *MEMBERS.values()) if name not in MEMBERS])
+def test_the_direction_is_the_results(name: str, tmp_path: Path) -> None:
+    family = next((family for family, member in MEMBERS.items() if member == name), name)
+    data = corpus(tmp_path, family, 6)
+    assert harness_direction(name, data=data) == run(data, name, limit=2, shots=0).better == "higher"
 
 
 def test_generated_text(hub: dict[str, Any]) -> None:

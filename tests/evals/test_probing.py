@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from eckart.data.labelled import Labelled
 from eckart.evals import probing
-from eckart.evals.probing import control_labels, draw_trial, probe, train_probe
+from eckart.evals.probing import control_labels, draw, probe, train_probe
 from eckart.evals.result import EvalResult
 from eckart.evals.tasks import Task, evaluate
 from eckart.support.progress import silent
@@ -29,7 +29,7 @@ def labelled(labels: list[int] | NDArray[Any], texts: list[str] | None = None) -
 
 def readings(states: NDArray[np.float32], rows: Labelled, seeds: int = 1, **options: Any) -> list[probing.Reading]:
     """What probes of one layer with these states say, by seed."""
-    trials = [draw_trial(rows, options.get("control", "text"), seed) for seed in range(seeds)]
+    trials = [draw(rows, options.get("control", "text"), seed) for seed in range(seeds)]
     (layer,) = probing._read_layers(states[None], np.array(rows.labels), trials, 1, "probing", silent)
     return layer
 
@@ -104,13 +104,13 @@ def test_control_labels_have_the_tasks_frequencies_and_one_label_a_type() -> Non
 def test_a_split_is_four_to_one_keeps_shares_and_leaves_groups_whole() -> None:
     rows = labelled([n % 4 == 0 for n in range(1000)], [f"text {n // 2 * 2 + (n % 4 == 0)}" for n in range(1000)])
     for seed in range(3):
-        trial = draw_trial(rows, "text", seed)
+        trial = draw(rows, "text", seed)
         assert sorted([*trial.train, *trial.test]) == list(range(1000))
         assert len(trial.test) == pytest.approx(200, abs=5)
         labels, groups = np.array(rows.labels), np.array(rows.groups)
         assert labels[trial.test].mean() == pytest.approx(0.25, abs=0.02)
         assert not set(groups[trial.train]) & set(groups[trial.test])
-    assert not np.array_equal(draw_trial(rows, "text", 0).test, draw_trial(rows, "text", 1).test)
+    assert not np.array_equal(draw(rows, "text", 0).test, draw(rows, "text", 1).test)
 
 
 def test_a_probe_is_what_its_seed_says() -> None:

@@ -243,6 +243,27 @@ def test_the_limits_of_whole_models(second: str, icat_expected: float) -> None:
     assert (result.value, result.read("lms")) == (icat_expected, 100)
 
 
+def test_search_and_evaluation_clusters_are_disjoint_and_all_there_are() -> None:
+    counts = {"intrasentence": 12, "intersentence": 7}
+    parts = {
+        part: tuple(cluster_of(part, n, "BLANK", "w1", "w2", "w3") for n in range(counts[part])) for part in counts
+    }
+    whole = StereoSet(**parts, source={"split": "dev"})
+    search, evaluation = whole.take("sfsd-search"), whole.take("sfsd-evaluation")
+    assert whole.take("test") is whole
+    for part, count in counts.items():
+        first, second = getattr(search, part), getattr(evaluation, part)
+        assert len(first) == count // 5
+        assert not set(first) & set(second)
+        assert sorted([*first, *second], key=parts[part].index) == list(parts[part])
+    assert search.source == {"split": "dev", "part": "sfsd-search", "split_seed": 0}
+    assert len({whole.digest, search.digest, evaluation.digest}) == 3
+    with pytest.raises(ValueError, match="stereoset: no split 'train'"):
+        whole.take("train")
+    with pytest.raises(ValueError, match="stereoset: 3 documents are too few"):
+        tiny_clusters().take("sfsd-search")
+
+
 def test_limit_reads_the_first_clusters_of_each_part() -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     whole, some = (stereoset(model, tokenizer, tiny_clusters(), limit=limit) for limit in (None, 1))

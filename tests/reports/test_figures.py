@@ -19,7 +19,7 @@ from eckart.reports.rows import looks_of
 from eckart.reports.runs import Collection, read_runs
 from eckart.reports.sizes import divergence, perplexity, scores
 
-from .make_runs import CORPORA, KEEPS, change_result, make_probing_study, make_run, make_study
+from .make_runs import CORPORA, KEEPS, TASKS, change_result, make_probing_study, make_run, make_study
 from .make_runs import METHODS as NAMES
 
 
@@ -120,7 +120,7 @@ def test_spectra_have_a_panel_for_each_role_and_a_line_for_each_block(study: Col
 def test_bars_have_the_dense_model_first_and_their_errors(study: Collection) -> None:
     figure = view(tasks(study), "heron-15M", "keep 0.5", "acc").figure
     bars = figure.data[0]
-    assert list(bars.y) == ["dense", *NAMES, "int8"]
+    assert list(bars.y) == ["dense", *sorted(NAMES), "int8"]
     dense = study.dense("heron-15M", "lm-eval:boolq")
     assert dense is not None
     assert bars.x[0] == dense.value
@@ -143,7 +143,7 @@ def test_parts_of_a_task_are_no_measures_of_their_own(tmp_path: Path) -> None:
 
 def test_scores_fall_along_the_share_kept(study: Collection) -> None:
     found = view(scores(study), "heron-15M")
-    assert [note.text for note in found.figure.layout.annotations] == ["boolq: acc", "piqa: acc", "arc_easy: acc"]
+    assert [note.text for note in found.figure.layout.annotations] == [f"{task}: acc ↑" for task in TASKS]
     line = next(trace for trace in found.figure.data if trace.name == "svd")
     assert list(line.x) == [100 * keep for keep in sorted(KEEPS)]
     runs = {run.keep: run for run in study.of("heron-15M") if run.method == "svd"}
@@ -180,9 +180,10 @@ def test_flips_point_both_ways(study: Collection) -> None:
     run = next(r for r in study.of("heron-15M") if r.series == "svd" and r.keep == 0.7)
     result = run.agreement["agreement:lm-eval:boolq"]
     learned, unlearned, differ = figure.data[:3]
-    assert learned.x[0] == pytest.approx(100 * result.scores["learned"].value / result.n)
-    assert unlearned.x[0] == pytest.approx(-100 * result.scores["unlearned"].value / result.n)
-    assert differ.x[0] == pytest.approx(100 * result.value)
+    place = list(learned.y).index("svd")
+    assert learned.x[place] == pytest.approx(100 * result.scores["learned"].value / result.n)
+    assert unlearned.x[place] == pytest.approx(-100 * result.scores["unlearned"].value / result.n)
+    assert differ.x[place] == pytest.approx(100 * result.value)
     assert [note.text for note in figure.layout.annotations] == ["boolq", "piqa", "arc_easy"]
 
 

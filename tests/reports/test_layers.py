@@ -69,7 +69,7 @@ def test_the_sizes_of_a_method_are_lines_beside_the_dense_one(study: Collection)
 def test_the_methods_of_a_size_have_their_own_colours(study: Collection) -> None:
     figure = view(probing(study), "heron-15M", "methods, keep 0.5", SELECTIVITY).figure
     lines = {trace.name: trace for trace in figure.data if (trace.yaxis or "y") == "y"}
-    assert list(lines) == ["dense", "svd", "svd (recovered)", "fwsvd", "fwsvd (recovered)"]
+    assert list(lines) == ["dense", "fwsvd", "fwsvd (recovered)", "svd", "svd (recovered)"]
     looks = looks_of(study)
     assert all(lines[name].line.color == looks[name].color for name in lines if name != "dense")
     assert lines["svd"].line.dash != lines["svd (recovered)"].line.dash

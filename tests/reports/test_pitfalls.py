@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from eckart.evals.result import EvalResult, Score
-from eckart.reports.pitfalls import POOLED, Recovery, answer, compare, fail, recover, relate
+from eckart.reports.pitfalls import POOLED, WonBack, answer, compare, fail, recover, relate
 from eckart.reports.runs import Collection, read_runs
 from eckart.reports.verdicts import answers_data, pitfalls_of, sections
 
@@ -182,7 +182,7 @@ def test_a_difference_within_its_error_is_none(
     dense: float, cut: float, mended: float, verdict: str, won: float | None
 ) -> None:
     values = [Score(value, 0.02, 9) for value in (dense, cut, mended)]  # an error of 0.028 for differences
-    row = Recovery("m", "svd", "", "probing:cola", "selectivity", *values, None, {})
+    row = WonBack("m", "svd", "", "probing:cola", "selectivity", *values, None, {})
     assert row.verdict == verdict
     assert row.won_back == (None if won is None else pytest.approx(won))
 

@@ -179,19 +179,22 @@ def test_perplexity_as_a_score_is_the_evaluation_of_the_search_split(text: str, 
 
 
 @pytest.mark.parametrize(
-    ("task", "split"),
+    ("task", "split", "others"),
     [
-        ("lm-eval:piqa", "sfsd-search"),
-        ("stereoset", "test"),
-        ("probing:cola", "train"),
-        ("classification:cola", "train"),
+        ("stereoset", "sfsd-search", "sfsd-evaluation"),
+        ("probing:cola", "train", "test"),
+        ("classification:cola", "train", "test"),
     ],
 )
-def test_other_scores_read_what_is_for_searching(task: str, split: str) -> None:
-    score = make_score(Allocation(name="surgical", score=task, limit=7), bench_of())
-    assert score.better == "higher"
-    assert (score.about["task"]["split"], score.about["task"]["limit"]) == (split, 7)
-    assert score.about["score"] == ("selectivity" if task.startswith("probing") else None)
+def test_other_scores_read_what_is_for_searching(task: str, split: str, others: str) -> None:
+    allocation = Allocation(name="surgical", score=task, limit=7)
+    for score, part in (
+        (make_score(allocation, bench_of()), split),
+        (make_score(allocation, bench_of(), others=True), others),
+    ):
+        assert score.better == "higher"
+        assert (score.about["task"]["split"], score.about["task"]["limit"]) == (part, 7)
+        assert score.about["score"] == ("selectivity" if task.startswith("probing") else None)
 
 
 def test_a_search_that_ends_above_its_budget_says_so(text: str) -> None:

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 import eckart
 from eckart.allocation.search import criteria
+from eckart.allocation.search.criteria import windows_criterion
+from eckart.evals.tasks import Task
 from eckart.lowrank import METHODS, build_method
 from eckart.models.sites import find_sites, low_rank_modules, select_sites
 from eckart.runs.composition import COMPOSITIONS, Composition
@@ -298,8 +300,8 @@ class Counter:
     def __init__(self, kill: int | None = None) -> None:
         self.count, self.kill = 0, kill
 
-    def __call__(self, rows: torch.Tensor) -> criteria.Criterion:
-        score = criteria.perplexity_score(rows)
+    def __call__(self, task: Task, windows: torch.Tensor) -> criteria.Criterion:
+        score = windows_criterion(task, windows)
 
         def measure(model: PreTrainedModel) -> float:
             if self.count == self.kill:
@@ -316,7 +318,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], Counter]:
 
     def put(kill: int | None = None) -> Counter:
         counter = Counter(kill)
-        monkeypatch.setattr("eckart.runs.ranks.perplexity_score", counter)
+        monkeypatch.setattr("eckart.allocation.search.criteria.windows_criterion", counter)
         return counter
 
     return put

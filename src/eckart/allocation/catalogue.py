@@ -12,10 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from eckart.allocation.effective_rank import effective_rank
 from eckart.allocation.global_loss import global_
 from eckart.allocation.rank_plan import Ranking, RankPlan
+from eckart.allocation.search.criteria import check_split
 from eckart.allocation.search.sensitivity import rank_by_sensitivity
 from eckart.allocation.search.surgical import PERPLEXITY_TOLERANCE, Tolerance, rank_surgically
+from eckart.allocation.search.trials import check_shares
 from eckart.allocation.uniform import per_role, uniform
-from eckart.evals.tasks import Task, find_task
+from eckart.evals.tasks import find_task, searched_by
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,15 @@ ALLOCATIONS: dict[str, Allocator] = {
         rank_by_sensitivity,
         "cut where a score falls least, one linear at a time (ASVD's STRS)",
         needs="trials",
-        measures=("score", "limit"),
+        measures=("score", "split", "limit"),
         required=("score",),
     ),
     "surgical": Allocator(
         rank_surgically,
         "the smallest budget of one linear after another at which a score holds (SFSD Algorithm 1)",
         needs="trials",
-        options=("tolerance",),
-        measures=("score", "limit"),
+        options=("tolerance", "budgets"),
+        measures=("score", "split", "limit"),
         required=("score",),
         open_ended=True,
     ),
@@ -99,11 +101,19 @@ class Allocation(BaseModel):
     exact: bool = Field(False, description="global: the true optimum, not one within a step of it")
     score: str | None = Field(
         None,
-        description="of a search: the task. Of text and of tasks of lm-eval a search reads the split sfsd-search; of "
-        "labelled sets the rows to train on. Of probing:SET it is the mean selectivity of the layers",
+        description="of a search: the task. Of text, of StereoSet and of tasks of lm-eval a search reads the split "
+        "sfsd-search; of labelled sets the rows to train on. Of probing:SET it is the mean selectivity of the layers",
         examples=["perplexity:wikitext2", "lm-eval:piqa"],
     )
-    limit: int | None = Field(None, gt=0, description="of a search: windows or questions that the score reads at most")
+    split: str | None = Field(
+        None, description="of a search: the split of the score's corpus that search and report divide; default test"
+    )
+    limit: int | None = Field(
+        None, gt=0, description="of a search: windows or questions that the score reads at most, after that division"
+    )
+    budgets: list[float] | None = Field(
+        None, description="surgical: the shares of a linear that are tried; default 0.1 ... 0.9"
+    )
     tolerance: str | None = Field(
         None,
         coerce_numbers_to_str=True,
@@ -127,8 +137,8 @@ class Allocation(BaseModel):
         """The tolerance: what is said, else the authors'."""
         if self.tolerance is not None:
             return Tolerance.parse(self.tolerance)
-        by_perplexity = self.score is not None and Task(self.score).kind == "perplexity"
-        return PERPLEXITY_TOLERANCE if by_perplexity else Tolerance(0.0, relative=False)
+        by_ratio = self.score is not None and find_task(self.score).traits.ratio
+        return PERPLEXITY_TOLERANCE if by_ratio else Tolerance(0.0, relative=False)
 
     def spelled_out(self) -> Allocation:
         """The same with its tolerance said."""
@@ -155,14 +165,11 @@ class Allocation(BaseModel):
                 owners = [other for other, row in ALLOCATIONS.items() if name in (*row.options, *row.measures)]
                 raise ValueError(f"{name} goes with {' and '.join(owners)}, not with {self.name}: leave it out")
         if self.score is not None:
-            _check_score(self.score)
+            searched_by(self.score)
+            if self.split is not None:
+                check_split(self.score, self.split)
+        if self.budgets is not None:
+            check_shares(self.budgets)
         if self.tolerance is not None:
             Tolerance.parse(self.tolerance)
         return self
-
-
-def _check_score(task: str) -> None:
-    """Raises ValueError for a task that is no measure of one model alone."""
-    if find_task(task).needs or Task(task).kind == "cost":
-        known = "perplexity:CORPUS, lm-eval:TASK, probing:SET, classification:SET and stereoset"
-        raise ValueError(f"{task!r} is no score to search by; there are {known}")

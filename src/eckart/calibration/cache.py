@@ -12,10 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eckart.lowrank import GradientMoments, InputMoments
-from eckart.support.files import whole_file
+from eckart.support.files import GRADIENTS, whole_file
 
-# The file of gradient statistics, in a calibration's folder and beside a fine-tuned model.
-GRADIENTS = "gradients.safetensors"
 # What a file says of its making stands beside the counts of its entries; no site and no group has such a name.
 MADE_BY = "made by"
 

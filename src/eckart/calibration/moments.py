@@ -14,13 +14,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from eckart.calibration.cache import GRADIENTS, Store, read_gradients
+from eckart.calibration.cache import Store, read_gradients
 from eckart.calibration.gradients import collect_gradients
 from eckart.calibration.walk import Walk
 from eckart.data.tokens import Tokens, check_positions, check_vocabulary
 from eckart.lowrank import GradientMoments, InputMoments, Method
 from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
 from eckart.models.sites import Site, find_sites, first_readers
+from eckart.support.files import GRADIENTS
 from eckart.support.fingerprint import describe_architecture, hash_weights
 from eckart.support.progress import Track, silent
 

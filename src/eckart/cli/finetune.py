@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from eckart.calibration.cache import GRADIENTS
 from eckart.cli.options import Data, Device, Force
 from eckart.cli.terminal import TerminalTrack, console, number, table
 from eckart.compression.tuning.finetuning import FineTuning, fine_tune
+from eckart.support.files import GRADIENTS
 
 
 def command(

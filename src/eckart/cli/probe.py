@@ -24,7 +24,7 @@ from eckart.cli.options import (
 )
 from eckart.cli.terminal import TerminalTrack, console, table
 from eckart.evals.hidden_states import Pooling
-from eckart.evals.probing import CHECK, Control
+from eckart.evals.probing import Control
 from eckart.evals.result import EvalResult, Score, write_result
 from eckart.evals.tasks import Task, evaluate, find_task
 from eckart.models.loading import load_model, load_tokenizer
@@ -135,7 +135,7 @@ def layers_table(title: str, result: EvalResult, before: EvalResult | None = Non
             ]
         )
     means = ["", "control", "selectivity"]
-    passed = f"{result.scores['passed'].value:.0%} pass {CHECK:g}"
+    passed = f"{result.scores['passed'].value:.0%} pass {result.details['check']:g}"
     lost = [] if before is None else [_lost(result, before, means[-1])]
     rows.append(["mean of layers", *_cells(result, means), passed, *lost])
     return table(title, heads, rows)

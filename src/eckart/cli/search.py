@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.allocation import Allocation
-from eckart.allocation.search.criteria import Criterion, accuracy_score, labelled_score, perplexity_score, split_windows
-from eckart.allocation.search.surgical import SearchResult, Tolerance, search
-from eckart.allocation.search.trials import SHARES, planned
-from eckart.calibration.moments import calibration_digest
 from eckart.cli.options import (
     CACHE,
-    CORES,
     ENGINE,
     Address,
     Batch,
@@ -30,18 +23,12 @@ from eckart.cli.options import (
     Force,
     NoCache,
     Workers,
+    open_run,
     parse_options,
 )
-from eckart.cli.terminal import TerminalTrack, console, number, table
-from eckart.compression.spectra import spectra_on_demand
-from eckart.data.corpora import read_text
-from eckart.data.tokens import encode, sample_windows
-from eckart.evals.tasks import Task, default_length, find_task
-from eckart.evals.windows import cut_windows
-from eckart.lowrank import build_method
-from eckart.models.loading import load_model, load_tokenizer
-from eckart.models.sites import find_sites, select_sites
-from eckart.runs.engine.on_cluster import open_engine
+from eckart.cli.terminal import console, number, table
+from eckart.runs.recipe import parse_recipe
+from eckart.runs.search import search_ranks
 from eckart.support.files import write_whole
 
 # Rows of the printed curve; all of it is in the file.
@@ -53,17 +40,23 @@ def command(
     plan: Annotated[Path, typer.Argument(help="Where the ranks go, as JSON; `compress --plan` takes it")],
     method: Annotated[str, typer.Option(help="See `eckart methods`")] = "sfsd",
     option: Annotated[list[str] | None, typer.Option(help="Setting of the method, NAME=VALUE (repeatable)")] = None,
-    score: Annotated[str, typer.Option(help="perplexity:CORPUS, lm-eval:TASK or probing:SET")] = "perplexity:wikitext2",
+    score: Annotated[
+        str, typer.Option(help="perplexity:CORPUS, lm-eval:TASK, stereoset, probing:SET or classification:SET")
+    ] = "perplexity:wikitext2",
     score_split: Annotated[
-        str, typer.Option(help="Split of the score's corpus, of which 20 % are searched on")
-    ] = "test",
-    limit: Annotated[int | None, typer.Option(min=1, help="Windows or questions at most, before the split")] = None,
+        str | None, typer.Option(help="Split of the score's corpus, of which 20 % are searched on; default test")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Windows or questions at most, of what is searched on and of the rest")
+    ] = None,
     tolerance: Annotated[
         str | None,
         typer.Option(help="'0.5% per linear' (default of perplexity), '5%', '0.01', '0' (default of tasks)"),
     ] = None,
     budget: Annotated[list[float] | None, typer.Option(help="Shares to try (repeatable); default 0.1 ... 0.9")] = None,
-    keep: Annotated[float | None, typer.Option(help="Stop once this share of all linears is reached")] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Stop once this share of the selected linears' numbers is kept")
+    ] = None,
     include: Annotated[list[str] | None, typer.Option(help="As in compress")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="As in compress")] = None,
     blocks: Annotated[str | None, typer.Option(help="As in compress")] = None,
@@ -88,9 +81,9 @@ def command(
     """Find the ranks by measuring: SFSD's surgical search, with any method.
 
     From the last linear to the first, each gets the smallest budget at which the score is still within the tolerance.
-    The search sees 20 % of the score's data; both models are measured on the rest. Of probing, whose score is the mean
-    selectivity of the layers, it sees the train split, and test is left. Beside PLAN stand a journal of the trials (a
-    killed search goes on after the last) and the curve that was walked.
+    The search sees 20 % of the score's data; both models are measured on the rest. Of labelled sets it sees the train
+    split, and test is the rest; of probing the score is the mean selectivity of the layers. Beside PLAN stand a
+    journal of the trials (a killed search goes on after the last) and the curve that was walked.
 
     \b
     eckart search MODEL plan.json --method sfsd --score perplexity:wikitext2
@@ -99,96 +92,66 @@ def command(
     """
     if plan.exists() and not force:
         raise FileExistsError(f"{plan} exists; give another place, or --force")
-    if layout not in ("plain", "pivoted"):
-        raise ValueError(f"layout {layout!r} is none of plain, pivoted")
-    task, track = Task(score, score_split, length=length, limit=limit), TerminalTrack(console)
-    find_task(score)
-    if task.kind not in ("perplexity", "lm-eval", "probing"):
-        raise ValueError(f"{score!r} is no score to search by; there are perplexity:CORPUS, lm-eval:TASK, probing:SET")
-    default = Allocation(name="surgical", score=score).allowed
-    allowed = default if tolerance is None else Tolerance.parse(tolerance)
-    built = build_method(method, parse_options(method, option or []))
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device), load_tokenizer(model)
-    searched, reported = _scores(task, loaded, tokenizer, data, batch_size)
-    sites = find_sites(loaded)
-    text = read_text(calibration, split=split, data=data)
-    tokens = sample_windows(text, tokenizer, samples=samples, length=length or default_length(loaded), seed=seed)
-    kept = None if no_cache else cache
-    with open_engine(engine, address=address, workers=workers) as runs:
-        moments = tuple(runs.calibrate_by_block(loaded, tokens, built, cache=kept, batch_size=batch_size, track=track))
-        spectra = spectra_on_demand(loaded, built, moments if built.needs else ())
-        total = sum(site.num_params for site in sites)
-        with runs.team(loaded, built, lambda: moments if built.needs else (), searched) as team:
-            found = search(
-                loaded,
-                spectra,
-                searched,
-                better=searched.better,
-                tolerance=allowed,
-                sites=select_sites(sites, include=include or (), exclude=exclude or (), blocks=blocks),
-                budgets=budget or SHARES,
-                layout=layout,  # type: ignore[arg-type]
-                rank_multiple=rank_multiple,
-                stop=None if keep is None else int(keep * total),
-                journal=plan.with_suffix(".trials.jsonl"),
-                identity={
-                    "model": model,
-                    "dtype": str(loaded.dtype),
-                    "calibration": calibration_digest(loaded, tokens, built.needs, sites),
-                    "method": {"name": built.name, "options": built.options},
-                    "score": searched.about,
-                },
-                team=team,
-                track=track,
-            )
-    dense = reported(loaded)
-    with planned(loaded, found.plan, spectra):
-        compressed = reported(loaded)
-    write_whole(plan.with_suffix(".search.json"), json.dumps(found.to_dict(), indent=1))
-    write_whole(plan, found.plan.to_json())
-    console.print(_curve(found))
-    ends = found.curve[-1]
-    console.print(
-        f"{plan}: keeps {ends.keep:.1%} of the linears; on the data not searched on {number(dense)} dense, "
-        f"{number(compressed)} with these ranks; {found.evaluations} evaluations"
+    recipe = parse_recipe(
+        {
+            "model": model,
+            "dtype": dtype,
+            "method": {"name": method, "options": parse_options(method, option or [])},
+            "keep": keep,
+            "sites": {"include": include or [], "exclude": exclude or [], "blocks": blocks},
+            "allocation": {
+                "name": "surgical",
+                "score": score,
+                "split": score_split,
+                "limit": limit,
+                "tolerance": tolerance,
+                "budgets": budget or None,
+            },
+            "layout": layout,
+            "rank_multiple": rank_multiple,
+            "context": length,
+            "calibration": {
+                "corpus": calibration,
+                "split": split,
+                "samples": samples,
+                "length": length,
+                "seed": seed,
+            },
+        },
+        where="command line",
     )
-    if keep is not None and ends.keep > keep:
+    with open_run(
+        engine,
+        address=address,
+        workers=workers,
+        device=device,
+        batch_size=batch_size,
+        data=data,
+        cache=cache,
+        no_cache=no_cache,
+    ) as how:
+        report = search_ranks(recipe, how, journal=plan.with_suffix(".trials.jsonl"))
+    write_whole(plan.with_suffix(".search.json"), json.dumps(report.facts, indent=1))
+    write_whole(plan, report.plan.to_json())
+    console.print(_curve(report.facts["curve"]))
+    console.print(
+        f"{plan}: keeps {report.kept:.1%} of the selected linears; on the data not searched on {number(report.dense)} "
+        f"dense, {number(report.compressed)} with these ranks; {report.facts['evaluations']} evaluations"
+    )
+    if keep is not None and report.kept > keep:
         console.print(f"every linear was looked at before keep {keep} was reached; a larger tolerance goes further")
 
 
-def _scores(
-    task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path | None, batch_size: int
-) -> tuple[Criterion, Criterion]:
-    """The score on the data to search on, and on the data to report on."""
-    if task.kind == "perplexity":
-        text = read_text(task.argument, split=task.split, data=data)
-        length = task.length or default_length(model)
-        rows = cut_windows(model, encode(text.joined, tokenizer), length=length, limit=task.limit)
-        chosen, others = split_windows(rows)
-        return perplexity_score(chosen), perplexity_score(others)
-    if task.kind == "probing":  # rows that everybody may train on are searched on, the others are reported on
-        if Path(task.argument).is_file():
-            raise ValueError(
-                f"{task.argument} has one split, which would be searched and reported on; give a known set"
-            )
-        first, second = (
-            labelled_score(task, tokenizer, split=split, data=data, batch_size=batch_size, workers=CORES)
-            for split in ("train", "test")
-        )
-        return first, second
-    first, second = (
-        accuracy_score(replace(task, split=split, length=None), tokenizer, data=data, batch_size=batch_size)
-        for split in ("sfsd-search", "sfsd-evaluation")
-    )
-    return first, second
-
-
-def _curve(found: SearchResult) -> Table:
+def _curve(points: Sequence[Mapping[str, Any]]) -> Table:
     """Some of the points, evenly over the linears."""
-    points = found.curve
-    chosen = sorted({round(step * (len(points) - 1) / ROWS) for step in range(ROWS + 1)})
+    places = sorted({round(step * (len(points) - 1) / ROWS) for step in range(ROWS + 1)})
     rows = [
-        [f"{points[i].sites}", f"{points[i].keep:.3f}", number(points[i].score), f"{points[i].evaluations}"]
-        for i in chosen
+        [
+            f"{points[place]['sites']}",
+            f"{points[place]['keep']:.3f}",
+            number(points[place]["score"]),
+            f"{points[place]['evaluations']}",
+        ]
+        for place in places
     ]
     return table("The way there", ["linears decided", "keep", "score", "evaluations"], rows, text_columns=0)

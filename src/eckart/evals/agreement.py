@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from eckart.evals.result import EvalResult, Score
+from eckart.evals.result import TRAITS, EvalResult, Score
 
 
 def agreement(dense: EvalResult, compressed: EvalResult) -> EvalResult:
@@ -55,7 +55,7 @@ def agreement(dense: EvalResult, compressed: EvalResult) -> EvalResult:
         value=float(disagreement.mean()),
         stderr=_stderr(disagreement),
         n=count,
-        better="lower",
+        traits=TRAITS["agreement"],
         settings=dict(dense.settings),
         examples=disagreement.tolist(),
         scores={

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.data.labelled import Labelled
 from eckart.evals.hidden_states import pad_rows, tokenize_texts
-from eckart.evals.result import EvalResult, Score
+from eckart.evals.result import TRAITS, EvalResult, Score
 from eckart.evals.windows import check_finite
 from eckart.support.progress import Track, silent
 
@@ -74,7 +74,7 @@ def classification(
         value=matthews(confusion),
         stderr=_jackknife(confusion, matthews),
         n=len(rows),
-        better="higher",
+        traits=TRAITS["classification"],
         settings={**rows.source, **(settings or {}), "length": texts.length, "rows": len(rows)},
         examples=right.tolist(),
         scores={

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from eckart.evals.result import EvalResult, Score
+from eckart.evals.result import TRAITS, EvalResult, Score
 from eckart.evals.speed import Timing, time_in_turns
+from eckart.support.files import GRADIENTS
 from eckart.support.progress import Track, silent
 from eckart.support.sizes import num_params, tensor_bytes
 
@@ -23,8 +24,6 @@ from eckart.support.sizes import num_params, tensor_bytes
 DEFAULT_PROMPT = 64
 # In order: the first kind that a directory has is the one that loaders read.
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-# Squares of gradients that were recorded while the model was fine-tuned lie beside its weights, and are none.
-NO_WEIGHTS = "gradients.safetensors"
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def cost(
         value=values.pop("params"),
         stderr=None,
         n=1,
-        better="lower",
+        traits=TRAITS["cost"],
         settings={"batch": batch, "prompt": prompt, "tokens": tokens, "rounds": rounds, "dtype": str(model.dtype)[6:]},
         scores={name: Score(value) for name, value in values.items()},
         details={
@@ -133,7 +132,7 @@ def disk_bytes(path: Path) -> int:
         ValueError: it is no directory, or holds no weights.
     """
     for pattern in WEIGHT_FILES:
-        files = [file for file in path.glob(pattern) if file.name != NO_WEIGHTS] if path.is_dir() else []
+        files = [file for file in path.glob(pattern) if file.name != GRADIENTS] if path.is_dir() else []
         if files:
             return sum(file.stat().st_size for file in files)
     raise ValueError(f"{path} holds no weight files ({' or '.join(WEIGHT_FILES)}); give the checkpoint's directory")

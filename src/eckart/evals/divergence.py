@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eckart.data.tokens import check_vocabulary
-from eckart.evals.result import EvalResult, Score
+from eckart.evals.result import TRAITS, EvalResult, Score
 from eckart.evals.windows import check_causal, check_finite, cut_windows, windows_per_batch
 from eckart.support.progress import Track, silent
 
@@ -84,7 +84,7 @@ def divergence(
         value=kl.value,
         stderr=kl.stderr,
         n=windows,
-        better="lower",
+        traits=TRAITS["divergence"],
         settings={
             "length": length,
             "windows": windows,

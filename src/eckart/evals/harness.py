@@ -29,7 +29,7 @@ from eckart.evals.harness_tasks import (
     split_rows,
     write_definitions,
 )
-from eckart.evals.result import EvalResult, Score
+from eckart.evals.result import TRAITS, Better, EvalResult, Score
 from eckart.evals.windows import check_causal, check_evaluating
 from eckart.support.progress import Track, silent
 from eckart.support.quiet import quiet
@@ -82,8 +82,7 @@ def run_harness(
             likelihood that is not finite (the message names task and document); a continuation longer than the
             model's positions; more examples than there are; a hub that cannot be reached.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("lm_eval is not installed: pip install 'eckart[tasks]'")
+    _check_installed()
     check_causal(model, f"lm-eval:{name}")
     check_evaluating(model)
     if split not in SPLITS:
@@ -96,10 +95,7 @@ def run_harness(
 
         row = find_local_task(name, _stock())
         shots = row.shots if shots is None and row is not None else shots
-        if data is None:
-            loaded, sources = _load_from_hub(name, row), {"documents": "hub"}
-        else:
-            loaded, sources = _load_from_files(name, row, Path(data), shots or 0)
+        loaded, sources = _load(name, row, data, shots or 0)
         _set_shots(loaded["tasks"], shots, seed)
         rows = _rows(loaded["tasks"], split, limit)
         scorer = make_scorer(model, tokenizer, batch_size, rows, name, track)
@@ -122,6 +118,46 @@ def run_harness(
         **({"note": row.note} if row is not None and row.note and data is not None else {}),
     }
     return _result(task or f"lm-eval:{name}", name, found, tables, loaded, settings, scorer.truncated)
+
+
+def harness_direction(name: str, *, data: Path | None = None) -> Better | None:
+    """Which way the main metric of a task is good, as the harness defines it; None where its members disagree.
+
+    Args:
+        name, data: as in `run_harness`. The documents are read, and no model is.
+
+    Raises:
+        ValueError: lm_eval is not installed, an unknown name, a missing or ill-formed file, a hub out of reach.
+    """
+    _check_installed()
+    with _contained(0, torch.device("cpu")):
+        row = find_local_task(name, _stock())
+        loaded, _ = _load(name, row, data, 0)
+        group = loaded.get("groups", {}).get(name)
+        if group is not None:
+            metrics = [each.metric for each in group.aggregate_metric_list]
+        else:
+            metrics = list(loaded["tasks"][name].aggregation())
+        return _direction(loaded, "acc" if "acc" in metrics else metrics[0])
+
+
+def _direction(loaded: Any, metric: str) -> Better | None:
+    """Which way a metric is good by the definitions of all tasks; None where they disagree or do not say."""
+    directions = {definition.higher_is_better().get(metric) for definition in loaded["tasks"].values()}
+    higher = directions.pop() if len(directions) == 1 else None
+    return None if higher is None else "higher" if higher else "lower"
+
+
+def _check_installed() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("lm_eval is not installed: pip install 'eckart[tasks]'")
+
+
+def _load(name: str, row: LocalTask | None, data: Path | None, shots: int) -> tuple[Any, dict[str, str]]:
+    """The task or group with its documents, and where they came from."""
+    if data is None:
+        return _load_from_hub(name, row), {"documents": "hub"}
+    return _load_from_files(name, row, Path(data), shots)
 
 
 @contextmanager
@@ -331,15 +367,14 @@ def _result(
         if all(isinstance(value, int | float | np.number) for value in values):
             examples += [float(value) for value in values]
     score = _score(table, main)
-    directions = {definition.higher_is_better().get(main.partition(",")[0]) for definition in loaded["tasks"].values()}
-    higher = directions.pop() if len(directions) == 1 else None
     return EvalResult(
         task=task,
         metric=_label(main),
         value=score.value,
         stderr=score.stderr,
         n=score.n,
-        better=None if higher is None else "higher" if higher else "lower",
+        better=_direction(loaded, main.partition(",")[0]),
+        traits=TRAITS["lm-eval"],
         settings=settings,
         examples=examples if len(examples) == len(ids) else [],
         scores=scores,

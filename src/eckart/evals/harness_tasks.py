@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+# All of a set, what rank searches read of it, and what is left to report on.
 SPLITS = ("test", "sfsd-search", "sfsd-evaluation")
 # What the draw of SFSD's split starts from. It is no setting of a run: a search with one seed and an evaluation with
 # another would share documents.
@@ -27,6 +28,11 @@ SPLIT_SEED = 0
 VALIDATION = ("dev.json*", "val.json*", "validation.json*")
 TEST = ("test.json*",)
 TRAIN = ("train.json*",)
+
+
+def is_family(name: str) -> bool:
+    """Whether a task stands for many of one kind, as mmlu does for its subjects."""
+    return name in LOCAL_TASKS and LOCAL_TASKS[name].member is not None
 
 
 def split_rows(n: int, split: str, *, seed: int = SPLIT_SEED) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eckart.data.tokens import check_vocabulary
-from eckart.evals.result import EvalResult
+from eckart.evals.result import TRAITS, EvalResult
 from eckart.evals.windows import check_causal, check_finite, cut_windows, windows_per_batch
 from eckart.support.progress import Track, silent
 
@@ -70,7 +70,7 @@ def perplexity(
         value=value,
         stderr=stderr,
         n=windows,
-        better="lower",
+        traits=TRAITS["perplexity"],
         settings={
             "length": length,
             "windows": windows,

@@ -21,12 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.data.labelled import Labelled
 from eckart.evals.hidden_states import Pooling, read_hidden_states
-from eckart.evals.result import EvalResult, Score
+from eckart.evals.result import CHECK, TRAITS, EvalResult, Score
 from eckart.support.progress import Track, silent
 
 Control = Literal["text", "last-word"]
-# The paper's check: where the task's weighted F1 is not above the control's by this much, a layer is no evidence.
-CHECK = 0.2
 # One row in this many is for the test: the paper's 80 to 20.
 FOLDS = 5
 # Units of the probe's hidden layer; neither the paper nor anything in it says how many.
@@ -59,7 +57,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Draw:
     """What a seed decides: which rows are for the test, and the control's labels."""
 
     seed: int
@@ -101,8 +99,8 @@ def probe(
         value = weighted F1, mean over the blocks' layers 1 ... L (the embeddings, layer 0, are read but not counted).
         stderr is that of the mean over seeds. Scores, of the same layers: `control`, `selectivity`, `accuracy`, `mcc`,
         `passed` (the share of layers whose selectivity is at least 0.2); and `f1.K`, `control.K`, `selectivity.K` of
-        every layer K. details: `layers`, the scores by seed; `majority`, the weighted F1 of always answering the
-        commonest class; `truncated`, texts that were cut.
+        every layer K. details: `layers`, the scores by seed; `check`, the 0.2; `majority`, the weighted F1 of always
+        answering the commonest class; `truncated`, texts that were cut.
 
     Raises:
         ValueError: seeds below 1, fewer than five groups of a class (the message has the numbers), and what
@@ -115,18 +113,18 @@ def probe(
     if control not in get_args(Control):
         raise ValueError(f"control {control!r} is none of {', '.join(get_args(Control))}")
     labels = np.array(rows.labels)
-    trials = [draw_trial(rows, control, seed + number) for number in range(seeds)]
+    draws = [draw(rows, control, seed + number) for number in range(seeds)]
     with read_hidden_states(
         model, tokenizer, rows.texts, pooling=pooling, length=length, batch_size=batch_size, cache=cache, track=track
     ) as states:
-        readings = _read_layers(states.values, labels, trials, workers, task, track)
+        readings = _read_layers(states.values, labels, draws, workers, task, track)
         truncated, length = states.truncated, states.length
     majority = _scores(labels, np.full_like(labels, np.bincount(labels).argmax()))["f1"]
     return EvalResult(
         task=task,
         metric="f1",
         **asdict(_mean(readings[1:], "f1", len(rows))),
-        better="higher",
+        traits=TRAITS["probing"],
         settings={
             **rows.source,
             **(settings or {}),
@@ -157,6 +155,7 @@ def probe(
                 }
                 for number, layer in enumerate(readings)
             ],
+            "check": CHECK,
             "majority": majority,
             "classes": list(rows.classes),
             "truncated": truncated,
@@ -164,7 +163,7 @@ def probe(
     )
 
 
-def draw_trial(rows: Labelled, control: Control, seed: int) -> Trial:
+def draw(rows: Labelled, control: Control, seed: int) -> Draw:
     """The split of a seed, which leaves groups whole and keeps the classes' shares, and its control labels.
 
     Raises:
@@ -182,7 +181,7 @@ def draw_trial(rows: Labelled, control: Control, seed: int) -> Trial:
             )
     folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
     train, test = next(folds.split(np.zeros(len(labels)), labels, groups))
-    return Trial(seed, train, test, control_labels(rows, control, seed))
+    return Draw(seed, train, test, control_labels(rows, control, seed))
 
 
 def control_labels(rows: Labelled, control: Control, seed: int) -> NDArray[np.intp]:
@@ -225,7 +224,7 @@ def train_probe(
 def _read_layers(
     values: NDArray[np.float32],
     labels: NDArray[np.intp],
-    trials: Sequence[Trial],
+    draws: Sequence[Draw],
     workers: int,
     task: str,
     track: Track,
@@ -234,22 +233,22 @@ def _read_layers(
     from joblib import Parallel, delayed
     from threadpoolctl import threadpool_limits
 
-    jobs = [(layer, trial) for layer in range(len(values)) for trial in trials]
+    jobs = [(layer, drawn) for layer in range(len(values)) for drawn in draws]
     # Threads: the products of matrices run side by side, and no process has to import the models' libraries again.
     with threadpool_limits(1):
         made = Parallel(workers, backend="threading", return_as="generator")(
-            delayed(_read)(values[layer], labels, trial) for layer, trial in jobs
+            delayed(_read)(values[layer], labels, drawn) for layer, drawn in jobs
         )
         found = list(track(made, task, len(jobs)))
-    return [found[start : start + len(trials)] for start in range(0, len(found), len(trials))]
+    return [found[start : start + len(draws)] for start in range(0, len(found), len(draws))]
 
 
-def _read(states: NDArray[np.float32], labels: NDArray[np.intp], trial: Trial) -> Reading:
+def _read(states: NDArray[np.float32], labels: NDArray[np.intp], drawn: Draw) -> Reading:
     states = np.ascontiguousarray(states)
-    answers = train_probe(states, labels, trial.train, trial.test, trial.seed)
-    random = train_probe(states, trial.control, trial.train, trial.test, trial.seed)
-    control = _scores(trial.control[trial.test], random)["f1"]
-    return Reading(**_scores(labels[trial.test], answers), control=control)
+    answers = train_probe(states, labels, drawn.train, drawn.test, drawn.seed)
+    random = train_probe(states, drawn.control, drawn.train, drawn.test, drawn.seed)
+    control = _scores(drawn.control[drawn.test], random)["f1"]
+    return Reading(**_scores(labels[drawn.test], answers), control=control)
 
 
 def _scores(labels: NDArray[np.intp], answers: NDArray[np.intp]) -> dict[str, float]:

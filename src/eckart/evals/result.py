@@ -1,4 +1,4 @@
-"""EvalResult: what one evaluation found, on what it was measured, and the outcome of every example."""
+"""EvalResult: what one evaluation found, on what it was measured, and how its number is to be read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,55 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eckart.support.files import write_whole
+
+Better = Literal["higher", "lower"]
+# The parts of a report. Results that have no part of their own are tasks.
+SectionName = Literal["perplexity", "tasks", "stereoset", "agreement", "divergence", "probing", "similarity", "cost"]
+# Where the weighted F1 of a probe is not above its control's by this much, a layer is no evidence (the probing paper).
+CHECK = 0.2
+
+
+@dataclass(frozen=True)
+class Traits:
+    """How the numbers of an evaluation are to be read, whatever its name is. Results carry them.
+
+    Attributes:
+        section: of the report.
+        better: which way its value is good; None where neither is, or where the result says (lm-eval's tasks).
+        counts: what a limit counts, "windows" of text or "documents"; None where it reads none.
+        quality: whether the value says how good a model is at something, and is lost by compression.
+        ratio: two values are compared by their ratio, as perplexities are, and not by their difference.
+        of: which models are measured: "both" the dense and the compressed one, or only one of them.
+        shown: further scores that stand beside the value wherever it is shown.
+    """
+
+    section: SectionName = "tasks"
+    better: Better | None = None
+    counts: Literal["windows", "documents"] | None = "documents"
+    quality: bool = True
+    ratio: bool = False
+    of: Literal["both", "dense", "compressed"] = "both"
+    shown: tuple[str, ...] = ()
+
+
+# By evaluation. They stand here, and not in its row, because results that were written before results carried them are
+# read by name. `evals.tasks` has the rows; a new evaluation says its traits there.
+TRAITS: dict[str, Traits] = {
+    "perplexity": Traits("perplexity", "lower", "windows", ratio=True),
+    "lm-eval": Traits(),
+    "stereoset": Traits("stereoset", "higher", quality=False),
+    "divergence": Traits("divergence", "lower", "windows", quality=False, of="compressed"),
+    "similarity": Traits("similarity", None, "windows", quality=False, of="dense"),
+    "probing": Traits("probing", "higher", quality=False, shown=("selectivity",)),
+    "classification": Traits(better="higher"),
+    "cost": Traits("cost", "lower", None, quality=False),
+    "agreement": Traits("agreement", "lower", quality=False),
+}
+
+
+def traits_of(task: str) -> Traits:
+    """What is known of a task by its name alone; a plain task's traits where it is none of TRAITS."""
+    return TRAITS.get(task.partition(":")[0].partition("@")[0], Traits())
 
 
 @dataclass(frozen=True)
@@ -38,11 +87,12 @@ class EvalResult:
         value: the main number.
         stderr: its standard error, in the same unit; None for a single example.
         n: examples that it is a mean over.
-        better: which way is good; None where neither is.
+        better: which way is good; None where neither is. Default: what the traits say.
         settings: everything that changes the value.
         examples: outcome per example, for paired comparisons.
         scores: further numbers of the same evaluation by name, such as {"acc_norm": Score(0.41, 0.01, 1172)}.
         details: plain data for tables and figures: answers, histograms.
+        traits: how the value is to be read. Default, as of a file without them: what is known by the task's name.
 
     Raises:
         ValueError: a value that is not a number; a broken model has no result.
@@ -53,13 +103,18 @@ class EvalResult:
     value: float
     stderr: float | None
     n: int
-    better: Literal["higher", "lower"] | None = None
+    better: Better | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     examples: list[float] = field(default_factory=list)
     scores: Mapping[str, Score] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    traits: Traits = None  # type: ignore[assignment]  # filled in below, so that it is never None
 
     def __post_init__(self) -> None:
+        if self.traits is None:
+            object.__setattr__(self, "traits", traits_of(self.task))
+        if self.better is None:
+            object.__setattr__(self, "better", self.traits.better)
         for name, value in {self.metric: self.value, **{key: s.value for key, s in self.scores.items()}}.items():
             if math.isnan(value):
                 raise ValueError(f"{self.task}: {name} is not a number; the model or its data is broken")
@@ -92,6 +147,8 @@ class EvalResult:
     def from_json(cls, text: str) -> EvalResult:
         data = json.loads(text)
         scores = {name: Score(**score) for name, score in data.pop("scores", {}).items()}
+        if (traits := data.pop("traits", None)) is not None:
+            data["traits"] = Traits(**{**traits, "shown": tuple(traits.get("shown", ()))})
         return cls(**data, scores=scores)
 
 

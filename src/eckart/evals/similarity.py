@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eckart.data.tokens import Tokens, check_positions, check_vocabulary
-from eckart.evals.result import EvalResult, Score
+from eckart.evals.result import TRAITS, EvalResult, Score
 from eckart.evals.windows import check_evaluating, cut_windows
 from eckart.support.progress import Track, silent
 
@@ -120,6 +120,7 @@ def similarity(
         value=float(table.mean()),
         stderr=float(per_window.std()) / math.sqrt(len(windows)) if len(windows) > 1 else None,
         n=len(windows),
+        traits=TRAITS["similarity"],
         settings={
             "length": length,
             "windows": len(windows),

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eckart.evals.harness_tasks import SPLIT_SEED, split_rows
 from eckart.evals.icat import icat
 from eckart.evals.likelihoods import (
     Batching,
@@ -31,7 +32,7 @@ from eckart.evals.likelihoods import (
     mean_log_likelihoods,
     pair_row,
 )
-from eckart.evals.result import EvalResult, Score
+from eckart.evals.result import TRAITS, EvalResult, Score
 from eckart.evals.windows import check_evaluating, is_causal
 from eckart.support.progress import Track, silent
 
@@ -82,6 +83,23 @@ class StereoSet:
         """Of every word in it, so that results on other clusters, or in another order, can be told apart."""
         clusters = [asdict(cluster) for cluster in (*self.intrasentence, *self.intersentence)]
         return hashlib.sha256(json.dumps(clusters).encode()).hexdigest()[:16]
+
+    def take(self, split: str) -> StereoSet:
+        """The clusters of a split, in their order: "test" is all, the others are those of `split_rows`, of each part.
+
+        Raises:
+            ValueError: an unknown split, or a part with fewer than 5 clusters.
+        """
+        if split == "test":
+            return self
+        try:
+            parts = {
+                part: tuple(clusters[row] for row in split_rows(len(clusters), split))
+                for part, clusters in ((part, getattr(self, part)) for part in PARTS)
+            }
+        except ValueError as error:
+            raise ValueError(f"stereoset: {error}") from error
+        return StereoSet(**parts, source={**self.source, "part": split, "split_seed": SPLIT_SEED})
 
 
 def read_stereoset(data: Path | None) -> StereoSet:
@@ -192,7 +210,7 @@ def stereoset(
         value=overall.value,
         stderr=overall.stderr,
         n=overall.n,
-        better="higher",
+        traits=TRAITS["stereoset"],
         settings={
             **{part: rule.name for part, rule in rules.items()},
             **({"start": _describe_start(tokenizer)} if is_causal(model) else {}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from eckart.data.tokens import check_tokenizer, encode
 from eckart.evals.classification import classification
 from eckart.evals.cost import cost
 from eckart.evals.divergence import divergence
-from eckart.evals.harness import run_harness
-from eckart.evals.harness_tasks import SPLITS, split_rows
+from eckart.evals.harness import harness_direction, run_harness
+from eckart.evals.harness_tasks import SPLITS, is_family, split_rows
 from eckart.evals.hidden_states import Pooling
 from eckart.evals.perplexity import perplexity
 from eckart.evals.probing import Control, probe
-from eckart.evals.result import EvalResult
+from eckart.evals.result import TRAITS, Better, EvalResult, Traits
 from eckart.evals.similarity import Activations, similarity
 from eckart.evals.stereoset import read_stereoset, stereoset
 from eckart.evals.subject import Setup, Subject
@@ -42,11 +42,12 @@ class Task:
     Attributes:
         name: "<evaluation>:<corpus or task>", or "<evaluation>" for one that reads neither.
         split: of the corpus. Also "sfsd-search" (20 %) and "sfsd-evaluation" (the other 80 %): of a harness task's
-            documents, or of the windows of a corpus's test split.
+            documents, of StereoSet's clusters, or of the windows of a corpus's test split; of those of another split
+            "sfsd-search of validation".
         column: field of the corpus that holds the text.
         length: window; None is the subject's context, 2048 by default, or the model's positions if fewer. Of `cost`:
             the length of the prompt.
-        limit: windows, or examples, read at most.
+        limit: windows, or examples, of the split read at most.
         shots: examples in front of each question; None is the task's own number.
         seed: draws those examples; of probing, the rows, and is the first of its seeds.
         leave_out_long: StereoSet leaves out, and counts, what is past the model's positions, instead of refusing.
@@ -94,22 +95,53 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Searched:
+    """How a rank search reads an evaluation: as one number, on data that its report does not read.
+
+    Attributes:
+        split: what the search reads.
+        others: what is left to report on.
+        score: of the result; None is its main value.
+        on_windows: (model, windows of token ids) -> number, where the windows can be read once for all trials.
+    """
+
+    split: str
+    others: str
+    score: str | None = None
+    on_windows: Callable[[PreTrainedModel, Int[Tensor, "windows length"]], float] | None = None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A row of the table.
 
     Attributes:
         run: (subject, task, setup) -> result.
         about: one line for people.
-        argument: what stands behind the colon: "corpus", "task", "labelled" (a set of texts with classes), or "".
+        traits: how its numbers are to be read. `evaluate` writes them into every result.
+        argument: what stands behind the colon: "corpus", "task" (of the harness), "labelled" (a set of texts with
+            classes), or "".
         needs: which optional fields of `Subject` it reads.
-        of: "both" the dense and the compressed model are measured, or only one of them.
+        compares: it reads the model that this one was made from, where there is one.
+        alone: it times the machine, so nothing else may run beside it.
+        search: how a search reads it; None is no score to search by.
+        direction: (task, setup) -> which way the value is good, where the traits cannot say.
     """
 
     run: Callable[[Subject, Task, Setup], EvalResult]
     about: str
+    traits: Traits
     argument: str = "corpus"
     needs: frozenset[str] = frozenset()
-    of: str = "both"
+    compares: bool = False
+    alone: bool = False
+    search: Searched | None = None
+    direction: Callable[[Task, Setup], Better | None] | None = None
+
+    @property
+    def wants_reference(self) -> bool:
+        """Whether a compressed model is measured beside the one that it was made from."""
+        return self.compares or "reference" in self.needs
 
 
 def evaluate(
@@ -150,7 +182,13 @@ def evaluate(
     check_evaluating(model)
     check_tokenizer(model, tokenizer)
     setup = Setup(data, batch_size, workers, cache, track)
-    return [find_task(task.name).run(subject, task, setup) for task in chosen]
+    return [_run(subject, task, setup) for task in chosen]
+
+
+def _run(subject: Subject, task: Task, setup: Setup) -> EvalResult:
+    row = find_task(task.name)
+    result = row.run(subject, task, setup)
+    return replace(result, traits=row.traits, better=result.better or row.traits.better)
 
 
 def find_task(name: str) -> Evaluation:
@@ -168,6 +206,38 @@ def find_task(name: str) -> Evaluation:
     if argument and not row.argument:
         raise ValueError(f"{name!r}: {kind} stands alone; write {kind}")
     return row
+
+
+def counted_by(name: str) -> str | None:
+    """What a limit of a task counts: "windows", "documents", "members" (documents of each), or None for nothing."""
+    row = find_task(name)
+    return "members" if row.argument == "task" and is_family(Task(name).argument) else row.traits.counts
+
+
+def searched_by(name: str) -> Searched:
+    """How a search reads a task. Raises ValueError where none can, and what there is."""
+    row, task = find_task(name), Task(name)
+    if row.search is None:
+        known = [
+            kind + (each.argument and f":{PLACES[each.argument]}") for kind, each in EVALUATIONS.items() if each.search
+        ]
+        raise ValueError(f"{name!r} is no score to search by; there are {', '.join(known)}")
+    if row.argument == "labelled" and Path(task.argument).is_file():
+        raise ValueError(f"{task.argument} has one split, which would be searched and reported on; give a known set")
+    return row.search
+
+
+def direction_of(task: Task, setup: Setup) -> Better:
+    """Which way a task's value is good.
+
+    Raises:
+        ValueError: neither way is, so that nothing can be searched by it; and what asking the task raises.
+    """
+    row = find_task(task.name)
+    better = row.traits.better or (row.direction and row.direction(task, setup))
+    if better is None:
+        raise ValueError(f"{task.name}: neither a high nor a low value is good, so it is no score to search by")
+    return better
 
 
 def windows_of(
@@ -198,18 +268,19 @@ def default_length(model: PreTrainedModel, context: int | None = None) -> int:
 def _text(subject: Subject, task: Task, setup: Setup) -> tuple[Tensor, dict[str, Any]]:
     """The task's corpus as a stream of tokens, and the arguments that every evaluation on text takes.
 
-    The splits that a rank search and its report read are windows of the text's test split.
+    The splits that a rank search and its report read are windows of the text.
     """
-    searched = task.split in SPLITS
-    text = read_text(task.argument, split="test" if searched else task.split, data=setup.data, column=task.column)
+    part, _, whole = task.split.partition(" of ")
+    whole, part = (whole or "test", part) if part in SPLITS else (task.split, "test")
+    text = read_text(task.argument, split=whole, data=setup.data, column=task.column)
     source = {**text.source, "split": task.split}
     shared = {"limit": task.limit, "task": task.label, "settings": source, "track": setup.track}
     stream = encode(text.joined, subject.tokenizer)
-    if searched and task.split != "test":
+    if part != "test":
         length = _length(subject, task)
         rows = stream[: len(stream) // length * length].view(-1, length)
         try:
-            stream = rows[split_rows(len(rows), task.split)].flatten()
+            stream = rows[split_rows(len(rows), part)].flatten()
         except ValueError as error:
             raise ValueError(f"{task.name}: of windows of {length} tokens, {error}") from error
     return stream, shared
@@ -223,6 +294,10 @@ def _perplexity(subject: Subject, task: Task, setup: Setup) -> EvalResult:
     check_causal(subject.model, "perplexity")
     stream, shared = _text(subject, task, setup)
     return perplexity(subject.model, stream, length=_length(subject, task), **shared)
+
+
+def _perplexity_on(model: PreTrainedModel, windows: Int[Tensor, "windows length"]) -> float:
+    return perplexity(model, windows.flatten(), length=windows.shape[1]).value
 
 
 def _divergence(subject: Subject, task: Task, setup: Setup) -> EvalResult:
@@ -253,11 +328,15 @@ def _harness(subject: Subject, task: Task, setup: Setup) -> EvalResult:
     )
 
 
+def _harness_direction(task: Task, setup: Setup) -> Better | None:
+    return harness_direction(task.argument, data=setup.data)
+
+
 def _stereoset(subject: Subject, task: Task, setup: Setup) -> EvalResult:
     return stereoset(
         subject.model,
         subject.tokenizer,
-        read_stereoset(setup.data),
+        read_stereoset(setup.data).take(task.split),
         limit=task.limit,
         batch_size=setup.batch_size,
         leave_out_long=task.leave_out_long,
@@ -306,33 +385,70 @@ def _cost(subject: Subject, task: Task, setup: Setup) -> EvalResult:
 
 
 NOUNS = {"corpus": "corpus", "task": "task", "labelled": "labelled set"}
+PLACES = {"corpus": "CORPUS", "task": "TASK", "labelled": "SET"}
 
 NEEDS = {
     "reference": "the dense model to compare with",
     "activations": "the model's activations on the calibration text",
 }
 
+# What SFSD searches on, and what it reports on.
+_FIFTH = Searched("sfsd-search", "sfsd-evaluation")
+
 EVALUATIONS: dict[str, Evaluation] = {
-    "perplexity": Evaluation(_perplexity, "exp of the mean negative log-likelihood per token"),
-    "lm-eval": Evaluation(_harness, "a task of lm-evaluation-harness, by its name there", "task"),
-    "stereoset": Evaluation(_stereoset, "StereoSet: language modelling, stereotype and ICAT scores", ""),
+    "perplexity": Evaluation(
+        _perplexity,
+        "exp of the mean negative log-likelihood per token",
+        TRAITS["perplexity"],
+        search=replace(_FIFTH, on_windows=_perplexity_on),
+    ),
+    "lm-eval": Evaluation(
+        _harness,
+        "a task of lm-evaluation-harness, by its name there",
+        TRAITS["lm-eval"],
+        "task",
+        search=_FIFTH,
+        direction=_harness_direction,
+    ),
+    "stereoset": Evaluation(
+        _stereoset,
+        "StereoSet: language modelling, stereotype and ICAT scores",
+        TRAITS["stereoset"],
+        "",
+        search=_FIFTH,
+    ),
     "divergence": Evaluation(
         _divergence,
         "KL divergence and top-1 agreement of next tokens, against the dense model",
+        TRAITS["divergence"],
         needs=frozenset({"reference"}),
-        of="compressed",
     ),
     "similarity": Evaluation(
         _similarity,
         "cosine between activations on calibration and evaluation text",
+        TRAITS["similarity"],
         needs=frozenset({"activations"}),
-        of="dense",
     ),
     "probing": Evaluation(
-        _probing, "what a probe reads off each layer, beside a control task: F1 and selectivity", "labelled"
+        _probing,
+        "what a probe reads off each layer, beside a control task: F1 and selectivity",
+        TRAITS["probing"],
+        "labelled",
+        search=Searched("train", "test", "selectivity"),
     ),
     "classification": Evaluation(
-        _classification, "a fine-tuned classifier: Matthews' correlation, accuracy, F1", "labelled"
+        _classification,
+        "a fine-tuned classifier: Matthews' correlation, accuracy, F1",
+        TRAITS["classification"],
+        "labelled",
+        search=Searched("train", "test"),
     ),
-    "cost": Evaluation(_cost, "parameters, bytes, multiply-accumulates, speed", ""),
+    "cost": Evaluation(
+        _cost,
+        "parameters, bytes, multiply-accumulates, speed",
+        TRAITS["cost"],
+        "",
+        compares=True,
+        alone=True,
+    ),
 }

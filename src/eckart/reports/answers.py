@@ -17,7 +17,7 @@ from eckart.reports.tables import Column, Table, corpus_of
 
 def agreement(collection: Collection) -> Chart | None:
     """Which answers changed: learned and unlearned, and how many differ in all."""
-    names = collection.tasks(lambda task: True, where="agreement")
+    names = collection.tasks(where="agreement")
     if not names:
         return None
     views, rows = [], []

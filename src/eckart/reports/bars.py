@@ -11,11 +11,9 @@ from eckart.reports.charts import Bar, BarPanel, Chart, View, bar_figure
 from eckart.reports.formats import amount, score, times
 from eckart.reports.palette import DENSE
 from eckart.reports.rows import dense_row, id_columns, looks_of, name_run, results_on, run_row, scores_of, tasks_of
-from eckart.reports.runs import Collection, base_of, kind_of
+from eckart.reports.runs import Collection, base_of
 from eckart.reports.tables import Column, Table, clashes, corpus_of
 
-# Kinds that have a section of their own; results of any other kind are tasks.
-OWN = ("perplexity", "stereoset", "divergence", "similarity", "cost", "agreement", "probing")
 DOMAINS = ("gender", "profession", "race", "religion")
 PARTS = ("intrasentence", "intersentence")
 MEASURES = {
@@ -38,7 +36,7 @@ SHARES = ("params.kept", "bytes.kept", "macs.kept")
 
 def tasks(collection: Collection) -> Chart | None:
     """Scores of tasks with their errors: a panel for each task, a bar for the dense model and for each method."""
-    names = tasks_of(collection, lambda task: kind_of(task) not in OWN)
+    names = tasks_of(collection, "tasks")
     measures = list(
         dict.fromkeys(
             key
@@ -72,7 +70,7 @@ def _is_part(task: str, name: str) -> bool:
 
 def stereoset(collection: Collection) -> Chart | None:
     """StereoSet's scores, overall and by domain."""
-    names = tasks_of(collection, lambda task: kind_of(task) == "stereoset")
+    names = tasks_of(collection, "stereoset")
     if not names:
         return None
     choices: dict[str, list[tuple[str, str, str]]] = {}
@@ -93,7 +91,7 @@ def stereoset(collection: Collection) -> Chart | None:
 
 def cost(collection: Collection) -> Chart | None:
     """What running the models costs: sizes, multiply-accumulates, speeds."""
-    names = tasks_of(collection, lambda task: kind_of(task) == "cost")
+    names = tasks_of(collection, "cost")
     if not names:
         return None
     reading = (

@@ -40,6 +40,7 @@ class Chart:
         selectors: names of the choices between views.
         table: the numbers behind all views.
         logs: its y axes can be logarithmic.
+        lines: it is of lines, and so worth a file of its own; others are for a screen.
     """
 
     slug: str
@@ -49,6 +50,7 @@ class Chart:
     views: tuple[View, ...]
     table: Table
     logs: bool = False
+    lines: bool = False
     notes: tuple[str, ...] = ()
 
 

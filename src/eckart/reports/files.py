@@ -18,9 +18,6 @@ from eckart.support.files import write_whole
 
 T = TypeVar("T")
 
-# Charts of lines; the others are for a screen.
-DRAWN = ("perplexity", "scores", "divergence", "probing")
-
 
 def write_files(collection: Collection, folder: Path) -> list[Path]:
     """Write every table of a report as CSV, and its line figures as SVG where matplotlib is installed.
@@ -51,7 +48,7 @@ def write_files(collection: Collection, folder: Path) -> list[Path]:
                 (view.figure, ", ".join([chart.title, *filter(None, view.choices)])),
             )
             for chart in charts
-            if chart.slug in DRAWN
+            if chart.lines
             for view in chart.views
         ]
         files |= {name: draw_lines(figure, title) for name, (figure, title) in _named(drawn, "svg")}

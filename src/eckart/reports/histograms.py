@@ -12,13 +12,13 @@ from eckart.reports.charts import Chart, View, panel_grid, place
 from eckart.reports.formats import percent, score
 from eckart.reports.palette import INK, ramp
 from eckart.reports.rows import score_cells
-from eckart.reports.runs import Collection, kind_of
+from eckart.reports.runs import Collection
 from eckart.reports.tables import Column, Table, corpus_of, number_cell, text_cell
 
 
 def similarity(collection: Collection) -> Chart | None:
     """How like the calibration text the evaluation texts are, as the model sees them (NSVD Figure 1, Table 2)."""
-    names = collection.tasks(lambda task: kind_of(task) == "similarity", where="dense")
+    names = collection.tasks("similarity", where="dense")
     if not names:
         return None
     views, rows, done = [], [], set()

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from eckart.evals.result import EvalResult, Score
+from eckart.evals.result import CHECK, EvalResult, Score
 from eckart.reports.charts import Chart, View, panel_grid, place
 from eckart.reports.formats import plain, score, with_error
 from eckart.reports.palette import DENSE, QUIET, Look, ramp
-from eckart.reports.profiles import CHECK, Layer, layers_of, probings
+from eckart.reports.profiles import Layer, check_of, layers_of, probings
 from eckart.reports.rows import id_columns, looks_of, name_run
 from eckart.reports.runs import Collection, Run
 from eckart.reports.tables import Cell, Column, Table, clashes, corpus_of, number_cell, text_cell
@@ -52,7 +52,7 @@ def probing(collection: Collection) -> Chart | None:
     notes = tuple(note for task in names for note in clashes(collection, task))
     title = "What each layer knows"
     table = Table("probing-numbers", title, _columns(), tuple(_rows(collection, names)))
-    return Chart("probing", title, reading, ("Model", "Compare", "Show"), tuple(views), table, notes=notes)
+    return Chart("probing", title, reading, ("Model", "Compare", "Show"), tuple(views), table, lines=True, notes=notes)
 
 
 def _groups(collection: Collection, model: str) -> list[tuple[str, list[Series]]]:
@@ -109,7 +109,8 @@ def _figure(panels: dict[str, list[tuple[Series, EvalResult]]], measure: str) ->
             figure.add_trace(line, **place(number))
             named.add(one.name)
         majorities = [result.details.get("majority") for _, result in found]
-        level = CHECK if measure == SELECTIVITY else next((m for m in majorities if m is not None), None)
+        checks = [check_of(result) for _, result in found]
+        level = checks[0] if measure == SELECTIVITY else next((m for m in majorities if m is not None), None)
         if level is not None:
             figure.add_hline(y=level, line={"color": QUIET.light, "width": 1, "dash": "dash"}, **place(number))
         title = "weighted F1" if measure == BESIDE else "selectivity"

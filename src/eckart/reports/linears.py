@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from eckart.reports.charts import Chart, View, panel_grid, place
 from eckart.reports.formats import number, percent, plain
 from eckart.reports.palette import INK, SURFACE, ramp, ramp_scale
-from eckart.reports.runs import Collection, Site
+from eckart.reports.runs import Collection, SiteFacts
 from eckart.reports.tables import Column, Table, number_cell, text_cell
 
 # Ranks, as shares of the largest, at which the table of spectra reads the loss.
@@ -68,8 +68,8 @@ def kept_share(collection: Collection) -> Chart | None:
 
 
 def _heat_map(
-    sites: Sequence[Site],
-    value: Callable[[Site], float | None],
+    sites: Sequence[SiteFacts],
+    value: Callable[[SiteFacts], float | None],
     span: tuple[float, float],
     show: Callable[[float], str],
 ) -> go.Figure:
@@ -146,7 +146,7 @@ def _short(value: float | None, show: Callable[[float], str]) -> str:
     return f"{100 * value:.0f} %" if show is percent else show(value)
 
 
-def _site_hover(site: Site) -> str:
+def _site_hover(site: SiteFacts) -> str:
     rank = "dense" if site.rank is None else f"rank {site.rank} of {min(site.shape)}"
     lines = [
         f"{site.role}, block {site.block}",
@@ -192,14 +192,14 @@ def spectra(collection: Collection) -> Chart | None:
     return Chart("spectra", "Spectra", reading, ("Model", "Method"), tuple(views), table, logs=True) if views else None
 
 
-def _read_spectrum(site: Site, share: float) -> float:
+def _read_spectrum(site: SiteFacts, share: float) -> float:
     """The loss left at a share of the ranks, between two known ranks in proportion."""
     position = share * (len(site.spectrum) - 1)
     low = min(int(position), len(site.spectrum) - 2)
     return site.spectrum[low] + (site.spectrum[low + 1] - site.spectrum[low]) * (position - low)
 
 
-def _spectrum_figure(sites: Sequence[Site]) -> go.Figure:
+def _spectrum_figure(sites: Sequence[SiteFacts]) -> go.Figure:
     roles = list(dict.fromkeys(site.role for site in sites))
     blocks = sorted({site.block for site in sites})
     figure = panel_grid(roles, row=150, least=180)

@@ -19,12 +19,10 @@ from typing import Any, Literal
 from eckart.evals.result import EvalResult, Score
 from eckart.reports.profiles import blocks_of, probings
 from eckart.reports.resampling import Estimate, correlations, mean_of
-from eckart.reports.runs import Collection, Run, base_of, kind_of
+from eckart.reports.runs import Collection, Run, base_of
 
 # Against which the other methods are compared: what everybody starts from.
 BASELINE = "svd"
-# Kinds that do not say how good a model is at something.
-NO_QUALITY = ("probing", "similarity", "cost", "agreement", "divergence", "stereoset")
 # What is shown for all models together.
 POOLED = "all models"
 
@@ -79,7 +77,7 @@ class Relation:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Contrast:
     """A method minus the baseline on one task at one size, layers averaged."""
 
     model: str
@@ -98,7 +96,7 @@ class Difference:
     baseline: str
     selectivity: Estimate
     f1: Estimate
-    cells: tuple[Cell, ...]
+    cells: tuple[Contrast, ...]
 
     @property
     def verdict(self) -> str:
@@ -126,7 +124,7 @@ Verdict = Literal["no loss shown", "won back", "partly won back", "lost for good
 
 
 @dataclass(frozen=True)
-class Recovery:
+class WonBack:
     """Question 3 for one measure of one pair of runs, which differ in the fine-tuning after the compression alone.
 
     Attributes:
@@ -183,7 +181,7 @@ class Answers:
     relations: tuple[Relation, ...]
     differences: tuple[Difference, ...]
     failing: tuple[Failing, ...]
-    recoveries: tuple[Recovery, ...]
+    recoveries: tuple[WonBack, ...]
 
 
 def answer(collection: Collection, *, baseline: str = BASELINE, seed: int = 0) -> Answers:
@@ -250,7 +248,7 @@ def compare(collection: Collection, *, baseline: str = BASELINE, seed: int = 0) 
 
     A run with a fine-tuning after the compression is compared with a baseline that had the same one.
     """
-    cells: dict[tuple[str, str, str], list[Cell]] = {}
+    cells: dict[tuple[str, str, str], list[Contrast]] = {}
     for run in _compressed(collection):
         if run.method == baseline or run.size is None:
             continue
@@ -260,7 +258,7 @@ def compare(collection: Collection, *, baseline: str = BASELINE, seed: int = 0) 
                 continue
             ours, theirs = run.compressed[task], base.compressed[task]
             selectivity = ours.read("selectivity") - theirs.read("selectivity")
-            cell = Cell(run.model, task, run.size, selectivity, ours.value - theirs.value)
+            cell = Contrast(run.model, task, run.size, selectivity, ours.value - theirs.value)
             cells.setdefault((run.model, run.series, base.series), []).append(cell)
     for pair in dict.fromkeys((method, base) for _, method, base in cells):
         several = [own for (_, *names), own in cells.items() if tuple(names) == pair]
@@ -287,7 +285,7 @@ def fail(collection: Collection) -> Iterator[Failing]:
                 yield Failing(model, method, size, counts)
 
 
-def recover(collection: Collection) -> Iterator[Recovery]:
+def recover(collection: Collection) -> Iterator[WonBack]:
     """Pairs of runs that differ in the fine-tuning after the compression alone: what it wins back of every measure."""
     plain = {_recipe_key(run): run for run in _compressed(collection) if run.recovery is None}
     for run in _compressed(collection):
@@ -300,16 +298,16 @@ def recover(collection: Collection) -> Iterator[Recovery]:
                 continue
             three = (dense, cut.compressed[task], run.compressed[task])
             failed = None
-            if kind_of(task) == "probing":
+            if dense.traits.section == "probing":
                 measures = ["selectivity", dense.metric]
                 failed = (_failed(three[0]), _failed(three[1]), _failed(three[2]))
-            elif kind_of(task) not in NO_QUALITY and dense.better == "higher":
+            elif dense.traits.quality and dense.better == "higher":
                 measures = [dense.metric]
             else:
                 continue
             for measure in measures:
                 values = [_score(result, measure) for result in three]
-                yield Recovery(
+                yield WonBack(
                     run.model,
                     cut.series,
                     cut.size or "",
@@ -327,7 +325,7 @@ def _compressed(collection: Collection) -> list[Run]:
 
 def _scores(collection: Collection) -> list[str]:
     """Tasks that say how good a model is."""
-    names = collection.tasks(lambda task: kind_of(task) not in NO_QUALITY)
+    names = [task for task in collection.tasks() if collection.traits(task).quality]
     return [name for name in names if any(r.compressed[name].better for r in collection.runs if name in r.compressed)]
 
 
@@ -351,10 +349,11 @@ def _point(collection: Collection, run: Run, score: str, probing: str) -> Point 
 
 
 def _loss(dense: EvalResult, compressed: EvalResult) -> float:
-    """What was lost, in the unit of the score; of perplexity log(compressed / dense)."""
-    if dense.metric == "perplexity":
-        return math.log(compressed.value / dense.value) if math.isfinite(dense.value) else math.nan
-    change = compressed.value - dense.value
+    """What was lost, in the unit of the score; of what is compared by ratio log(compressed / dense)."""
+    if dense.traits.ratio:
+        change = math.log(compressed.value / dense.value) if math.isfinite(dense.value) else math.nan
+    else:
+        change = compressed.value - dense.value
     return change if dense.better == "lower" else -change
 
 

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
-from eckart.evals.result import EvalResult, Score
-from eckart.reports.runs import Collection, kind_of
-
-# A layer whose F1 is not above its control's by this much is no evidence (the probing paper's check).
-CHECK = 0.2
+from eckart.evals.result import CHECK, EvalResult, Score
+from eckart.reports.rows import tasks_of
+from eckart.reports.runs import Collection
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class Layer:
         control: weighted F1 of the control task.
         selectivity: f1 - control.
         accuracy, mcc: of the task; None where the result does not say.
-        passes: selectivity is at least 0.2.
+        passes: selectivity is at least what the result says, 0.2.
     """
 
     number: int
@@ -49,7 +47,7 @@ def layers_of(result: EvalResult) -> tuple[Layer, ...]:
     for number in numbers:
         f1, control, selectivity = (_score(result, f"{name}.{number}") for name in ("f1", "control", "selectivity"))
         detail = details.get(number, {})
-        passes = bool(detail.get("passes", selectivity.value >= CHECK))
+        passes = bool(detail.get("passes", selectivity.value >= check_of(result)))
         layers.append(Layer(number, f1, control, selectivity, _mean(detail, "accuracy"), _mean(detail, "mcc"), passes))
     return tuple(layers)
 
@@ -61,11 +59,12 @@ def blocks_of(result: EvalResult) -> tuple[Layer, ...]:
 
 def probings(collection: Collection) -> list[str]:
     """The probing tasks of the compressed models, then those that only dense models have."""
+    return tasks_of(collection, "probing")
 
-    def accepts(task: str) -> bool:
-        return kind_of(task) == "probing"
 
-    return list(dict.fromkeys([*collection.tasks(accepts), *collection.tasks(accepts, where="dense")]))
+def check_of(result: EvalResult) -> float:
+    """By how much a layer's F1 has to be above its control's."""
+    return float(result.details.get("check", CHECK))
 
 
 def _score(result: EvalResult, name: str) -> Score:

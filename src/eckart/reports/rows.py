@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-from eckart.evals.result import EvalResult
+from eckart.evals.result import EvalResult, SectionName
 from eckart.reports.formats import amount, percent, score, with_error
 from eckart.reports.palette import Look, give_looks
-from eckart.reports.runs import Collection, Run, kind_of
+from eckart.reports.runs import Collection, Run
 from eckart.reports.tables import Cell, Column, corpus_of, number_cell, text_cell
 
 
@@ -16,9 +16,9 @@ def looks_of(collection: Collection) -> dict[str, Look]:
     return give_looks([(run.method, run.series) for run in collection.runs])
 
 
-def tasks_of(collection: Collection, accepts: Callable[[str], bool]) -> list[str]:
-    """Tasks of the compressed models, then those that only dense models have."""
-    return list(dict.fromkeys([*collection.tasks(accepts), *collection.tasks(accepts, where="dense")]))
+def tasks_of(collection: Collection, section: SectionName | None = None) -> list[str]:
+    """Tasks of a section, or of all: those of the compressed models, then those that only dense models have."""
+    return list(dict.fromkeys([*collection.tasks(section), *collection.tasks(section, where="dense")]))
 
 
 def results_on(collection: Collection, task: str) -> list[EvalResult]:
@@ -84,7 +84,7 @@ def _numbers(
 ) -> tuple[Cell, ...]:
     return (
         *who,
-        text_cell(corpus_of(corpus_of(task)) if kind_of(task) == "agreement" else corpus_of(task)),
+        text_cell(corpus_of(corpus_of(task)) if result.traits.section == "agreement" else corpus_of(task)),
         *([] if size is None else [size]),
         number_cell(result.value, score(result.value, result.metric)),
         number_cell(result.stderr, score(result.stderr, result.metric)),

@@ -14,33 +14,14 @@ from typing import Any
 
 import yaml
 
-from eckart.evals.result import EvalResult
+from eckart.evals.result import EvalResult, SectionName, Traits, traits_of
 
-# The order of methods in every table and figure; others follow by name.
-ORDER = (
-    "svd",
-    "weight-space",
-    "fwsvd",
-    "asvd-0",
-    "asvd-i",
-    "asvd-ii",
-    "asvd-iii",
-    "nsvd-i",
-    "nsvd-ii",
-    "nid-i",
-    "nid-ii",
-    "sfsd",
-    "feature-space",
-    "llm-pruner",
-    "int8",
-    "int4",
-)
 # Methods without a share to keep. They stand beside every share.
 SIZELESS = ("int8", "int4")
 
 
 @dataclass(frozen=True)
-class Site:
+class SiteFacts:
     """One compressible linear after compression.
 
     Attributes:
@@ -149,11 +130,11 @@ class Run:
         return None if before is None or after is None or before == 0 else after / before
 
     @property
-    def sites(self) -> tuple[Site, ...]:
+    def sites(self) -> tuple[SiteFacts, ...]:
         """The sites whose place and shape are known."""
         found = _sites_of(self.compression or {})
         return tuple(
-            Site(
+            SiteFacts(
                 name,
                 int(item["block"]),
                 str(item["role"]),
@@ -175,6 +156,7 @@ class Study:
 
     Attributes:
         columns: what was measured, "perplexity:wikitext2" or "stereoset#icat.gender".
+        sections: of the report, to which the columns' tasks belong.
         rows: {"label", "run", "ours", "published", "difference"}, each list as long as `columns`; perhaps
             "improvement" and "published_improvement", shares, and "refusals", {task: why}.
     """
@@ -183,13 +165,14 @@ class Study:
     paper: str
     about: str
     columns: tuple[str, ...]
+    sections: tuple[str, ...]
     rows: tuple[Mapping[str, Any], ...]
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Collection:
-    """All runs of a report in order (model, method, size), and the studies that they belong to."""
+    """All runs of a report in order (model, method by name, size), and the studies that they belong to."""
 
     runs: tuple[Run, ...]
     studies: tuple[Study, ...]
@@ -214,10 +197,15 @@ class Collection:
         """The dense model's result on a task, from the first run that has it."""
         return next((run.dense[task] for run in self.runs if run.model == model and task in run.dense), None)
 
-    def tasks(self, keep: Any, *, where: str = "compressed") -> list[str]:
-        """Tasks in order of appearance whose name `keep` accepts."""
-        found = dict.fromkeys(task for run in self.runs for task in getattr(run, where))
-        return [task for task in found if keep(task)]
+    def tasks(self, section: SectionName | None = None, *, where: str = "compressed") -> list[str]:
+        """Tasks of a section, or of all, in order of appearance in the results of `where`."""
+        names = dict.fromkeys(task for run in self.runs for task in getattr(run, where))
+        return [task for task in names if section is None or self.traits(task).section == section]
+
+    def traits(self, task: str) -> Traits:
+        """How a task's numbers are to be read, by the first result on it."""
+        places = ((run.compressed, run.dense, run.agreement) for run in self.runs)
+        return next(results[task].traits for place in places for results in place if task in results)
 
 
 def kind_of(task: str) -> str:
@@ -275,11 +263,12 @@ def _read_run(folder: Path) -> Run:
     facts = folder / "model" / "compression.json"
     wanted = [item["task"] if isinstance(item, Mapping) else str(item) for item in recipe.get("evaluate") or []]
     dense, compressed, agreement = _read_results(folder / "evals", wanted)
+    traits = {base_of(task): result.traits for task, result in (*dense.items(), *compressed.items())}
     missing = [] if environment.is_file() else ["environment.json"]
     if recipe.get("keep") != 1:
         missing += [] if facts.is_file() else ["the compressed model's compression.json"]
-        missing += _lost(wanted, compressed, "compressed", ("similarity",))
-    missing += _lost(wanted, dense, "dense", ("divergence",))
+        missing += _lost(wanted, compressed, "compressed", traits)
+    missing += _lost(wanted, dense, "dense", traits)
     refused = folder / "refusals.json"
     for task, reasons in (_read_object(refused) if refused.is_file() else {}).items():
         missing += [f"{task} ({which}, refused: {why})" for which, why in dict(reasons).items()]
@@ -333,13 +322,19 @@ def _read_results(
     return named[0], named[1], named[2]
 
 
-def _lost(wanted: Sequence[str], found: Mapping[str, EvalResult], which: str, without: Sequence[str]) -> list[str]:
-    """The evaluations of a recipe that have no result; kinds in `without` have none of this model."""
-    have = [base_of(result.task) for result in found.values()]
+def _lost(
+    wanted: Sequence[str], results: Mapping[str, EvalResult], which: str, traits: Mapping[str, Traits]
+) -> list[str]:
+    """The evaluations of a recipe that have no result of this model, and should.
+
+    Args:
+        traits: of the tasks that have a result of either model.
+    """
+    have = [base_of(result.task) for result in results.values()]
     return [
         f"{task} ({which})"
         for task in dict.fromkeys(wanted)
-        if kind_of(task) not in without and have.count(task) < wanted.count(task)
+        if traits.get(task, traits_of(task)).of in ("both", which) and have.count(task) < wanted.count(task)
     ]
 
 
@@ -402,6 +397,10 @@ def _is_number(value: Any) -> bool:
 def _read_study(file: Path) -> Study:
     data = _read_object(file)
     columns = tuple(str(column) for column in data.get("columns") or ())
+    # A study that was written without them has the evaluations of that time, which are known by name.
+    sections = tuple(data.get("sections") or (traits_of(column.partition("#")[0]).section for column in columns))
+    if len(sections) != len(columns):
+        raise ValueError(f"{file}: {len(sections)} sections for {len(columns)} columns")
     rows = tuple(data.get("rows") or ())
     for place, row in enumerate(rows):
         for key in ("ours", "published", "difference"):
@@ -413,6 +412,7 @@ def _read_study(file: Path) -> Study:
         str(data.get("paper") or ""),
         str(data.get("about") or ""),
         columns,
+        sections,
         rows,
         tuple(str(note) for note in data.get("notes") or ()),
     )
@@ -485,11 +485,10 @@ def _words(key: str, value: Any) -> str:
 
 
 def _order(runs: list[Run]) -> list[Run]:
-    """By model, method, series, and from large to small."""
+    """By model, then by the names of method and series, from large to small; what has no size of its own comes last."""
 
     def place(run: Run) -> tuple[Any, ...]:
-        rank = ORDER.index(run.method) if run.method in ORDER else len(ORDER)
         size = run.keep if run.keep is not None else (run.share or 0.0)
-        return (run.model, rank, run.method, run.series, run.keep is None, -size, run.name)
+        return (run.model, run.size is None, run.method, run.series, run.keep is None, -size, run.name)
 
     return sorted(runs, key=place)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from eckart.reports.bars import OWN
 from eckart.reports.charts import Chart, LinePanel, Point, View, line_figure, spread_demands_log
 from eckart.reports.formats import amount, percent, with_error
 from eckart.reports.palette import DENSE
 from eckart.reports.rows import bytes_cell, dense_row, hover_text, id_columns, looks_of, name_run, run_row, scores_of
-from eckart.reports.runs import Collection, kind_of
-from eckart.reports.tables import Column, Table, clashes, corpus_of, number_cell
+from eckart.reports.runs import Collection
+from eckart.reports.tables import ARROWS, Column, Table, clashes, corpus_of, number_cell
 
 
 def perplexity(collection: Collection) -> Chart | None:
     """Perplexity against stored bytes: a panel for each corpus, a line for each method."""
-    names = collection.tasks(lambda task: kind_of(task) == "perplexity")
+    names = collection.tasks("perplexity")
     return _against_bytes(
         collection,
         names,
@@ -30,7 +29,7 @@ def perplexity(collection: Collection) -> Chart | None:
 
 def divergence(collection: Collection) -> Chart | None:
     """Divergence of the next-token distributions against stored bytes."""
-    names = collection.tasks(lambda task: kind_of(task) == "divergence")
+    names = collection.tasks("divergence")
     return _against_bytes(
         collection,
         names,
@@ -45,7 +44,7 @@ def divergence(collection: Collection) -> Chart | None:
 
 def scores(collection: Collection) -> Chart | None:
     """Scores of tasks against the share kept, where a method has several (the probing paper's Figure 1 and Table 2)."""
-    names = collection.tasks(lambda task: kind_of(task) not in OWN)
+    names = collection.tasks("tasks")
     looks = looks_of(collection)
     views, rows = [], []
     for model in collection.models:
@@ -76,8 +75,8 @@ def scores(collection: Collection) -> Chart | None:
                 level = (100.0, dense.value, f"dense\n{with_error(dense.value, dense.stderr, dense.metric)}")
             if lines:
                 by_share = {name: sorted(points, key=lambda point: point.x) for name, points in lines.items()}
-                metric = next(run.compressed[task].metric for run in runs if task in run.compressed)
-                panels.append(LinePanel(f"{corpus_of(task)}: {metric}", by_share, level))
+                first = next(run.compressed[task] for run in runs if task in run.compressed)
+                panels.append(LinePanel(f"{corpus_of(task)}: {first.metric} {ARROWS[first.better]}", by_share, level))
         if panels:
             kept = "kept of each linear, %" if asked else "parameters of the model kept, %"
             figure = line_figure(panels, looks, dense=DENSE.light, axes=(kept, "score"), logarithmic=False)
@@ -85,13 +84,13 @@ def scores(collection: Collection) -> Chart | None:
     if not views:
         return None
     reading = (
-        "How a task's main score falls as less is kept: the star is the dense model, the dotted line its level, and "
-        "whiskers are standard errors."
+        "How a task's main score moves as less is kept; the arrow says which way is good. The star is the dense "
+        "model, the dotted line its level, and whiskers are standard errors."
     )
     title = "Task scores against the share kept"
     columns = (*id_columns(task="Task"), Column("Kept"), Column("Score"), Column("Standard error"))
     table = Table("scores-numbers", title, columns, tuple(rows))
-    return Chart("scores", title, reading, ("Model",), tuple(views), table)
+    return Chart("scores", title, reading, ("Model",), tuple(views), table, lines=True)
 
 
 def _against_bytes(
@@ -145,4 +144,6 @@ def _against_bytes(
     columns += tuple(Column(key) for key in inner)
     notes_all = tuple(note for task in names for note in clashes(collection, task))
     table = Table(f"{slug}-numbers", title, columns, tuple(rows))
-    return Chart(slug, title, reading, ("Model",), tuple(views), table, logs=True, notes=notes_all) if views else None
+    if not views:
+        return None
+    return Chart(slug, title, reading, ("Model",), tuple(views), table, logs=True, lines=True, notes=notes_all)

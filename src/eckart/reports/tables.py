@@ -10,23 +10,21 @@ from functools import partial
 from typing import Any
 
 from eckart.evals.improvement import average_improvement
-from eckart.evals.result import EvalResult, Score
+from eckart.evals.result import Better, EvalResult, Score, SectionName
 from eckart.reports.formats import MISSING, amount, number, percent, score
 from eckart.reports.runs import Collection, Run, Study, base_of, kind_of
 
 # Against which the NSVD paper prints its average improvement.
 BASELINE = "asvd-i"
-TITLES = {
+# The sections that are in the summary, in the order of its columns.
+TITLES: dict[SectionName, str] = {
     "perplexity": "Perplexity",
     "stereoset": "StereoSet",
     "divergence": "Divergence from dense",
     "probing": "Probing, mean of layers",
+    "tasks": "Tasks",
 }
-# What stands beside the main value: a probe's score alone says little.
-BESIDE = {"probing": ("selectivity",)}
-# Kinds that have a main value of the compressed model and no place of their own in the summary.
-UNLISTED = ("similarity", "cost", "agreement")
-ARROWS = {"higher": "↑", "lower": "↓", None: ""}
+ARROWS: dict[Better | None, str] = {"higher": "↑", "lower": "↓", None: ""}
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def gain(run: Run, baseline: Run | None) -> float | None:
     values = {
         task: result.value
         for task, result in run.compressed.items()
-        if result.metric == "perplexity" and task in baseline.compressed and corpus_of(base_of(task)) not in own
+        if result.traits.ratio and task in baseline.compressed and corpus_of(base_of(task)) not in own
     }
     bases = {task: baseline.compressed[task].value for task in values}
     if not values or any(math.isinf(base) for base in bases.values()):
@@ -128,16 +126,16 @@ def summary(collection: Collection, baseline: str | None = None) -> Table:
     if baseline is not None and baseline not in methods:
         raise ValueError(f"no run has the baseline {baseline!r}; there are {', '.join(sorted(methods))}")
     chosen = baseline or BASELINE
-    tasks = collection.tasks(lambda task: kind_of(task) not in UNLISTED)
-    tasks += [t for t in collection.tasks(lambda t: kind_of(t) not in UNLISTED, where="dense") if t not in tasks]
-    tasks = sorted(tasks, key=lambda task: [*TITLES, ""].index(_group_key(task)))
+    measured = list(dict.fromkeys([*collection.tasks(), *collection.tasks(where="dense")]))
+    traits = {task: collection.traits(task) for task in measured}
+    tasks = [task for section in TITLES for task in measured if traits[task].section == section]
     better = {
         task: next(
             found[task].better for run in collection.runs for found in (run.compressed, run.dense) if task in found
         )
         for task in tasks
     }
-    measures = [(task, name) for task in tasks for name in (None, *BESIDE.get(kind_of(task), ()))]
+    measures = [(task, name) for task in tasks for name in (None, *traits[task].shown)]
     compared = chosen in methods and len(methods) > 1
     columns = [
         Column("Model", False),
@@ -147,7 +145,10 @@ def summary(collection: Collection, baseline: str | None = None) -> Table:
         Column("Bytes"),
         *([Column(f"Gain on {chosen}")] if compared else []),
         *(
-            Column(" ".join(filter(None, (corpus_of(task), name, ARROWS[better[task]]))), group=_group(task))
+            Column(
+                " ".join(filter(None, (corpus_of(task), name, ARROWS[better[task]]))),
+                group=TITLES[traits[task].section],
+            )
             for task, name in measures
         ),
         Column("Run", False),
@@ -208,14 +209,6 @@ def summary(collection: Collection, baseline: str | None = None) -> Table:
         "The dense model of each kind comes first; hover a number for its error and for the dense value beside it.",
         tuple(notes),
     )
-
-
-def _group_key(task: str) -> str:
-    return kind_of(task) if kind_of(task) in TITLES else ""
-
-
-def _group(task: str) -> str:
-    return TITLES.get(kind_of(task), "Tasks")
 
 
 def _counts(run: Run | None, moment: int) -> tuple[Cell, Cell]:
@@ -297,9 +290,9 @@ def paper_table(study: Study, place: int) -> Table:
             row.get(key) or [None] * len(study.columns) for key in ("ours", "published", "difference")
         ]
         refusals = dict(row.get("refusals") or {})
-        for name, ours, published, difference in zip(study.columns, *lists, strict=True):
+        for name, section, ours, published, difference in zip(study.columns, study.sections, *lists, strict=True):
             task, _, metric = name.partition("#")
-            show = amount if kind_of(task) == "cost" else partial(score, metric=metric)
+            show = amount if section == "cost" else partial(score, metric=metric)
             why = next((str(why) for refused, why in refusals.items() if base_of(refused) == base_of(task)), None)
             cells.append(Cell("refused", None, why) if ours is None and why else number_cell(ours, show(ours)))
             if published_any:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from eckart.evals.result import Score
+from eckart.evals.result import CHECK, Score
 from eckart.reports.formats import MISSING, percent, score, with_error
-from eckart.reports.pitfalls import Answers, Difference, Recovery, Relation, answer
-from eckart.reports.profiles import CHECK, probings
+from eckart.reports.pitfalls import Answers, Difference, Relation, WonBack, answer
+from eckart.reports.profiles import probings
 from eckart.reports.resampling import Estimate
 from eckart.reports.runs import Collection
 from eckart.reports.tables import Cell, Column, Table, corpus_of, number_cell, text_cell
@@ -154,7 +154,7 @@ def _difference_sentence(found: Difference) -> str:
     return f"{found.model}: {found.method} leaves {words} selectivity than {found.baseline}, {number} over {cells}."
 
 
-def _recovered(recoveries: Sequence[Recovery]) -> Section:
+def _recovered(recoveries: Sequence[WonBack]) -> Section:
     columns = (
         *(Column(name, False) for name in ("Model", "Method", "Size", "Task", "Measure")),
         *(Column(name) for name in ("Dense", "Compressed", "Fine-tuned")),

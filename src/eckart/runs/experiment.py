@@ -90,7 +90,7 @@ def run(
         found = {
             place: results.read(task, which)
             for place, task in enumerate(recipe.tasks)
-            if find_task(task.name).of in ("both", which)
+            if find_task(task.name).traits.of in ("both", which)
         }
         left = [place for place, result in found.items() if result is None]
         for place, outcome in zip(left, models.evaluate([recipe.tasks[place] for place in left], which), strict=True):
@@ -206,8 +206,8 @@ class _Models:
         """The evaluations of one of the models, in order, with what each needs beside it; or why it was refused."""
 
         def beside(task: Task) -> tuple[bool, bool]:
-            needs = find_task(task.name).needs
-            return which == "compressed" and (task.kind == "cost" or "reference" in needs), "activations" in needs
+            row = find_task(task.name)
+            return which == "compressed" and row.wants_reference, "activations" in row.needs
 
         for (compare, read), group in itertools.groupby(tasks, beside):
             together = list(group)

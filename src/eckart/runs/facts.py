@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from eckart.allocation import PlanSummary, RankPlan, slow_settings
-from eckart.calibration.cache import GRADIENTS, read_making
+from eckart.calibration.cache import read_making
 from eckart.calibration.sequential import PassReport
 from eckart.compression.replace import CompressionReport
 from eckart.lowrank import Layout
 from eckart.models.loading import locate
 from eckart.runs.recipe import Recipe
+from eckart.support.files import GRADIENTS
 
 # In a checkpoint's directory.
 FACTS = "compression.json"

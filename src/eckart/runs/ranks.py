@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.allocation import Allocation, Budget, Curve, Ranking, settle
-from eckart.allocation.search.criteria import Criterion, labelled_score, perplexity_score, task_score
+from eckart.allocation.search.criteria import Criterion, search_criterion
 from eckart.allocation.search.loss_weights import probe_linears
 from eckart.allocation.search.trials import SearchInputs
 from eckart.calibration.moments import BlockCalibration, calibration_digest
 from eckart.compression.spectra import spectra_on_demand
 from eckart.data.tokens import Tokens
-from eckart.evals.tasks import Task, windows_of
 from eckart.lowrank import Factored, Method
 from eckart.models.sites import Site, find_sites
 from eckart.models.units import Unit, units_of
@@ -45,6 +44,8 @@ class Bench:
         tokenizer, data, batch_size, workers, context: for scores, as in `evals.tasks.evaluate`.
         engine: where it is worked out.
         journals: folder for the trials of probes and searches, which go on where they were stopped; None keeps none.
+        trials: a file for the trials of a search instead, under a name of the caller's.
+        made_of: what that file says of the model, its calibration and the method.
     """
 
     model: PreTrainedModel
@@ -58,14 +59,19 @@ class Bench:
     context: int | None = None
     engine: Engine = HERE
     journals: Path | None = None
+    trials: Path | None = None
+    made_of: Mapping[str, Any] = field(default_factory=dict)
     track: Track = silent
 
 
-def rank(composition: Composition, budget: Budget | None, bench: Bench, *, rank_multiple: int = 1) -> Ranking:
+def rank(
+    composition: Composition, budget: Budget | None, bench: Bench, *, rank_multiple: int = 1, above: bool = False
+) -> Ranking:
     """The ranks of the chosen sites within the budget.
 
     Args:
         budget: None only for an allocation that is open-ended.
+        above: give the ranks of a search that ended above the budget too, instead of refusing.
 
     Raises:
         ValueError: as the allocation raises it.
@@ -82,7 +88,7 @@ def rank(composition: Composition, budget: Budget | None, bench: Bench, *, rank_
             return Ranking(settle(every, {site.name: None for site in bench.sites}, layout=composition.layout))
     row, fitting = allocation.row, {"layout": composition.layout, "rank_multiple": rank_multiple}
     if row.needs == "trials":
-        return _search(allocation, method, bench, numbers, joint, fitting)
+        return _search(allocation, method, bench, numbers, joint, fitting, above)
     facts: dict[str, Any] = {}
     units: list[Unit | Curve] = [*units_of(bench.sites, joint)]
     if row.needs == "losses":
@@ -142,7 +148,7 @@ def _weigh(
         with bench.engine.probing(bench.model, method, bench.blocks, groups) as spread:
             result = probe_linears(
                 bench.model,
-                {} if spread else _spectra(method, bench, groups),
+                {} if spread else spectra_of(method, bench, groups),
                 windows,
                 sites=[site for site in bench.sites if not groups or site.input_group in groups],
                 joint=groups,
@@ -167,11 +173,15 @@ def _search(
     numbers: int | None,
     joint: frozenset[str],
     fitting: dict[str, Any],
+    above: bool,
 ) -> Ranking:
     """A search that measures the model with cuts in it."""
     criterion = make_score(allocation, bench)
     every = find_sites(bench.model)
-    identity = {**_identity(method, bench), **criterion.about}
+    if bench.trials is None:
+        identity = {**_identity(method, bench), **criterion.about}
+    else:
+        identity = {**bench.made_of, "score": criterion.about}
     named = {**identity, **fitting, "joint": sorted(joint)}
     with bench.engine.team(bench.model, method, bench.blocks, criterion, joint) as team:
         inputs = SearchInputs(
@@ -179,11 +189,12 @@ def _search(
             sites=bench.sites,
             joint=joint,
             outside=sum(site.num_params for site in every) - sum(site.num_params for site in bench.sites),
-            spectra={} if team else _spectra(method, bench, joint),
+            spectra={} if team else spectra_of(method, bench, joint),
             score=criterion,
             better=criterion.better,
             identity=identity,
-            journal=lambda kind, more: _journal(bench, kind, {**named, **more}),
+            journal=lambda kind, more: bench.trials or _journal(bench, kind, {**named, **more}),
+            above=above,
             team=team,
             track=bench.track,
         )
@@ -192,22 +203,16 @@ def _search(
     return ranking
 
 
-def make_score(allocation: Allocation, bench: Bench) -> Criterion:
-    """The score of a search, on the part of the data that is for searching where there is one.
-
-    A task's main value; of probing the selectivity, and of labelled sets the rows to train on, so that the others are
-    left to report on.
-    """
+def make_score(allocation: Allocation, bench: Bench, *, others: bool = False) -> Criterion:
+    """The score of a search, on the part of its data that is for searching; or on the others, to report on."""
     assert allocation.score is not None
-    task = Task(allocation.score, limit=allocation.limit)
-    if task.kind in ("perplexity", "lm-eval"):
-        task = replace(task, split="sfsd-search")
-    if task.kind == "perplexity":
-        return perplexity_score(windows_of(bench.model, bench.tokenizer, task, data=bench.data, context=bench.context))
-    make = labelled_score if task.kind in ("probing", "classification") else task_score
-    return make(
-        task,
+    return search_criterion(
+        allocation.score,
+        bench.model,
         bench.tokenizer,
+        split=allocation.split,
+        limit=allocation.limit,
+        others=others,
         data=bench.data,
         batch_size=bench.batch_size,
         workers=bench.workers,
@@ -215,7 +220,7 @@ def make_score(allocation: Allocation, bench: Bench) -> Criterion:
     )
 
 
-def _spectra(method: Method, bench: Bench, joint: Collection[str] = ()) -> Callable[[str], Factored]:
+def spectra_of(method: Method, bench: Bench, joint: Collection[str] = ()) -> Callable[[str], Factored]:
     """Each unit's spectrum when it is asked for. The moments of all blocks are held in memory."""
     blocks = tuple(bench.blocks()) if bench.blocks else ()
     return spectra_on_demand(bench.model, method, blocks, joint=joint)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from eckart.compression.tuning.finetuning import NOTES, FineTuning, fine_tune
 from eckart.evals.improvement import average_improvement
-from eckart.evals.result import EvalResult
-from eckart.evals.tasks import find_task
+from eckart.evals.result import EvalResult, SectionName, traits_of
+from eckart.evals.tasks import EVALUATIONS, find_task
 from eckart.runs.experiment import Measured, run
 from eckart.runs.how import How
 from eckart.runs.recipe import Recipe, parse_recipe
@@ -167,18 +167,20 @@ def tabulate(
 
 def read(measured: Sequence[Measured], column: str, *, dense: bool = False) -> float | None:
     """The number of a column, "task" or "task#score", in a run; None where the run has none."""
-    task, _, score = column.partition("#")
+    result = result_of(measured, column, dense=dense)
+    return None if result is None else result.read(column.partition("#")[2] or None)
+
+
+def result_of(measured: Sequence[Measured], column: str, *, dense: bool = False) -> EvalResult | None:
+    """The result that a column reads, in a run; None where the run has none."""
+    task = column.partition("#")[0]
     kind, _, inner = task.partition(":")
     for item in measured:
-        result: EvalResult | None
         if kind == "agreement" and item.task.name == inner:
-            result = None if dense else item.agreement
-        elif item.task.name == task:
-            of_dense = dense or find_task(item.task.name).of == "dense"
-            result = item.dense if of_dense else item.compressed
-        else:
-            continue
-        return None if result is None else result.read(score or None)
+            return None if dense else item.agreement
+        if item.task.name == task:
+            of_dense = dense or find_task(task).traits.of == "dense"
+            return item.dense if of_dense else item.compressed
     return None
 
 
@@ -189,9 +191,9 @@ def _improvement(
     planned: Sequence[tuple[str, Row, Recipe]],
     measured: Mapping[str, Sequence[Measured]],
 ) -> float | None:
-    """This run's average improvement in perplexity over the study's baseline at the same size.
+    """This run's average improvement over the study's baseline at the same size, in what is compared by ratio.
 
-    None for the baseline itself, for a run that has no counterpart, and where no corpus out of domain was measured.
+    None for the baseline itself, for a run that has no counterpart, and where nothing such out of domain was measured.
     """
     if study.compare is None:
         return None
@@ -202,9 +204,9 @@ def _improvement(
     counterpart = next((other for other, _, made in planned if made == wanted and slug(other) in measured), None)
     if counterpart is None or counterpart == label:
         return None
-    outside = [c for c in study.columns if c.startswith("perplexity:") and c not in study.compare.in_domain]
+    outside = [c for c in study.columns if "#" not in c and c not in study.compare.in_domain]
     ours, theirs = (
-        {c: value for c in outside if (value := read(measured[slug(name)], c)) is not None}
+        {c: result.value for c in outside if (result := result_of(measured[slug(name)], c)) and result.traits.ratio}
         for name in (label, counterpart)
     )
     shared = [c for c in outside if c in ours and c in theirs]
@@ -218,6 +220,7 @@ def write_study(study: Study, lines: Sequence[Line], directory: Path) -> None:
         "paper": study.paper,
         "about": study.about,
         "columns": study.columns,
+        "sections": [_section(column) for column in study.columns],
         **({} if study.finetune is None else {"finetune": study.finetune.model_dump()}),
         "rows": [
             {
@@ -234,6 +237,13 @@ def write_study(study: Study, lines: Sequence[Line], directory: Path) -> None:
         ],
     }
     write_whole(directory / "study.json", json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _section(column: str) -> SectionName:
+    """The part of the report that a column's task belongs to."""
+    task = column.partition("#")[0]
+    kind = task.partition(":")[0]
+    return EVALUATIONS[kind].traits.section if kind in EVALUATIONS else traits_of(task).section
 
 
 def slug(label: str) -> str:

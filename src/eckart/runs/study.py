@@ -12,11 +12,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from eckart.compression.tuning.finetuning import FineTuning
-from eckart.evals.harness_tasks import LOCAL_TASKS
+from eckart.evals.tasks import counted_by
 from eckart.runs.recipe import MethodSection, Recipe, Section, parse_recipe
-
-# Evaluations whose `limit` counts windows of text; the others' counts examples.
-OF_WINDOWS = ("perplexity", "divergence", "similarity")
 
 
 class Row(Section):
@@ -302,7 +299,7 @@ def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
 def _limited(item: Any, limits: Mapping[str, int]) -> dict[str, Any]:
     """An evaluation with the scale's limit, unless it has its own."""
     entry = {"task": item} if isinstance(item, str) else dict(item)
-    if entry["task"] != "cost" and (limit := _limit(str(entry["task"]), limits)) is not None:
+    if (limit := _limit(str(entry["task"]), limits)) is not None:
         entry.setdefault("limit", limit)
     return entry
 
@@ -318,6 +315,5 @@ def _limited_search(recipe: dict[str, Any], limits: Mapping[str, int]) -> dict[s
 
 def _limit(task: str, limits: Mapping[str, int]) -> int | None:
     """How much of a task a scale reads."""
-    kind, _, argument = task.partition(":")
-    family = kind == "lm-eval" and argument in LOCAL_TASKS and LOCAL_TASKS[argument].member is not None
-    return limits.get("windows" if kind in OF_WINDOWS else "members" if family else "documents")
+    counts = counted_by(task)
+    return None if counts is None else limits.get(counts)

@@ -106,12 +106,17 @@ class Workbench:
         row = composition.allocation.row
         if row.same_share and recipe.keep is not None:
             return Ranking(make_plan(self.model, recipe))
-        needs = composition.method.needs if row.needs != "sites" else frozenset()
+        return rank(composition, recipe.budget, self.bench(), rank_multiple=recipe.rank_multiple)
+
+    def bench(self) -> Bench:
+        """What the recipe's allocation works with."""
+        recipe, composition = self.recipe, self.composition
+        needs = composition.method.needs if composition.allocation.row.needs != "sites" else frozenset()
         probes = composition.allocation.weights == "probes"
         journals = None if self.how.cache is None else self.how.cache / "searches"
         if journals is not None and recipe.calibration.fisher == "recorded":
             journals /= "recorded"  # their identity is of the model and the text, and here other sums go with these
-        bench = Bench(
+        return Bench(
             self.model,
             self.sites,
             blocks=self._one_shot if needs else None,
@@ -125,7 +130,6 @@ class Workbench:
             journals=journals,
             track=self.how.track,
         )
-        return rank(composition, recipe.budget, bench, rank_multiple=recipe.rank_multiple)
 
     def calibration(self, plan: RankPlan) -> Iterable[BlockCalibration] | None:
         """What `compress` needs for the plan, in the composition's order."""

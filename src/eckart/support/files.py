@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# Squared gradients: in a calibration's folder, and with the weights of a fine-tuned model, of which they are none.
+GRADIENTS = "gradients.safetensors"
+
 
 def write_whole(file: Path, text: str) -> Path:
     """Write a text file that appears whole or not at all; its folder is made.

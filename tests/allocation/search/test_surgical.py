@@ -18,12 +18,16 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from eckart.allocation.search.criteria import accuracy_score, perplexity_score, split_windows, task_score
+from eckart.allocation import RankPlan
+from eckart.allocation.search import criteria
+from eckart.allocation.search.criteria import search_criterion, task_criterion, windows_criterion
 from eckart.allocation.search.surgical import PERPLEXITY_TOLERANCE, SearchResult, Tolerance, search
 from eckart.allocation.search.trials import SHARES, planned
 from eckart.calibration.moments import calibrate
 from eckart.compression.replace import compress
 from eckart.compression.spectra import spectra_on_demand
+from eckart.evals.result import EvalResult, Score
+from eckart.evals.tasks import Task
 from eckart.lowrank import Factored, build_method, rank_for
 from eckart.models.sites import find_sites, low_rank_modules
 from eckart.models.units import units_of
@@ -284,10 +288,16 @@ def test_a_target_ends_the_search_and_can_be_moved(tmp_path: Path) -> None:
         assert found.plan.kept_params <= stop
         assert len(found.curve) == 1 or found.curve[-2].kept_params > stop
         assert found.curve == whole.curve[: len(found.curve)]
-        assert found.plan == whole.plan_after(found.curve[-1].sites)
+        assert found.plan == plan_after(whole, found.curve[-1].sites)
         scored.append(len(score.seen))
     assert scored == sorted(set(scored))
     assert len(score.seen) == found.evaluations  # none twice
+
+
+def plan_after(result: SearchResult, sites: int) -> RankPlan:
+    """The plan as it was when that many linears were decided."""
+    ranks = {name: result.plan.ranks[name] for name in result.order[:sites]}
+    return RankPlan(result.plan.sites, ranks, layout=result.plan.layout, joint=result.plan.joint)
 
 
 def test_the_curve_is_what_was_walked() -> None:
@@ -299,16 +309,10 @@ def test_the_curve_is_what_was_walked() -> None:
     assert found.curve[0].score == found.dense_score == 10.0
     assert found.curve[-1].evaluations == found.evaluations
     for point in found.curve:
-        plan = found.plan_after(point.sites)
+        plan = plan_after(found, point.sites)
         assert plan.kept_params == point.kept_params
         assert plan.kept_params / plan.dense_params == pytest.approx(point.keep)
         assert score.of({name: rank for name, rank in plan.ranks.items() if rank is not None}) == point.score
-    for keep in (0.3, 0.8, 0.95, 1.0):
-        nearest = min(abs(point.keep - keep) for point in found.curve)
-        assert abs(found.point_at(keep).keep - keep) == nearest
-        assert found.plan_at(keep).kept_params == found.point_at(keep).kept_params
-    with pytest.raises(ValueError, match="outside"):
-        found.plan_at(1.5)
 
 
 @pytest.mark.parametrize("layout", ["plain", "pivoted"])
@@ -419,39 +423,15 @@ def test_a_tolerance_in_other_words_is_refused(text: str) -> None:
         Tolerance.parse(text)
 
 
-@settings(max_examples=40, deadline=None)
-@given(count=st.integers(2, 200), share=st.floats(0.01, 0.99))
-def test_windows_are_split_without_overlap(count: int, share: float) -> None:
-    rows = torch.arange(count)[:, None] * 10 + torch.arange(3)
-    if not 0 < math.floor(round(share * count, 9)) < count:
-        with pytest.raises(ValueError, match="too few"):
-            split_windows(rows, share)
-        return
-    chosen, others = split_windows(rows, share)
-    assert sorted([*chosen[:, 0].tolist(), *others[:, 0].tolist()]) == rows[:, 0].tolist()
-    assert len(chosen) == math.floor(round(share * count, 9))
-    assert torch.equal(split_windows(rows, share)[0], chosen)
-
-
-def test_windows_are_drawn_as_documents_are() -> None:
-    from eckart.evals.harness_tasks import split_rows
-
-    rows = torch.arange(53)[:, None]
-    chosen, others = split_windows(rows)
-    assert chosen[:, 0].tolist() == split_rows(53, "sfsd-search")
-    assert others[:, 0].tolist() == split_rows(53, "sfsd-evaluation")
-    with pytest.raises(ValueError, match="outside"):
-        split_windows(rows, 1.0)
-
-
 def test_perplexity_as_a_score() -> None:
     model, rows = tiny_model("llama"), tiny_tokens(4, 12).ids
-    score = perplexity_score(rows)
+    task = Task("perplexity:text")
+    score = windows_criterion(task, rows)
     logits = logits_of(model, tiny_tokens(4, 12))[:, :-1]
     expected = nn.functional.cross_entropy(logits.flatten(0, 1).double(), rows[:, 1:].flatten()).exp()
     assert score(model) == pytest.approx(float(expected), rel=1e-5)
     assert score.better == "lower"
-    assert score.about != perplexity_score(rows.flip(0)).about
+    assert score.about != windows_criterion(task, rows.flip(0)).about
     json.dumps(score.about)
     found = search(
         model, spectra_of("llama"), score, better=score.better, tolerance=PERPLEXITY_TOLERANCE, budgets=(0.8,)
@@ -460,26 +440,31 @@ def test_perplexity_as_a_score() -> None:
 
 
 def test_tasks_as_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    from eckart.allocation.search import criteria
-    from eckart.evals.result import EvalResult, Score
-
     asked: list[Any] = []
 
     def evaluate(model: Any, tokenizer: Any, tasks: list[Any], **options: Any) -> list[EvalResult]:
         asked.append((tasks[0], options))
-        return [EvalResult("t", "acc", 0.5, None, 4, scores={"acc_norm": Score(0.75)})]
+        return [EvalResult("t", "acc", 0.5, None, 4, "higher", scores={"acc_norm": Score(0.75)})]
 
     monkeypatch.setattr(criteria, "evaluate", evaluate)
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    plain = accuracy_score("lm-eval:piqa", tokenizer)
+    task = Task("lm-eval:piqa", "sfsd-search")
+    plain = task_criterion(task, tokenizer, better="higher")
     assert (plain(model), plain.better) == (0.5, "higher")
-    assert asked[0][0].split == "sfsd-search"
+    assert asked[0][0] == task
     assert plain.about["task"]["split"] == "sfsd-search"
     json.dumps(plain.about)
-    assert accuracy_score("lm-eval:piqa", tokenizer, score="acc_norm", batch_size=2)(model) == 0.75
+    assert task_criterion(task, tokenizer, better="higher", score="acc_norm", batch_size=2)(model) == 0.75
     assert asked[1][1]["batch_size"] == 2
-    assert task_score("stereoset", tokenizer)(model) == 0.5
-    with pytest.raises(ValueError, match="accuracy is of a task"):
-        accuracy_score("perplexity:ptb", tokenizer)
+    with pytest.raises(ValueError, match=r"lm-eval:piqa@sfsd-search: a search takes lower values .* its result higher"):
+        task_criterion(task, tokenizer, better="lower")(model)
     with pytest.raises(ValueError, match="unknown evaluation"):
-        task_score("perplexty:ptb", tokenizer)
+        task_criterion(Task("perplexty:ptb"), tokenizer, better="higher")
+    with pytest.raises(ValueError, match="is not measured on windows"):
+        windows_criterion(task, tiny_tokens(2, 8).ids)
+
+
+@pytest.mark.parametrize("name", ["cost", "divergence:ptb", "similarity:ptb"])
+def test_what_cannot_be_searched_by(name: str) -> None:
+    with pytest.raises(ValueError, match=r"no score to search by; there are perplexity:CORPUS, .*probing:SET"):
+        search_criterion(name, tiny_model("llama"), tiny_tokenizer())

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import eckart
-from eckart.calibration.cache import GRADIENTS, read_gradients, read_making, write_gradients
+from eckart.calibration.cache import read_gradients, read_making, write_gradients
 from eckart.compression.tuning.finetuning import NOTES, FineTuning, fine_tune, give_padding, train
 from eckart.data.labelled import Labelled
 from eckart.evals.cost import disk_bytes
@@ -23,6 +23,7 @@ from eckart.models.sites import find_sites, low_rank_modules
 from eckart.runs import workbench
 from eckart.runs.how import How
 from eckart.runs.in_memory import make_checkpoint
+from eckart.support.files import GRADIENTS
 from eckart.support.progress import T
 from tiny import BLOCKS, ENCODERS, Run, relative, tiny_model, tiny_text, tiny_tokenizer
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 import eckart
 from eckart.allocation import plan
-from eckart.allocation.search.criteria import Criterion, perplexity_score
+from eckart.allocation.search.criteria import Criterion, windows_criterion
 from eckart.allocation.search.loss_weights import probe_linears
 from eckart.allocation.search.sensitivity import measure_sensitivity
 from eckart.allocation.search.surgical import Tolerance, search
@@ -306,7 +306,7 @@ def test_a_factorisation_whose_worker_dies_is_done_again(engine: OnCluster, plac
 
 @cache
 def score() -> Criterion:
-    return perplexity_score(tiny_tokens(4, 16, seed=5).ids)
+    return windows_criterion(Task("perplexity:text"), tiny_tokens(4, 16, seed=5).ids)
 
 
 def searched(where: Any, path: Path, criterion: Any = None, **more: Any) -> Any:

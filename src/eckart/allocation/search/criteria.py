@@ -1,12 +1,10 @@
-"""Scores: evaluations as one number of a model, for searches that ask many times; and the split of text for them."""
+"""Criteria: an evaluation as one number of a model, for searches that ask for it many times."""
 
 from __future__ import annotations
 
 import hashlib
-import math
-import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.allocation.search.trials import Better
-from eckart.evals.harness_tasks import SPLIT_SEED
-from eckart.evals.perplexity import perplexity
-from eckart.evals.tasks import Task, evaluate, find_task
-
-# SFSD searches on this share of the data and reports on the rest.
-SEARCH_SHARE = 0.2
+from eckart.evals.subject import Setup
+from eckart.evals.tasks import Task, direction_of, evaluate, find_task, searched_by, windows_of
 
 
 @dataclass(frozen=True)
@@ -42,100 +36,109 @@ class Criterion:
         return self.measure(model)
 
 
-def split_windows(
-    rows: Int[Tensor, "windows length"], share: float = SEARCH_SHARE, *, seed: int = SPLIT_SEED
-) -> tuple[Int[Tensor, "some length"], Int[Tensor, "others length"]]:
-    """The windows of text to search on, and the others, to report on: disjoint, each in the order of the text.
-
-    Drawn as the splits of a task's documents are (`split_rows`): 0 ... n-1 shuffled by `random.Random(seed)`, the first
-    floor(share n) for the search.
-
-    Args:
-        rows: (windows, length) token ids.
-        seed: leave it, so that no search and no report share a window.
-
-    Raises:
-        ValueError: a share outside (0, 1), or so few windows that one side is empty.
-    """
-    if not 0 < share < 1:
-        raise ValueError(f"share {share} is outside (0, 1)")
-    count = math.floor(round(share * len(rows), 9))
-    if not 0 < count < len(rows):
-        raise ValueError(f"{len(rows)} windows are too few to search on a share of {share:g} of them")
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    return rows[sorted(order[:count])], rows[sorted(order[count:])]
-
-
-def perplexity_score(rows: Int[Tensor, "windows length"]) -> Criterion:
-    """Perplexity on these windows of token ids, as `evals.perplexity` takes it."""
-
-    def measure(model: PreTrainedModel) -> float:
-        return perplexity(model, rows.flatten(), length=rows.shape[1]).value
-
-    digest = hashlib.sha256(rows.cpu().to(torch.int64).contiguous().numpy().tobytes()).hexdigest()[:32]
-    return Criterion(measure, "lower", {"score": "perplexity", "windows": list(rows.shape), "tokens": digest})
-
-
-def task_score(
-    task: Task | str,
+def search_criterion(
+    name: str,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    better: Better = "higher",
+    split: str | None = None,
+    limit: int | None = None,
+    others: bool = False,
+    data: Path | None = None,
+    batch_size: int = 8,
+    workers: int = 1,
+    context: int | None = None,
+) -> Criterion:
+    """A task as the score of a search, on the part of its data that is for searching.
+
+    What is read, which of its scores, and which way that is good stand in the evaluation's row and, of a task of
+    lm-eval, in the harness's definition.
+
+    Args:
+        name: "perplexity:wikitext2", "lm-eval:piqa", "stereoset", "probing:cola".
+        model: only its window is asked for, and its tokenizer is checked against it.
+        split: of a corpus of text: the split whose windows are divided between search and report; None is "test".
+        limit: windows, documents or texts read at most, of the part that is read.
+        others: instead the part that no search reads, for the report on what it found.
+        data, batch_size, workers, context: as in `evaluate`.
+
+    Raises:
+        ValueError: no score to search by, one that is good neither way, a split of what is no text, too little data to
+            divide, and what reading it raises.
+    """
+    searched = searched_by(name)
+    part = searched.others if others else searched.split
+    if split is not None:
+        check_split(name, split)
+        part = f"{part} of {split}"
+    task = Task(name, split=part, limit=limit)
+    if searched.on_windows is not None:
+        return windows_criterion(task, windows_of(model, tokenizer, task, data=data, context=context))
+    return task_criterion(
+        task,
+        tokenizer,
+        better=direction_of(task, Setup(data)),
+        score=searched.score,
+        data=data,
+        batch_size=batch_size,
+        workers=workers,
+        context=context,
+    )
+
+
+def check_split(name: str, split: str) -> None:
+    """Raises ValueError where a score has no splits of which a part could be searched on."""
+    if find_task(name).argument != "corpus":
+        raise ValueError(f"split {split!r} is of a corpus of text, and {name} has its own: leave it out")
+
+
+def windows_criterion(task: Task, windows: Int[Tensor, "windows length"]) -> Criterion:
+    """A task's number on these windows of token ids, read once for all trials.
+
+    Raises:
+        ValueError: a task that is not measured on windows.
+    """
+    on_windows = searched_by(task.name).on_windows
+    if on_windows is None:
+        raise ValueError(f"{task.name} is not measured on windows of text")
+    digest = hashlib.sha256(windows.cpu().to(torch.int64).contiguous().numpy().tobytes()).hexdigest()[:32]
+    return Criterion(
+        lambda model: on_windows(model, windows),
+        direction_of(task, Setup()),
+        {"score": task.kind, "windows": list(windows.shape), "tokens": digest},
+    )
+
+
+def task_criterion(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    better: Better,
     score: str | None = None,
     data: Path | None = None,
     batch_size: int = 8,
     workers: int = 1,
     context: int | None = None,
 ) -> Criterion:
-    """Any evaluation's value, or one of its further scores.
+    """Any evaluation's value, or one of its further scores, evaluated anew for each trial.
 
     Args:
         better: which way the score is good.
         score: of the result; None is its main value.
         data, batch_size, workers, context: as in `evaluate`.
+
+    Raises:
+        ValueError: an unknown evaluation. Calling it: what `evaluate` raises, and a main value that is good the other
+            way, by what its result says.
     """
-    task = task if isinstance(task, Task) else Task(task)
     find_task(task.name)
 
     def measure(model: PreTrainedModel) -> float:
         (result,) = evaluate(
             model, tokenizer, [task], data=data, batch_size=batch_size, workers=workers, context=context
         )
+        if score is None and result.better != better:
+            raise ValueError(f"{task.label}: a search takes {better} values for good, and its result {result.better}")
         return result.read(score)
 
     return Criterion(measure, better, {"task": asdict(task), "score": score, "context": context})
-
-
-def labelled_score(
-    task: Task, tokenizer: PreTrainedTokenizerBase, *, split: str = "train", **options: Any
-) -> Criterion:
-    """A score on a labelled set: of probing the mean selectivity of the layers, of a classifier its correlation.
-
-    Args:
-        split: searches read the rows to train on, so that the others are left to report on.
-        options: as in `task_score`.
-    """
-    score = "selectivity" if task.kind == "probing" else None
-    return task_score(replace(task, split=split), tokenizer, score=score, **options)
-
-
-def accuracy_score(
-    task: Task | str, tokenizer: PreTrainedTokenizerBase, *, score: str | None = None, **options: Any
-) -> Criterion:
-    """Accuracy at a task of lm-evaluation-harness ("lm-eval:piqa") on the 20 % that SFSD searches on.
-
-    Args:
-        task: one without a split gets "sfsd-search"; report on "sfsd-evaluation".
-        score: "acc_norm", or None for accuracy.
-        options: as in `task_score`.
-
-    Raises:
-        ValueError: the task is none of the harness's.
-    """
-    task = task if isinstance(task, Task) else Task(task)
-    if task.kind != "lm-eval":
-        raise ValueError(f"{task.name}: accuracy is of a task such as lm-eval:piqa")
-    if task.split == "test":
-        task = replace(task, split="sfsd-search")
-    return task_score(task, tokenizer, score=score, **options)

@@ -154,21 +154,6 @@ class SearchResult:
     trials: tuple[Trial, ...]
     order: tuple[str, ...]
 
-    def point_at(self, keep: float) -> Point:
-        """The point whose `keep` is nearest; of two as near, the one with the fewer numbers."""
-        if not 0 < keep <= 1:
-            raise ValueError(f"keep {keep} is outside (0, 1]: it is the share of parameters kept, not removed")
-        return min(self.curve, key=lambda point: (abs(point.keep - keep), point.kept_params, point.sites))
-
-    def plan_at(self, keep: float) -> RankPlan:
-        """The plan as it was at `point_at(keep)`: what was decided later stays dense."""
-        return self.plan_after(self.point_at(keep).sites)
-
-    def plan_after(self, sites: int) -> RankPlan:
-        """The plan as it was when `sites` linears were decided."""
-        ranks = {name: self.plan.ranks[name] for name in self.order[:sites]}
-        return RankPlan(self.plan.sites, ranks, layout=self.plan.layout, joint=self.plan.joint)
-
     def to_dict(self) -> dict[str, Any]:
         """For JSON: everything but the plan's sites."""
         return {
@@ -292,6 +277,7 @@ def rank_surgically(
     numbers: int | None,
     *,
     tolerance: Tolerance,
+    budgets: Sequence[float] | None = None,
     layout: Layout = "plain",
     rank_multiple: int = 1,
 ) -> Ranking:
@@ -303,7 +289,8 @@ def rank_surgically(
             does.
 
     Raises:
-        ValueError: every linear was looked at, and the ranks keep more than the budget; and as `search`.
+        ValueError: every linear was looked at, and the ranks keep more than the budget (unless `inputs.above` lets
+            them); and as `search`.
 
     Cost: see `search`.
     """
@@ -315,17 +302,18 @@ def rank_surgically(
         better=inputs.better,
         tolerance=tolerance,
         sites=inputs.sites,
+        budgets=budgets or SHARES,
         layout=layout,
         joint=inputs.joint,
         rank_multiple=rank_multiple,
         stop=stop,
-        journal=inputs.journal("surgical", {"tolerance": str(tolerance)}),
+        journal=inputs.journal("surgical", {"tolerance": str(tolerance), **({"budgets": budgets} if budgets else {})}),
         identity=inputs.identity,
         team=inputs.team,
         track=inputs.track,
     )
     kept = result.plan.kept_params
-    if stop is not None and kept > stop:
+    if stop is not None and kept > stop and not inputs.above:
         dense = sum(site.num_params for site in sites)
         raise ValueError(
             f"the search looked at every selected linear, and its ranks keep {kept - inputs.outside:,} of "

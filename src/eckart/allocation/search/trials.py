@@ -178,6 +178,7 @@ class SearchInputs:
         score: measures a model. better: which way the score is good.
         identity: what makes the scores, for a journal's header.
         journal: (kind of search, what tells this one from others of its kind) -> its file; None keeps none.
+        above: a search that ends above the budget gives its ranks, instead of refusing.
     """
 
     model: PreTrainedModel
@@ -190,6 +191,7 @@ class SearchInputs:
     identity: Mapping[str, Any]
     journal: Callable[[str, Mapping[str, Any]], Path | None]
     team: Team | None = None
+    above: bool = False
     track: Track = silent
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from eckart.calibration.cache import GRADIENTS, is_whole, read_gradients, write_gradients
+from eckart.calibration.cache import is_whole, read_gradients, write_gradients
 from eckart.calibration.gradients import record_squares
 from eckart.data.labelled import LABELLED, Labelled, read_labelled
 from eckart.data.tokens import check_tokenizer
@@ -29,7 +29,7 @@ from eckart.evals.result import EvalResult
 from eckart.lowrank import GradientMoments
 from eckart.models.loading import load_classifier, load_tokenizer
 from eckart.models.sites import find_sites
-from eckart.support.files import check_free, staged_directory, write_whole
+from eckart.support.files import GRADIENTS, check_free, staged_directory, write_whole
 from eckart.support.fingerprint import describe_architecture, hash_weights
 from eckart.support.progress import Track, silent
 from eckart.support.quiet import quiet

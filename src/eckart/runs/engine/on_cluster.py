@@ -271,7 +271,7 @@ class OnCluster:
         A refusal begins with the name of its task.
         """
         reference, track = given.pop("reference", None), given.pop("track", silent)
-        places = [place for place, task in enumerate(tasks) if task.kind != "cost"]
+        places = [place for place, task in enumerate(tasks) if not find_task(task.name).alone]
         measure = _Measuring(
             Source.of(model), tokenizer, None if reference is None else Source.of(reference), {**given, "workers": 1}
         )
@@ -280,7 +280,7 @@ class OnCluster:
             made = crew.answers([tasks[place] for place in places])
             coming = zip(places, track(made, "evaluations", len(places)), strict=True)
             for place, task in enumerate(tasks):
-                if task.kind == "cost":
+                if find_task(task.name).alone:
                     found.update(coming)
                     found[place] = _outcome(model, tokenizer, task, {**given, "reference": reference, "track": track})
                 while place not in found:
