@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from eckart.lowrank import DecompositionError
+from eckart.runs.engine.choose import describe_engines
 
 app = typer.Typer(
     name="eckart",
@@ -37,15 +38,15 @@ NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep no moments on di
 CORES = os.cpu_count() or 1
 Workers = Annotated[
     int | None,
-    typer.Option(min=1, help="Probes trained at a time, or workers of --engine ray; default every core: speed only"),
+    typer.Option(min=1, help="Probes trained at a time, or workers of a cluster; default every core: speed only"),
 ]
 EngineName = Annotated[
     str,
-    typer.Option("--engine", help="Where work runs: local (this process) or ray (a worker for each core of a cluster)"),
+    typer.Option("--engine", help=f"Where work runs: {describe_engines()}"),
 ]
 Address = Annotated[
     str | None,
-    typer.Option(help="Head of a Ray cluster, HOST:PORT, or auto; default with --engine ray: this machine's own cores"),
+    typer.Option(help="Head of a cluster, HOST:PORT, or auto; default: a cluster of this machine's own cores"),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Calibration rows at a time: memory and speed only")]
 

@@ -32,7 +32,7 @@ from eckart.models.dense import export_dense
 from eckart.models.loading import check_free, load_model, load_tokenizer, save
 from eckart.models.sites import low_rank_modules
 from eckart.runs.composition import composition_options
-from eckart.runs.engine.on_cluster import open_engine
+from eckart.runs.engine.choose import DEFAULT, open_engine
 from eckart.runs.out_of_core import compress_out_of_core
 from eckart.runs.recipe import parse_recipe
 from eckart.runs.workbench import How, make_checkpoint
@@ -120,7 +120,7 @@ def compress(
     device: Device = "cpu",
     batch_size: Batch = 8,
     workers: Workers = None,
-    engine: EngineName = "local",
+    engine: EngineName = DEFAULT,
     address: Address = None,
     cache: Cache = CACHE,
     no_cache: NoCache = False,
@@ -171,7 +171,7 @@ def compress(
     )
     if resume and not out_of_core:
         raise ValueError("--resume goes with --out-of-core; other runs keep their moments in the cache")
-    if out_of_core and engine != "local":
+    if out_of_core and engine != DEFAULT:
         raise ValueError("--out-of-core takes one block after another in this process: leave out --engine")
     check_free(out, force=force)  # before a cluster is started
     with open_engine(engine, address=address, workers=workers) as runs:

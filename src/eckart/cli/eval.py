@@ -14,10 +14,12 @@ from eckart.data.corpora import read_text
 from eckart.data.tokens import sample_windows
 from eckart.evals.result import EvalResult
 from eckart.evals.similarity import read_activations
+from eckart.evals.subject import Setup, Subject
 from eckart.evals.tasks import Task, default_length, find_task
 from eckart.models.loading import load_model, load_tokenizer
 from eckart.models.sites import input_groups
-from eckart.runs.engine.on_cluster import open_engine
+from eckart.runs.engine.base import EvaluationRequest
+from eckart.runs.engine.choose import DEFAULT, open_engine
 from eckart.runs.experiment import write_result
 
 
@@ -45,7 +47,7 @@ def eval_command(
     device: Device = "cpu",
     batch_size: Batch = 8,
     workers: Workers = None,
-    engine: EngineName = "local",
+    engine: EngineName = DEFAULT,
     address: Address = None,
     force: Force = False,
 ) -> None:
@@ -71,18 +73,9 @@ def eval_command(
         activations = read_activations(loaded, tokens, input_groups(dense or loaded), track=track)
     results: list[EvalResult] = []
     with open_engine(engine, address=address, workers=workers) as runs:
-        outcomes = runs.outcomes(
-            loaded,
-            tokenizer,
-            tasks,
-            data=data,
-            batch_size=batch_size,
-            path=Path(model) if Path(model).is_dir() else None,
-            reference=dense,
-            activations=activations,
-            workers=workers or CORES,
-            track=track,
-        )
+        subject = Subject(loaded, tokenizer, Path(model) if Path(model).is_dir() else None, dense, activations)
+        setup = Setup(data, batch_size, workers or CORES, track=track)
+        outcomes = runs.outcomes(EvaluationRequest(subject, tasks, setup))
         for item, outcome in zip(tasks, outcomes, strict=True):
             if not isinstance(outcome, EvalResult):
                 raise outcome

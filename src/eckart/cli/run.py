@@ -28,7 +28,7 @@ from eckart.cli.app import (
 )
 from eckart.cli.eval import tell_files
 from eckart.cli.terminal import TerminalTrack, number, table
-from eckart.runs.engine.on_cluster import open_engine
+from eckart.runs.engine.choose import DEFAULT, open_engine
 from eckart.runs.experiment import run
 from eckart.runs.recipe import load_recipe
 from eckart.runs.reproduction import Line, run_study
@@ -47,7 +47,7 @@ def run_command(
     device: Device = "cpu",
     batch_size: Batch = 8,
     workers: Workers = None,
-    engine: EngineName = "local",
+    engine: EngineName = DEFAULT,
     address: Address = None,
     cache: Cache = CACHE,
     no_cache: NoCache = False,
@@ -101,7 +101,7 @@ def reproduce(
     device: Device = "cpu",
     batch_size: Batch = 8,
     workers: Workers = None,
-    engine: EngineName = "local",
+    engine: EngineName = DEFAULT,
     address: Address = None,
     cache: Cache = CACHE,
     no_cache: NoCache = False,

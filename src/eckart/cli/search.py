@@ -42,7 +42,8 @@ from eckart.lowrank import build_method
 from eckart.models.loading import load_model, load_tokenizer
 from eckart.models.sites import find_sites, select_sites
 from eckart.runs.composition import Allocation
-from eckart.runs.engine.on_cluster import open_engine
+from eckart.runs.engine.base import CalibrationRequest, SearchRequest
+from eckart.runs.engine.choose import DEFAULT, open_engine
 
 # Rows of the printed curve; all of it is in the file.
 ROWS = 10
@@ -80,7 +81,7 @@ def search_command(
     device: Device = "cpu",
     batch_size: Batch = 8,
     workers: Workers = None,
-    engine: EngineName = "local",
+    engine: EngineName = DEFAULT,
     address: Address = None,
     cache: Cache = CACHE,
     no_cache: NoCache = False,
@@ -116,10 +117,11 @@ def search_command(
     tokens = sample_windows(text, tokenizer, samples=samples, length=length or default_length(loaded), seed=seed)
     kept = None if no_cache else cache
     with open_engine(engine, address=address, workers=workers) as runs:
-        moments = tuple(runs.calibrate_by_block(loaded, tokens, built, cache=kept, batch_size=batch_size, track=track))
+        request = CalibrationRequest(loaded, tokens, built, cache=kept, batch_size=batch_size, track=track)
+        moments = tuple(runs.calibrate_by_block(request))
         spectra = spectra_on_demand(loaded, built, moments if built.needs else ())
         total = sum(site.num_params for site in sites)
-        with runs.team(loaded, built, lambda: moments if built.needs else (), searched) as team:
+        with runs.team(SearchRequest(loaded, built, lambda: moments if built.needs else ()), searched) as team:
             found = search(
                 loaded,
                 spectra,

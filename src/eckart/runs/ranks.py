@@ -20,6 +20,7 @@ from eckart.allocation.search.sensitivity import measure_sensitivity
 from eckart.allocation.search.surgical import SearchResult, search
 from eckart.allocation.search.trials import Spectra
 from eckart.calibration.moments import BlockCalibration, calibration_digest
+from eckart.compression.cuts import FactorRequest
 from eckart.compression.spectra import spectra_on_demand
 from eckart.data.tokens import Tokens
 from eckart.evals.tasks import Task, windows_of
@@ -27,7 +28,8 @@ from eckart.lowrank import Factored, Method
 from eckart.models.sites import Site, find_sites
 from eckart.models.units import Unit, units_of
 from eckart.runs.composition import Allocation, Composition
-from eckart.runs.engine.on_cluster import HERE, Engine
+from eckart.runs.engine.base import Engine, SearchRequest
+from eckart.runs.engine.local import HERE
 from eckart.support.progress import Track, silent
 
 # A model's losses at one cut are measured on this many windows: the probes then cost a pass of them for every linear.
@@ -140,7 +142,7 @@ def measure_losses(method: Method, bench: Bench, joint: frozenset[str], *, both:
             units += [Unit((site,)) for site in sites if site.input_group in joint]
         # Units of one input group follow each other, so that its root is made once.
         units.sort(key=lambda unit: unit.group)
-        for unit, tails in bench.engine.losses(method, units, part, weight_of):
+        for unit, tails in bench.engine.losses(FactorRequest(method, units, part, weight_of)):
             curves.append(Curve(unit.sites, tails.numpy()))
     return curves
 
@@ -157,7 +159,7 @@ def _weigh(
     evaluations = 0
     identity = _identity(method, bench)
     for groups in ((), joint) if joint else ((),):
-        with bench.engine.probing(bench.model, method, bench.blocks, groups) as spread:
+        with bench.engine.probing(SearchRequest(bench.model, method, bench.blocks, groups)) as spread:
             result = probe_linears(
                 bench.model,
                 {} if spread else _spectra(method, bench, groups),
@@ -201,7 +203,7 @@ def _search(
         "track": bench.track,
         **options,
     }
-    with bench.engine.team(bench.model, method, bench.blocks, criterion, joint) as team:
+    with bench.engine.team(SearchRequest(bench.model, method, bench.blocks, joint), criterion) as team:
         spectra: Spectra = {} if team else _spectra(method, bench, joint)
         if allocation.name == "sensitivity":
             assert numbers is not None

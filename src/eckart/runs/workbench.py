@@ -6,7 +6,7 @@ import functools
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.models.loading import check_free, load_model, load_tokenizer, locate, own_memory, save
 from eckart.models.sites import Site, find_sites, select_sites
 from eckart.runs.card import write_card
-from eckart.runs.engine.on_cluster import HERE, Engine
+from eckart.runs.engine.base import CalibrationRequest, Engine
+from eckart.runs.engine.local import HERE
 from eckart.runs.ranks import Bench, Ranking, joint_groups, rank
 from eckart.runs.recipe import Recipe
 from eckart.support.progress import Track, silent
@@ -46,7 +47,7 @@ class How:
         cache: folder for moments; None keeps none.
         data: folder with local copies of known corpora; None asks the hub.
         workers: probes trained at a time.
-        engine: this process, or a cluster; see `engine.open_engine`.
+        engine: where work runs; see `engine.choose.open_engine`.
         track: shows progress.
     """
 
@@ -189,14 +190,7 @@ class Workbench:
             return {}
         if self.recipe.calibration.fisher == "recorded":
             return recorded_gradients(locate(self.recipe.model), self.sites)
-        return self.how.engine.gather_gradients(
-            self.model,
-            self.tokens[0],
-            self.composition.method,
-            sites=self.sites,
-            cache=self.how.cache,
-            track=self.how.track,
-        )
+        return self.how.engine.gather_gradients(self._calibration_request(self.sites))
 
     @property
     def reads_text(self) -> bool:
@@ -289,13 +283,17 @@ class Workbench:
                 names = [site.name for site in sites if site.block == number]
                 yield BlockCalibration(number, gradients={name: self.gradients[name] for name in names})
             return
-        yield from self.how.engine.calibrate_by_block(
+        request = replace(self._calibration_request(sites), gradients=self.gradients)
+        yield from self.how.engine.calibrate_by_block(request)
+
+    def _calibration_request(self, sites: Sequence[Site]) -> CalibrationRequest:
+        """The dense model, to be read for these sites."""
+        return CalibrationRequest(
             self.model,
             self.tokens[0],
             self.composition.method,
             sites=sites,
             cache=self.how.cache,
-            gradients=self.gradients,
             batch_size=self.how.batch_size,
             track=self.how.track,
         )
