@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 
 import eckart
 from eckart.runs.engine.choose import open_engine
-from eckart.runs.engine.cluster import ClusterError, open_cluster
+from eckart.runs.engine.cluster import Cluster, ClusterError, open_cluster
 from eckart.runs.engine.on_cluster import OnCluster
 from tiny import Run, logits_of, relative
 
@@ -48,6 +50,16 @@ def test_without_ray_the_extra_is_named(run: Run, place: Path, tmp_path: Path, m
     status, printed = run("compress", place / "llama", tmp_path / "out", "--keep", "0.5", "--engine", "ray")
     assert status == 2
     assert "pip install 'eckart[ray]'" in printed
+
+
+def test_a_worker_with_another_release_is_refused(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eckart.runs.engine.cluster.version", lambda _: "0.0.1")  # the workers have what is installed
+    told = rf"{socket.gethostname()} has eckart {version('eckart')}, and the run was started with 0\.0\.1"
+    with closing(Cluster(1)) as cluster:
+        with pytest.raises(ClusterError, match=told):
+            list(cluster.spread(lambda item: item, [1]))
+        with pytest.raises(ClusterError, match=told), cluster.streams(lambda item: iter([item]), [1]) as streams:
+            next(streams[0])
 
 
 def test_an_engine_within_a_program_that_has_joined(nodes: Any) -> None:

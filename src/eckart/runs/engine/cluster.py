@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
@@ -129,7 +130,7 @@ class Cluster:
         options = {"num_cpus": 0, "max_retries": RETRIES, "num_returns": "streaming"}
         options["_generator_backpressure_num_objects"] = AHEAD
         running = [
-            self._remote(_stream, {**options, "scheduling_strategy": place}).remote(function, item)
+            self._remote(_stream, {**options, "scheduling_strategy": place}).remote(version("eckart"), function, item)
             for item, place in zip(items, self._places(len(items)), strict=True)
         ]
         streams = [self._answers(stream) for stream in running]
@@ -151,11 +152,11 @@ class Cluster:
             size: how many; None is all.
         """
         size = size or self.workers
-        places = self._places(max(size, len(self._members)))
+        places, release = self._places(max(size, len(self._members))), version("eckart")
         options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": RETRIES}
         while len(self._members) < size:
             place = places[len(self._members)]
-            self._members.append(self._remote(_Member, {**options, "scheduling_strategy": place}).remote())
+            self._members.append(self._remote(_Member, {**options, "scheduling_strategy": place}).remote(release))
         crew = Crew(self, self._members[:size], self.keep(make))
         try:
             yield crew
@@ -312,8 +313,9 @@ def machine() -> str:
 class _Member:
     """What an actor runs: the worker of one crew after another."""
 
-    def __init__(self) -> None:
+    def __init__(self, release: str) -> None:
         _settle()
+        self._release = release
         self._make: Kept[Make] | None = None
         self._answer: Callable[[Any], Any] | None = None
 
@@ -321,6 +323,7 @@ class _Member:
         """The answer. A crew's first one makes what answers: what that raises is then an answer too."""
         if self._answer is None or self._make != make:
             self.drop()
+            _check_release(self._release)
             self._answer = make.fetch()()
             self._make = make
         return self._answer(item)
@@ -330,9 +333,20 @@ class _Member:
         self._answer = self._make = None
 
 
-def _stream(function: Callable[[Any], Iterator[T]], item: Any) -> Iterator[T]:
+def _stream(release: str, function: Callable[[Any], Iterator[T]], item: Any) -> Iterator[T]:
     _settle()
+    _check_release(release)
     yield from function(item)
+
+
+def _check_release(release: str) -> None:
+    """Raises ClusterError where this worker has another eckart than the process that it works for."""
+    own = version("eckart")
+    if own != release:
+        raise ClusterError(
+            f"{machine()} has eckart {own}, and the run was started with {release}: install the same on every machine "
+            "of the cluster"
+        )
 
 
 def _settle() -> None:
