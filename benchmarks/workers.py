@@ -26,7 +26,8 @@ from eckart.allocation import plan
 from eckart.data.tokens import Tokens
 from eckart.lowrank import build_method
 from eckart.models.sites import low_rank_modules
-from eckart.runs.engine.on_cluster import Engine, open_engine
+from eckart.runs.engine.base import CalibrationRequest, Engine
+from eckart.runs.engine.choose import DEFAULT, open_engine
 
 VOCABULARY = 1000
 
@@ -48,7 +49,7 @@ def make_model(folder: Path, hidden: int, layers: int) -> Path:
 def compress(path: str | Path, method: str, tokens: Tokens, engine: Engine) -> tuple[dict[str, float], list[Tensor]]:
     """Seconds of each stage, and the products of all factors."""
     model, built = eckart.load_model(path), build_method(method)
-    moments = engine.calibrate_by_block(model, tokens, built)
+    moments = engine.calibrate_by_block(CalibrationRequest(model, tokens, built))
     report = eckart.compress(model, built, plan(model, 0.5), moments, cut=engine.cut_units)
     products = [
         (module.left.weight.double() @ module.right.weight.double()).detach()
@@ -82,7 +83,7 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
         made: list[list[Tensor]] = []
         for workers in [0, *arguments.workers]:
-            with open_engine("ray" if workers else "local", workers=workers or None) as engine:
+            with open_engine("ray" if workers else DEFAULT, workers=workers or None) as engine:
                 if workers:  # a first time, so that the workers have started and read the model
                     compress(path, arguments.method, tokens, engine)
                 seconds, products = compress(path, arguments.method, tokens, engine)

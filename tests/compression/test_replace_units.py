@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from eckart.allocation import RankPlan, plan, settle
 from eckart.calibration.moments import BlockCalibration, Calibration, calibrate, calibrate_by_block
 from eckart.calibration.sequential import Order, SequentialCalibration
-from eckart.compression.cuts import factor_units, moments_of
+from eckart.compression.cuts import FactorRequest, factor_units, moments_of
 from eckart.compression.replace import CompressionReport, compress
 from eckart.compression.tuning.refinement import Refinement
 from eckart.lowrank import Factored, Factors, InputMoments, Layout, Method, build_method
@@ -98,7 +98,8 @@ def test_joined_linears_are_the_rows_of_one_cut(model_type: str, method: str) ->
             assert rank is not None
             if (unit.name, rank) not in expected:
                 part = calibration.blocks[unit.sites[0].block]
-                ((_, factored),) = factor_units(built, [unit], part, partial(Unit.weight, model=dense), chosen)
+                request = FactorRequest(built, [unit], part, partial(Unit.weight, model=dense))
+                ((_, factored),) = factor_units(request, chosen)
                 expected[unit.name, rank] = factored.cut(rank)
             modules = [model.get_submodule(site.name) for site in unit.sites]
             whole = torch.cat([module.dense().detach() for module in modules])
@@ -362,7 +363,8 @@ def test_factors_that_are_not_finite_name_their_site_once(layout: Layout, row: i
     model = tiny_model("llama")
     chosen = made_plan(model, layout, joint=True)
     unit = chosen.units[0]
-    ((_, factored),) = factor_units(build_method("svd"), [unit], BlockCalibration(0), partial(Unit.weight, model=model))
+    request = FactorRequest(build_method("svd"), [unit], BlockCalibration(0), partial(Unit.weight, model=model))
+    ((_, factored),) = factor_units(request)
     with pytest.raises(ValueError, match=rf"^model\.layers\.0\.self_attn\.{role}: its factors are not finite"):
         compress(model, "svd", chosen, spectra={unit.name: Spoilt(factored, row)})
     assert low_rank_modules(model) == {}

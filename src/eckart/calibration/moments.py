@@ -219,5 +219,5 @@ def calibration_digest(model: PreTrainedModel, tokens: Tokens, needs: frozenset[
         "sites": [site.name for site in sites],
     }
     state.update(json.dumps(header, sort_keys=True, default=str).encode())
-    hash_weights(state, model)
+    hash_weights(state.update, model)
     return state.hexdigest()[:32]

@@ -26,9 +26,11 @@ from eckart.data.corpora import read_text
 from eckart.data.tokens import sample_windows
 from eckart.evals.result import EvalResult, write_result
 from eckart.evals.similarity import read_activations
+from eckart.evals.subject import Setup, Subject
 from eckart.evals.tasks import Task, default_length, find_task
 from eckart.models.loading import load_model, load_tokenizer
 from eckart.models.sites import input_groups
+from eckart.runs.engine.base import EvaluationRequest
 
 
 def command(
@@ -80,18 +82,9 @@ def command(
         activations = read_activations(loaded, tokens, groups, track=TerminalTrack(console))
     results: list[EvalResult] = []
     with open_run(engine, address=address, workers=workers, device=device, batch_size=batch_size, data=data) as how:
-        outcomes = how.engine.outcomes(
-            loaded,
-            tokenizer,
-            tasks,
-            data=how.data,
-            batch_size=how.batch_size,
-            path=Path(model) if Path(model).is_dir() else None,
-            reference=dense,
-            activations=activations,
-            workers=how.workers,
-            track=how.track,
-        )
+        subject = Subject(loaded, tokenizer, Path(model) if Path(model).is_dir() else None, dense, activations)
+        setup = Setup(how.data, how.batch_size, how.workers, track=how.track)
+        outcomes = how.engine.outcomes(EvaluationRequest(subject, tasks, setup))
         for item, outcome in zip(tasks, outcomes, strict=True):
             if not isinstance(outcome, EvalResult):
                 raise outcome

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eckart.cli.terminal import TerminalTrack, console
+from eckart.runs.engine.choose import DEFAULT, describe_engines, open_engine
 
 if TYPE_CHECKING:
     from eckart.runs.how import How
@@ -47,16 +48,16 @@ Batch = Annotated[int, typer.Option(min=1, help="Calibration rows at a time: mem
 CORES = os.cpu_count() or 1
 Workers = Annotated[
     int | None,
-    typer.Option(min=1, help="Probes trained at a time, or workers of --engine ray; default every core: speed only"),
+    typer.Option(min=1, help="Probes trained at a time, or workers of a cluster; default every core: speed only"),
 ]
-ENGINE = "local"
+ENGINE = DEFAULT
 EngineName = Annotated[
     str,
-    typer.Option("--engine", help="Where work runs: local (this process) or ray (a worker for each core of a cluster)"),
+    typer.Option("--engine", help=f"Where work runs: {describe_engines()}"),
 ]
 Address = Annotated[
     str | None,
-    typer.Option(help="Head of a Ray cluster, HOST:PORT, or auto; default with --engine ray: this machine's own cores"),
+    typer.Option(help="Head of a cluster, HOST:PORT, or auto; default: a cluster of this machine's own cores"),
 ]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "eckart"
 Cache = Annotated[Path, typer.Option(help="Folder for calibration moments, reused by content; safe to delete")]
@@ -82,7 +83,6 @@ def open_run(
         ValueError: no such engine, or a cluster that cannot be had.
     """
     # Not above: torch takes seconds, and some commands that have options of this file do without it.
-    from eckart.runs.engine.on_cluster import open_engine
     from eckart.runs.how import How
 
     with open_engine(engine, address=address, workers=workers) as opened:

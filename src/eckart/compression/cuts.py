@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,38 +48,56 @@ class Cut:
     refit: bool | None = None
 
 
-@torch.no_grad()
-def cut_units(
-    method: Method,
-    units: Iterable[Unit],
-    plan: RankPlan,
-    part: BlockCalibration,
-    weight_of: Callable[[Unit], Tensor],
-    *,
-    spectra: dict[str, Factored] | None = None,
-    refit: bool = False,
-) -> Iterator[tuple[Unit, Cut]]:
-    """Each unit cut at its rank, one after the other. Units of one input group share the root.
+@dataclass(frozen=True)
+class FactorRequest:
+    """Units to factor, and all that it takes.
 
-    Args:
-        plan: has the ranks.
+    Attributes:
+        units: of one block, those of one input group after each other, so that its root is made once.
         part: the moments of these units.
         weight_of: a unit's dense weight (d_out, d_in), asked for when its turn comes.
+    """
+
+    method: Method
+    units: Sequence[Unit]
+    part: BlockCalibration
+    weight_of: Callable[[Unit], Tensor]
+
+
+@dataclass(frozen=True)
+class CutRequest:
+    """Units to factor, and to cut.
+
+    Attributes:
+        plan: has the ranks.
         spectra, refit: as in `compress`.
+    """
+
+    factor: FactorRequest
+    plan: RankPlan
+    spectra: dict[str, Factored] | None = None
+    refit: bool = False
+
+
+@torch.no_grad()
+def cut_units(request: CutRequest) -> Iterator[tuple[Unit, Cut]]:
+    """Each unit cut at its rank, one after the other. Units of one input group share the root.
 
     Raises:
         ValueError, DecompositionError: as the method raises them; the message names the unit.
     """
+    plan, spectra, refit = request.plan, request.spectra, request.refit
+    method, part = request.factor.method, request.factor.part
     known = {} if spectra is None else spectra
-    units = list(units)
     # A spectrum that is kept may be cut anywhere later on; else only at this rank.
     hint = plan if spectra is None else None
-    fresh = factor_units(method, [unit for unit in units if unit.name not in known], part, weight_of, hint)
-    for unit in units:
+    missing = [unit for unit in request.factor.units if unit.name not in known]
+    fresh = factor_units(replace(request.factor, units=missing), hint)
+    for unit in request.factor.units:
         factored = known[unit.name] if unit.name in known else next(fresh)[1]
         if spectra is not None:
             spectra[unit.name] = factored
-        weight, rank = weight_of(unit), plan.rank(unit.sites[0])
+        weight, rank = request.factor.weight_of(unit), plan.rank(unit.sites[0])
         assert rank is not None
         inputs, aside = (_inputs_on(found.get(unit.group), weight.device) for found in (part.inputs, part.aside))
         try:
@@ -100,27 +118,21 @@ def cut_units(
         yield unit, Cut(factors, tail, tuple(factored.losses(CURVE)), errors, took)
 
 
-def factor_units(
-    method: Method,
-    units: Iterable[Unit],
-    part: BlockCalibration,
-    weight_of: Callable[[Unit], Tensor],
-    plan: RankPlan | None = None,
-) -> Iterator[tuple[Unit, Factored]]:
+def factor_units(request: FactorRequest, plan: RankPlan | None = None) -> Iterator[tuple[Unit, Factored]]:
     """Each unit's spectrum, one after the other. Units of one input group share the root.
 
     Args:
-        part, weight_of: as in `cut_units`.
         plan: where the spectra will be cut at its ranks only, which is faster; None for any rank.
 
     Raises:
         ValueError, DecompositionError: as the method raises them; the message names the unit.
     """
+    method = request.method
     root: Root = None
     group: str | None = None
-    for unit in units:
-        weight = weight_of(unit)
-        moments = moments_of(unit, part, weight.device)
+    for unit in request.units:
+        weight = request.weight_of(unit)
+        moments = moments_of(unit, request.part, weight.device)
         try:
             # A root that is made of a linear's own gradients is no other linear's.
             if unit.group != group or method.needs_gradients:

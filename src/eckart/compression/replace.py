@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from eckart.allocation import RankPlan
 from eckart.calibration.moments import BlockCalibration
-from eckart.compression.cuts import Cut, cut_units
+from eckart.compression.cuts import Cut, CutRequest, FactorRequest, cut_units
 from eckart.lowrank import DecompositionError, Factored, Method, build_method
 from eckart.lowrank.moments import INPUT_STATISTICS
 from eckart.models.checkpoint import describe
@@ -110,7 +110,7 @@ def compress(
     *,
     spectra: dict[str, Factored] | None = None,
     refit: bool = False,
-    cut: Callable[..., Iterable[tuple[Unit, Cut]]] = cut_units,
+    cut: Callable[[CutRequest], Iterable[tuple[Unit, Cut]]] = cut_units,
     recipe: dict[str, Any] | None = None,
     track: Track = silent,
 ) -> CompressionReport:
@@ -128,7 +128,7 @@ def compress(
             It holds all their bases.
         refit: fit the left factors once more by least squares. Where the calibration has moments of tokens kept aside,
             a refit that does not lower the squared output error on them is undone.
-        cut: what makes the cuts, with the arguments of `cut_units`; they may be made elsewhere.
+        cut: what makes the cuts, in place of `cut_units`; they may be made elsewhere.
         recipe: noted in the model's config, for the checkpoint.
 
     Raises:
@@ -156,7 +156,7 @@ def compress(
             pending[:] = [unit for unit in pending if unit not in chosen]
             start = time.perf_counter()
             weight_of = partial(Unit.weight, model=model)
-            for unit, made in cut(method, chosen, plan, part, weight_of, spectra=spectra, refit=refit):
+            for unit, made in cut(CutRequest(FactorRequest(method, chosen, part, weight_of), plan, spectra, refit)):
                 yield place(model, unit, made, plan)
             seconds["factor"] += time.perf_counter() - start
             del part  # these moments end here, before the next ones are made

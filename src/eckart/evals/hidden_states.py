@@ -181,7 +181,7 @@ def _digest(model: PreTrainedModel, rows: TokenRows, pooling: Pooling) -> str:
     header = {"format": FORMAT, **describe_architecture(model), "pooling": pooling, "padding": rows.padding}
     state.update(json.dumps(header, sort_keys=True, default=str).encode())
     state.update(json.dumps(rows.ids).encode())
-    hash_weights(state, model)
+    hash_weights(state.update, model)
     return state.hexdigest()[:32]
 
 

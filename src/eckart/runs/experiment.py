@@ -22,12 +22,14 @@ from transformers import PreTrainedModel
 from eckart.evals.agreement import agreement, has_answers
 from eckart.evals.result import EvalResult, write_result
 from eckart.evals.similarity import Activations, read_activations
+from eckart.evals.subject import Setup, Subject
 from eckart.evals.tasks import Task, find_task
 from eckart.lowrank import DecompositionError
 from eckart.models.loading import load_model, load_tokenizer, locate
 from eckart.models.sites import input_groups
 from eckart.runs.card import write_card
-from eckart.runs.engine.on_cluster import HERE
+from eckart.runs.engine.base import EvaluationRequest
+from eckart.runs.engine.local import HERE
 from eckart.runs.facts import FACTS, Facts
 from eckart.runs.how import How
 from eckart.runs.in_memory import make_baseline, make_checkpoint
@@ -222,20 +224,12 @@ class _Models:
             stored = path.is_dir() and not (which == "compressed" and self.recipe.is_baseline)
             # A baseline is made in memory: no worker elsewhere could load it.
             engine = HERE if which == "compressed" and self.recipe.is_baseline else self.how.engine
-            yield from engine.outcomes(
-                model,
-                self.tokenizer,
-                together,
-                data=self.how.data,
-                batch_size=self.how.batch_size,
-                path=path if stored else None,
-                reference=reference,
-                activations=activations,
-                context=self.recipe.context,
-                workers=self.how.workers,
-                cache=self.how.cache,
-                track=self.how.track,
+            subject = Subject(
+                model, self.tokenizer, path if stored else None, reference, activations, self.recipe.context
             )
+            how = self.how
+            setup = Setup(how.data, how.batch_size, how.workers, how.cache, how.track)
+            yield from engine.outcomes(EvaluationRequest(subject, together, setup))
 
     @functools.cached_property
     def activations(self) -> Activations:

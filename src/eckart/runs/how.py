@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from eckart.runs.engine.on_cluster import HERE, Engine
+from eckart.runs.engine.base import Engine
+from eckart.runs.engine.local import HERE
 from eckart.support.progress import Track, silent
 
 
@@ -19,7 +20,7 @@ class How:
         cache: folder for moments; None keeps none.
         data: folder with local copies of known corpora; None asks the hub.
         workers: probes trained at a time.
-        engine: this process, or a cluster; see `engine.open_engine`.
+        engine: where work runs; see `engine.choose.open_engine`.
         track: shows progress.
     """
 

@@ -26,6 +26,7 @@ from eckart.calibration.backward import Sweep
 from eckart.calibration.doors import Spill, whole_doors
 from eckart.calibration.moments import BlockCalibration, check_readable, recorded_gradients
 from eckart.calibration.walk import Walk
+from eckart.compression.cuts import CutRequest, FactorRequest
 from eckart.compression.replace import CompressionReport, SiteReport, place
 from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments, Method
@@ -224,7 +225,8 @@ class _Run:
         groups = [group for group in self.plan.joint if any(site.input_group == group for site in sites)]
         weight_of = partial(Unit.weight, model=self.model)
         reports: list[SiteReport] = []
-        for unit, cut in self.how.engine.cut_units(self.method, units_of(sites, groups), self.plan, part, weight_of):
+        request = FactorRequest(self.method, units_of(sites, groups), part, weight_of)
+        for unit, cut in self.how.engine.cut_units(CutRequest(request, self.plan)):
             reports += place(self.model, unit, cut, self.plan)
         return reports
 

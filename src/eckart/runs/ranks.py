@@ -18,13 +18,15 @@ from eckart.allocation.search.criteria import Criterion, search_criterion
 from eckart.allocation.search.loss_weights import probe_linears
 from eckart.allocation.search.trials import SearchInputs
 from eckart.calibration.moments import BlockCalibration, calibration_digest
+from eckart.compression.cuts import FactorRequest
 from eckart.compression.spectra import spectra_on_demand
 from eckart.data.tokens import Tokens
 from eckart.lowrank import Factored, Method
 from eckart.models.sites import Site, find_sites
 from eckart.models.units import Unit, units_of
 from eckart.runs.composition import Composition
-from eckart.runs.engine.on_cluster import HERE, Engine
+from eckart.runs.engine.base import Engine, SearchRequest
+from eckart.runs.engine.local import HERE
 from eckart.support.progress import Track, silent
 
 # A model's losses at one cut are measured on this many windows: the probes then cost a pass of them for every linear.
@@ -128,7 +130,7 @@ def measure_losses(method: Method, bench: Bench, joint: frozenset[str], *, both:
             units += [Unit((site,)) for site in sites if site.input_group in joint]
         # Units of one input group follow each other, so that its root is made once.
         units.sort(key=lambda unit: unit.group)
-        for unit, tails in bench.engine.losses(method, units, part, weight_of):
+        for unit, tails in bench.engine.losses(FactorRequest(method, units, part, weight_of)):
             curves.append(Curve(unit.sites, tails.numpy()))
     return curves
 
@@ -145,7 +147,7 @@ def _weigh(
     evaluations = 0
     identity = _identity(method, bench)
     for groups in ((), joint) if joint else ((),):
-        with bench.engine.probing(bench.model, method, bench.blocks, groups) as spread:
+        with bench.engine.probing(SearchRequest(bench.model, method, bench.blocks, groups)) as spread:
             result = probe_linears(
                 bench.model,
                 {} if spread else spectra_of(method, bench, groups),
@@ -183,7 +185,7 @@ def _search(
     else:
         identity = {**bench.made_of, "score": criterion.about}
     named = {**identity, **fitting, "joint": sorted(joint)}
-    with bench.engine.team(bench.model, method, bench.blocks, criterion, joint) as team:
+    with bench.engine.team(SearchRequest(bench.model, method, bench.blocks, joint), criterion) as team:
         inputs = SearchInputs(
             bench.model,
             sites=bench.sites,

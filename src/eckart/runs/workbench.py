@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.models.loading import load_model, locate
 from eckart.models.sites import Site, find_sites, select_sites
 from eckart.runs.card import write_card
+from eckart.runs.engine.base import CalibrationRequest
 from eckart.runs.facts import FACTS, Facts
 from eckart.runs.how import How
 from eckart.runs.ranks import Bench, joint_groups, rank
@@ -83,14 +85,7 @@ class Workbench:
             return {}
         if self.recipe.calibration.fisher == "recorded":
             return recorded_gradients(locate(self.recipe.model), self.sites)
-        return self.how.engine.gather_gradients(
-            self.model,
-            self.tokens[0],
-            self.composition.method,
-            sites=self.sites,
-            cache=self.how.cache,
-            track=self.how.track,
-        )
+        return self.how.engine.gather_gradients(self._calibration_request(self.sites))
 
     @property
     def reads_text(self) -> bool:
@@ -187,13 +182,17 @@ class Workbench:
                 names = [site.name for site in sites if site.block == number]
                 yield BlockCalibration(number, gradients={name: self.gradients[name] for name in names})
             return
-        yield from self.how.engine.calibrate_by_block(
+        request = replace(self._calibration_request(sites), gradients=self.gradients)
+        yield from self.how.engine.calibrate_by_block(request)
+
+    def _calibration_request(self, sites: Sequence[Site]) -> CalibrationRequest:
+        """The dense model, to be read for these sites."""
+        return CalibrationRequest(
             self.model,
             self.tokens[0],
             self.composition.method,
             sites=sites,
             cache=self.how.cache,
-            gradients=self.gradients,
             batch_size=self.how.batch_size,
             track=self.how.track,
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -16,12 +17,6 @@ VOLATILE = ("_name_or_path", "transformers_version", "quantization_config")
 LOOKED_AT = 8
 
 
-class Hash(Protocol):
-    """What `hashlib` makes."""
-
-    def update(self, data: Any, /) -> None: ...
-
-
 def describe_architecture(model: PreTrainedModel) -> dict[str, Any]:
     """{"model": class, "config": configuration} without what names its origin; plain data but for odd values."""
     configuration = model.config.to_dict()
@@ -30,13 +25,16 @@ def describe_architecture(model: PreTrainedModel) -> dict[str, Any]:
     return {"model": type(model).__name__, "config": configuration}
 
 
-def hash_weights(state: Hash, model: PreTrainedModel) -> None:
-    """Feed every tensor of the model, by name, type, shape and value, to `state`, in place.
+def hash_weights(update: Callable[[Any], None], model: PreTrainedModel) -> None:
+    """Feed every tensor of the model, by name, type, shape and value, to a hash.
+
+    Args:
+        update: of an object of `hashlib`, which is changed in place.
 
     Cost: one read of the model's weights.
     """
     for name, tensor in sorted(model.state_dict().items()):
-        _hash_tensor(state, name, tensor)
+        _hash_tensor(update, name, tensor)
 
 
 def sketch(model: PreTrainedModel) -> str:
@@ -52,10 +50,10 @@ def sketch(model: PreTrainedModel) -> str:
     return state.hexdigest()[:32]
 
 
-def _hash_tensor(state: Hash, name: str, tensor: torch.Tensor) -> None:
-    state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+def _hash_tensor(update: Callable[[Any], None], name: str, tensor: torch.Tensor) -> None:
+    update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
     if hasattr(tensor, "__tensor_flatten__"):  # quantised: several plain tensors that stand for one
         for part in tensor.__tensor_flatten__()[0]:
-            _hash_tensor(state, f"{name}.{part}", getattr(tensor, part))
+            _hash_tensor(update, f"{name}.{part}", getattr(tensor, part))
         return
-    state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -252,7 +252,7 @@ def test_recorded_squares_compress_by_fwsvd_with_no_text_and_no_pass(
         raise AssertionError("no text and no backward pass")
 
     monkeypatch.setattr("eckart.runs.workbench.make_tokens", refuse)
-    monkeypatch.setattr("eckart.runs.engine.on_cluster.Here.gather_gradients", refuse)
+    monkeypatch.setattr("eckart.runs.engine.local.Here.gather_gradients", refuse)
     compress = ("compress", tmp_path / "tuned", tmp_path / "small", "--method", "fwsvd", "--fisher", "recorded")
     status, printed = run(
         *compress, "--keep", "0.5", "--include", "intermediate.dense", "--include", "output.dense", "--no-cache"

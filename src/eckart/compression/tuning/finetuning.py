@@ -339,7 +339,7 @@ def _identity(model: PreTrainedModel, texts: TokenRows, rows: Labelled, settings
     state = hashlib.sha256()
     header = {**describe_architecture(model), "settings": asdict(settings), "labels": rows.labels, "ids": texts.ids}
     state.update(json.dumps(header, sort_keys=True, default=str).encode())
-    hash_weights(state, model)
+    hash_weights(state.update, model)
     return state.hexdigest()
 
 

@@ -18,14 +18,18 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
+# Makes what a worker answers with: called by each worker of a crew.
+Make = Callable[[], Callable[[Any], Any]]
 
 # How often what a lost worker was at is run again. A machine that is short of memory kills again and again.
 RETRIES = 3
@@ -126,7 +130,7 @@ class Cluster:
         options = {"num_cpus": 0, "max_retries": RETRIES, "num_returns": "streaming"}
         options["_generator_backpressure_num_objects"] = AHEAD
         running = [
-            self._remote(_stream, {**options, "scheduling_strategy": place}).remote(function, item)
+            self._remote(_stream, {**options, "scheduling_strategy": place}).remote(version("eckart"), function, item)
             for item, place in zip(items, self._places(len(items)), strict=True)
         ]
         streams = [self._answers(stream) for stream in running]
@@ -140,7 +144,7 @@ class Cluster:
                 pass
 
     @contextmanager
-    def crew(self, make: Callable[[], Callable[[Any], Any]], size: int | None = None) -> Iterator[Crew]:
+    def crew(self, make: Make, size: int | None = None) -> Iterator[Crew]:
         """Workers that each hold what `make` makes, and answer with it.
 
         Args:
@@ -148,12 +152,12 @@ class Cluster:
             size: how many; None is all.
         """
         size = size or self.workers
-        places = self._places(max(size, len(self._members)))
+        places, release = self._places(max(size, len(self._members))), version("eckart")
         options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": RETRIES}
         while len(self._members) < size:
             place = places[len(self._members)]
-            self._members.append(self._remote(_Member, {**options, "scheduling_strategy": place}).remote())
-        crew = Crew(self, self._members[:size], _Making(self.keep(make)))
+            self._members.append(self._remote(_Member, {**options, "scheduling_strategy": place}).remote(release))
+        crew = Crew(self, self._members[:size], self.keep(make))
         try:
             yield crew
         finally:
@@ -170,12 +174,12 @@ class Cluster:
         for member in list(self._members):
             self.dismiss(member)
 
-    def keep(self, value: Any) -> Any:
-        """A ticket for a value, which every machine of the cluster can fetch with `fetch`."""
-        return self._ray.put(value)
+    def keep(self, value: T) -> Kept[T]:
+        """The value, in the cluster's memory, where all of its workers can fetch it."""
+        return Kept(self._ray.put(value))
 
     def get(self, ticket: Any) -> Any:
-        """The value behind a ticket, once it is there.
+        """The answer behind a ticket, once it is there.
 
         Raises:
             ClusterError: it was lost with its workers. What the work raised is raised as it is.
@@ -200,8 +204,8 @@ class Cluster:
             return set()
         if within is None:
             self._ray.wait(list(tickets), num_returns=1, fetch_local=False)
-        found, _ = self._ray.wait(list(tickets), num_returns=len(tickets), timeout=within or 0, fetch_local=False)
-        return set(found)
+        ready, _ = self._ray.wait(list(tickets), num_returns=len(tickets), timeout=within or 0, fetch_local=False)
+        return set(ready)
 
     def _answers(self, stream: Any) -> Iterator[Any]:
         for ticket in stream:
@@ -236,8 +240,8 @@ class Cluster:
 class Crew:
     """Workers that each hold something, and answer with it; see `Cluster.crew`."""
 
-    def __init__(self, cluster: Cluster, members: Sequence[Any], making: _Making) -> None:
-        self.cluster, self._members, self._making = cluster, members, making
+    def __init__(self, cluster: Cluster, members: Sequence[Any], make: Kept[Make]) -> None:
+        self.cluster, self._members, self._make = cluster, members, make
         self._last: dict[int, Any] = {}
 
     @property
@@ -247,7 +251,7 @@ class Crew:
 
     def ask(self, member: int, item: Any) -> Any:
         """A ticket for one member's answer to an item; it answers in the order in which it was asked."""
-        self._last[member] = self._members[member].ask.remote(self._making, item)
+        self._last[member] = self._members[member].ask.remote(self._make, item)
         return self._last[member]
 
     def get(self, ticket: Any) -> Any:
@@ -287,9 +291,18 @@ class Crew:
                 self.cluster.dismiss(self._members[number])
 
 
-def fetch(ticket: Any) -> Any:
-    """The value that `Cluster.keep` gave the ticket for; called by a worker."""
-    return _ray().get(ticket)
+@dataclass(frozen=True)
+class Kept(Generic[T]):
+    """A value in the cluster's memory, see `Cluster.keep`. It is sent in the value's place, and costs next to nothing.
+
+    Not Ray's own reference, for which Ray would put in the value with every call.
+    """
+
+    reference: Any
+
+    def fetch(self) -> T:
+        """The value."""
+        return _ray().get(self.reference)
 
 
 def machine() -> str:
@@ -297,37 +310,43 @@ def machine() -> str:
     return socket.gethostname()
 
 
-class _Making:
-    """What a crew holds, by a ticket for what makes it: each worker fetches that once, and not with every item."""
-
-    def __init__(self, ticket: Any) -> None:
-        self.ticket = ticket
-
-
 class _Member:
     """What an actor runs: the worker of one crew after another."""
 
-    def __init__(self) -> None:
+    def __init__(self, release: str) -> None:
         _settle()
-        self._ticket: Any = None
+        self._release = release
+        self._make: Kept[Make] | None = None
         self._answer: Callable[[Any], Any] | None = None
 
-    def ask(self, making: _Making, item: Any) -> Any:
+    def ask(self, make: Kept[Make], item: Any) -> Any:
         """The answer. A crew's first one makes what answers: what that raises is then an answer too."""
-        if self._answer is None or self._ticket != making.ticket:
+        if self._answer is None or self._make != make:
             self.drop()
-            self._answer = fetch(making.ticket)()
-            self._ticket = making.ticket
+            _check_release(self._release)
+            self._answer = make.fetch()()
+            self._make = make
         return self._answer(item)
 
     def drop(self) -> None:
         """Let go of what was made."""
-        self._answer = self._ticket = None
+        self._answer = self._make = None
 
 
-def _stream(function: Callable[[Any], Iterator[T]], item: Any) -> Iterator[T]:
+def _stream(release: str, function: Callable[[Any], Iterator[T]], item: Any) -> Iterator[T]:
     _settle()
+    _check_release(release)
     yield from function(item)
+
+
+def _check_release(release: str) -> None:
+    """Raises ClusterError where this worker has another eckart than the process that it works for."""
+    own = version("eckart")
+    if own != release:
+        raise ClusterError(
+            f"{machine()} has eckart {own}, and the run was started with {release}: install the same on every machine "
+            "of the cluster"
+        )
 
 
 def _settle() -> None:

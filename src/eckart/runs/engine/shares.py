@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Protocol, Self, TypeVar
+from typing import TypeVar
 
 from eckart.calibration.cache import Store
 from eckart.calibration.gradients import collect_gradients
@@ -18,21 +18,15 @@ from eckart.calibration.moments import calibrate_by_block
 from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments, InputMoments, Method
 from eckart.models.sites import Site
+from eckart.runs.engine.base import CalibrationRequest
 from eckart.runs.engine.cluster import Cluster
 from eckart.runs.engine.source import Source
-from eckart.support.progress import Track
 
 # More workers than this find nothing to do in a calibration. With the default 256 samples a share is a batch of 8.
 SHARES = 32
 
 
-class Summed(Protocol):
-    """What is put together: moments."""
-
-    def __add__(self, other: Self, /) -> Self: ...
-
-
-S = TypeVar("S", bound=Summed)
+S = TypeVar("S", InputMoments, GradientMoments)
 
 
 @dataclass(frozen=True)
@@ -105,64 +99,51 @@ def put_together(tree: range, known: Collection[range], find: Callable[[range], 
     """
     if tree in known:
         return find(tree)
-    left, right = halves(tree)
-    found = put_together(left, known, find)
-    other = put_together(right, known, find)
-    return {name: found[name] + other[name] for name in found}
+    first, second = (put_together(half, known, find) for half in halves(tree))
+    return {name: first[name] + second[name] for name in first}
 
 
 def calibrate_on(
-    cluster: Cluster,
-    source: Source,
-    tokens: Tokens,
-    method: Method,
-    *,
-    sites: Sequence[Site],
-    store: Store | None,
-    batch_size: int,
-    track: Track,
+    cluster: Cluster, request: CalibrationRequest, sites: Sequence[Site], store: Store | None
 ) -> Iterator[tuple[int, dict[str, InputMoments]]]:
     """(block, moments of its input groups) of one block after another; see `calibrate_by_block`.
 
     Each worker walks its shares through the model, and is a block ahead of what was asked for.
 
     Args:
+        sites: those of the request, or all.
         store: has the blocks that are there already, and gets the others.
     """
     numbers = sorted({site.block for site in sites})
     missing = [number for number in numbers if not (store and store.holds(number))]
-    left = tuple(site for site in sites if site.block in missing)
-    portions = _portions(cluster, Portion(source, tokens, range(0), left, method.needs, method, batch_size))
+    unread = tuple(site for site in sites if site.block in missing)
+    source, tokens, method = Source.of(request.model), request.tokens, request.method
+    portions = _portions(cluster, Portion(source, tokens, range(0), unread, method.needs, method, request.batch_size))
     with cluster.streams(walk_shares, portions if missing else []) as streams:
-        for number in track(numbers, "moments", len(numbers)):
+        for number in request.track(numbers, "moments", len(numbers)):
             if store and number not in missing:
                 yield number, store.read(number)
                 continue
             summed: dict[str, InputMoments] = _collect(tokens, portions, streams)
-            found = {group: moments.compact() for group, moments in summed.items()}
+            compact = {group: moments.compact() for group, moments in summed.items()}
             del summed
             if store:
-                store.write(number, found)
-            yield number, found
-            del found
+                store.write(number, compact)
+            yield number, compact
+            del compact
 
 
 def gather_on(
-    cluster: Cluster,
-    source: Source,
-    tokens: Tokens,
-    method: Method,
-    sites: Sequence[Site],
-    needs: frozenset[str],
-    track: Track,
+    cluster: Cluster, request: CalibrationRequest, sites: Sequence[Site], needs: frozenset[str]
 ) -> dict[str, GradientMoments]:
     """{site name: gradient statistics}; see `collect_gradients`."""
-    portions = _portions(cluster, Portion(source, tokens, range(0), tuple(sites), needs, method))
-    found: dict[str, GradientMoments] = {}
+    source, tokens = Source.of(request.model), request.tokens
+    portions = _portions(cluster, Portion(source, tokens, range(0), tuple(sites), needs, request.method))
+    gathered: dict[str, GradientMoments] = {}
     with cluster.streams(gather_shares, portions) as streams:
-        for _ in track(portions[0].blocks, "gradients", len(portions[0].blocks)):
-            found |= _collect(tokens, portions, streams)
-    return {site.name: found[site.name] for site in sites}
+        for _ in request.track(portions[0].blocks, "gradients", len(portions[0].blocks)):
+            gathered |= _collect(tokens, portions, streams)
+    return {site.name: gathered[site.name] for site in sites}
 
 
 def walk_shares(portion: Portion) -> Iterator[dict[str, InputMoments]]:
@@ -211,7 +192,7 @@ def _portions(cluster: Cluster, whole: Portion) -> list[Portion]:
 
 def _collect(tokens: Tokens, portions: Sequence[Portion], streams: Sequence[Iterator[dict[str, S]]]) -> dict[str, S]:
     """The next block's statistics, out of the branches that the workers made."""
-    of: Mapping[range, Iterator[dict[str, S]]] = {
+    makers: Mapping[range, Iterator[dict[str, S]]] = {
         branch: stream for portion, stream in zip(portions, streams, strict=True) for branch in portion.branches
     }
-    return put_together(range(count_shares(tokens)), of.keys(), lambda branch: next(of[branch]))
+    return put_together(range(count_shares(tokens)), makers.keys(), lambda branch: next(makers[branch]))

@@ -7,41 +7,35 @@ do take those, and what is not asked for in the end is thrown away. So the searc
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from eckart.allocation.search.trials import Cuts, Placed, Score, Spectra, measure, seconds_since, swapped
-
-
-class Crew(Protocol):
-    """Workers that each hold something, and answer with it: asked for tickets, which are exchanged for answers."""
-
-    @property
-    def size(self) -> int: ...
-
-    def ask(self, member: int, item: Any) -> Any: ...
-
-    def get(self, ticket: Any) -> Any: ...
-
-    def ready(self, tickets: Sequence[Any]) -> set[Any]: ...
+from eckart.calibration.moments import BlockCalibration
+from eckart.compression.spectra import spectra_on_demand
+from eckart.lowrank import Method
+from eckart.runs.engine.base import SearchRequest
+from eckart.runs.engine.cluster import Cluster, Crew, Kept
+from eckart.runs.engine.source import Source
 
 
 @dataclass(frozen=True)
-class Asked:
+class TrialRequest:
     """One trial as a worker is asked for it.
 
     Attributes:
-        kept: the cuts that were decided before; they stay in the worker's model.
+        decided: cuts of which the search is sure; they stay in the worker's model.
         trial: one more cut; None is the model as it stands.
         what: names it in messages.
     """
 
-    kept: tuple[Placed, ...]
+    decided: tuple[Placed, ...]
     trial: Placed | None
     what: str
 
@@ -55,30 +49,30 @@ class Scorer:
     def __init__(self, model: PreTrainedModel, spectra: Spectra, score: Score) -> None:
         self.model, self.score = model, score
         self.cuts = Cuts(model, spectra)
-        self._kept: tuple[Placed, ...] = ()
+        self._decided: tuple[Placed, ...] = ()
         self._stack = ExitStack()
 
     @torch.no_grad()
-    def __call__(self, asked: Asked) -> tuple[float, float]:
+    def __call__(self, request: TrialRequest) -> tuple[float, float]:
         start = time.perf_counter()
-        if asked.kept[: len(self._kept)] != self._kept:
+        if request.decided[: len(self._decided)] != self._decided:
             self._stack.close()
-            self._kept = ()
-        for unit, rank in asked.kept[len(self._kept) :]:
+            self._decided = ()
+        for unit, rank in request.decided[len(self._decided) :]:
             self._stack.enter_context(swapped(self.model, self.cuts.modules(unit, rank)))
-        self._kept = asked.kept
-        modules = {} if asked.trial is None else self.cuts.modules(*asked.trial)
+        self._decided = request.decided
+        modules = {} if request.trial is None else self.cuts.modules(*request.trial)
         with swapped(self.model, modules):
-            score = measure(self.model, self.score, asked.what)
+            score = measure(self.model, self.score, request.what)
         return score, seconds_since(start)
 
 
-class CrewTeam:
-    """A `trials.Team` whose members each have a `Scorer`."""
+class ClusterTeam:
+    """A `trials.Team` of workers of a cluster, which each hold a `Scorer`."""
 
     def __init__(self, crew: Crew) -> None:
         self.crew = crew
-        self._kept: tuple[Placed, ...] = ()
+        self._decided: tuple[Placed, ...] = ()
         self._waiting: list[Sequence[tuple[Placed, str]]] = []
         self._asked: dict[Placed, Any] = {}
         # Of each member, the last ticket that it has not answered yet.
@@ -105,10 +99,10 @@ class CrewTeam:
 
     def keep(self, trial: Placed) -> None:
         """See `trials.Team`."""
-        self._kept += (trial,)
+        self._decided += (trial,)
 
     def _ask(self, member: int, trial: Placed | None, what: str) -> Any:
-        self._busy[member] = self.crew.ask(member, Asked(self._kept, trial, what))
+        self._busy[member] = self.crew.ask(member, TrialRequest(self._decided, trial, what))
         return self._busy[member]
 
     def _free(self) -> list[int]:
@@ -126,3 +120,48 @@ class CrewTeam:
             if self._waiting:
                 for trial, what in self._waiting.pop(0):
                     self._asked[trial] = self._ask(member, trial, what)
+
+
+def with_own_model(
+    cluster: Cluster, request: SearchRequest, make: Callable[[PreTrainedModel, Spectra], Callable[[Any], Any]]
+) -> Callable[[], Callable[[Any], Any]]:
+    """What each worker of a crew calls: `make` on a model of its own and the spectra of its units.
+
+    The moments are put into the cluster's memory here; a worker fetches a block's when it makes a spectrum of it.
+    """
+    blocks = {block.block: cluster.keep(block) for block in (request.blocks() if request.blocks else ())}
+    return partial(_make, Source.of(request.model), request.method, blocks, frozenset(request.joint), make)
+
+
+def _make(
+    source: Source,
+    method: Method,
+    blocks: Mapping[int, Kept[BlockCalibration]],
+    joint: frozenset[str],
+    make: Callable[[PreTrainedModel, Spectra], Callable[[Any], Any]],
+) -> Callable[[Any], Any]:
+    model = source.load_own()
+    return make(model, spectra_on_demand(model, method, _FetchedBlocks(blocks), joint=joint))
+
+
+class _FetchedBlocks(Mapping[int, BlockCalibration]):
+    """Blocks that are fetched when they are asked for; the last one is held."""
+
+    def __init__(self, blocks: Mapping[int, Kept[BlockCalibration]]) -> None:
+        self._blocks = blocks
+        self._last: tuple[int, BlockCalibration] | None = None
+
+    def __getitem__(self, number: int) -> BlockCalibration:
+        if self._last is None or self._last[0] != number:
+            self._last = None  # let go before the next one comes
+            self._last = (number, self._blocks[number].fetch())
+        return self._last[1]
+
+    def __contains__(self, number: object) -> bool:
+        return number in self._blocks
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
