@@ -1,4 +1,4 @@
-"""Fingerprint: a model by its configuration and weights, so that what is kept of it is not taken for another's."""
+"""Fingerprint: a model by its configuration and weights, so that results kept for it are not taken for another's."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from transformers import PreTrainedModel
 
 # Keys of a configuration that say where a model came from, and not what it computes.
 VOLATILE = ("_name_or_path", "transformers_version", "quantization_config")
-
-
-# Numbers of each tensor that a sketch looks at.
+# Numbers of each tensor that a sketch reads.
 LOOKED_AT = 8
 
 
 class Hash(Protocol):
-    """What `hashlib` makes."""
+    """A hash object of `hashlib`."""
 
     def update(self, data: Any, /) -> None: ...
 
@@ -54,7 +52,7 @@ def sketch(model: PreTrainedModel) -> str:
 
 def _hash_tensor(state: Hash, name: str, tensor: torch.Tensor) -> None:
     state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    if hasattr(tensor, "__tensor_flatten__"):  # quantised: several plain tensors that stand for one
+    if hasattr(tensor, "__tensor_flatten__"):  # quantised: several plain tensors in one
         for part in tensor.__tensor_flatten__()[0]:
             _hash_tensor(state, f"{name}.{part}", getattr(tensor, part))
         return
