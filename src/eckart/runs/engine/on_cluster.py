@@ -342,11 +342,11 @@ def _bundles(
     for group, found in groupby(enumerate(units), lambda one: (one[0] if alone else 0, one[1].group)):
         members = tuple(unit for _, unit in found)
         names = {site.name for unit in members for site in unit.sites}
-        inputs, aside = (
-            {name: moments for name, moments in of.items() if name == group[1]} for of in (part.inputs, part.aside)
+        inputs, held_out = (
+            {name: moments for name, moments in of.items() if name == group[1]} for of in (part.inputs, part.held_out)
         )
         gradients = {name: moments for name, moments in part.gradients.items() if name in names}
-        own = replace(part, inputs=inputs, gradients=gradients, aside=aside)
+        own = replace(part, inputs=inputs, gradients=gradients, held_out=held_out)
         yield _Bundle(members, own, {unit.name: weight_of(unit) for unit in members})
 
 
