@@ -193,6 +193,6 @@ def site_inputs(model: PreTrainedModel, tokens: Tokens, sites: Iterable[Site]) -
     return {name: torch.cat(rows) for name, rows in seen.items()}
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
+def relative(value: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest entry."""
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+    return float((value.double() - expected.double()).abs().max() / expected.double().abs().max())

@@ -1,4 +1,4 @@
-"""Walks: calibrations looked at from outside, and sequential ones carried out with cuts that owe nothing to moments."""
+"""Walks: calibrations seen from outside, and sequential ones carried out with cuts that do not depend on moments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def tokens_of(seed: int = 0) -> tuple[Tokens, Tokens]:
-    """Calibration samples and some to keep aside, of another length, both padded."""
+    """Calibration samples and some to hold out, of another length, both padded."""
     return tiny_tokens(3, 12, padded=True, seed=seed), tiny_tokens(2, 9, padded=True, seed=seed + 10)
 
 
@@ -56,16 +56,16 @@ def walk(model: PreTrainedModel, calibration: SequentialCalibration) -> list[Blo
     return parts
 
 
-def tensors_of(parts: Iterable[BlockCalibration], *, aside: bool = False) -> dict[str, Tensor]:
-    """Every number of a calibration, flat; or of what was kept aside."""
+def tensors_of(parts: Iterable[BlockCalibration], *, held_out: bool = False) -> dict[str, Tensor]:
+    """Every number of a calibration, flat; or of what was held out."""
     numbers: dict[str, Tensor] = {}
     for part in parts:
-        for group, moments in (part.aside if aside else part.inputs).items():
+        for group, moments in (part.held_out if held_out else part.inputs).items():
             numbers[f"{group} count"] = torch.tensor(moments.count)
             numbers.update({f"{group} {name}": value for name, value in moments.sums.items()})
-        for site, found in ({} if aside else part.gradients).items():
-            numbers[f"{site} examples"] = torch.tensor(found.examples)
-            numbers.update({f"{site} {name}": value for name, value in found.sums.items()})
+        for site, gradients in ({} if held_out else part.gradients).items():
+            numbers[f"{site} examples"] = torch.tensor(gradients.examples)
+            numbers.update({f"{site} {name}": value for name, value in gradients.sums.items()})
     return numbers
 
 
@@ -79,7 +79,7 @@ def alike(first: Iterable[BlockCalibration], second: Iterable[BlockCalibration])
 
 
 class Noted:
-    """A track that notes what is being done, and fails on one of the descriptions."""
+    """A track that records the descriptions, and fails on one of them."""
 
     def __init__(self, fail: str = "") -> None:
         self.fail, self.seen = fail, []  # type: ignore[var-annotated]
@@ -97,7 +97,7 @@ def refuse_to_run(*_: object) -> None:
 
 
 def assert_are_of(moments: InputMoments, xh: Tensor, x: Tensor | None) -> None:
-    """The moments are of the rows xh, and of x beside them where there is a reference."""
+    """The moments are of the rows xh, and of x as well where there is a reference."""
     xh = xh.double()
     assert moments.count == len(xh)
     assert relative(moments.mean, xh.mean(0)) < 1e-5
@@ -115,7 +115,7 @@ class Nudge:
     """A pass that changes every weight of the block a little, so that what comes after it shows."""
 
     def __call__(
-        self, number: int, block: nn.Module, samples: Sequence[Sample], aside: Sequence[Sample], track: Track
+        self, number: int, block: nn.Module, samples: Sequence[Sample], held_out: Sequence[Sample], track: Track
     ) -> PassReport | None:
         for parameter in block.parameters():
             parameter.mul_(1.1)
@@ -123,21 +123,21 @@ class Nudge:
 
 
 class Collect:
-    """A pass that keeps what it is given."""
+    """A pass that keeps its arguments."""
 
     def __init__(self) -> None:
-        self.given: list[tuple[int, nn.Module, list[Sample], list[Sample]]] = []
+        self.calls: list[tuple[int, nn.Module, list[Sample], list[Sample]]] = []
 
     def __call__(
-        self, number: int, block: nn.Module, samples: Sequence[Sample], aside: Sequence[Sample], track: Track
+        self, number: int, block: nn.Module, samples: Sequence[Sample], held_out: Sequence[Sample], track: Track
     ) -> PassReport | None:
-        self.given.append((number, block, list(samples), list(aside)))
+        self.calls.append((number, block, list(samples), list(held_out)))
         return PassReport("collect", f"block {number}", 1.0, 1.0, False) if number != 1 else None
 
 
 @torch.no_grad()
 def hidden_states(model: PreTrainedModel, tokens: Tokens) -> list[list[Tensor]]:
-    """Per sample and per block, what the block gives, (tokens, width); samples without their padding."""
+    """Per sample and per block, the block's output, (tokens, width); samples without their padding."""
     seen: list[list[Tensor]] = []
     handles = [
         block.register_forward_hook(
@@ -161,7 +161,7 @@ def assert_walks_as_hooks_see_it(
     passes: Sequence[BlockPass] = (),
     joint: bool = False,
 ) -> list[str]:
-    """The law. Gives the groups in the order in which they came.
+    """The law. Returns the groups in the order in which they came.
 
     Args:
         joint: the sites of a group get pivoted factors that share the right one.
@@ -169,7 +169,7 @@ def assert_walks_as_hooks_see_it(
     dense = copy.deepcopy(model)
     texts = tokens_of()
     calibration = SequentialCalibration(
-        model, texts[0], METHOD_OF[order], order=order, aside=texts[1], sites=sites, passes=passes, batch_size=2
+        model, texts[0], METHOD_OF[order], order=order, held_out=texts[1], sites=sites, passes=passes, batch_size=2
     )
     came = []
     with torch.no_grad():
@@ -177,18 +177,20 @@ def assert_walks_as_hooks_see_it(
             ((group, moments),) = part.inputs.items()
             members = members_of(part, sites)
             assert {site.block for site in members} == {part.block}
-            for text, found in zip(texts, (moments, part.aside[group]), strict=True):
+            for text, collected in zip(texts, (moments, part.held_out[group]), strict=True):
                 xh = site_inputs(model, text, members)
                 x = site_inputs(dense, text, members) if order == "anchored" else {}
                 for site in members:
-                    assert_are_of(found, xh[site.name], x.get(site.name))
+                    assert_are_of(collected, xh[site.name], x.get(site.name))
             cut(model, members, joint=joint)
             came.append(group)
     return came
 
 
 def traces(model: PreTrainedModel) -> list[str]:
-    """What a walk may have left on the model."""
+    """Hooks and forwards that a walk may have forgotten on the model."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    found = [f"{name}.{attribute}" for name, m in model.named_modules() for attribute in hooks if getattr(m, attribute)]
-    return found + [f"{name}.forward" for name, m in model.named_modules() if "forward" in vars(m)]
+    hooked = [
+        f"{name}.{attribute}" for name, m in model.named_modules() for attribute in hooks if getattr(m, attribute)
+    ]
+    return hooked + [f"{name}.forward" for name, m in model.named_modules() if "forward" in vars(m)]

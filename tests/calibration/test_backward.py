@@ -27,9 +27,9 @@ def check_sweep(folder: Path, padded: bool, first: int = 0, tolerance: float = 1
     sweep.run()
     expected = collect_gradients(model, tokens, sites, GRADIENT_STATISTICS)
     for number in range(first, BLOCKS):
-        found = sweep.read(number)
-        assert found.keys() == {site.name for site in sites if site.block == number}
-        for name, moments in found.items():
+        statistics = sweep.read(number)
+        assert statistics.keys() == {site.name for site in sites if site.block == number}
+        for name, moments in statistics.items():
             assert (moments.examples, moments.tokens) == (expected[name].examples, expected[name].tokens)
             for statistic, value in expected[name].sums.items():
                 scale = float(value.abs().max())

@@ -113,8 +113,8 @@ def test_another_model_or_text_reuses_nothing(tmp_path: Path) -> None:
         (tiny_model("llama", seed=1), tiny_tokens()),
         (tiny_model("llama"), tiny_tokens(seed=1)),
     ):
-        found = list(calibrate_by_block(model, tokens, METHOD, cache=tmp_path))
-        assert alike(found, calibrate(model, tokens, METHOD))
+        blocks = list(calibrate_by_block(model, tokens, METHOD, cache=tmp_path))
+        assert alike(blocks, calibrate(model, tokens, METHOD))
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -140,8 +140,8 @@ def test_a_killed_run_goes_on_where_it_was(killed: tuple[Path, Calibration]) -> 
     times = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     noted = Noted()
     model = tiny_model("llama")
-    found = list(calibrate_by_block(model, tiny_tokens(), METHOD, cache=cache, batch_size=2, track=noted))
-    assert alike(found, expected)
+    blocks = list(calibrate_by_block(model, tiny_tokens(), METHOD, cache=cache, batch_size=2, track=noted))
+    assert alike(blocks, expected)
     assert [step for step in noted.seen if step.endswith("moments")] == ["block 2: moments"]
     assert {file: file.stat().st_mtime_ns for file in times} == times
     assert len(list(folder.iterdir())) == BLOCKS
@@ -181,8 +181,8 @@ def test_a_truncated_file_is_not_read(killed: tuple[Path, Calibration], cut: int
     file = folder / "block-001.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-cut])
-    found = list(calibrate_by_block(tiny_model("llama"), tiny_tokens(), METHOD, cache=cache, batch_size=2))
-    assert alike(found, expected)
+    blocks = list(calibrate_by_block(tiny_model("llama"), tiny_tokens(), METHOD, cache=cache, batch_size=2))
+    assert alike(blocks, expected)
     assert len(file.read_bytes()) == len(whole)
 
 
@@ -191,8 +191,8 @@ def test_a_partial_file_is_not_read(killed: tuple[Path, Calibration]) -> None:
     (folder,) = cache.iterdir()
     (folder / "block-001.safetensors").rename(folder / "block-001.1.partial")
     noted = Noted()
-    found = calibrate_by_block(tiny_model("llama"), tiny_tokens(), METHOD, cache=cache, batch_size=2, track=noted)
-    assert alike(found, expected)
+    blocks = calibrate_by_block(tiny_model("llama"), tiny_tokens(), METHOD, cache=cache, batch_size=2, track=noted)
+    assert alike(blocks, expected)
     assert "block 1: moments" in noted.seen
 
 
@@ -202,9 +202,9 @@ def test_gradients_are_kept_as_soon_as_they_are_there(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         list(calibrate_by_block(model, tokens, method, cache=tmp_path, batch_size=2, track=Noted("block 0: moments")))
     noted = Noted()
-    found = list(calibrate_by_block(model, tokens, method, cache=tmp_path, batch_size=2, track=noted))
+    blocks = list(calibrate_by_block(model, tokens, method, cache=tmp_path, batch_size=2, track=noted))
     assert "gradients" not in noted.seen
-    assert alike(found, calibrate(model, tokens, method, batch_size=2))
+    assert alike(blocks, calibrate(model, tokens, method, batch_size=2))
 
 
 def test_copies_of_a_model_share_a_cache(tmp_path: Path) -> None:
@@ -251,8 +251,8 @@ def test_gradients_that_are_there_are_not_gathered_again(tmp_path: Path, monkeyp
     assert alike(calibrate_by_block(model, tokens, KFAC, gradients=gradients), expected)
     # only those of the sites that are asked for
     sites = [site for site in find_sites(model) if site.part == "mlp"]
-    found = list(calibrate_by_block(model, tokens, KFAC, sites=sites, gradients=gradients, cache=tmp_path))
-    assert {name for block in found for name in block.gradients} == {site.name for site in sites}
+    blocks = list(calibrate_by_block(model, tokens, KFAC, sites=sites, gradients=gradients, cache=tmp_path))
+    assert {name for block in blocks for name in block.gradients} == {site.name for site in sites}
     assert not list(tmp_path.rglob("gradients*"))
 
 

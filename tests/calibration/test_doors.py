@@ -54,10 +54,10 @@ def test_a_walk_that_begins_anew_goes_over_doors_that_are_there(tmp_path: Path) 
 def test_what_is_equal_is_held_once() -> None:
     table, mask = torch.ones(3), torch.zeros(2)
     known = [((mask, None), {"rotary": (table, table), "flag": True})]
-    found = shared([((mask + 0, None), {"rotary": (table + 0, table + 1), "flag": False})], known)
-    assert found[0][0][0] is mask
-    assert found[0][1]["rotary"][0] is table
-    assert torch.equal(found[0][1]["rotary"][1], table + 1)
-    assert found[0][1]["flag"] is False
+    calls = shared([((mask + 0, None), {"rotary": (table + 0, table + 1), "flag": False})], known)
+    assert calls[0][0][0] is mask
+    assert calls[0][1]["rotary"][0] is table
+    assert torch.equal(calls[0][1]["rotary"][1], table + 1)
+    assert calls[0][1]["flag"] is False
     assert shared(table.double(), table) is not table
     assert shared(torch.ones(4), table).shape == (4,)

@@ -51,7 +51,7 @@ CASES = [(name, None) for name in FAMILIES] + [(name, "classifier") for name in 
 def test_fisher_is_the_mean_square_gradient_of_each_sample(model_type: str, head: str | None, padded: bool) -> None:
     model, tokens = tiny_model(model_type, head), tiny_tokens(4, 10, padded=padded)
     sites = find_sites(model)
-    found = collect_gradients(model, tokens, sites, FISHER)
+    collected = collect_gradients(model, tokens, sites, FISHER)
     modules = [model.get_submodule(site.name) for site in sites]
     squares: list[list[Tensor]] = [[] for _ in sites]
     for loss, _ in losses(model, tokens):
@@ -62,10 +62,10 @@ def test_fisher_is_the_mean_square_gradient_of_each_sample(model_type: str, head
         fisher = torch.stack(square).mean(0)
         assert fisher.shape == (site.d_out, site.d_in)
         assert fisher.max() > 0
-        assert found[site.name].examples == 4
-        assert relative(found[site.name].fisher_in, fisher.sum(0)) < 1e-4, site.name
-        assert relative(found[site.name].fisher_out, fisher.sum(1)) < 1e-4, site.name
-        assert "gradient_covariance" not in found[site.name].sums
+        assert collected[site.name].examples == 4
+        assert relative(collected[site.name].fisher_in, fisher.sum(0)) < 1e-4, site.name
+        assert relative(collected[site.name].fisher_out, fisher.sum(1)) < 1e-4, site.name
+        assert "gradient_covariance" not in collected[site.name].sums
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_fisher_is_the_mean_square_gradient_of_each_sample(model_type: str, head
 def test_gradient_covariance_is_that_of_the_summed_loss(model_type: str, head: str | None) -> None:
     model, tokens = tiny_model(model_type, head), tiny_tokens(4, 10, padded=True)
     sites = find_sites(model)
-    found = collect_gradients(model, tokens, sites, GRADIENT_STATISTICS)
+    collected = collect_gradients(model, tokens, sites, GRADIENT_STATISTICS)
     outputs: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     handles = [
         model.get_submodule(site.name).register_forward_hook(
@@ -93,9 +93,9 @@ def test_gradient_covariance_is_that_of_the_summed_loss(model_type: str, head: s
         handle.remove()
     for site in sites:
         stacked = torch.cat(rows[site.name])
-        assert found[site.name].tokens == len(stacked) == tokens.count
-        assert relative(found[site.name].gradient_covariance, stacked.mT @ stacked / len(stacked)) < 1e-4
-        assert found[site.name].fisher_in.max() > 0
+        assert collected[site.name].tokens == len(stacked) == tokens.count
+        assert relative(collected[site.name].gradient_covariance, stacked.mT @ stacked / len(stacked)) < 1e-4
+        assert collected[site.name].fisher_in.max() > 0
 
 
 def test_the_same_tokens_are_masked_in_every_run() -> None:
@@ -199,7 +199,7 @@ def test_recorded_squares_add_to_what_is_there_and_survive_their_file(tmp_path: 
         read_gradients(tmp_path / "none.safetensors")
 
 
-# The model is left as it was
+# The model stays as it was
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -217,8 +217,8 @@ def test_flags_gradients_and_hooks_are_put_back(fails: bool) -> None:
             collect_gradients(model, tiny_tokens(3, 8), find_sites(model), GRADIENT_STATISTICS)
         handle.remove()
     else:
-        found = collect_gradients(model, tiny_tokens(3, 8), find_sites(model), FISHER)
-        assert all(torch.equal(found[name].fisher_in, expected[name].fisher_in) for name in expected)
+        collected = collect_gradients(model, tiny_tokens(3, 8), find_sites(model), FISHER)
+        assert all(torch.equal(collected[name].fisher_in, expected[name].fisher_in) for name in expected)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert model.model.layers[1].mlp.up_proj.weight.grad is own
     assert torch.equal(own, torch.ones_like(own))
@@ -235,9 +235,9 @@ def stop(*_: object) -> None:
 def test_works_where_gradients_are_switched_off() -> None:
     model = tiny_model("llama")
     with torch.no_grad():
-        found = collect_gradients(model, tiny_tokens(2, 8), find_sites(model), FISHER)
+        collected = collect_gradients(model, tiny_tokens(2, 8), find_sites(model), FISHER)
         assert not torch.is_grad_enabled()
-    assert all(moments.fisher_in.max() > 0 for moments in found.values())
+    assert all(moments.fisher_in.max() > 0 for moments in collected.values())
 
 
 # Refusals
@@ -247,11 +247,11 @@ def test_float16_is_taken_in_float32_and_left_as_it_was() -> None:
     """Its own gradients would underflow to zero."""
     model = tiny_model("llama", dtype=torch.float16)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = collect_gradients(model, tiny_tokens(), find_sites(model), GRADIENT_STATISTICS)
+    collected = collect_gradients(model, tiny_tokens(), find_sites(model), GRADIENT_STATISTICS)
     exact = collect_gradients(
         tiny_model("llama", dtype=torch.float16).float(), tiny_tokens(), find_sites(model), GRADIENT_STATISTICS
     )
-    for name, moments in found.items():
+    for name, moments in collected.items():
         assert torch.equal(moments.fisher_in, exact[name].fisher_in), name
         assert torch.equal(moments.gradient_covariance, exact[name].gradient_covariance), name
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -294,10 +294,10 @@ def test_a_gradient_that_is_not_finite_names_its_site() -> None:
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-def test_only_the_chosen_sites_have_gradients() -> None:
+def test_only_the_selected_sites_have_gradients() -> None:
     model = tiny_model("llama")
-    chosen = find_sites(model)[7:9]
-    found = collect_gradients(model, tiny_tokens(2, 8), chosen, FISHER)
+    sites = find_sites(model)[7:9]
+    collected = collect_gradients(model, tiny_tokens(2, 8), sites, FISHER)
     whole = collect_gradients(model, tiny_tokens(2, 8), find_sites(model), FISHER)
-    assert found.keys() == {site.name for site in chosen}
-    assert all(torch.equal(found[name].fisher_in, whole[name].fisher_in) for name in found)
+    assert collected.keys() == {site.name for site in sites}
+    assert all(torch.equal(collected[name].fisher_in, whole[name].fisher_in) for name in collected)

@@ -1,4 +1,4 @@
-"""Calibration: moments block by block equal those of plain hooks on the whole model, which is left as it was."""
+"""Calibration: moments block by block equal those of plain hooks on the whole model, which stays as it was."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def test_more_padding_changes_nothing(model_type: str) -> None:
     wider = Tokens(nn.functional.pad(tokens.ids, (0, 9)), nn.functional.pad(tokens.mask, (0, 9)))
     assert wider.count == tokens.count
     expected = tensors_of(calibrate(model, tokens, METHOD))
-    found = tensors_of(calibrate(model, wider, METHOD))
-    assert max(relative(found[name], expected[name]) for name in expected) < 5e-6
+    again = tensors_of(calibrate(model, wider, METHOD))
+    assert max(relative(again[name], expected[name]) for name in expected) < 5e-6
 
 
 def test_moments_are_of_the_stored_type_in_float32() -> None:
@@ -124,10 +124,10 @@ def test_statistics_are_what_the_method_needs() -> None:
     assert calibrate(model, tokens, both).blocks[2].gradients
 
 
-def test_only_the_chosen_sites() -> None:
+def test_only_the_selected_sites() -> None:
     model, tokens = tiny_model("llama"), tiny_tokens()
-    chosen = [s for s in find_sites(model) if s.block == 2 and s.role in {"self_attn.v_proj", "mlp.down_proj"}]
-    (block,) = calibrate_by_block(model, tokens, METHOD, sites=chosen)
+    sites = [s for s in find_sites(model) if s.block == 2 and s.role in {"self_attn.v_proj", "mlp.down_proj"}]
+    (block,) = calibrate_by_block(model, tokens, METHOD, sites=sites)
     whole = calibrate(model, tokens, METHOD).blocks[2]
     assert block.block == 2
     assert block.inputs.keys() == {"model.layers.2.self_attn.q_proj", "model.layers.2.mlp.down_proj"}
@@ -143,11 +143,11 @@ def test_calibration_says_where_it_came_from() -> None:
 def test_a_block_may_be_replaced_as_soon_as_it_was_given_out() -> None:
     model, tokens = tiny_model("llama"), tiny_tokens()
     expected = calibrate(model, tokens, METHOD)
-    found = []
+    again = []
     for block in calibrate_by_block(model, tokens, METHOD):
-        found.append(block)
+        again.append(block)
         blocks_of(model)[block.block] = nn.Identity()
-    assert alike(found, expected)
+    assert alike(again, expected)
 
 
 def test_one_block_of_moments_in_memory_at_a_time() -> None:
@@ -172,7 +172,7 @@ def test_one_block_of_moments_in_memory_at_a_time() -> None:
     assert {at_start[f"block {number}: moments"] for number in range(BLOCKS)} == {0}
 
 
-# The model is left as it was
+# The model stays as it was
 
 
 @pytest.mark.parametrize("method", ["asvd-i", "fwsvd"])
@@ -226,8 +226,8 @@ def test_a_forward_that_somebody_put_on_a_block_stays() -> None:
 
     for block in blocks_of(model):
         add_hook_to_module(block, Counting())
-    found = calibrate(model, tiny_tokens(), METHOD)
-    assert alike(found, expected)
+    again = calibrate(model, tiny_tokens(), METHOD)
+    assert alike(again, expected)
     calls.clear()
     logits_of(model)
     assert calls == list(blocks_of(model))

@@ -1,4 +1,4 @@
-"""Sequential: each group's moments are those of plain hooks on the model as it stands when the group's turn comes."""
+"""Sequential: each group's moments are those of plain hooks on the model as it is when the group's turn comes."""
 
 from __future__ import annotations
 
@@ -105,12 +105,12 @@ def test_later_sites_see_shared_right_factors(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_one_shot_is_calibrate_by_block(model_type: str) -> None:
-    model, (tokens, aside) = tiny_model(model_type), tokens_of()
-    expected = [tensors_of(calibrate_by_block(model, text, PLAIN, batch_size=2)) for text in (tokens, aside)]
-    parts = walk(model, SequentialCalibration(model, tokens, PLAIN, order="one-shot", aside=aside, batch_size=2))
+    model, (tokens, held_out) = tiny_model(model_type), tokens_of()
+    expected = [tensors_of(calibrate_by_block(model, text, PLAIN, batch_size=2)) for text in (tokens, held_out)]
+    parts = walk(model, SequentialCalibration(model, tokens, PLAIN, order="one-shot", held_out=held_out, batch_size=2))
     assert [part.block for part in parts] == list(range(BLOCKS))
     assert same(tensors_of(parts), expected[0])
-    assert same(tensors_of(parts, aside=True), expected[1])
+    assert same(tensors_of(parts, held_out=True), expected[1])
 
 
 @pytest.mark.parametrize("order", ["sequential", "anchored"])
@@ -140,50 +140,52 @@ def test_where_nothing_is_lost_every_order_is_one_shot(model_type: str, order: O
                 assert relative(moments.reference_second_moment, dense) < 1e-5
 
 
-# Samples aside, padding, batches
+# Held-out samples, padding, batches
 
 
 @pytest.mark.parametrize("order", ["one-shot", "sequential", "anchored"])
-def test_samples_aside_are_in_no_statistic(order: Order) -> None:
-    found = {}
-    asides = {"none": None, "some": tiny_tokens(2, 9, seed=7), "others": tiny_tokens(5, 16, padded=True, seed=8)}
-    for name, aside in asides.items():
+def test_held_out_samples_are_in_no_statistic(order: Order) -> None:
+    calibrations = {}
+    held_out_sets = {"none": None, "some": tiny_tokens(2, 9, seed=7), "others": tiny_tokens(5, 16, padded=True, seed=8)}
+    for name, held_out in held_out_sets.items():
         model = tiny_model("llama")
         calibration = SequentialCalibration(
-            model, tokens_of()[0], METHOD_OF[order], order=order, aside=aside, batch_size=2
+            model, tokens_of()[0], METHOD_OF[order], order=order, held_out=held_out, batch_size=2
         )
-        found[name] = walk(model, calibration)
-    assert same(tensors_of(found["none"]), tensors_of(found["some"]))
-    assert same(tensors_of(found["none"]), tensors_of(found["others"]))
-    assert all(part.aside == {} for part in found["none"])
+        calibrations[name] = walk(model, calibration)
+    assert same(tensors_of(calibrations["none"]), tensors_of(calibrations["some"]))
+    assert same(tensors_of(calibrations["none"]), tensors_of(calibrations["others"]))
+    assert all(part.held_out == {} for part in calibrations["none"])
     for name in ("some", "others"):
-        counts = {moments.count for part in found[name] for moments in part.aside.values()}
-        assert counts == {asides[name].count}  # type: ignore[union-attr]
-        assert all(part.aside.keys() == part.inputs.keys() for part in found[name])
+        counts = {moments.count for part in calibrations[name] for moments in part.held_out.values()}
+        assert counts == {held_out_sets[name].count}  # type: ignore[union-attr]
+        assert all(part.held_out.keys() == part.inputs.keys() for part in calibrations[name])
 
 
 def test_padding_is_in_no_statistic() -> None:
-    tokens, aside = tokens_of()
+    tokens, held_out = tokens_of()
     ids = torch.where(tokens.mask, tokens.ids, torch.tensor(9))
-    found = []
+    calibrations = []
     for text in (tokens, Tokens(ids, tokens.mask)):
         model = tiny_model("gemma2")
-        found.append(walk(model, SequentialCalibration(model, text, ANCHORED, aside=aside)))
-    assert same(tensors_of(found[0]), tensors_of(found[1]))
-    assert {moments.count for part in found[0] for moments in part.inputs.values()} == {tokens.count}
+        calibrations.append(walk(model, SequentialCalibration(model, text, ANCHORED, held_out=held_out)))
+    assert same(tensors_of(calibrations[0]), tensors_of(calibrations[1]))
+    assert {moments.count for part in calibrations[0] for moments in part.inputs.values()} == {tokens.count}
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert"])
 def test_batch_size_changes_nothing(model_type: str) -> None:
-    found = []
+    calibrations = []
     for size in (1, 2, 100):
         model = tiny_model(model_type)
         texts = tiny_tokens(5, 12, padded=True), tiny_tokens(3, 9, seed=1)
-        parts = walk(model, SequentialCalibration(model, texts[0], ANCHORED, aside=texts[1], batch_size=size))
-        found.append({**tensors_of(parts), **{f"aside {k}": v for k, v in tensors_of(parts, aside=True).items()}})
-    for other in found[1:]:
-        assert other.keys() == found[0].keys()
-        assert max(relative(other[name], found[0][name]) for name in other) < 1e-5
+        parts = walk(model, SequentialCalibration(model, texts[0], ANCHORED, held_out=texts[1], batch_size=size))
+        calibrations.append(
+            {**tensors_of(parts), **{f"held out {k}": v for k, v in tensors_of(parts, held_out=True).items()}}
+        )
+    for other in calibrations[1:]:
+        assert other.keys() == calibrations[0].keys()
+        assert max(relative(other[name], calibrations[0][name]) for name in other) < 1e-5
 
 
 # Gradients, and methods that need no inputs
@@ -191,25 +193,25 @@ def test_batch_size_changes_nothing(model_type: str) -> None:
 
 def test_gradients_are_the_dense_models() -> None:
     method = build_method("kfac").anchored(0.1)
-    model, (tokens, aside) = tiny_model("llama"), tokens_of()
+    model, (tokens, held_out) = tiny_model("llama"), tokens_of()
     sites = find_sites(model)
     expected = collect_gradients(model, tokens, sites, frozenset({"gradient_covariance"}))
-    given: dict[str, Any] = {}
-    for part in walk(model, SequentialCalibration(model, tokens, method, aside=aside)):
+    call: dict[str, Any] = {}
+    for part in walk(model, SequentialCalibration(model, tokens, method, held_out=held_out)):
         assert part.gradients.keys() == {site.name for site in members_of(part, sites)}
-        given |= part.gradients
-    assert given.keys() == expected.keys()
-    for name, moments in given.items():
+        call |= part.gradients
+    assert call.keys() == expected.keys()
+    for name, moments in call.items():
         assert torch.equal(moments.gradient_covariance, expected[name].gradient_covariance)
 
 
 def test_gradients_that_are_there_are_not_gathered_again(monkeypatch: pytest.MonkeyPatch) -> None:
     method = build_method("kfac").anchored(0.1)
     model, (tokens, _) = tiny_model("llama"), tokens_of()
-    given = collect_gradients(model, tokens, find_sites(model), frozenset({"gradient_covariance"}))
+    call = collect_gradients(model, tokens, find_sites(model), frozenset({"gradient_covariance"}))
     monkeypatch.setattr(eckart.calibration.sequential, "gather_gradients", None)
-    parts = walk(model, SequentialCalibration(model, tokens, method, gradients=given))
-    assert all(part.gradients[name] is given[name] for part in parts for name in part.gradients)
+    parts = walk(model, SequentialCalibration(model, tokens, method, gradients=call))
+    assert all(part.gradients[name] is call[name] for part in parts for name in part.gradients)
 
 
 @pytest.mark.parametrize("order", ["one-shot", "sequential"])
@@ -217,7 +219,9 @@ def test_gradients_that_are_there_are_not_gathered_again(monkeypatch: pytest.Mon
 def test_a_method_that_reads_no_inputs_gets_a_part_a_block(name: str, order: Order) -> None:
     model, (tokens, _) = tiny_model("llama"), tokens_of()
     parts = list(SequentialCalibration(model, tokens, build_method(name), order=order))
-    assert [(part.block, part.inputs, part.aside) for part in parts] == [(number, {}, {}) for number in range(BLOCKS)]
+    assert [(part.block, part.inputs, part.held_out) for part in parts] == [
+        (number, {}, {}) for number in range(BLOCKS)
+    ]
     assert all(len(part.gradients) == (7 if name == "fwsvd" else 0) for part in parts)
 
 
@@ -230,23 +234,23 @@ def test_a_pass_is_given_both_streams(model_type: str, order: Order) -> None:
     model, texts, collect = tiny_model(model_type), tokens_of(), Collect()
     dense = copy.deepcopy(model)
     calibration = SequentialCalibration(
-        model, texts[0], METHOD_OF[order], order=order, aside=texts[1], passes=[collect], batch_size=1
+        model, texts[0], METHOD_OF[order], order=order, held_out=texts[1], passes=[collect], batch_size=1
     )
     walk(model, calibration)
-    assert [number for number, *_ in collect.given] == list(range(BLOCKS))
+    assert [number for number, *_ in collect.calls] == list(range(BLOCKS))
     assert [report.place for report in calibration.reports] == ["block 0", "block 2"]
     for part, text in ((2, texts[0]), (3, texts[1])):
         compressed, target = hidden_states(model, text), hidden_states(dense, text)
-        for given in collect.given:
-            number, block, samples = given[0], given[1], given[part]
+        for call in collect.calls:
+            number, block, samples = call[0], call[1], call[part]
             assert block is blocks_of(model)[number]
             assert len(samples) == len(text)
             for row, sample in enumerate(samples):
                 real = sample.mask[0]
                 assert torch.equal(sample.mask, text.mask[row : row + 1])
                 with torch.no_grad():
-                    made = sample.run(block)[0, real]
-                torch.testing.assert_close(made, compressed[row][number], rtol=1e-4, atol=1e-4)
+                    output = sample.run(block)[0, real]
+                torch.testing.assert_close(output, compressed[row][number], rtol=1e-4, atol=1e-4)
                 torch.testing.assert_close(sample.target[0, real], target[row][number], rtol=1e-4, atol=1e-4)
                 if number:
                     torch.testing.assert_close(

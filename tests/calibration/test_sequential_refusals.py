@@ -26,7 +26,7 @@ from walks import ANCHORED, METHOD_OF, PLAIN, Collect, assert_walks_as_hooks_see
 
 T = TypeVar("T")
 
-# What is left
+# What stays in memory
 
 
 @pytest.mark.parametrize("order", ["one-shot", "sequential", "anchored"])
@@ -36,17 +36,17 @@ def test_nothing_is_left_and_copies_are_gone(order: Order, monkeypatch: pytest.M
 
     def spy(block: nn.Module) -> nn.Module:
         alive_before.append(sum(reference() is not None for reference in copies))
-        made = copy.deepcopy(block)
-        copies.append(weakref.ref(made))
-        return made
+        duplicate = copy.deepcopy(block)
+        copies.append(weakref.ref(duplicate))
+        return duplicate
 
     monkeypatch.setattr(eckart.calibration.sequential, "copy", types.SimpleNamespace(deepcopy=spy))
-    model, (tokens, aside) = tiny_model("llama"), tokens_of()
+    model, (tokens, held_out) = tiny_model("llama"), tokens_of()
     compress(
         model,
         METHOD_OF[order],
         plan(model, 0.5),
-        SequentialCalibration(model, tokens, METHOD_OF[order], order=order, aside=aside, passes=[Collect()]),
+        SequentialCalibration(model, tokens, METHOD_OF[order], order=order, held_out=held_out, passes=[Collect()]),
     )
     assert alive_before == [0] * BLOCKS  # one dense copy at a time
     assert [reference() for reference in copies] == [None] * BLOCKS
@@ -54,7 +54,7 @@ def test_nothing_is_left_and_copies_are_gone(order: Order, monkeypatch: pytest.M
 
 
 def test_one_part_of_moments_in_memory_at_a_time() -> None:
-    model, (tokens, aside) = tiny_model("llama"), tokens_of()
+    model, (tokens, held_out) = tiny_model("llama"), tokens_of()
     alive: list[weakref.ref[Any]] = []
     at_start: dict[str, int] = {}
 
@@ -65,11 +65,11 @@ def test_one_part_of_moments_in_memory_at_a_time() -> None:
 
     def watched(parts: Iterable[BlockCalibration]) -> Iterable[BlockCalibration]:
         for part in parts:
-            alive.extend(weakref.ref(moments) for moments in [*part.inputs.values(), *part.aside.values()])
+            alive.extend(weakref.ref(moments) for moments in [*part.inputs.values(), *part.held_out.values()])
             yield part
             del part
 
-    calibration = SequentialCalibration(model, tokens, ANCHORED, aside=aside, track=track)
+    calibration = SequentialCalibration(model, tokens, ANCHORED, held_out=held_out, track=track)
     compress(model, ANCHORED, plan(model, 0.5), watched(calibration), track=track)
     assert len(alive) == 2 * 4 * BLOCKS
     moments = {what: number for what, number in at_start.items() if what.endswith(": moments")}
@@ -101,12 +101,12 @@ def test_a_walk_is_walked_once() -> None:
 
 @pytest.mark.parametrize(("order", "method"), [("anchored", PLAIN), ("sequential", ANCHORED), ("one-shot", ANCHORED)])
 def test_order_and_method_go_together(order: Order, method: Method) -> None:
-    with pytest.raises(ValueError, match=f"order '{order}' and asvd-i, anchored at .*, do not go together"):
+    with pytest.raises(ValueError, match=f"order '{order}' and asvd-i, anchored at .*, do not fit together"):
         SequentialCalibration(tiny_model("llama"), tokens_of()[0], method, order=order)
 
 
-def test_a_pass_needs_samples_aside() -> None:
-    with pytest.raises(ValueError, match="kept aside: keep some"):
+def test_a_pass_needs_held_out_samples() -> None:
+    with pytest.raises(ValueError, match="held-out samples: hold some out"):
         SequentialCalibration(tiny_model("llama"), tokens_of()[0], ANCHORED, passes=[Collect()])
 
 
@@ -115,12 +115,12 @@ def test_a_model_in_training_mode() -> None:
         list(SequentialCalibration(tiny_model("llama").train(), tokens_of()[0], ANCHORED))
 
 
-@pytest.mark.parametrize("part", ["tokens", "aside"])
+@pytest.mark.parametrize("part", ["tokens", "held_out"])
 def test_samples_that_the_model_cannot_read(part: str) -> None:
     good, bad = tiny_tokens(2, 8), Tokens(torch.full((1, 8), VOCABULARY), torch.ones(1, 8, dtype=torch.bool))
-    tokens, aside = (bad, good) if part == "tokens" else (good, bad)
+    tokens, held_out = (bad, good) if part == "tokens" else (good, bad)
     with pytest.raises(ValueError, match=f"token {VOCABULARY} is outside the model's vocabulary"):
-        list(SequentialCalibration(tiny_model("llama"), tokens, ANCHORED, aside=aside))
+        list(SequentialCalibration(tiny_model("llama"), tokens, ANCHORED, held_out=held_out))
 
 
 @pytest.mark.parametrize("order", ["sequential", "anchored", "one-shot"])

@@ -31,8 +31,8 @@ def test_blocks_one_at_a_time_are_the_whole_model(model_type: str) -> None:
         for number, (block, (args, kwargs)) in enumerate(zip(blocks_of(model), recording.calls, strict=True)):
             hidden = hidden_of(block(hidden, *args, **kwargs))
             for place, rows in enumerate(hidden):
-                wanted = expected[row + place][number]
-                torch.testing.assert_close(rows[: len(wanted)], wanted, rtol=1e-4, atol=1e-4)
+                states = expected[row + place][number]
+                torch.testing.assert_close(rows[: len(states)], states, rtol=1e-4, atol=1e-4)
         row += len(hidden)
     assert row == len(tokens)
 

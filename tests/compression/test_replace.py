@@ -75,18 +75,18 @@ def test_the_report_is_the_error_on_real_activations(model_type: str, head: str 
     sites = {site.name: site for site in find_sites(dense)}
     inputs = site_inputs(dense, tiny_tokens(6, 16), sites.values())
     report = compress(model, method, plan(model, 0.6), source(model_type, head, method))
-    assert [found.name for found in report.sites] == list(sites)
-    for found in report.sites:
-        linear, low = dense.get_submodule(found.name), model.get_submodule(found.name)
+    assert [each.name for each in report.sites] == list(sites)
+    for each in report.sites:
+        linear, low = dense.get_submodule(each.name), model.get_submodule(each.name)
         assert isinstance(low, LowRankLinear)
-        assert low.rank == found.rank
-        x = inputs[found.name]
+        assert low.rank == each.rank
+        x = inputs[each.name]
         with torch.no_grad():
             lost = (linear(x) - low(x)).double().square().sum()
             whole = (x.double() @ read_weight(linear).double().T).square().sum()
         # Moments are kept in float32, 6e-8 of the layer's energy.
-        assert found.relative_error == pytest.approx(float(lost / whole), rel=1e-4, abs=1e-7), found.name
-        assert 0 < found.relative_error < 1
+        assert each.relative_error == pytest.approx(float(lost / whole), rel=1e-4, abs=1e-7), each.name
+        assert 0 < each.relative_error < 1
 
 
 @pytest.mark.parametrize("axis", ["in", "out"])
@@ -94,11 +94,11 @@ def test_the_report_is_the_error_on_real_activations(model_type: str, head: str 
 def test_gradients_reach_the_site_that_they_are_of(model_type: str, axis: str) -> None:
     method = build_method("fwsvd", {"fisher_axis": axis})
     dense, model = tiny_model(model_type), tiny_model(model_type)
-    made = plan(model, 0.5)
-    compress(model, method, made, calibrate(model, tiny_tokens(3, 10), method))
-    gradients = collect_gradients(dense, tiny_tokens(3, 10), made.sites, method.needs)
-    for site in made.sites:
-        rank = made.rank(site)
+    rank_plan = plan(model, 0.5)
+    compress(model, method, rank_plan, calibrate(model, tiny_tokens(3, 10), method))
+    gradients = collect_gradients(dense, tiny_tokens(3, 10), rank_plan.sites, method.needs)
+    for site in rank_plan.sites:
+        rank = rank_plan.rank(site)
         assert rank is not None
         weight = read_weight(dense.get_submodule(site.name))
         expected = method.factor(weight, Moments(None, gradients[site.name])).cut(rank)
@@ -111,7 +111,7 @@ def test_every_method_of_the_catalogue_runs(method: str) -> None:
     report = compress(model, method, plan(model, 0.5), source("llama", None, method))
     assert torch.isfinite(logits_of(model)).all()
     assert len(report.sites) == 21
-    assert all(found.tail is None or found.tail > 0 for found in report.sites)
+    assert all(each.tail is None or each.tail > 0 for each in report.sites)
 
 
 def test_tails_are_the_errors_of_an_exact_method() -> None:
@@ -122,9 +122,9 @@ def test_tails_are_the_errors_of_an_exact_method() -> None:
         energies[site.name] = float(
             (rows @ read_weight(model.get_submodule(site.name)).double().T).square().sum(1).mean()
         )
-    for found in compress(model, "asvd-i", plan(model, 0.6), source("llama", None, "asvd-i")).sites:
-        assert found.tail is not None
-        assert found.tail / energies[found.name] == pytest.approx(found.relative_error, rel=1e-4)
+    for each in compress(model, "asvd-i", plan(model, 0.6), source("llama", None, "asvd-i")).sites:
+        assert each.tail is not None
+        assert each.tail / energies[each.name] == pytest.approx(each.relative_error, rel=1e-4)
 
 
 # What stays
@@ -133,16 +133,16 @@ def test_tails_are_the_errors_of_an_exact_method() -> None:
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert", "opt"])
 def test_only_planned_sites_change_and_biases_stay(model_type: str) -> None:
     dense, model = tiny_model(model_type), tiny_model(model_type)
-    made = plan(model, 0.6, include=["mlp"], blocks="last 2")
-    compress(model, "nsvd-i", made, calibrate(model, tiny_tokens(), build_method("nsvd-i")))
-    assert low_rank_modules(model).keys() == made.ranks.keys()
+    rank_plan = plan(model, 0.6, include=["mlp"], blocks="last 2")
+    compress(model, "nsvd-i", rank_plan, calibrate(model, tiny_tokens(), build_method("nsvd-i")))
+    assert low_rank_modules(model).keys() == rank_plan.ranks.keys()
     for name, module in low_rank_modules(model).items():
         bias = dense.get_submodule(name).bias
         assert (module.bias is None) == (bias is None)
         assert bias is None or torch.equal(module.bias, bias)
     kept = {k: v for k, v in model.state_dict().items() if k.rpartition(".")[0] in dict(dense.named_modules())}
     for name, value in kept.items():
-        if name.rpartition(".")[0] not in made.ranks:
+        if name.rpartition(".")[0] not in rank_plan.ranks:
             assert torch.equal(value, dense.state_dict()[name]), name
 
 
@@ -176,11 +176,11 @@ def test_tied_embeddings_stay_tied() -> None:
 
 def test_the_report_counts() -> None:
     model = tiny_model("llama")
-    before, made = (num_params(model), num_bytes(model)), plan(model, 0.5)
-    report = compress(model, "svd", made)
+    before, rank_plan = (num_params(model), num_bytes(model)), plan(model, 0.5)
+    report = compress(model, "svd", rank_plan)
     assert (report.params_before, report.bytes_before) == before
     assert (report.params_after, report.bytes_after) == (num_params(model), num_bytes(model))
-    assert before[0] - report.params_after == made.dense_params - made.kept_params
+    assert before[0] - report.params_after == rank_plan.dense_params - rank_plan.kept_params
     assert report.seconds["factor"] > 0
     written = report.to_dict()
     assert written["params"] == [before[0], report.params_after]
@@ -248,11 +248,11 @@ def test_a_plan_of_another_model_changes_nothing() -> None:
 
 def test_a_compressed_model_is_not_compressed_again() -> None:
     model = tiny_model("llama")
-    made = plan(model, 0.5)
-    compress(model, "svd", made)
+    rank_plan = plan(model, 0.5)
+    compress(model, "svd", rank_plan)
     before = logits_of(model)
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj as 32 x 32, which is not in this model"):
-        compress(model, "svd", made)
+        compress(model, "svd", rank_plan)
     assert torch.equal(logits_of(model), before)
 
 

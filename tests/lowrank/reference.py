@@ -102,7 +102,7 @@ def layers(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, tokens: tuple[int, i
 
 
 def as_matrix(side: Tensor | Whitening | None, size: int) -> np.ndarray:
-    """A root or metric, given as a matrix, a diagonal, made when asked for or None for the identity, as a matrix."""
+    """A root or metric (a matrix, a diagonal, a `Whitening`, or None for the identity) as a matrix."""
     if side is None:
         return np.eye(size)
     if isinstance(side, Whitening):
@@ -114,11 +114,11 @@ def optimum(
     target: Tensor, rank: int, root: Tensor | Whitening | None = None, metric: Tensor | None = None
 ) -> tuple[Tensor, float]:
     """(M, loss): the best M of `rank` in ||A (T - M) B||_F^2, by numpy's float64 SVD of A T B."""
-    wanted = target.double().numpy()
+    matrix = target.double().numpy()
     a, b = as_matrix(metric, target.shape[0]), as_matrix(root, target.shape[1])
-    basis, singular, _ = np.linalg.svd(a @ wanted @ b, full_matrices=False)
-    found = np.linalg.solve(a, basis[:, :rank] @ (basis[:, :rank].T @ (a @ wanted)))
-    return torch.from_numpy(found), float((singular[rank:] ** 2).sum())
+    basis, singular, _ = np.linalg.svd(a @ matrix @ b, full_matrices=False)
+    best = np.linalg.solve(a, basis[:, :rank] @ (basis[:, :rank].T @ (a @ matrix)))
+    return torch.from_numpy(best), float((singular[rank:] ** 2).sum())
 
 
 def weighted_loss(lost: Tensor, root: Tensor | Whitening | None = None, metric: Tensor | None = None) -> float:
@@ -131,8 +131,8 @@ def token_loss(
     weight: Tensor, factors: Factors, x: Tensor, xh: Tensor | None = None, metric: Tensor | None = None
 ) -> float:
     """E||A (W x - M xh - d)||^2, every raw token passed through both layers; xh is x if not given."""
-    made = factors(x if xh is None else xh)
-    errors = (x @ weight.T - made).numpy() @ as_matrix(metric, weight.shape[0]).T
+    outputs = factors(x if xh is None else xh)
+    errors = (x @ weight.T - outputs).numpy() @ as_matrix(metric, weight.shape[0]).T
     return float(np.square(errors).sum(1).mean())
 
 

@@ -35,9 +35,9 @@ def conditioned(size: int, condition: float, seed: int) -> Tensor:
     return random_orthogonal(size, seed) * values @ random_orthogonal(size, seed + 1)
 
 
-def relative_distance(found: Tensor, wanted: Tensor, weight: Tensor, root: Tensor | None) -> float:
+def relative_distance(matrix: Tensor, expected: Tensor, weight: Tensor, root: Tensor | None) -> float:
     """||(M - M_ref) B|| / ||W B||."""
-    return (weighted_loss(found - wanted, root) / weighted_loss(weight, root)) ** 0.5
+    return (weighted_loss(matrix - expected, root) / weighted_loss(weight, root)) ** 0.5
 
 
 @shapes
@@ -49,11 +49,11 @@ def test_cut_and_tail_against_the_reference(
 ) -> None:
     weight, root = normal(*shape).to(dtype), conditioned(shape[1], condition, seed=1)
     rank = round(share * min(shape))
-    found = factor(weight, root=root)
+    spectrum = factor(weight, root=root)
     best, least = optimum(weight, rank, root)
-    factors = found.cut(rank)
+    factors = spectrum.cut(rank)
     assert relative_distance(factors.dense(), best, weight, root) < LIMIT
-    assert abs(found.tail(rank) - least) < LIMIT * least
+    assert abs(spectrum.tail(rank) - least) < LIMIT * least
     measured = weighted_loss(weight.double() - factors.dense(), root)
     assert abs(measured - least) < LIMIT * least
 
@@ -66,10 +66,10 @@ def test_a_weight_that_is_itself_badly_conditioned(shape: tuple[int, int], condi
     size, rank = min(shape), round(share * min(shape))
     weight = conditioned(size, condition, seed=3) @ random_orthogonal(max(shape), seed=5)[:size]
     weight = weight if shape[0] <= shape[1] else weight.mT
-    found = factor(weight)
+    spectrum = factor(weight)
     best, least = optimum(weight, rank)
-    assert relative_distance(found.cut(rank).dense(), best, weight, None) < LIMIT
-    assert abs(found.tail(rank) - least) < LIMIT * least
+    assert relative_distance(spectrum.cut(rank).dense(), best, weight, None) < LIMIT
+    assert abs(spectrum.tail(rank) - least) < LIMIT * least
 
 
 @shapes
@@ -81,12 +81,12 @@ def test_through_a_moment(shape: tuple[int, int], condition: float, share: float
     weight, root = normal(*shape), conditioned(shape[1], condition, seed=1)
     moment = root @ root.mT
     rank = round(share * min(shape))
-    found = factor(weight, root=root_of(moment))
+    spectrum = factor(weight, root=root_of(moment))
     best, least = optimum(weight, rank, root)
     whole = weighted_loss(weight, root)
-    assert relative_distance(found.cut(rank).dense(), best, weight, root) < LIMIT
-    assert abs(found.tail(rank) - least) < LIMIT * whole
-    measured = weighted_loss(weight - found.cut(rank).dense(), root)
+    assert relative_distance(spectrum.cut(rank).dense(), best, weight, root) < LIMIT
+    assert abs(spectrum.tail(rank) - least) < LIMIT * whole
+    measured = weighted_loss(weight - spectrum.cut(rank).dense(), root)
     assert measured - least < LIMIT * whole
 
 
@@ -98,17 +98,17 @@ def test_singular_moments(shape: tuple[int, int], share: float, kind: str, name:
     """Against the papers' form, which inverts the root: M = [W B]_r B^+, here with numpy's pseudo-inverse."""
     layer = make_layer(*shape, 300, kind=kind)
     method, rank = build_method(name), round(share * min(shape))
-    found = method.factor(layer.weight, layer.moments(method.needs))
+    spectrum = method.factor(layer.weight, layer.moments(method.needs))
     x = layer.x - layer.x.mean(0) if method.centred else layer.x
     root = x.T / len(x) ** 0.5  # any root of the moment will do, and this one is exact
     u, s, vh = np.linalg.svd((layer.weight @ root).numpy(), full_matrices=False)
     best = torch.from_numpy((u[:, :rank] * s[:rank]) @ vh[:rank] @ np.linalg.pinv(root.numpy(), rcond=1e-10))
     whole, least = float(np.square(s).sum()), float(np.square(s[rank:]).sum())
-    factors = found.cut(rank)
+    factors = spectrum.cut(rank)
     assert torch.isfinite(factors.dense()).all()
     apart = float((x @ (factors.dense() - best).T).square().sum(1).mean())
     assert apart**0.5 <= LIMIT * whole**0.5
-    assert abs(found.tail(rank) - least) <= LIMIT * whole
+    assert abs(spectrum.tail(rank) - least) <= LIMIT * whole
     assert abs(token_loss(layer.weight, factors, layer.x) - least) <= LIMIT * whole
 
 
@@ -122,7 +122,7 @@ def test_a_float32_stream_costs_nothing_that_shows(shape: tuple[int, int], share
     inputs = InputMoments(shape[1])
     inputs.update(x)
     moments = Moments(inputs.compact() if compact else inputs)
-    found = build_method("asvd-i").factor(layer.weight.float(), moments).cut(rank)
+    factors = build_method("asvd-i").factor(layer.weight.float(), moments).cut(rank)
     weight = layer.weight.float().double()
     _, least = optimum(weight, rank, x.double().T / len(x) ** 0.5)
-    assert abs(token_loss(weight, found, x.double()) - least) < LIMIT * least
+    assert abs(token_loss(weight, factors, x.double()) - least) < LIMIT * least

@@ -28,27 +28,27 @@ def test_a_gram_is_added_in_halves_and_mirrored(width: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_lower_half_of_a_gram_is_all_an_eigensolver_reads(width: int) -> None:
     rows = whole_numbers(width, 6)
-    found, expected = lower_gram(rows, rows), rows @ rows.T
-    assert torch.equal(found.tril(), expected.tril())
-    assert torch.equal(torch.linalg.eigvalsh(found), torch.linalg.eigvalsh(expected))
-    assert torch.isfinite(found).all()
+    gram, expected = lower_gram(rows, rows), rows @ rows.T
+    assert torch.equal(gram.tril(), expected.tril())
+    assert torch.equal(torch.linalg.eigvalsh(gram), torch.linalg.eigvalsh(expected))
+    assert torch.isfinite(gram).all()
 
 
 def test_products_of_bfloat16_numbers_are_exact() -> None:
-    """With 2^7 + 1 beside 1, a product that were rounded to bfloat16's 8 bits on the way would lose the 1."""
+    """With 2^7 + 1 next to 1, a product that were rounded to bfloat16's 8 bits on the way would lose the 1."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-127, 128, (300, 70), generator=generator).bfloat16()
     with exact_products(x):
-        found = x.float().T @ x.float()
-    assert torch.equal(found.double(), x.double().T @ x.double())
+        gram = x.float().T @ x.float()
+    assert torch.equal(gram.double(), x.double().T @ x.double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_numbers_are_multiplied_in_full(dtype: torch.dtype) -> None:
     x = (1 + torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) / 512).to(dtype)
     with exact_products(x):
-        found = x.float().T @ x.float()
-    assert (found.double() - x.double().T @ x.double()).abs().max() < 1e-4
+        gram = x.float().T @ x.float()
+    assert (gram.double() - x.double().T @ x.double()).abs().max() < 1e-4
     with exact_products(x):
         assert torch.get_float32_matmul_precision() == "highest"
 

@@ -98,14 +98,14 @@ def test_output_error_is_that_of_the_tokens(layer: Layer, seed: int, biased: boo
 def test_tail_is_the_weighted_output_error_of_the_tokens(centred: bool, metric: str, layer: Layer, seed: int) -> None:
     """E||A (W x - M x - d)||^2, and no other map of the rank does better."""
     method, moments = compose(centred=centred, metric=metric), layer.moments(GRADIENTS)
-    found, side = method.factor(layer.weight, moments), metric_of(method, moments)
+    spectrum, side = method.factor(layer.weight, moments), metric_of(method, moments)
     whole = token_loss(layer.weight, Factors(0 * layer.weight[:, :1], 0 * layer.weight[:1]), layer.x, metric=side)
     _, least = optimum(layer.weight, 1, method.root(moments), side)
-    assert math.isclose(found.tail(1), least, abs_tol=RELATIVE * whole)
+    assert math.isclose(spectrum.tail(1), least, abs_tol=RELATIVE * whole)
     for rank in layer.ranks:
-        factors = found.cut(rank)
+        factors = spectrum.cut(rank)
         measured = token_loss(layer.weight, factors, layer.x, metric=side)
-        assert math.isclose(found.tail(rank), measured, abs_tol=RELATIVE * whole)
+        assert math.isclose(spectrum.tail(rank), measured, abs_tol=RELATIVE * whole)
         for step in (1e-3, 0.3):
             other = neighbours(factors, step, seed)
             assert token_loss(layer.weight, other, layer.x, metric=side) >= measured - RELATIVE * whole
@@ -120,7 +120,7 @@ def test_an_output_metric_pays_in_its_own_measure(metric: str) -> None:
     moments = layer.moments(GRADIENTS)
     plain, weighted = (compose(metric=name).factor(layer.weight, moments) for name in ("plain", metric))
     side = metric_of(compose(metric=metric), moments)
-    losses = [token_loss(layer.weight, found.cut(2), layer.x, metric=side) for found in (plain, weighted)]
+    losses = [token_loss(layer.weight, spectrum.cut(2), layer.x, metric=side) for spectrum in (plain, weighted)]
     assert losses[1] < 0.99 * losses[0]
 
 
@@ -136,12 +136,12 @@ def test_floor_and_tail_are_the_error_against_the_dense_stream(
 ) -> None:
     """E||A (W x - M xh - d)||^2 of every rank, and no other map of the rank does better."""
     method, moments = compose(centred=centred, metric=metric, anchor=0.0), layer.moments(ANCHORED)
-    found, side = method.factor(layer.weight, moments), metric_of(method, moments)
+    spectrum, side = method.factor(layer.weight, moments), metric_of(method, moments)
     whole = token_loss(layer.weight, Factors(0 * layer.weight[:, :1], 0 * layer.weight[:1]), layer.x, metric=side)
     for rank in layer.ranks:
-        factors = found.cut(rank)
+        factors = spectrum.cut(rank)
         measured = token_loss(layer.weight, factors, layer.x, layer.xh, side)
-        assert math.isclose(found.tail(rank), measured, abs_tol=RELATIVE * whole)
+        assert math.isclose(spectrum.tail(rank), measured, abs_tol=RELATIVE * whole)
         for step in (1e-3, 0.3):
             other = neighbours(factors, step, seed)
             assert token_loss(layer.weight, other, layer.x, layer.xh, side) >= measured - RELATIVE * whole
@@ -151,14 +151,14 @@ def test_floor_and_tail_are_the_error_against_the_dense_stream(
 @laws(20)
 @given(layer=layers(kinds=("rich",), tokens=(20, 40)))
 def test_floor_is_what_least_squares_leaves(centred: bool, layer: Layer) -> None:
-    found: Any = compose(centred=centred, anchor=0.0).factor(layer.weight, layer.moments(ANCHORED))
+    spectrum: Any = compose(centred=centred, anchor=0.0).factor(layer.weight, layer.moments(ANCHORED))
     outputs, inputs = (layer.x @ layer.weight.T).numpy(), layer.xh.numpy()
     if centred:
         inputs = np.column_stack([inputs, np.ones(len(inputs))])
     solution = np.linalg.lstsq(inputs, outputs, rcond=None)[0]
-    left = float(np.square(outputs - inputs @ solution).sum(1).mean())
-    assert math.isclose(found.floor, left, rel_tol=1e-6, abs_tol=RELATIVE * float(np.square(outputs).sum(1).mean()))
-    assert math.isclose(found.tail(found.max_rank), found.floor)
+    least = float(np.square(outputs - inputs @ solution).sum(1).mean())
+    assert math.isclose(spectrum.floor, least, rel_tol=1e-6, abs_tol=RELATIVE * float(np.square(outputs).sum(1).mean()))
+    assert math.isclose(spectrum.tail(spectrum.max_rank), spectrum.floor)
 
 
 @centred_or_not
@@ -167,13 +167,13 @@ def test_floor_is_what_least_squares_leaves(centred: bool, layer: Layer) -> None
 @given(layer=layers(kinds=("rich",), tokens=(20, 40)))
 def test_a_stream_anchored_to_itself_is_not_anchored(centred: bool, anchor: float, layer: Layer) -> None:
     itself = dataclasses.replace(layer, xh=layer.x)
-    found: Any = compose(centred=centred, anchor=anchor).factor(layer.weight, itself.moments(ANCHORED))
+    spectrum: Any = compose(centred=centred, anchor=anchor).factor(layer.weight, itself.moments(ANCHORED))
     plain: Any = compose(centred=centred).factor(layer.weight, layer.moments(GRADIENTS))
     scale = plain.tail(0) + float((layer.x @ layer.weight.T).square().sum(1).mean())
-    torch.testing.assert_close(found.target, layer.weight, rtol=1e-6, atol=1e-6)
-    assert found.floor <= RELATIVE * scale
+    torch.testing.assert_close(spectrum.target, layer.weight, rtol=1e-6, atol=1e-6)
+    assert spectrum.floor <= RELATIVE * scale
     for rank in layer.ranks:
-        assert math.isclose(found.tail(rank), plain.tail(rank), abs_tol=RELATIVE * scale)
+        assert math.isclose(spectrum.tail(rank), plain.tail(rank), abs_tol=RELATIVE * scale)
 
 
 @centred_or_not
@@ -182,18 +182,18 @@ def test_a_stream_anchored_to_itself_is_not_anchored(centred: bool, anchor: floa
 def test_shrinking_all_the_way_keeps_the_weight_as_target(centred: bool, layer: Layer) -> None:
     if len(layer.x) == 1:  # a single token has no covariance to shrink towards
         return
-    found: Any = compose(centred=centred, anchor=1.0).factor(layer.weight, layer.moments(ANCHORED))
-    torch.testing.assert_close(found.target, layer.weight)
+    spectrum: Any = compose(centred=centred, anchor=1.0).factor(layer.weight, layer.moments(ANCHORED))
+    torch.testing.assert_close(spectrum.target, layer.weight)
     lost = (layer.x - layer.xh) @ layer.weight.T
     lost = lost - lost.mean(0) if centred else lost
-    assert math.isclose(found.floor, float(lost.square().sum(1).mean()), rel_tol=1e-7, abs_tol=1e-9)
+    assert math.isclose(spectrum.floor, float(lost.square().sum(1).mean()), rel_tol=1e-7, abs_tol=1e-9)
 
 
 def test_anchoring_pays_against_the_dense_stream() -> None:
     layer = make_layer(6, 8, 200)
     plain = compose().factor(layer.weight, dataclasses.replace(layer, x=layer.xh).moments(GRADIENTS))
     anchored = compose(anchor=0.0).factor(layer.weight, layer.moments(ANCHORED))
-    losses = [token_loss(layer.weight, found.cut(4), layer.x, layer.xh) for found in (plain, anchored)]
+    losses = [token_loss(layer.weight, spectrum.cut(4), layer.x, layer.xh) for spectrum in (plain, anchored)]
     assert losses[1] < 0.95 * losses[0]
 
 
@@ -212,25 +212,27 @@ def test_nested_stages_by_hand(shape: tuple[int, int], name: str, share: float) 
     layer = make_layer(*shape, 100)
     method = build_method(name, {"share": share})
     moments = layer.moments(method.needs)
-    found, root = method.factor(layer.weight, moments), method.root(moments)
+    spectrum, root = method.factor(layer.weight, moments), method.root(moments)
     seconds = set()
     for rank in layer.ranks:
         k1 = round(share * rank)
         seconds.add(rank - k1)
         first, _ = optimum(layer.weight, k1, root) if k1 else (torch.zeros_like(layer.weight), 0.0)
         residual = layer.weight - first
-        factors = found.cut(rank)
+        factors = spectrum.cut(rank)
         assert factors.rank == rank
         assert factors.bias is None
         assert factors.num_params == rank * sum(shape)
         torch.testing.assert_close(factors.left[:, :k1] @ factors.right[:k1], first, rtol=0, atol=1e-8)
-        wanted = first
+        expected = first
         if rank > k1 and name.startswith("nsvd"):
-            wanted = first + optimum(residual, rank - k1)[0]
+            expected = first + optimum(residual, rank - k1)[0]
         elif rank > k1:
-            wanted = first + interpolate(residual, rank - k1).dense()
-        torch.testing.assert_close(factors.dense(), wanted, rtol=0, atol=1e-7)
-        assert math.isclose(found.tail(rank), weighted_loss(layer.weight - wanted, root), rel_tol=1e-6, abs_tol=1e-6)
+            expected = first + interpolate(residual, rank - k1).dense()
+        torch.testing.assert_close(factors.dense(), expected, rtol=0, atol=1e-7)
+        assert math.isclose(
+            spectrum.tail(rank), weighted_loss(layer.weight - expected, root), rel_tol=1e-6, abs_tol=1e-6
+        )
     assert seconds != {0}
 
 
@@ -247,15 +249,15 @@ def test_interpolated_columns_of_the_weight_are_kept(shape: tuple[int, int], nam
 @laws(25)
 @given(layer=layers(), share=st.sampled_from([0.3, 0.5, 0.95]))
 def test_a_second_stage_is_between_its_first_stage_and_the_best(layer: Layer, share: float) -> None:
-    """In the inputs' metric it costs nothing beside M1 alone, and never gains on spending the whole rank there."""
+    """In the inputs' metric it costs nothing compared with M1 alone, and gains nothing on all the rank spent there."""
     base, method = build_method("asvd-i"), build_method("nsvd-i", {"share": share})
     moments = layer.moments(method.needs)
-    first, found = base.factor(layer.weight, moments), method.factor(layer.weight, moments)
+    first, spectrum = base.factor(layer.weight, moments), method.factor(layer.weight, moments)
     slack = RELATIVE * first.tail(0)
     for rank in layer.ranks:
         k1 = max(1, round(share * rank))
-        assert first.tail(rank) - slack <= found.tail(rank) <= first.tail(k1) + slack
-        error, alone = (layer.weight - cut.dense() for cut in (found.cut(rank), first.cut(k1)))
+        assert first.tail(rank) - slack <= spectrum.tail(rank) <= first.tail(k1) + slack
+        error, alone = (layer.weight - cut.dense() for cut in (spectrum.cut(rank), first.cut(k1)))
         assert error.norm() <= alone.norm() * (1 + 1e-12)
 
 
@@ -278,20 +280,20 @@ def test_nested_stages_keep_the_laws_of_the_first(
     layer = make_layer(7, 9, 80)
     method = compose(centred=centred, metric=metric, anchor=anchor, residual=RESIDUALS[residual], share=0.5)
     moments = layer.moments(method.needs)
-    found, side, read = method.factor(layer.weight, moments), metric_of(method, moments), layer.read(method.needs)
-    assert isinstance(found, Factored)
+    spectrum, side, read = method.factor(layer.weight, moments), metric_of(method, moments), layer.read(method.needs)
+    assert isinstance(spectrum, Factored)
     zero = Factors(0 * layer.weight[:, :1], 0 * layer.weight[:1])
     whole = token_loss(layer.weight, zero, layer.x, read, side)
     for rank in layer.ranks:
-        factors = found.cut(rank)
+        factors = spectrum.cut(rank)
         assert factors.rank == rank
         assert (factors.bias is not None) == centred
         measured = token_loss(layer.weight, factors, layer.x, read, side)
-        assert math.isclose(found.tail(rank), measured, rel_tol=1e-7, abs_tol=RELATIVE * whole)
+        assert math.isclose(spectrum.tail(rank), measured, rel_tol=1e-7, abs_tol=RELATIVE * whole)
         if factors.bias is not None:
             torch.testing.assert_close(factors(read.mean(0)), layer.weight @ layer.x.mean(0), rtol=1e-9, atol=1e-9)
     assert math.isclose(
-        found.tail(0), compose(centred=centred, metric=metric, anchor=anchor).factor(layer.weight, moments).tail(0)
+        spectrum.tail(0), compose(centred=centred, metric=metric, anchor=anchor).factor(layer.weight, moments).tail(0)
     )
 
 
@@ -301,8 +303,8 @@ def test_a_second_stage_is_cut_in_its_own_metric() -> None:
     moments = layer.moments(method.needs)
     side = gradient_metric(moments, 0.3)
     residual = layer.weight - compose().factor(layer.weight, moments).cut(2).dense()
-    left = layer.weight - method.factor(layer.weight, moments).cut(4).dense()
-    assert math.isclose(weighted_loss(left, metric=side), optimum(residual, 2, metric=side)[1], rel_tol=1e-9)
+    lost = layer.weight - method.factor(layer.weight, moments).cut(4).dense()
+    assert math.isclose(weighted_loss(lost, metric=side), optimum(residual, 2, metric=side)[1], rel_tol=1e-9)
 
 
 # Fields

@@ -55,9 +55,9 @@ def test_root_times_its_transpose_is_the_moment(root, layer: Layer) -> None:
     moments = layer.moments(EVERYTHING)
     assert_root(of_second_moment(root)(moments), moment)
     scale = moment.diagonal().sum() or 1.0
-    found = root(moments.require_inputs().covariance)
+    root_c = root(moments.require_inputs().covariance)
     # The covariance is a difference, so its rounding error is relative to the second moment.
-    torch.testing.assert_close(found @ found.T, second_moment(centred), rtol=0, atol=1e-13 * float(scale))
+    torch.testing.assert_close(root_c @ root_c.T, second_moment(centred), rtol=0, atol=1e-13 * float(scale))
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -67,16 +67,14 @@ def test_root_times_its_transpose_is_the_moment(root, layer: Layer) -> None:
 def test_a_whitening_is_the_cholesky_root_of_its_shrunk_moment(centred: bool, share: float, layer: Layer) -> None:
     moments = layer.moments(EVERYTHING)
     inputs = moments.require_inputs()
-    found = whitening(share, centred=centred)(moments)
+    root = whitening(share, centred=centred)(moments)
     expected = shrink(inputs.covariance if centred else inputs.second_moment, share)
-    assert torch.equal(found.moment(), expected)
-    assert torch.equal(found.root(), cholesky_root(expected))
+    assert torch.equal(root.moment(), expected)
+    assert torch.equal(root.root(), cholesky_root(expected))
     vectors = torch.randn(inputs.d_in, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scale = 1 + float(expected.abs().max())
-    torch.testing.assert_close(found.apply(vectors), expected @ vectors, rtol=0, atol=1e-12 * scale)
-    torch.testing.assert_close(
-        weigh_inputs(layer.weight, found), layer.weight @ found.root(), rtol=0, atol=1e-12 * scale
-    )
+    torch.testing.assert_close(root.apply(vectors), expected @ vectors, rtol=0, atol=1e-12 * scale)
+    torch.testing.assert_close(weigh_inputs(layer.weight, root), layer.weight @ root.root(), rtol=0, atol=1e-12 * scale)
 
 
 def test_cholesky_root_is_triangular_where_there_is_one() -> None:
@@ -101,8 +99,8 @@ def test_scaled_eigenvectors_are_orthogonal_up_to_a_scalar(layer: Layer) -> None
     moment = second_moment(layer.x)
     root = scaled_eigenvectors(moment)
     largest = float(np.linalg.eigvalsh(moment.numpy())[-1])
-    wanted = largest * torch.eye(len(moment), dtype=torch.float64)
-    torch.testing.assert_close(root @ root.T, wanted, rtol=0, atol=1e-12 * max(largest, 1))
+    expected = largest * torch.eye(len(moment), dtype=torch.float64)
+    torch.testing.assert_close(root @ root.T, expected, rtol=0, atol=1e-12 * max(largest, 1))
 
 
 @laws(30)
@@ -114,8 +112,8 @@ def test_diagonal_roots_are_their_definitions(layer: Layer, alpha: float) -> Non
     rough = {"rtol": 1e-5, "atol": 0.0}  # squares of the gradient are taken in float32
     torch.testing.assert_close(fisher_input_root(moments), fisher.sum(0).sqrt(), **rough)
     rows = fisher.sum(1)
-    wanted = (0.75 * rows + 0.25 * rows.mean()).sqrt()
-    torch.testing.assert_close(fisher_output_metric(moments, 0.25), wanted, **rough)
+    expected = (0.75 * rows + 0.25 * rows.mean()).sqrt()
+    torch.testing.assert_close(fisher_output_metric(moments, 0.25), expected, **rough)
 
 
 # Shrinkage
@@ -126,12 +124,12 @@ def test_diagonal_roots_are_their_definitions(layer: Layer, alpha: float) -> Non
 def test_shrinkage_moves_to_the_mean_diagonal(layer: Layer, share: float) -> None:
     moment = second_moment(layer.x)
     before = moment.clone()
-    found = shrink(moment, share)
+    shrunk = shrink(moment, share)
     assert torch.equal(moment, before)
     eye = torch.eye(len(moment), dtype=torch.float64)
-    torch.testing.assert_close(found, (1 - share) * moment + share * moment.trace() / len(moment) * eye)
-    torch.testing.assert_close(found.trace(), moment.trace())
-    torch.testing.assert_close(shrink(moment.diagonal(), share), found.diagonal())
+    torch.testing.assert_close(shrunk, (1 - share) * moment + share * moment.trace() / len(moment) * eye)
+    torch.testing.assert_close(shrunk.trace(), moment.trace())
+    torch.testing.assert_close(shrink(moment.diagonal(), share), shrunk.diagonal())
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
@@ -167,17 +165,17 @@ def test_a_gradient_covariance_that_stays_singular_is_refused() -> None:
 @given(layer=layers(kinds=("rich",), tokens=(20, 40)))
 def test_anchored_target_is_the_least_squares_read_out(layer: Layer) -> None:
     cross = layer.x.T @ layer.xh / len(layer.x)
-    found = anchored_target(layer.weight, cross, second_moment(layer.xh), 0.0)
-    wanted = np.linalg.lstsq(layer.xh.numpy(), (layer.x @ layer.weight.T).numpy(), rcond=None)[0].T
-    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-6, atol=1e-8)
+    target = anchored_target(layer.weight, cross, second_moment(layer.xh), 0.0)
+    expected = np.linalg.lstsq(layer.xh.numpy(), (layer.x @ layer.weight.T).numpy(), rcond=None)[0].T
+    np.testing.assert_allclose(target.numpy(), expected, rtol=1e-6, atol=1e-8)
 
 
 @laws(30)
 @given(layer=layers(kinds=("rich",), tokens=(20, 40)), share=SHARES)
 def test_a_stream_anchored_to_itself_leaves_the_weight(layer: Layer, share: float) -> None:
     moment = second_moment(layer.x)
-    found = anchored_target(layer.weight, moment, moment, share)
-    torch.testing.assert_close(found, layer.weight, rtol=1e-8, atol=1e-8)
+    target = anchored_target(layer.weight, moment, moment, share)
+    torch.testing.assert_close(target, layer.weight, rtol=1e-8, atol=1e-8)
 
 
 @laws(30)

@@ -59,10 +59,10 @@ def assert_equal(a: Any, b: Any) -> None:
 @laws(30)
 @given(layers())
 def test_statistics_are_their_definitions(layer: Layer) -> None:
-    found = stream(layer.xh, layer.x)
+    moments = stream(layer.xh, layer.x)
     xh, x = layer.xh.numpy(), layer.x.numpy()
     n = len(x)
-    wanted = {
+    expected = {
         "mean": xh.mean(0),
         "abs_mean": np.abs(xh).mean(0),
         "second_moment": xh.T @ xh / n,
@@ -72,22 +72,22 @@ def test_statistics_are_their_definitions(layer: Layer) -> None:
         "reference_mean": x.mean(0),
         "reference_second_moment": x.T @ x / n,
     }
-    assert found.count == n
-    assert found.d_in == x.shape[1]
-    assert set(wanted) == {*STATISTICS, *REFERENCE_STATISTICS}
-    for name, value in wanted.items():
-        np.testing.assert_allclose(getattr(found, name).numpy(), value, rtol=1e-10, atol=1e-10, err_msg=name)
+    assert moments.count == n
+    assert moments.d_in == x.shape[1]
+    assert set(expected) == {*STATISTICS, *REFERENCE_STATISTICS}
+    for name, value in expected.items():
+        np.testing.assert_allclose(getattr(moments, name).numpy(), value, rtol=1e-10, atol=1e-10, err_msg=name)
 
 
 @laws(30)
 @given(layers())
 def test_gradient_statistics_are_their_definitions(layer: Layer) -> None:
-    found = gradient_stream(layer)
+    moments = gradient_stream(layer)
     fisher, dy = np.square(layer.dw.numpy()).mean(0), layer.dy.numpy()
     # The squares are taken in float32, their sums in float64.
-    np.testing.assert_allclose(found.fisher_in.numpy(), fisher.sum(0), rtol=1e-5)
-    np.testing.assert_allclose(found.fisher_out.numpy(), fisher.sum(1), rtol=1e-5)
-    np.testing.assert_allclose(found.gradient_covariance.numpy(), dy.T @ dy / len(dy), rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(moments.fisher_in.numpy(), fisher.sum(0), rtol=1e-5)
+    np.testing.assert_allclose(moments.fisher_out.numpy(), fisher.sum(1), rtol=1e-5)
+    np.testing.assert_allclose(moments.gradient_covariance.numpy(), dy.T @ dy / len(dy), rtol=1e-10, atol=1e-10)
 
 
 def test_fisher_is_of_one_example_at_a_time() -> None:
@@ -102,26 +102,26 @@ def test_fisher_is_of_one_example_at_a_time() -> None:
 
 
 def test_without_a_reference_the_reference_is_the_input() -> None:
-    found = stream(make_layer(3, 4, 10).x)
-    assert torch.equal(found.reference_mean, found.mean)
+    moments = stream(make_layer(3, 4, 10).x)
+    assert torch.equal(moments.reference_mean, moments.mean)
 
 
 @pytest.mark.parametrize("name", sorted(INPUT_STATISTICS))
 def test_every_named_statistic_can_be_asked_for_alone(name: str) -> None:
     layer = make_layer(3, 4, 10)
-    found = InputMoments(4, {name})
-    found.update(layer.x, reference=layer.x if name == "cross_moment" else None)
-    assert getattr(found, name).abs().sum() > 0
+    moments = InputMoments(4, {name})
+    moments.update(layer.x, reference=layer.x if name == "cross_moment" else None)
+    assert getattr(moments, name).abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", sorted(GRADIENT_STATISTICS))
 def test_every_named_gradient_statistic_can_be_asked_for_alone(name: str) -> None:
     layer = make_layer(3, 4, 10)
-    found = GradientMoments(3, 4, {name})
-    found.update_fisher(layer.dw[0])
+    moments = GradientMoments(3, 4, {name})
+    moments.update_fisher(layer.dw[0])
     if name == "gradient_covariance":
-        found.update_covariance(layer.dy, None)
-    assert getattr(found, name).abs().sum() > 0
+        moments.update_covariance(layer.dy, None)
+    assert getattr(moments, name).abs().sum() > 0
 
 
 # How the stream is cut does not matter
@@ -179,10 +179,10 @@ def test_no_row_is_lost_between_chunks() -> None:
     """Small whole numbers have exact sums in float32, so one lost or doubled row would show."""
     rows = 2 * CHUNK_ROWS + 5
     x = torch.arange(2 * rows).reshape(rows, 2).remainder(7).float()
-    found = stream(x)
-    assert found.count == rows
-    assert torch.equal(found.sums["second_moment"], (x.double().T @ x.double()))
-    assert torch.equal(found.sums["mean"], x.double().sum(0))
+    moments = stream(x)
+    assert moments.count == rows
+    assert torch.equal(moments.sums["second_moment"], (x.double().T @ x.double()))
+    assert torch.equal(moments.sums["mean"], x.double().sum(0))
 
 
 @laws(20)
@@ -203,11 +203,11 @@ def test_masked_rows_are_left_out_exactly(layer: Layer, data: st.DataObject) -> 
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
     padded, reference = layer.xh.clone(), layer.x.clone()
     padded[~mask], reference[~mask] = float("nan"), float("inf")
-    found = InputMoments(layer.x.shape[1], {"cross_moment"})
-    found.update(padded[None], mask[None], reference=reference[None])
-    wanted = stream(layer.xh[mask], layer.x[mask])
-    assert found.count == wanted.count == int(mask.sum())
-    assert_equal(found, wanted)
+    moments = InputMoments(layer.x.shape[1], {"cross_moment"})
+    moments.update(padded[None], mask[None], reference=reference[None])
+    expected = stream(layer.xh[mask], layer.x[mask])
+    assert moments.count == expected.count == int(mask.sum())
+    assert_equal(moments, expected)
 
 
 def test_masked_gradients_are_left_out_exactly() -> None:
@@ -215,11 +215,11 @@ def test_masked_gradients_are_left_out_exactly() -> None:
     mask = torch.tensor([[True, False, True], [True, True, False]])
     padded = layer.dy.reshape(2, 3, 3).clone()
     padded[~mask] = float("nan")
-    found, wanted = GradientMoments(3, 4), GradientMoments(3, 4)
-    found.update_covariance(padded, mask)
-    wanted.update_covariance(layer.dy[mask.flatten()], None)
-    assert found.tokens == wanted.tokens == 4
-    assert_equal(found, wanted)
+    moments, expected = GradientMoments(3, 4), GradientMoments(3, 4)
+    moments.update_covariance(padded, mask)
+    expected.update_covariance(layer.dy[mask.flatten()], None)
+    assert moments.tokens == expected.tokens == 4
+    assert_equal(moments, expected)
 
 
 # Precision
@@ -239,9 +239,9 @@ def test_half_precision_equals_its_float32_copy(dtype: torch.dtype) -> None:
 
 def test_float32_stream_is_near_the_float64_one() -> None:
     x = make_layer(3, 16, 3000).x
-    found, wanted = stream(x.float()), stream(x.float().double())
+    moments, expected = stream(x.float()), stream(x.float().double())
     for name in STATISTICS:
-        error = (getattr(found, name) - getattr(wanted, name)).norm() / getattr(wanted, name).norm()
+        error = (getattr(moments, name) - getattr(expected, name)).norm() / getattr(expected, name).norm()
         assert error < 1e-6, name
 
 
@@ -266,9 +266,9 @@ def test_compact_is_the_same_within_float32() -> None:
     compact = whole.compact()
     assert compact.count == whole.count
     for name in (*STATISTICS, *REFERENCE_STATISTICS):
-        found, wanted = getattr(compact, name), getattr(whole, name)
-        assert found.dtype == torch.float64
-        assert (found - wanted).norm() < 1e-6 * wanted.norm(), name
+        moments, expected = getattr(compact, name), getattr(whole, name)
+        assert moments.dtype == torch.float64
+        assert (moments - expected).norm() < 1e-6 * expected.norm(), name
     squares = [s for s in compact.sums.values() if s.ndim == 2]
     assert len(squares) == 3
     assert {s.dtype for s in squares} == {torch.float32}
@@ -318,34 +318,34 @@ def test_an_input_that_is_not_finite_is_refused(value: float, dtype: torch.dtype
 
 @pytest.mark.parametrize("name", ["second_moment", "covariance", *REFERENCE_STATISTICS])
 def test_a_missing_statistic_is_named(name: str) -> None:
-    found = InputMoments(3, {"mean"})
-    found.update(torch.ones(5, 3))
+    moments = InputMoments(3, {"mean"})
+    moments.update(torch.ones(5, 3))
     if name == "reference_mean":
-        assert torch.equal(found.reference_mean, found.mean)
+        assert torch.equal(moments.reference_mean, moments.mean)
         return
     missing = {"covariance": "second_moment", "cross_covariance": "cross_moment"}.get(name, name)
     with pytest.raises(ValueError, match=f"^{missing} was not collected"):
-        getattr(found, name)
+        getattr(moments, name)
 
 
 def test_a_missing_gradient_statistic_is_named() -> None:
     layer = make_layer(3, 4, 5)
-    found = GradientMoments(3, 4, {"fisher_in"})
+    moments = GradientMoments(3, 4, {"fisher_in"})
     with pytest.raises(ValueError, match=r"^fisher_in was not collected"):
-        _ = found.fisher_in
-    found.update_fisher(layer.dw[0])
+        _ = moments.fisher_in
+    moments.update_fisher(layer.dw[0])
     with pytest.raises(ValueError, match=r"^gradient_covariance was not collected"):
-        _ = found.gradient_covariance
+        _ = moments.gradient_covariance
     with pytest.raises(ValueError, match="gradient_covariance"):
-        found.update_covariance(layer.dy, None)
+        moments.update_covariance(layer.dy, None)
 
 
 @pytest.mark.parametrize("name", STATISTICS)
 def test_no_token_is_no_statistic(name: str) -> None:
-    found = InputMoments(3)
-    found.update(torch.ones(2, 3), torch.zeros(2, dtype=torch.bool))
+    moments = InputMoments(3)
+    moments.update(torch.ones(2, 3), torch.zeros(2, dtype=torch.bool))
     with pytest.raises(ValueError, match="no token was seen"):
-        getattr(found, name)
+        getattr(moments, name)
 
 
 @pytest.mark.parametrize("make", [lambda needs: InputMoments(3, needs), lambda n: GradientMoments(3, 3, n)])
@@ -380,12 +380,12 @@ def test_a_longer_reference_is_refused_even_at_the_end_of_a_chunk(monkeypatch: p
 
 def test_refused_streams_leave_no_count() -> None:
     """A caller that catches the error must not go on with half a batch."""
-    found = InputMoments(3)
-    found.update(torch.ones(5, 3))
+    moments = InputMoments(3)
+    moments.update(torch.ones(5, 3))
     with pytest.raises(ValueError, match="width"):
-        found.update(torch.ones(5, 4))
-    assert found.count == 5
-    assert found.mean.tolist() == [1, 1, 1]
+        moments.update(torch.ones(5, 4))
+    assert moments.count == 5
+    assert moments.mean.tolist() == [1, 1, 1]
 
 
 def test_only_like_moments_merge() -> None:

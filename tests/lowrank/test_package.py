@@ -24,13 +24,13 @@ OUTSIDE = {"torch", "numpy", "scipy", "jaxtyping"}
 
 def imported(path: Path) -> set[str]:
     """Every module that a file imports, at any depth of it; relative imports with their dots."""
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add("." * node.level + (node.module or ""))
-    return found
+            modules.add("." * node.level + (node.module or ""))
+    return modules
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -55,8 +55,8 @@ assert torch.allclose(factors.dense(), torch.eye(3).double())
 mine = {{name for name in sys.modules if name.split(".")[0] == "eckart"}}
 assert all(name == "eckart" or name.startswith("eckart.lowrank") for name in mine), mine
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
 
 
 def test_every_offered_name_exists() -> None:
@@ -71,15 +71,15 @@ def test_no_file_hides_an_offered_function() -> None:
 def annotated(path: Path) -> list[Any]:
     """Every function, method and class that a file defines."""
     module = importlib.import_module(f"eckart.lowrank.{path.stem}")
-    found = []
+    definitions = []
     for value in vars(module).values():
         if getattr(value, "__module__", None) != module.__name__ or not callable(value):
             continue
-        found.append(value)
+        definitions.append(value)
         if inspect.isclass(value):
             members = [getattr(member, "fget", None) or member for member in vars(value).values()]
-            found += [inspect.unwrap(member) for member in members if inspect.isfunction(member)]
-    return found
+            definitions += [inspect.unwrap(member) for member in members if inspect.isfunction(member)]
+    return definitions
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.stem != "__init__"], ids=lambda path: path.name)

@@ -30,7 +30,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def made(kind: str, d_out: int, d_in: int, rank: int, *, seed: int = 0, biased: bool = False) -> Factors:
+def make_factors(kind: str, d_out: int, d_in: int, rank: int, *, seed: int = 0, biased: bool = False) -> Factors:
     """Factors of that kind; rank <= d_out, but it may exceed d_in."""
     left, right = normal(d_out, rank, seed=seed), normal(rank, d_in, seed=seed + 1)
     sizes = torch.logspace(-6, 6, d_out, dtype=torch.float64)
@@ -57,15 +57,15 @@ def made(kind: str, d_out: int, d_in: int, rank: int, *, seed: int = 0, biased: 
 def factored(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> Factors:
     d_out, d_in = draw(st.integers(1, 12)), draw(st.integers(1, 12))
     rank = draw(st.integers(1, d_out))
-    return made(
+    return make_factors(
         draw(st.sampled_from(kinds)), d_out, d_in, rank, seed=draw(st.integers(0, 999)), biased=draw(st.booleans())
     )
 
 
-def assert_same_map(found: Tensor, factors: Factors) -> None:
+def assert_same_map(matrix: Tensor, factors: Factors) -> None:
     """Equal up to the rounding of the largest terms of the product."""
     largest = float((factors.left.abs() @ factors.right.abs()).max())
-    torch.testing.assert_close(found, factors.dense(), rtol=0, atol=1e-9 * largest)
+    torch.testing.assert_close(matrix, factors.dense(), rtol=0, atol=1e-9 * largest)
 
 
 def maximal_volume(rank: int, size: int) -> Tensor:
@@ -141,7 +141,7 @@ def test_acts_as_its_matrix_and_comes_back_as_factors(factors: Factors) -> None:
 @laws(60)
 @given(st.sampled_from(FULL_RANK), st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
 def test_at_full_rank_of_a_wide_map_the_rows_are_themselves(kind: str, d_out: int, more: int, seed: int) -> None:
-    factors = made(kind, d_out, d_out + more, d_out, seed=seed)
+    factors = make_factors(kind, d_out, d_out + more, d_out, seed=seed)
     pivoted = pivot(factors)
     assert pivoted.coefficients.shape == (0, d_out)
     assert torch.equal(pivoted.order, torch.arange(d_out))
@@ -172,8 +172,8 @@ def test_swaps_end_where_pivoted_qr_alone_has_huge_coefficients(rank: int) -> No
     pivoted = pivot(factors)
     assert pivoted.coefficients.abs().max() <= LARGEST_COEFFICIENT
     assert_same_map(pivoted.dense(), factors)
-    chosen = pivoted.order.argsort()[:rank]
-    volume = torch.linalg.slogdet(left[chosen]).logabsdet
+    rows = pivoted.order.argsort()[:rank]
+    volume = torch.linalg.slogdet(left[rows]).logabsdet
     before = torch.linalg.slogdet(left[torch.from_numpy(order[:rank].copy())]).logabsdet
     assert volume > before + np.log(LARGEST_COEFFICIENT)
 
@@ -206,7 +206,7 @@ def test_members_stack_to_the_whole(factors: Factors, data: st.DataObject) -> No
 
 @pytest.mark.parametrize("sizes", [[], [3, 3], [8], [4, 0, 3], [9, -2]])
 def test_sizes_that_are_not_the_whole_are_refused(sizes: list[int]) -> None:
-    for whole in (made("normal", 7, 5, 2), pivot(made("normal", 7, 5, 2))):
+    for whole in (make_factors("normal", 7, 5, 2), pivot(make_factors("normal", 7, 5, 2))):
         with pytest.raises(ValueError, match=r"a map of 7 rows does not split into"):
             split(whole, sizes)
 
@@ -267,7 +267,7 @@ def test_more_pivots_than_rows_are_refused() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_numbers_that_are_not_finite_are_refused(side: str, value: float) -> None:
-    factors = made("normal", 6, 5, 2)
+    factors = make_factors("normal", 6, 5, 2)
     getattr(factors, side)[1, 1] = value
     with pytest.raises(ValueError, match="6 x 5 map of rank 2 have entries that are not finite"):
         pivot(factors)
@@ -275,7 +275,7 @@ def test_numbers_that_are_not_finite_are_refused(side: str, value: float) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_works_in_float64_and_casts_once(dtype: torch.dtype) -> None:
-    factors = made("normal", 9, 7, 3, biased=True)
+    factors = make_factors("normal", 9, 7, 3, biased=True)
     low = factors.to(dtype)
     pivoted = pivot(low)
     assert {t.dtype for t in (pivoted.pivots, pivoted.coefficients, pivoted.bias)} == {torch.float64}

@@ -38,10 +38,10 @@ def test_refit_is_least_squares_on_the_tokens(crossed: bool, biased: bool, layer
     read = layer.xh if crossed else layer.x
     kept = (read @ before.right.T).numpy()
     rows = np.hstack([kept, np.ones((len(kept), 1))]) if biased else kept
-    wanted = (layer.x @ layer.weight.T).numpy()
-    best = wanted - rows @ np.linalg.lstsq(rows, wanted, rcond=1e-9)[0]
-    least = float(np.square(best).sum(1).mean())
-    scale = 1 + float(np.square(wanted).sum(1).mean())
+    outputs = (layer.x @ layer.weight.T).numpy()
+    residuals = outputs - rows @ np.linalg.lstsq(rows, outputs, rcond=1e-9)[0]
+    least = float(np.square(residuals).sum(1).mean())
+    scale = 1 + float(np.square(outputs).sum(1).mean())
     assert abs(token_loss(layer.weight, after, layer.x, read) - least) < 1e-4 * scale
     assert abs(output_error(layer.weight, after, moments)[0] - least) < 1e-4 * scale
 

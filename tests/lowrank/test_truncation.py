@@ -61,18 +61,18 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor | None, Tensor | None]:
 @given(problems())
 def test_tail_is_the_loss_of_the_cut_and_the_least_there_is(problem) -> None:
     target, root, metric = problem
-    found = factor(target, root=root, metric=metric)
+    spectrum = factor(target, root=root, metric=metric)
     whole = weighted_loss(target, root, metric)
-    assert found.max_rank == min(target.shape)
-    assert math.isclose(found.tail(0), whole, rel_tol=RELATIVE)
-    for rank in range(1, found.max_rank + 1):
-        factors = found.cut(rank)
+    assert spectrum.max_rank == min(target.shape)
+    assert math.isclose(spectrum.tail(0), whole, rel_tol=RELATIVE)
+    for rank in range(1, spectrum.max_rank + 1):
+        factors = spectrum.cut(rank)
         best, least = optimum(target, rank, root, metric)
         measured = weighted_loss(target - factors.dense(), root, metric)
         assert factors.rank == rank
-        assert math.isclose(found.tail(rank), least, abs_tol=RELATIVE * whole)
+        assert math.isclose(spectrum.tail(rank), least, abs_tol=RELATIVE * whole)
         assert math.isclose(measured, least, abs_tol=RELATIVE * whole)
-        if separated(found.energies, rank):
+        if separated(spectrum.energies, rank):
             assert weighted_loss(factors.dense() - best, root, metric) <= 1e-16 * whole
 
 
@@ -80,21 +80,21 @@ def test_tail_is_the_loss_of_the_cut_and_the_least_there_is(problem) -> None:
 @given(problems(), st.integers(0, 2**16), st.sampled_from([1e-4, 1e-2, 1.0]))
 def test_no_other_factors_of_the_rank_do_better(problem, seed: int, scale: float) -> None:
     target, root, metric = problem
-    found = factor(target, root=root, metric=metric)
-    for rank in range(1, found.max_rank + 1):
-        other = neighbours(found.cut(rank), scale, seed)
-        slack = RELATIVE * found.tail(0)
-        assert weighted_loss(target - other.dense(), root, metric) >= found.tail(rank) - slack
+    spectrum = factor(target, root=root, metric=metric)
+    for rank in range(1, spectrum.max_rank + 1):
+        other = neighbours(spectrum.cut(rank), scale, seed)
+        slack = RELATIVE * spectrum.tail(0)
+        assert weighted_loss(target - other.dense(), root, metric) >= spectrum.tail(rank) - slack
 
 
 @laws(60)
 @given(problems())
 def test_every_rank_is_a_slice(problem) -> None:
     target, root, metric = problem
-    found = factor(target, root=root, metric=metric)
-    widest = found.cut(found.max_rank)
-    for rank in range(1, found.max_rank + 1):
-        factors = found.cut(rank)
+    spectrum = factor(target, root=root, metric=metric)
+    widest = spectrum.cut(spectrum.max_rank)
+    for rank in range(1, spectrum.max_rank + 1):
+        factors = spectrum.cut(rank)
         torch.testing.assert_close(factors.left, widest.left[:, :rank], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(factors.right, widest.right[:rank], rtol=1e-12, atol=1e-12)
 
@@ -103,8 +103,8 @@ def test_every_rank_is_a_slice(problem) -> None:
 @given(problems(), st.sampled_from([0.0, 2.5]))
 def test_tails_fall_from_everything_to_the_floor(problem, floor: float) -> None:
     target, root, metric = problem
-    found = factor(target, root=root, metric=metric, floor=floor)
-    tails = [found.tail(rank) for rank in range(found.max_rank + 1)]
+    spectrum = factor(target, root=root, metric=metric, floor=floor)
+    tails = [spectrum.tail(rank) for rank in range(spectrum.max_rank + 1)]
     assert tails == sorted(tails, reverse=True)
     assert tails[-1] == floor
     assert math.isclose(tails[0], floor + weighted_loss(target, root, metric), rel_tol=RELATIVE)
@@ -114,11 +114,11 @@ def test_tails_fall_from_everything_to_the_floor(problem, floor: float) -> None:
 @given(problems())
 def test_basis_is_orthonormal_and_its_energies_fall(problem) -> None:
     target, root, metric = problem
-    found = factor(target, root=root, metric=metric)
-    eye = torch.eye(found.max_rank, dtype=torch.float64)
-    torch.testing.assert_close(found.basis.T @ found.basis, eye, rtol=0, atol=1e-9)
-    assert (found.energies >= 0).all()
-    assert (found.energies.diff() <= 0).all()
+    spectrum = factor(target, root=root, metric=metric)
+    eye = torch.eye(spectrum.max_rank, dtype=torch.float64)
+    torch.testing.assert_close(spectrum.basis.T @ spectrum.basis, eye, rtol=0, atol=1e-9)
+    assert (spectrum.energies >= 0).all()
+    assert (spectrum.energies.diff() <= 0).all()
 
 
 @laws(40)
@@ -127,8 +127,8 @@ def test_full_rank_gives_back_the_target(d_out: int, d_in: int, seed: int, data:
     target = normal(d_out, d_in, seed=seed)
     root = data.draw(sides(d_in, singular=False))
     metric = data.draw(sides(d_out, singular=False))
-    found = factor(target, root=root, metric=metric)
-    torch.testing.assert_close(found.cut(found.max_rank).dense(), target, rtol=1e-8, atol=1e-8)
+    spectrum = factor(target, root=root, metric=metric)
+    torch.testing.assert_close(spectrum.cut(spectrum.max_rank).dense(), target, rtol=1e-8, atol=1e-8)
 
 
 @laws(40)
@@ -137,9 +137,9 @@ def test_bias_carries_the_mean_of_what_is_dropped(problem, seed: int) -> None:
     target, root, metric = problem
     output_mean, input_mean = normal(target.shape[0], seed=seed), normal(target.shape[1], seed=seed + 1)
     plain = factor(target, root=root, metric=metric)
-    found = factor(target, root=root, metric=metric, output_mean=output_mean, input_mean=input_mean)
-    for rank in range(1, found.max_rank + 1):
-        factors = found.cut(rank)
+    spectrum = factor(target, root=root, metric=metric, output_mean=output_mean, input_mean=input_mean)
+    for rank in range(1, spectrum.max_rank + 1):
+        factors = spectrum.cut(rank)
         assert torch.equal(factors.dense(), plain.cut(rank).dense())
         assert plain.cut(rank).bias is None
         assert factors.bias is not None
@@ -155,14 +155,14 @@ def test_any_two_roots_of_one_moment_agree(layer: Layer, seed: int) -> None:
     moment = layer.x.T @ layer.x / len(layer.x)
     cholesky = cholesky_root(moment)
     turned = cholesky @ random_orthogonal(len(moment), seed)
-    found = factor(layer.weight, root=cholesky)
-    slack = RELATIVE * found.tail(0)
+    spectrum = factor(layer.weight, root=cholesky)
+    slack = RELATIVE * spectrum.tail(0)
     for root in (eigen_root(moment), turned):
         other = factor(layer.weight, root=root)
         for rank in layer.ranks:
-            assert math.isclose(other.tail(rank), found.tail(rank), abs_tol=slack)
-            if separated(found.energies, rank):
-                apart = other.cut(rank).dense() - found.cut(rank).dense()
+            assert math.isclose(other.tail(rank), spectrum.tail(rank), abs_tol=slack)
+            if separated(spectrum.energies, rank):
+                apart = other.cut(rank).dense() - spectrum.cut(rank).dense()
                 assert weighted_loss(apart, cholesky) <= 1e-6 * slack
 
 
@@ -170,13 +170,15 @@ def test_any_two_roots_of_one_moment_agree(layer: Layer, seed: int) -> None:
 @given(layers(), st.sampled_from([1e-6, 0.3, 1.0, 1e6]), st.integers(0, 2**16))
 def test_a_multiple_of_an_orthogonal_root_is_plain_svd(layer: Layer, gamma: float, seed: int) -> None:
     plain = factor(layer.weight)
-    found = factor(layer.weight, root=gamma * random_orthogonal(layer.weight.shape[1], seed))
+    spectrum = factor(layer.weight, root=gamma * random_orthogonal(layer.weight.shape[1], seed))
     for rank in layer.ranks:
-        measured = weighted_loss(layer.weight - found.cut(rank).dense())
+        measured = weighted_loss(layer.weight - spectrum.cut(rank).dense())
         assert math.isclose(measured, plain.tail(rank), abs_tol=RELATIVE * plain.tail(0))
-        assert math.isclose(found.tail(rank), gamma**2 * plain.tail(rank), abs_tol=gamma**2 * RELATIVE * plain.tail(0))
+        assert math.isclose(
+            spectrum.tail(rank), gamma**2 * plain.tail(rank), abs_tol=gamma**2 * RELATIVE * plain.tail(0)
+        )
         if separated(plain.energies, rank):
-            torch.testing.assert_close(found.cut(rank).dense(), plain.cut(rank).dense(), rtol=0, atol=1e-9)
+            torch.testing.assert_close(spectrum.cut(rank).dense(), plain.cut(rank).dense(), rtol=0, atol=1e-9)
 
 
 @laws(40)
@@ -213,20 +215,20 @@ def test_both_routes_give_the_reference(
     called = []
     svd = torch.linalg.svd
     monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: called.append(1) or svd(*a, **k))
-    found = factor(target, root=root)
+    spectrum = factor(target, root=root)
     assert bool(called) == (resolution == 2.0)
-    for rank in range(1, found.max_rank + 1):
+    for rank in range(1, spectrum.max_rank + 1):
         best, least = optimum(target, rank, root)
-        assert math.isclose(found.tail(rank), least, rel_tol=1e-9, abs_tol=1e-12)
-        assert weighted_loss(found.cut(rank).dense() - best, root) < 1e-18 * found.tail(0)
+        assert math.isclose(spectrum.tail(rank), least, rel_tol=1e-9, abs_tol=1e-12)
+        assert weighted_loss(spectrum.cut(rank).dense() - best, root) < 1e-18 * spectrum.tail(0)
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4), (5, 5), (1, 1)])
 def test_nothing_to_approximate_is_approximated(shape: tuple[int, int]) -> None:
-    found = factor(torch.zeros(shape))
+    spectrum = factor(torch.zeros(shape))
     for rank in range(1, min(shape) + 1):
-        assert torch.equal(found.cut(rank).dense(), torch.zeros(shape, dtype=torch.float64))
-        assert found.tail(rank) == 0
+        assert torch.equal(spectrum.cut(rank).dense(), torch.zeros(shape, dtype=torch.float64))
+        assert spectrum.tail(rank) == 0
 
 
 def test_does_not_change_its_arguments() -> None:
@@ -249,15 +251,15 @@ def test_interpolation_keeps_columns_exactly(d_out: int, d_in: int, true_rank: i
     matrix = low_rank(d_out, d_in, true_rank, seed)
     singular = np.linalg.svd(matrix.numpy(), compute_uv=False)
     for rank in range(1, min(d_out, d_in) + 1):
-        found = interpolate(matrix, rank)
-        chosen = [
-            next(j for j in range(d_in) if torch.equal(found.right[:, j], unit))
+        factors = interpolate(matrix, rank)
+        columns = [
+            next(j for j in range(d_in) if torch.equal(factors.right[:, j], unit))
             for unit in torch.eye(rank, dtype=torch.float64)
         ]
-        assert torch.equal(found.left, matrix[:, chosen])
-        assert torch.equal(found.dense()[:, chosen], matrix[:, chosen])
+        assert torch.equal(factors.left, matrix[:, columns])
+        assert torch.equal(factors.dense()[:, columns], matrix[:, columns])
         # Between the best there is and the bound of pivoted QR (Golub and Van Loan, 5.4.1).
-        error = float(np.linalg.norm((matrix - found.dense()).numpy(), 2))
+        error = float(np.linalg.norm((matrix - factors.dense()).numpy(), 2))
         least = float(singular[rank]) if rank < len(singular) else 0.0
         slack = 1e-10 * (1 + float(singular[0]))
         assert least - slack <= error <= math.sqrt(max(d_in - rank, 1)) * 2**rank * least + slack
@@ -267,8 +269,8 @@ def test_interpolation_keeps_columns_exactly(d_out: int, d_in: int, true_rank: i
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(0, 2**16))
 def test_interpolation_at_full_rank_is_exact(d_out: int, d_in: int, seed: int) -> None:
     matrix = normal(d_out, d_in, seed=seed)
-    found = interpolate(matrix, min(d_out, d_in))
-    torch.testing.assert_close(found.dense(), matrix, rtol=1e-9, atol=1e-9)
+    factors = interpolate(matrix, min(d_out, d_in))
+    torch.testing.assert_close(factors.dense(), matrix, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("lost", ["columns", "rows", "everything"])
@@ -282,9 +284,9 @@ def test_interpolation_of_fewer_columns_than_the_rank(lost: str, rank: int) -> N
         matrix[1:] = 0
     else:
         matrix[:] = 0
-    found = interpolate(matrix, rank)
-    assert found.rank == rank
-    torch.testing.assert_close(found.dense(), matrix, rtol=1e-12, atol=1e-12)
+    factors = interpolate(matrix, rank)
+    assert factors.rank == rank
+    torch.testing.assert_close(factors.dense(), matrix, rtol=1e-12, atol=1e-12)
 
 
 # Ranks
@@ -317,14 +319,14 @@ def test_rank_for_a_share_is_the_largest_that_fits(keep: float, d_out: int, d_in
 
 @pytest.mark.parametrize("rank", [0, -1, 5, 4096])
 def test_a_rank_out_of_reach_is_refused_with_the_numbers(rank: int) -> None:
-    found, says = factor(normal(4, 6)), rf"rank {rank} is not in 1 \.\.\. min\(d_out, d_in\) = 4"
+    spectrum, says = factor(normal(4, 6)), rf"rank {rank} is not in 1 \.\.\. min\(d_out, d_in\) = 4"
     with pytest.raises(ValueError, match=says):
-        found.cut(rank)
+        spectrum.cut(rank)
     with pytest.raises(ValueError, match=says):
         interpolate(normal(4, 6), rank)
     if rank != 0:
         with pytest.raises(ValueError, match=says):
-            found.tail(rank)
+            spectrum.tail(rank)
 
 
 # What cannot be factored
@@ -372,7 +374,7 @@ def test_a_decomposition_that_fails_is_reported_with_the_numbers(monkeypatch: py
 
 def test_a_spectrum_holds_every_rank_of_one_layer() -> None:
     layer = make_layer(4, 6, 30)
-    found = factor(layer.weight.float())
-    assert isinstance(found, Spectrum)
-    assert found.target.dtype == found.basis.dtype == found.energies.dtype == torch.float64
-    assert (found.basis.shape, found.energies.shape) == ((4, 4), (4,))
+    spectrum = factor(layer.weight.float())
+    assert isinstance(spectrum, Spectrum)
+    assert spectrum.target.dtype == spectrum.basis.dtype == spectrum.energies.dtype == torch.float64
+    assert (spectrum.basis.shape, spectrum.energies.shape) == ((4, 4), (4,))

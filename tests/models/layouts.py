@@ -1,6 +1,6 @@
 """Tiny models in every layout: plain or pivoted, each linear with a right factor of its own or one for all of an input.
 
-The factors are those of plain SVD, made here and put in by hand, so that nothing depends on how a compression chooses.
+The factors are those of plain SVD, cut here and put in by hand, so that nothing depends on how a compression selects.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ def lay_out(model: PreTrainedModel, kind: str, *, keep: float = 0.6, added_bias:
         if added_bias:
             factors = Factors(factors.left, factors.right, factors.left.sum(1) / 8)
         members = split(pivot(factors) if layout == "pivoted" else factors, [len(weight) for weight in weights])
-        made: list[LowRankLinear] = []
+        parts: list[LowRankLinear] = []
         for site, module, member in zip(sites, modules, members, strict=True):
-            made.append(
+            parts.append(
                 LowRankLinear.from_factors(
                     member,
                     module.bias.detach() if site.has_bias else None,
                     device=weights[0].device,
                     dtype=weights[0].dtype,
-                    right_of=made[0] if made else None,
+                    right_of=parts[0] if parts else None,
                 )
             )
-            replace_module(model, site.name, made[-1])
+            replace_module(model, site.name, parts[-1])
     describe(model, {"layout": kind})
     return model
 

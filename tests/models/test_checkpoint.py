@@ -148,14 +148,14 @@ def test_one_file_when_small(tmp_path: Path) -> None:
 def test_types(saved: Any, stored: torch.dtype, asked: Any) -> None:
     model, path = saved("llama", dtype=stored)
     loaded = HEADS["causal"].from_pretrained(path, dtype=asked)
-    wanted = stored if asked == "auto" else asked
-    assert {value.dtype for value in loaded.state_dict().values()} == {wanted}
-    if wanted == stored:
+    expected = stored if asked == "auto" else asked
+    assert {value.dtype for value in loaded.state_dict().values()} == {expected}
+    if expected == stored:
         assert same_tensors(model, loaded)
         assert torch.equal(logits_of(loaded), logits_of(model))
     else:
         site, module = next(iter(low_rank_modules(model).items()))
-        assert torch.equal(loaded.get_submodule(site).left.weight, module.left.weight.to(wanted))
+        assert torch.equal(loaded.get_submodule(site).left.weight, module.left.weight.to(expected))
         assert torch.isfinite(logits_of(loaded)).all()
 
 
@@ -257,8 +257,8 @@ def test_adapters_find_the_factors(saved: Any, model_type: str, from_disk: bool)
     before = logits_of(model)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2)).eval()
     inner = adapted.base_model.model
-    found = {name for name, module in inner.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
-    assert expected <= found
+    adapters = {name for name, module in inner.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    assert expected <= adapters
     assert torch.equal(logits_of(inner), before)  # an untrained adapter adds nothing
     with torch.no_grad():
         for name, parameter in inner.named_parameters():

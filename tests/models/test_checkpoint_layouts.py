@@ -1,4 +1,4 @@
-"""Checkpoints of pivoted layouts and shared right factors: round trips, what stands on disk, and what is refused."""
+"""Checkpoints of pivoted layouts and shared right factors: round trips, what is on disk, and what is refused."""
 
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ def test_tied_and_untied_embeddings(saved: Any, kind: str, tie: bool) -> None:
 def test_types(saved: Any, kind: str, stored: torch.dtype, asked: Any) -> None:
     model, path = saved("llama", kind, dtype=stored)
     loaded = HEADS["causal"].from_pretrained(path, dtype=asked)
-    wanted = stored if asked == "auto" else asked
-    assert {parameter.dtype for parameter in loaded.parameters()} == {wanted}
+    expected = stored if asked == "auto" else asked
+    assert {parameter.dtype for parameter in loaded.parameters()} == {expected}
     orders = [module.order for module in low_rank_modules(loaded).values() if module.order is not None]
     assert {order.dtype for order in orders} <= {torch.int32}
     assert bool(orders) == (KINDS[kind][0] == "pivoted")
@@ -160,7 +160,7 @@ def test_generates_with_a_cache(saved: Any, kind: str) -> None:
     generated = loaded.generate(ids, use_cache=True, **settings)
     assert torch.equal(generated, model.generate(ids, use_cache=True, **settings))
     assert torch.equal(generated, loaded.generate(ids, use_cache=False, **settings))
-    assert all(module.product._held is None for module in low_rank_modules(loaded).values())
+    assert all(module.product.is_empty for module in low_rank_modules(loaded).values())
 
 
 # What is stored
@@ -226,18 +226,18 @@ def test_gradient_checkpointing_gives_the_same_gradients(saved: Any, model_type:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    found = []
+    gradients = []
     for checkpointed in (False, True):
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
-        found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()
                       if parameter.grad is not None})  # fmt: skip
-    assert found[0].keys() == found[1].keys()
-    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
     for name, module in low_rank_modules(model).items():
-        assert found[0][f"{name}.left.weight"].abs().max() > 0
+        assert gradients[0][f"{name}.left.weight"].abs().max() > 0
         assert module.right.weight.grad.abs().max() > 0
 
 
@@ -272,9 +272,9 @@ def test_adapters_find_the_factors(saved: Any, model_type: str, kind: str) -> No
     expected |= {f"{name}.right" for name, module in modules.items() if module.lender is None}
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2)).eval()
     inner = adapted.base_model.model
-    found = {name for name, module in inner.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
-    assert expected <= found
-    assert not {f"{name}.right" for name in modules} & found - expected
+    adapters = {name for name, module in inner.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    assert expected <= adapters
+    assert not {f"{name}.right" for name in modules} & adapters - expected
     assert torch.equal(logits_of(inner), before)
     with torch.no_grad():
         for name, parameter in inner.named_parameters():

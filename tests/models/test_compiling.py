@@ -10,7 +10,7 @@ from eckart.lowrank import Layout
 from eckart.lowrank.pivoting import LAYOUTS
 
 from .layouts import KINDS, laid_out
-from .test_matmul import SHAPES, expression, group, made, rows
+from .test_matmul import SHAPES, expression, group, make_linear, rows
 
 MODES = {"gradients": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 
@@ -24,7 +24,7 @@ def fresh() -> None:
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_linear_is_one_graph(layout: Layout, bias: bool, mode: str) -> None:
-    module = made(layout, torch.float32, bias)
+    module = make_linear(layout, torch.float32, bias)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     for shape in SHAPES[:4]:
         x = rows(shape, torch.float32)
@@ -44,13 +44,13 @@ def test_readers_of_one_right_factor_are_one_graph(layout: Layout, bias: bool, m
 
     x = rows((2, 5, 12), torch.float32)
     with MODES[mode]():
-        found = torch.compile(run, backend="aot_eager", fullgraph=True)(x)
+        outputs = torch.compile(run, backend="aot_eager", fullgraph=True)(x)
         expected = torch.cat([expression(module, 1.5 * x) for module in modules], -1)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_of_a_graph_are_those_of_the_expression() -> None:
-    module, x = made("pivoted", torch.float64, bias=True), rows((3, 12), torch.float64)
+    module, x = make_linear("pivoted", torch.float64, bias=True), rows((3, 12), torch.float64)
     expression(module, x).square().sum().backward()
     expected = {name: parameter.grad for name, parameter in module.named_parameters()}
     module.zero_grad()
@@ -65,8 +65,8 @@ def test_a_model_that_reads_is_one_graph(kind: str) -> None:
     ids = torch.arange(20).view(2, 10) + 8
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
-        found = compiled(input_ids=ids, use_cache=False).logits
-        torch.testing.assert_close(found, model(input_ids=ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+        outputs = compiled(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(outputs, model(input_ids=ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,5 +79,5 @@ def test_a_model_that_generates_is_one_graph(kind: str) -> None:
         cache = StaticCache(config=model.config, max_cache_len=16)
         model(input_ids=prompt, past_key_values=cache, use_cache=True)
         step = torch.compile(model, backend="aot_eager", fullgraph=True)
-        found = step(input_ids=token, past_key_values=cache, use_cache=True).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        outputs = step(input_ids=token, past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-4)

@@ -106,7 +106,7 @@ def test_llama_asks_its_config_for_biases() -> None:
     dense = export_dense(model)
     assert dense.config.attention_bias is True
     assert dense.config.mlp_bias is True
-    # the blocks that were left alone get a place they do not need
+    # the blocks that were not changed get a place they do not need
     assert torch.equal(dense.model.layers[0].mlp.up_proj.bias, torch.zeros(48))
     assert dense.model.layers[2].mlp.up_proj.bias.abs().max() > 0
     torch.testing.assert_close(logits_of(dense), expected, rtol=0, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Loading and saving: the right class for a directory, and no half-made one."""
+"""Loading and saving: the right class for a directory, and no partial one."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Recorder(TorchFunctionMode):
 
 @pytest.fixture(autouse=True)
 def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small matrices are left to torch; here they stand for large ones."""
+    """Small matrices go to torch; here they are treated as large ones."""
     monkeypatch.setattr(matmul, "SMALL", 0)
 
 
@@ -56,7 +56,7 @@ def factors(seed: int = 0, bias: bool = False) -> Factors:
     return Factors(left, right, extra if bias else None)
 
 
-def made(layout: Layout, dtype: torch.dtype, bias: bool = False) -> LowRankLinear:
+def make_linear(layout: Layout, dtype: torch.dtype, bias: bool = False) -> LowRankLinear:
     whole = factors(bias=bias)
     return LowRankLinear.from_factors(
         pivot(whole) if layout == "pivoted" else whole, None, device=CPU, dtype=dtype
@@ -95,7 +95,7 @@ def expression(module: LowRankLinear, x: Tensor) -> Tensor:
 def test_equals_the_expression(
     layout: Layout, dtype: torch.dtype, bias: bool, shape: tuple[int, ...], mode: Callable[[], torch.no_grad]
 ) -> None:
-    module, x = made(layout, dtype, bias), rows(shape, dtype)
+    module, x = make_linear(layout, dtype, bias), rows(shape, dtype)
     expected = expression(module, x)
     torch.testing.assert_close(module(x), expected, rtol=TOLERANCE[dtype], atol=4 * TOLERANCE[dtype])
     with mode():
@@ -116,10 +116,10 @@ def test_readers_of_one_right_factor_equal_the_expression(
 ) -> None:
     modules, x = group(layout, dtype, bias), rows(shape, dtype)
     with torch.no_grad():
-        found = torch.cat([module(x) for module in modules], -1)
+        outputs = torch.cat([module(x) for module in modules], -1)
         expected = torch.cat([expression(module, x) for module in modules], -1)
-    assert modules[0].product._held is None
-    torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=4 * TOLERANCE[dtype])
+    assert modules[0].product.is_empty
+    torch.testing.assert_close(outputs, expected, rtol=TOLERANCE[dtype], atol=4 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_on_tiles_each_has_its_order(
     dtype: torch.dtype, count: int, layout: Layout, expected: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(matmul, "has_tiles", lambda: True)
-    module, x = made(layout, dtype), rows((count, D_IN), dtype)
+    module, x = make_linear(layout, dtype), rows((count, D_IN), dtype)
     with torch.no_grad(), Recorder() as recorder:
         module(x)
     kinds = {"mv", "mm", "linear", "gather", "index_fill_"}
@@ -154,13 +154,13 @@ def test_without_tiles_products_are_linears(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(matmul, "has_tiles", lambda: False)
     for count in (1, 2, 16, 65):
         with torch.no_grad(), Recorder() as recorder:
-            made("plain", torch.bfloat16)(rows((count, D_IN), torch.bfloat16))
+            make_linear("plain", torch.bfloat16)(rows((count, D_IN), torch.bfloat16))
         assert recorder.called.count("linear") == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
 def test_reordering_moves_pivots_as_they_are(dtype: torch.dtype, tiles: bool) -> None:
-    module = made("pivoted", dtype)
+    module = make_linear("pivoted", dtype)
     for count in (1, 4, 16, 100):
         x = rows((count, D_IN), dtype)
         with torch.no_grad():
@@ -189,7 +189,7 @@ def test_a_transposed_product_of_a_module_in_between_will_do() -> None:
 @pytest.mark.parametrize("what", ["hook", "early hook", "wrapped forward", "in its place", "bias"])
 @pytest.mark.usefixtures("tiles")
 def test_what_was_put_around_a_factor_is_called(side: str, what: str) -> None:
-    module, x = made("plain", torch.float32), rows((16, D_IN), torch.float32)
+    module, x = make_linear("plain", torch.float32), rows((16, D_IN), torch.float32)
     factor, calls = getattr(module, side), []
     if what == "hook":
         factor.register_forward_hook(lambda *_: calls.append(1))
@@ -207,7 +207,7 @@ def test_what_was_put_around_a_factor_is_called(side: str, what: str) -> None:
         y = module(x)
         p = module.right(x)
         torch.testing.assert_close(y, module.left(p))
-        assert torch.allclose(y, expression(made("plain", torch.float32), x), rtol=1e-4, atol=1e-4) != changed
+        assert torch.allclose(y, expression(make_linear("plain", torch.float32), x), rtol=1e-4, atol=1e-4) != changed
     assert changed or len(calls) == 2
 
 
@@ -226,7 +226,7 @@ def test_only_a_plain_linear_on_a_processor_is_bare() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("tiles")
 def test_transformed_tensors_are_left_to_torch(layout: Layout) -> None:
-    module, x = made(layout, torch.float16), rows((70, D_IN), torch.float16)
+    module, x = make_linear(layout, torch.float16), rows((70, D_IN), torch.float16)
     with torch.no_grad():
         expected = expression(module, x)
         torch.testing.assert_close(torch.func.vmap(module)(x), expected, rtol=3e-3, atol=1e-2)
@@ -238,7 +238,7 @@ def test_transformed_tensors_are_left_to_torch(layout: Layout) -> None:
 
 
 def test_nothing_is_kept_of_a_call() -> None:
-    module, x = made("pivoted", torch.bfloat16, bias=True), rows((100, D_IN), torch.bfloat16)
+    module, x = make_linear("pivoted", torch.bfloat16, bias=True), rows((100, D_IN), torch.bfloat16)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     with torch.no_grad():
         module(x)

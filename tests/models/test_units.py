@@ -156,12 +156,12 @@ def test_modules_compute_the_stacked_factors_and_their_own_biases(model_type: st
         modules = unit.modules(model, factors, layout)
         x = inputs[unit.sites[0].name]
         expected = factors(x.double()).split([site.d_out for site in unit.sites], -1)
-        for site, wanted in zip(unit.sites, expected, strict=True):
+        for site, product in zip(unit.sites, expected, strict=True):
             own = model.get_submodule(site.name).bias if site.has_bias else torch.zeros(())
             with torch.no_grad():
-                found = modules[site.name](x)
-            assert found.dtype == torch.float32
-            torch.testing.assert_close(found, (wanted + own).float(), rtol=1e-4, atol=1e-4)
+                outputs = modules[site.name](x)
+            assert outputs.dtype == torch.float32
+            torch.testing.assert_close(outputs, (product + own).float(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -51,15 +51,15 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, b
         expected[model_type] = logits_of(export_dense(model), tokens)
         save(model, folder / f"{model_type}-dense")
     paths = sorted(str(path) for path in folder.iterdir())
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(tokens.ids.tolist()), *paths],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     results: dict[tuple[str, str, bool], Any] = {}
-    for key, outcome in json.loads(done.stdout.splitlines()[-1]).items():
+    for key, outcome in json.loads(process.stdout.splitlines()[-1]).items():
         path, _, base = key.rpartition(" ")
         model_type, kind = Path(path).name.split("-")
         results[model_type, kind, base == "True"] = outcome

@@ -93,7 +93,7 @@ def test_best_is_everything_together() -> None:
     assert (made.method.name, made.method.options["shrink_out"]) == ("kfac", 0.5)
     assert (made.allocation.name, made.layout, made.order) == ("global", "pivoted", "anchored")
     assert made.refinement == Refinement()
-    assert made.keeps_aside
+    assert made.holds_out
     assert made.distillation is None
     distilled = COMPOSITIONS["best-distilled"](shrink_out=0.5)
     assert distilled.distillation == Distillation()
@@ -109,8 +109,8 @@ def test_the_order_decides_how_a_method_factors(name: str) -> None:
     assert Composition(method, order="anchored").in_order == method.anchored(ANCHOR_SHRINKAGE)
     refit = Composition(method, refit=True)
     assert refit.in_order.needs == method.needs | {"second_moment"}, "nothing else could be refit on"
-    assert refit.keeps_aside
-    assert not Composition(method).keeps_aside
+    assert refit.holds_out
+    assert not Composition(method).holds_out
 
 
 def test_settings_are_those_of_the_method() -> None:

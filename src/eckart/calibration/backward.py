@@ -1,8 +1,8 @@
-"""Sweep: gradient statistics block by block, the last one first, of a model of which one block is in memory.
+"""Backward: gradient statistics block by block, the last one first, with one block of the model in memory.
 
 Forward, the hidden states of every sample are kept at every door. At the last one the loss and its gradient are taken;
 backward, a block is run once more from its door, and the gradient at its outputs gives those of its weights and of its
-inputs. What comes of it are the sums that `gradients.collect_gradients` takes in one piece.
+inputs. The sums are those of `gradients.collect_gradients`, which has the whole model in memory.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Sweep:
 
     Args:
         skeleton: the model. tokens, sites, needs: as in `collect_gradients`.
-        folder: for hidden states, gradients at the doors and statistics. What is there is not made again.
+        folder: for hidden states, gradients at the doors and statistics. Whole files in it are not computed again.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Sweep:
         self.first = min(site.block for site in sites)
 
     def run(self) -> None:
-        """Make the statistics of every block that has none.
+        """Collect the statistics of every block that has none on disk.
 
         Raises:
             ValueError: as `collect_gradients`.
@@ -96,7 +96,7 @@ class Sweep:
         return self.folder / "scored.json"
 
     def _forward(self, held: Spill, start: int | None) -> Walk:
-        """The hidden states of every sample at every door, from one that is there on."""
+        """The hidden states of every sample at every door; `start`: the last one on disk, None where there is none."""
         model, generator = self.skeleton.model, torch.Generator().manual_seed(0)
         read = [sample_input(model, ids, self.tokens.mask_token, generator) for ids in self.samples]
         batches = [(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in read]

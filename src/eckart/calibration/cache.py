@@ -1,4 +1,4 @@
-"""Store: moments in safetensors files, which appear whole or not at all."""
+"""Cache: moments in safetensors files, which appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from eckart.lowrank import GradientMoments, InputMoments
 from eckart.support.files import GRADIENTS, whole_file
 
-# What a file says of its making stands beside the counts of its entries; no site and no group has such a name.
+# Metadata key of what made a file, among the counts of its entries; no site and no group has such a name.
 MADE_BY = "made by"
 
 
@@ -29,16 +29,16 @@ class Store:
         return self.folder / f"block-{block:03d}.safetensors"
 
     def holds(self, block: int) -> bool:
-        """Whether a block's moments are there."""
+        """Whether a block's moments are in the folder."""
         return is_whole(self._path(block))
 
     def read(self, block: int) -> dict[str, InputMoments]:
         """{input group: moments} of a block."""
-        found = _read_file(self._path(block))
-        return {group: InputMoments.from_state(int(counts[0]), sums) for group, (counts, sums) in found.items()}
+        entries = _read_file(self._path(block))
+        return {group: InputMoments.from_state(int(counts[0]), sums) for group, (counts, sums) in entries.items()}
 
     def write(self, block: int, inputs: Mapping[str, InputMoments]) -> None:
-        """Keep a block's moments."""
+        """Write a block's moments."""
         _write_file(
             self._path(block), {group: ((moments.count,), moments.sums) for group, moments in inputs.items()}, None
         )
@@ -49,7 +49,7 @@ class Store:
         return read_gradients(path) if is_whole(path) else None
 
     def write_gradients(self, gradients: Mapping[str, GradientMoments]) -> None:
-        """Keep the gradient statistics of all sites."""
+        """Write the gradient statistics of all sites."""
         write_gradients(self.folder / GRADIENTS, gradients)
 
 
@@ -59,7 +59,7 @@ def write_gradients(
     """Write {site name: gradient statistics}.
 
     Args:
-        made_by: plain data for whoever finds the file, see `read_making`.
+        made_by: plain data on what made them, see `read_making`.
     """
     entries = {site: ((moments.examples, moments.tokens), moments.sums) for site, moments in gradients.items()}
     _write_file(path, entries, made_by)
@@ -69,7 +69,7 @@ def read_gradients(path: Path) -> dict[str, GradientMoments]:
     """{site name: gradient statistics} of a file of `write_gradients`.
 
     Raises:
-        ValueError: it is no such file, or not a whole one.
+        ValueError: it is no such file, or is cut short.
     """
     try:
         return {
@@ -87,7 +87,7 @@ def read_making(path: Path) -> dict[str, Any]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether the file is there and as long as its header says."""
+    """Whether the file exists and is as long as its header says."""
     try:
         with safe_open(path, framework="pt"):
             return True
@@ -103,11 +103,11 @@ def _write_file(
     tensors = {
         f"{name}|{key}": value.cpu().contiguous() for name, (_, sums) in entries.items() for key, value in sums.items()
     }
-    noted = {name: json.dumps(numbers) for name, (numbers, _) in entries.items()}
+    metadata = {name: json.dumps(numbers) for name, (numbers, _) in entries.items()}
     if made_by is not None:
-        noted[MADE_BY] = json.dumps(made_by)
+        metadata[MADE_BY] = json.dumps(made_by)
     with whole_file(path) as partial:
-        save_file(tensors, partial, metadata=noted)
+        save_file(tensors, partial, metadata=metadata)
 
 
 def _read_file(path: Path) -> dict[str, tuple[list[int], dict[str, Tensor]]]:

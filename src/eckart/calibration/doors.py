@@ -1,4 +1,4 @@
-"""Doors: hidden states of all batches between two blocks, in memory or on disk."""
+"""Doors: hidden states of all batches between two blocks, in memory or on disk. A block's door is its input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAME = "hidden"
 
 
 class Doors(Protocol):
-    """Hidden states of all batches at the door of one block and, as they are made, at the next."""
+    """Hidden states of all batches at the door of one block and, as they are computed, at the next."""
 
     def read(self, index: int) -> Tensor:
         """A batch's at this door."""
@@ -35,7 +35,7 @@ class Doors(Protocol):
 
 
 class Held:
-    """Doors in memory: a batch's states take the place of those that they were made of."""
+    """Doors in memory: a batch's states replace those that they were computed from."""
 
     def __init__(self) -> None:
         self._states: dict[int, Tensor] = {}
@@ -55,22 +55,22 @@ class Held:
 class Spill:
     """`Doors` in files: a folder for each door, a file for each batch.
 
-    A door's folder has its name once every batch is in it, so that a walk that was killed goes on at a whole one. A
+    A door's folder has its name once every batch is in it, so that a killed walk resumes at a whole one. A
     file is read and written in one go and not kept mapped: what is mapped counts as resident.
 
     Attributes:
-        door: the one that all batches have come to; to go on from another that is whole, set it.
+        door: the one that all batches have reached; set it to resume from another that is whole.
 
     Args:
         folder: for the doors.
-        batches: how many there are.
+        batches: their number.
         first: the door that the first states are at.
         door: one that is whole; None before there is any.
         step: from one door to the next; -1 goes backward.
-        device: where what is read is put.
+        device: of the tensors that are read.
 
     Raises:
-        OSError: the disk is full; the doors that are whole are left.
+        OSError: the disk is full; the doors that are whole stay.
     """
 
     def __init__(
@@ -115,14 +115,14 @@ class Spill:
             ) from error
 
     def turn(self) -> None:
-        """See `Doors`. The door that was left stays, until it is cleared."""
+        """See `Doors`. The previous door stays until it is cleared."""
         self.door += self.step
         place = self._folder(self.door)
-        shutil.rmtree(place, ignore_errors=True)  # from a walk that came by before, and had to begin anew
+        shutil.rmtree(place, ignore_errors=True)  # of an earlier walk that had to start over
         place.with_suffix(".partial").rename(place)
 
     def clear(self) -> None:
-        """Remove the doors that all batches have left behind."""
+        """Remove the doors that all batches have passed."""
         for door in whole_doors(self.folder):
             if (self.door - door) * self.step > 0:
                 shutil.rmtree(self._folder(door))
@@ -137,8 +137,8 @@ class Spill:
 
 def whole_doors(folder: Path) -> list[int]:
     """The doors whose states are all there, ascending."""
-    found = [re.fullmatch(r"door-(\d+)", place.name) for place in folder.glob("door-*")]
-    return sorted(int(match[1]) for match in found if match)
+    matches = [re.fullmatch(r"door-(\d+)", place.name) for place in folder.glob("door-*")]
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def _file(folder: Path, index: int) -> Path:

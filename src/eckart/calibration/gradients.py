@@ -1,4 +1,4 @@
-"""Gradients: what backward passes tell about each linear, taken for the purpose or on the way while it is trained."""
+"""Gradients: statistics of each linear from backward passes, run for the purpose or while the model is trained."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from eckart.support.progress import Track, silent
 
 # A masked language model is asked for this share of its tokens, as in its pretraining (BERT, section 3.1).
 MASKED_SHARE = 0.15
-# What cross_entropy leaves out of its mean.
+# The target that cross_entropy ignores.
 UNSCORED = -100
 
 
@@ -41,7 +41,7 @@ def collect_gradients(
 
     Args:
         needs: out of GRADIENT_STATISTICS.
-        after: samples before these, of the same text, that somebody else takes: labels and masks are drawn as if they
+        after: samples before these, of the same text, that another call takes: labels and masks are drawn as if they
             had been read, so that the sum over parts of a text is that of the whole.
 
     Raises:
@@ -63,7 +63,7 @@ def collect_gradients(
 
 
 def _draw_past(model: PreTrainedModel, tokens: Tokens, generator: torch.Generator) -> None:
-    """Draw what `sample_loss` would for each of these samples. How much is drawn depends on shapes alone."""
+    """Draw from `generator` what `sample_loss` would for each of these samples; that depends on shapes alone."""
     kind = type(model).__name__
     for mask in tokens.mask:
         if "ForSequenceClassification" in kind:
@@ -97,8 +97,8 @@ def language_loss(
 ) -> tuple[Tensor, int]:
     """A language model's own loss on a batch, and the number of tokens that it is a mean over; padding is in neither.
 
-    Of a causal model each next token; of a masked one 15 % of the tokens, drawn by `generator`, and of every row one at
-    least: its last, where none was drawn.
+    Of a causal model each next token; of a masked one 15 % of the tokens, drawn by `generator`, and at least one of
+    every row: its last, where none was drawn.
 
     Raises:
         ValueError: the model's class has no loss that this file knows, or there is nothing to predict.
@@ -107,9 +107,9 @@ def language_loss(
     ids, mask = ids.to(model.device), mask.to(model.device)
     attention_mask = None if bool(mask.all()) else mask.long()
     if "ForMaskedLM" in kind:
-        masked, chosen = _mask_some(kind, ids, mask, mask_token, generator)
+        masked, drawn = _mask_some(kind, ids, mask, mask_token, generator)
         logits = model(input_ids=masked, attention_mask=attention_mask).logits.float()
-        return nn.functional.cross_entropy(logits[chosen], ids[chosen]), int(chosen.sum())
+        return nn.functional.cross_entropy(logits[drawn], ids[drawn]), int(drawn.sum())
     if model.can_generate():
         scored = mask[:, :-1] & mask[:, 1:]
         if not scored.any():
@@ -136,10 +136,10 @@ def _mask_some(
     """The ids with some tokens masked, and which; see `language_loss`."""
     if mask_token is None:
         raise ValueError(f"{kind} is trained on masked tokens, and the tokenizer has no mask token")
-    chosen = (torch.rand(ids.shape, generator=generator).to(ids.device) < MASKED_SHARE) & mask
+    drawn = (torch.rand(ids.shape, generator=generator).to(ids.device) < MASKED_SHARE) & mask
     last = ids.shape[1] - 1 - mask.flip(1).int().argmax(1)
-    chosen[torch.arange(len(ids), device=ids.device), last] |= ~chosen.any(1)
-    return ids.masked_fill(chosen, mask_token), chosen
+    drawn[torch.arange(len(ids), device=ids.device), last] |= ~drawn.any(1)
+    return ids.masked_fill(drawn, mask_token), drawn
 
 
 @contextmanager
@@ -157,12 +157,12 @@ def record_squares(model: PreTrainedModel, recorded: Mapping[str, GradientMoment
     over several backward passes it would see sums of the first k of them, and square those: clear gradients after each.
 
     Args:
-        recorded: {site name: moments}; what is in them already is added to. `examples` counts backward passes.
+        recorded: {site name: moments}, which are added to. `examples` counts backward passes.
 
     Raises:
         ValueError: a gradient that is not finite (names the site).
 
-    Cost: a square and two sums per step and site, and one look at the result, for which a GPU is waited for.
+    Cost: a square and two sums per step and site, and one check of the result, which waits for the GPU.
     """
     handles = []
     try:
@@ -187,14 +187,14 @@ class Scale:
 def watching(model: PreTrainedModel, collected: dict[str, GradientMoments]) -> Iterator[Scale]:
     """Inside, only the sites' weights have gradients; each is added to its moments and freed as soon as it exists."""
     scale = Scale()
-    wanted = {name: model.get_submodule(name) for name in collected}
+    modules = {name: model.get_submodule(name) for name in collected}
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     handles = []
     try:
         for parameter in before:
             parameter.requires_grad_(False)
             parameter.grad = None
-        for name, module in wanted.items():
+        for name, module in modules.items():
             weight: nn.Parameter = module.weight  # type: ignore[assignment]
             weight.requires_grad_(True)
             handles.append(

@@ -34,13 +34,13 @@ class BlockCalibration:
     """The moments of one block, or of a part of it: {input group: InputMoments} and {site name: GradientMoments}.
 
     Attributes:
-        aside: {input group: InputMoments} of the tokens kept aside, for what has to prove itself on them.
+        held_out: {input group: InputMoments} of the tokens held out, for refits and passes that are tested on them.
     """
 
     block: int
     inputs: dict[str, InputMoments] = field(default_factory=dict)
     gradients: dict[str, GradientMoments] = field(default_factory=dict)
-    aside: dict[str, InputMoments] = field(default_factory=dict)
+    held_out: dict[str, InputMoments] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def calibrate_by_block(
     batch_size: int = 8,
     track: Track = silent,
 ) -> Iterator[BlockCalibration]:
-    """The moments of one block after another. A block may be replaced as soon as it was given out.
+    """The moments of one block after another. A block may be replaced as soon as its moments were yielded.
 
     Args:
         tokens: padding is left out of every statistic.
@@ -92,8 +92,8 @@ def calibrate_by_block(
         sites: only these; default all.
         cache: folder for moments. A calibration is kept in `cache/<digest>`, a file a block, where the digest is of
             the model's weights and configuration, the token ids and mask, the statistics and the sites. Blocks that
-            are there already are read, not computed, so a killed run goes on where it was.
-        gradients: of these sites, where they were gathered before (see `gather_gradients`).
+            are there already are read, not computed, so a killed run resumes where it was.
+        gradients: of these sites, if they were gathered before (see `gather_gradients`).
         batch_size: rows at a time; it changes memory and speed only.
 
     Raises:
@@ -116,17 +116,17 @@ def calibrate_by_block(
     if cache is not None and needs & INPUT_STATISTICS:
         store = Store(cache / calibration_digest(model, tokens, needs & INPUT_STATISTICS, sites))
     numbers = sorted({site.block for site in sites})
-    wanted = needs & INPUT_STATISTICS
+    statistics = needs & INPUT_STATISTICS
     groups = {number: first_readers(site for site in sites if site.block == number) for number in numbers}
-    missing = [number for number in numbers if wanted and not (store and store.holds(number))]
+    missing = [number for number in numbers if statistics and not (store and store.holds(number))]
     walk = Walk(model, tokens.batches(batch_size), track) if missing else None
     for number in numbers:
         inputs: dict[str, InputMoments] = {}
         if walk and number in missing:
-            inputs = walk.moments(number, groups[number], wanted)
+            inputs = walk.moments(number, groups[number], statistics)
             if store:
                 store.write(number, inputs)
-        elif store and wanted:
+        elif store and statistics:
             inputs = store.read(number)
             if walk and number < missing[-1]:
                 walk.skip(number)  # now, with the dense block: the caller may replace it
@@ -167,7 +167,7 @@ def gather_gradients(
 
 
 def recorded_gradients(model: str | Path, sites: Iterable[Site]) -> dict[str, GradientMoments]:
-    """{site name: Fisher sums} that were recorded while the model was fine-tuned, from the file beside it.
+    """{site name: Fisher sums} that were recorded while the model was fine-tuned, from the file in its directory.
 
     Args:
         model: its directory.
@@ -181,18 +181,18 @@ def recorded_gradients(model: str | Path, sites: Iterable[Site]) -> dict[str, Gr
             f"fisher: recorded, and there is no {path}: fine-tune the model with `eckart finetune`, or gather the "
             "Fisher sums on the calibration text (fisher: gathered)"
         )
-    found = read_gradients(path)
+    recorded = read_gradients(path)
     for site in sites:
-        if site.name not in found:
+        if site.name not in recorded:
             raise ValueError(f"{path} has nothing of {site.name}: was it recorded with another model?")
-        sums = found[site.name].sums
+        sums = recorded[site.name].sums
         shape = (len(sums["fisher_out"]), len(sums["fisher_in"]))
         if shape != (site.d_out, site.d_in):
             raise ValueError(
                 f"{site.name}: {path} has the sums of a weight of shape {shape}, this one's is "
                 f"{(site.d_out, site.d_in)}: was it recorded with another model?"
             )
-    return {site.name: found[site.name] for site in sites}
+    return {site.name: recorded[site.name] for site in sites}
 
 
 def check_readable(model: PreTrainedModel, tokens: Tokens) -> None:
@@ -206,7 +206,7 @@ def check_readable(model: PreTrainedModel, tokens: Tokens) -> None:
 
 
 def calibration_digest(model: PreTrainedModel, tokens: Tokens, needs: frozenset[str], sites: Sequence[Site]) -> str:
-    """A name for the moments: of everything that makes them, contents and not names.
+    """A name for the moments: a digest of all that they depend on, by content and not by name.
 
     Cost: one read of the model's weights.
     """

@@ -1,9 +1,9 @@
-"""Sequential: blocks compressed in order, each calibrated on what the compressed blocks before it give.
+"""Sequential: blocks compressed in order, each calibrated on the outputs of the compressed blocks before it.
 
 Two streams of hidden states walk through the model: one through its dense blocks, one through the blocks as they are
 once compressed. Inside a block the input groups follow in the order in which the block reads them, so that the output
-projection is already calibrated on the compressed q, k and v. Some samples are kept aside: no statistic sees them, and
-what claims to better a block (see `passes`) has to prove it on them.
+projection is already calibrated on the compressed q, k and v. Some samples are held out: no statistic sees them, and
+a pass over a block (see `passes`) is undone unless it lowers the loss on them.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Sample:
     """One batch at the door of a block.
 
     Attributes:
-        hidden: (batch, length, width) what the compressed blocks before it give.
+        hidden: (batch, length, width) output of the compressed blocks before it.
         args, kwargs: the other arguments of the block's call.
         mask: (batch, length), True for real tokens.
-        target: what the dense block makes of the dense stream.
+        target: the dense block's output on the dense stream.
     """
 
     hidden: Tensor
@@ -49,7 +49,7 @@ class Sample:
     target: Tensor
 
     def run(self, block: nn.Module) -> Tensor:
-        """What a block makes of it."""
+        """A block's output on it."""
         return hidden_of(block(self.hidden, *self.args, **self.kwargs))
 
     def cast(self, dtype: torch.dtype) -> Sample:
@@ -63,7 +63,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class PassReport:
-    """What became of a pass over one block, or over the model: its loss on the tokens kept aside, before and after.
+    """The result of a pass over one block, or over the model: its loss on the held-out tokens, before and after.
 
     Attributes:
         name: of the pass.
@@ -80,31 +80,31 @@ class PassReport:
 
 
 class BlockPass(Protocol):
-    """Betters a block whose sites are replaced, in place, or leaves it as it was."""
+    """Improves a block whose sites are replaced, in place, or leaves it as it was."""
 
     def __call__(
-        self, number: int, block: nn.Module, samples: Sequence[Sample], aside: Sequence[Sample], track: Track
+        self, number: int, block: nn.Module, samples: Sequence[Sample], held_out: Sequence[Sample], track: Track
     ) -> PassReport | None: ...
 
 
 class SequentialCalibration:
     """The moments of one input group after another; give them to `compress`, which replaces sites as they come.
 
-    Iterating it once walks through the model; a second time is refused. `reports` fills with what the passes did.
+    It can be iterated once. `reports` fills with the results of the passes.
 
     Args:
         model: dense; `compress` changes it on the way.
-        tokens: calibration samples. aside: samples kept aside, for passes and refits.
-        method: for what it needs. An anchored one (`Method.anchored`) goes with order "anchored", and only with it.
+        tokens: calibration samples. held_out: samples held out, for passes and refits.
+        method: for what it needs. An anchored one (`Method.anchored`) is for order "anchored", and only for it.
         order: see `Order`.
         sites: those that will be replaced; default all.
-        gradients: of these sites, where they were gathered before.
-        passes: what is done to each block once its sites are replaced.
-        batch_size: rows at a time; it changes memory and speed only, but for passes that take steps, where it is a
-            choice that changes numbers.
+        gradients: of these sites, if they were gathered before.
+        passes: applied in turn to each block once its sites are replaced.
+        batch_size: rows at a time; it changes memory and speed only, but for passes that take steps, where it
+            changes numbers.
 
     Raises:
-        ValueError: as `calibrate_by_block`; an order that does not go with the method; passes without samples aside.
+        ValueError: as `calibrate_by_block`; an order that does not fit the method; passes without held-out samples.
 
     Cost: one forward pass of each stream, and for each input group of a block another one up to where it is read.
     Memory: the hidden states of both streams, and a second copy of one block.
@@ -117,7 +117,7 @@ class SequentialCalibration:
         method: Method,
         *,
         order: Order = "anchored",
-        aside: Tokens | None = None,
+        held_out: Tokens | None = None,
         sites: Sequence[Site] | None = None,
         gradients: dict[str, GradientMoments] | None = None,
         passes: Sequence[BlockPass] = (),
@@ -125,10 +125,10 @@ class SequentialCalibration:
         track: Track = silent,
     ) -> None:
         if (order == "anchored") != (method.anchor is not None):
-            raise ValueError(f"order {order!r} and {method.name}, anchored at {method.anchor}, do not go together")
-        if passes and aside is None:
-            raise ValueError("a pass has to prove itself on samples kept aside: keep some")
-        self.model, self.tokens, self.method, self.order, self.aside = model, tokens, method, order, aside
+            raise ValueError(f"order {order!r} and {method.name}, anchored at {method.anchor}, do not fit together")
+        if passes and held_out is None:
+            raise ValueError("a pass is tested on held-out samples: hold some out")
+        self.model, self.tokens, self.method, self.order, self.held_out = model, tokens, method, order, held_out
         self.sites = find_sites(model) if sites is None else tuple(sites)
         self.gradients, self.passes, self.batch_size, self.track = gradients, tuple(passes), batch_size, track
         self.reports: list[PassReport] = []
@@ -138,12 +138,12 @@ class SequentialCalibration:
         if self.started:
             raise ValueError("this calibration was walked through already, and the model is compressed: make a new one")
         self.started = True
-        for tokens in (self.tokens, self.aside):
+        for tokens in (self.tokens, self.held_out):
             if tokens is not None:
                 check_readable(self.model, tokens)
         if self.gradients is None:
             self.gradients = gather_gradients(self.model, self.tokens, self.method, sites=self.sites, track=self.track)
-        streams = _Streams(self.model, self.tokens, self.aside, self.batch_size, self.track)
+        streams = _Streams(self.model, self.tokens, self.held_out, self.batch_size, self.track)
         last = max((site.block for site in self.sites), default=-1)
         for number, block in enumerate(streams.blocks):
             sites = [site for site in self.sites if site.block == number]
@@ -158,7 +158,7 @@ class SequentialCalibration:
     def _block(
         self, streams: _Streams, number: int, block: nn.Module, sites: Sequence[Site], *, last: bool
     ) -> Generator[BlockCalibration, None, list[Tensor]]:
-        """The parts of a block, then its passes; gives what the dense block makes of every batch.
+        """The parts of a block, then its passes; returns the dense block's output on every batch.
 
         The copy of the dense block is gone when it returns, and the moments of a part before the next ones are made:
         nothing here has a name for them.
@@ -186,44 +186,44 @@ class SequentialCalibration:
         return targets
 
     def _run_passes(self, streams: _Streams, number: int, block: nn.Module, targets: list[Tensor]) -> None:
-        """Every pass over the block, in place; `reports` gets what became of each."""
-        samples = streams.samples(number, targets)
+        """Every pass over the block, in place; `reports` gets the result of each."""
+        samples, split = streams.samples(number, targets), streams.first_held_out
         for work in self.passes:
-            report = work(number, block, samples[: streams.first_aside], samples[streams.first_aside :], self.track)
+            report = work(number, block, samples[:split], samples[split:], self.track)
             if report is not None:
                 self.reports.append(report)
 
     def _part(
         self, number: int, sites: Sequence[Site], moments: dict[str, tuple[InputMoments, InputMoments]]
     ) -> BlockCalibration:
-        """What is known of some sites of a block; moments as `_Streams.moments` gives them."""
+        """The statistics of some sites of a block; moments as `_Streams.moments` returns them."""
         gradients = self.gradients or {}
         return BlockCalibration(
             number,
-            {group: found for group, (found, _) in moments.items()},
+            {group: calibrated for group, (calibrated, _) in moments.items()},
             {site.name: gradients[site.name] for site in sites if site.name in gradients},
-            {group: aside for group, (_, aside) in moments.items() if aside.count},
+            {group: held_out for group, (_, held_out) in moments.items() if held_out.count},
         )
 
 
 class _Streams:
-    """Hidden states of all batches in both models, at the door of block `number`; those aside come last."""
+    """Hidden states of all batches in both models, at the door of block `number`; those held out come last."""
 
     def __init__(
-        self, model: PreTrainedModel, tokens: Tokens, aside: Tokens | None, batch_size: int, track: Track
+        self, model: PreTrainedModel, tokens: Tokens, held_out: Tokens | None, batch_size: int, track: Track
     ) -> None:
         self.blocks, self.track, self.number = blocks_of(model), track, 0
         batches = tokens.batches(batch_size)
-        self.first_aside = len(batches)
-        if aside is not None:
-            batches += aside.batches(batch_size)
+        self.first_held_out = len(batches)
+        if held_out is not None:
+            batches += held_out.batches(batch_size)
         self.masks = [mask for _, mask in batches]
         recordings = record_calls(model, batches, track)
         self.calls = [recording.calls for recording in recordings]
         self.hidden = {name: [recording.hidden for recording in recordings] for name in ("dense", "compressed")}
 
     def advance(self, block: nn.Module, dense: nn.Module) -> None:
-        """Both streams through a block that stays as it is; at once where they are the same still."""
+        """Both streams through a block that is not replaced; in one run where they are still the same."""
         through = self.through(dense, "dense")
         same = all(a is b for a, b in zip(self.hidden["dense"], self.hidden["compressed"], strict=True))
         self.hidden["compressed"] = through if same else self.through(block, "compressed")
@@ -231,26 +231,26 @@ class _Streams:
         self.number += 1
 
     def turn(self, block: nn.Module, targets: list[Tensor]) -> None:
-        """Both streams to the next block's door, given what the dense block makes of its stream."""
+        """Both streams to the next block's door, given the dense block's outputs."""
         self.hidden["compressed"] = self.through(block, "compressed")
         self.hidden["dense"] = targets
         self.number += 1
 
     @torch.no_grad()
     def through(self, block: nn.Module, stream: str) -> list[Tensor]:
-        """What a block makes of every batch of a stream."""
-        made = []
+        """A block's output on every batch of a stream."""
+        outputs = []
         batches = zip(self.hidden[stream], self.calls, strict=True)
         for hidden, calls in self.track(batches, f"block {self.number}: {stream}", len(self.calls)):
             args, kwargs = calls[self.number]
-            made.append(hidden_of(block(hidden, *args, **kwargs)))
-        return made
+            outputs.append(hidden_of(block(hidden, *args, **kwargs)))
+        return outputs
 
     @torch.no_grad()
     def moments(
         self, places: dict[str, tuple[nn.Module, Site]], needs: frozenset[str]
     ) -> tuple[InputMoments, InputMoments]:
-        """Of one input group, (calibration, aside): what its first site reads in each stream that is asked for.
+        """(calibration, held-out) moments of an input group: of what its first site reads in the streams of `places`.
 
         Args:
             places: {stream: (block, site)}. With both streams xh is the compressed one's and the dense one is the
@@ -258,7 +258,7 @@ class _Streams:
         """
         reading = "compressed" if "compressed" in places else "dense"
         site = places[reading][1]
-        found = InputMoments(site.d_in, needs), InputMoments(site.d_in, needs)
+        moments = InputMoments(site.d_in, needs), InputMoments(site.d_in, needs)
         batches = zip(range(len(self.calls)), self.masks, strict=True)
         for index, mask in self.track(batches, f"{site.input_group}: moments", len(self.calls)):
             seen = {
@@ -267,12 +267,12 @@ class _Streams:
             }
             reference = seen["dense"] if "cross_moment" in needs else None
             try:
-                found[index >= self.first_aside].update(
+                moments[index >= self.first_held_out].update(
                     seen[reading], mask.to(seen[reading].device), reference=reference
                 )
             except ValueError as error:
                 raise ValueError(f"{site.input_group}: {error}") from error
-        return found[0].compact(), found[1].compact()
+        return moments[0].compact(), moments[1].compact()
 
     @torch.no_grad()
     def in_order(self, block: nn.Module, groups: dict[str, Site]) -> list[tuple[str, Site]]:
@@ -285,7 +285,7 @@ class _Streams:
         return [(group, groups[group]) for group in order + [group for group in groups if group not in order]]
 
     def samples(self, number: int, targets: list[Tensor]) -> list[Sample]:
-        """Every batch at the door of a block, with what the dense block made of the dense stream."""
+        """Every batch at the door of a block, with the dense block's output on the dense stream."""
         return [
             Sample(hidden, *calls[number], mask, target)
             for hidden, calls, mask, target in zip(
@@ -306,7 +306,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 class _Reached(Exception):
-    """The block came to the linear whose input is wanted; the rest of it need not run."""
+    """The block reached the linear whose input is read; the rest of it need not run."""
 
 
 def _read(block: nn.Module, site: Site, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

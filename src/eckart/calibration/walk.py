@@ -1,6 +1,6 @@
 """Walk: a model run one block at a time on all batches, from the recorded calls that it makes of its blocks.
 
-The embedding runs once and every block's call is noted. What a model passes to its blocks beside the hidden states
+The embedding runs once and every block's call is recorded. What a model passes to its blocks besides hidden states
 (masks, rotary tables) does not depend on them, so that afterwards one block at a time can be run on all batches.
 """
 
@@ -23,7 +23,7 @@ from eckart.support.progress import Track, silent
 
 # The other arguments of a block's call.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-# What a block gives beside the hidden states; None where it gives them alone.
+# What a block returns after the hidden states; None where it returns them alone.
 Tail = tuple[Any, ...] | None
 
 
@@ -32,7 +32,7 @@ class Recording:
     """One batch on its way: the hidden states it has reached, and the other arguments of every block's call.
 
     Attributes:
-        tail: what the first block gave beside the hidden states, which is how any block's output is made up.
+        tail: what the first block returned after the hidden states; every block's output has this form.
     """
 
     hidden: Tensor
@@ -43,7 +43,7 @@ class Recording:
 def record_calls(
     model: PreTrainedModel, batches: Sequence[tuple[Tensor, Tensor]], track: Track = silent
 ) -> list[Recording]:
-    """What `record_each` gives, of all batches."""
+    """The recordings of all batches, see `record_each`."""
     return list(record_each(model, batches, track))
 
 
@@ -51,10 +51,10 @@ def record_calls(
 def record_each(
     model: PreTrainedModel, batches: Sequence[tuple[Tensor, Tensor]], track: Track = silent
 ) -> Iterator[Recording]:
-    """Embed one batch after the other and note with which masks and position embeddings the model calls each block.
+    """Embed one batch after the other and record the masks and position embeddings that the model calls blocks with.
 
-    The blocks themselves do not run (but for the first, once, to see the form of its output): what a model passes to
-    its blocks beside the hidden states does not depend on them.
+    The blocks themselves do not run (but for the first, once, to see the form of its output): the other arguments do
+    not depend on the hidden states.
 
     Raises:
         ValueError: the blocks are not called once each, in order.
@@ -79,7 +79,7 @@ def record_each(
 def _recording(
     blocks: nn.ModuleList,
 ) -> Iterator[tuple[list[tuple[int, Tensor, tuple[Any, ...], dict[str, Any]]], list[Tail]]]:
-    """Inside, a block's forward notes its call and passes the hidden states through."""
+    """Inside, a block's forward records its call and passes the hidden states through."""
     calls: list[tuple[int, Tensor, tuple[Any, ...], dict[str, Any]]] = []
     tails: list[Tail] = []
 
@@ -103,10 +103,10 @@ def _recording(
 
 @contextmanager
 def standing_in(blocks: nn.ModuleList, hidden: Tensor, tail: Tail) -> Iterator[None]:
-    """Inside, every block gives these hidden states, whatever it is called with: what stands after the last reads them.
+    """Inside, every block returns these hidden states, whatever its input: the modules after the last read them.
 
     Args:
-        tail: what blocks give beside them, see `Recording`.
+        tail: what blocks return after them, see `Recording`.
     """
 
     def give(*_args: Any, **_kwargs: Any) -> Any:
@@ -127,13 +127,13 @@ def _replaced(blocks: nn.ModuleList, forwards: Sequence[Callable[..., Any]]) -> 
         for block, earlier in zip(blocks, before, strict=True):
             del block.forward  # the instance attribute; the class's forward is visible again
             if earlier is not None:
-                block.forward = earlier  # one that somebody else put there, as accelerate does to offload
+                block.forward = earlier  # an instance attribute of another library, as accelerate's for offloading
 
 
 def shared(value: Any, known: Any) -> Any:
     """`known` where the value equals it, else the value; of tuples, lists and dicts each item.
 
-    All batches of one length are called with the same rotary tables: they need not be held once for each.
+    All batches of one length are called with the same rotary tables: they are held once for all.
     """
     if isinstance(value, Tensor) and isinstance(known, Tensor):
         alike = (value.shape, value.dtype, value.device) == (known.shape, known.dtype, known.device)
@@ -146,7 +146,7 @@ def shared(value: Any, known: Any) -> Any:
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states among what a block gives."""
+    """The hidden states in a block's output."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
@@ -156,12 +156,12 @@ class Walk:
     Attributes:
         next: the block at whose door they are.
         calls: of each batch, the other arguments of every block's call.
-        tail: what blocks give beside hidden states.
+        tail: what blocks return after the hidden states.
 
     Args:
         batches: (ids, mask) of each.
         held: where they are kept between blocks; default in memory.
-        start: the block at whose door `held` has them already; None where they are to be embedded.
+        start: the block at whose door `held` has them already; None to embed them.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class Walk:
 
     @torch.no_grad()
     def moments(self, number: int, groups: dict[str, Site], needs: frozenset[str]) -> dict[str, InputMoments]:
-        """Run the blocks up to and with `number`, and give its moments."""
+        """Run the blocks up to and with `number`, and return its moments."""
         self.skip(number - 1)
         collected = {group: InputMoments(site.d_in, needs) for group, site in groups.items()}
         seen: dict[str, Tensor] = {}
@@ -223,7 +223,7 @@ class Walk:
                 pass
 
     def _advance(self, description: str) -> Iterator[Tensor]:
-        """Run the next block on every batch; gives each batch's mask once its forward pass is done."""
+        """Run the next block on every batch; yields each batch's mask once its forward pass is done."""
         block = self.blocks[self.next]
         for index, mask in self.track(enumerate(self.masks), description, len(self.masks)):
             args, kwargs = self.calls[index][self.next]

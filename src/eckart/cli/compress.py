@@ -151,7 +151,7 @@ def command(
     for what, name in (("refined", "refine"), ("distilled", "distil")):
         passes = [each for each in outcome.passes if each.name == name]
         undone = [each.place for each in passes if not each.kept]
-        told = f"; undone, as it did not help on samples kept aside: {', '.join(undone)}" if undone else ""
+        told = f"; undone, as it did not help on held-out samples: {', '.join(undone)}" if undone else ""
         if passes:
             console.print(f"{what} {len(passes) - len(undone)} of {len(passes)}{told}")
     for done in outcome.passes:

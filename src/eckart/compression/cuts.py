@@ -1,4 +1,4 @@
-"""Cuts: units of one block factored and cut, from their weights and moments alone, wherever those lie."""
+"""Cuts: units of one block factored and cut, from their weights and moments alone, on any device or machine."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ CURVE = 65
 
 @dataclass(frozen=True)
 class Cut:
-    """A unit's factors at the rank that was asked for, and what is known of them.
+    """A unit's factors at one rank, and their losses.
 
     Attributes:
         tail: the method's own loss at this rank, in its own metric; None for a nested method, whose loss is the error.
         losses: the method's own loss at CURVE ranks from 0 to full, as shares of the loss at rank 0.
         relative_errors: of each of its sites, E||W x - M xh - d||^2 / E||W x||^2 on the calibration tokens; None
             without second moments.
-        refit: whether the left factor was refit and stood the test of the tokens kept aside; None where none was tried.
+        refit: whether the left factor was refit and was better on the held-out tokens; None where no refit was tried.
     """
 
     factors: Factors
@@ -55,7 +55,7 @@ class FactorRequest:
     Attributes:
         units: of one block, those of one input group after each other, so that its root is made once.
         part: the moments of these units.
-        weight_of: a unit's dense weight (d_out, d_in), asked for when its turn comes.
+        weight_of: a unit's dense weight (d_out, d_in), called when its turn comes.
     """
 
     method: Method
@@ -89,7 +89,7 @@ def cut_units(request: CutRequest) -> Iterator[tuple[Unit, Cut]]:
     plan, spectra, refit = request.plan, request.spectra, request.refit
     method, part = request.factor.method, request.factor.part
     known = {} if spectra is None else spectra
-    # A spectrum that is kept may be cut anywhere later on; else only at this rank.
+    # A spectrum that is kept may be cut at any rank later on; else only at this one.
     hint = plan if spectra is None else None
     missing = [unit for unit in request.factor.units if unit.name not in known]
     fresh = factor_units(replace(request.factor, units=missing), hint)
@@ -99,13 +99,14 @@ def cut_units(request: CutRequest) -> Iterator[tuple[Unit, Cut]]:
             spectra[unit.name] = factored
         weight, rank = request.factor.weight_of(unit), plan.rank(unit.sites[0])
         assert rank is not None
-        inputs, aside = (_inputs_on(found.get(unit.group), weight.device) for found in (part.inputs, part.aside))
+        inputs = _inputs_on(part.inputs.get(unit.group), weight.device)
+        held_out = _inputs_on(part.held_out.get(unit.group), weight.device)
         try:
             factors, took = factored.cut(rank), None
             if refit:
                 if inputs is None or "second_moment" not in inputs.sums:
                     raise ValueError(f"a refit needs second moments, and {method.name}'s calibration has none")
-                factors, took = _refit(weight, factors, inputs, aside)
+                factors, took = _refit(weight, factors, inputs, held_out)
         except (ValueError, DecompositionError) as error:
             raise type(error)(f"{unit.name}: {error}") from error
         tail = None if method.residual is not None else factored.tail(rank)
@@ -134,7 +135,7 @@ def factor_units(request: FactorRequest, plan: RankPlan | None = None) -> Iterat
         weight = request.weight_of(unit)
         moments = moments_of(unit, request.part, weight.device)
         try:
-            # A root that is made of a linear's own gradients is no other linear's.
+            # A root of a linear's own gradients is no other linear's.
             if unit.group != group or method.needs_gradients:
                 root, group = method.root(moments), unit.group
             rank = None if plan is None else plan.rank(unit.sites[0])
@@ -145,15 +146,15 @@ def factor_units(request: FactorRequest, plan: RankPlan | None = None) -> Iterat
 
 
 def moments_of(unit: Unit, part: BlockCalibration, device: torch.device | None = None) -> Moments:
-    """What a part of a calibration knows of a unit; of several sites, as of the one linear that they are stacked.
+    """The moments of a unit in a part of a calibration; those of several sites are joined, as of one stacked linear.
 
     Args:
-        device: of the unit's weight; gradients, and moments that were read from a file, lie in main memory.
+        device: of the unit's weight; gradients, and moments that were read from a file, are in main memory.
     """
     inputs = _inputs_on(part.inputs.get(unit.group), device)
     gradients = [
-        GradientMoments.from_state(found.examples, found.tokens, _sums_on(found.sums, device))
-        for found in (part.gradients[site.name] for site in unit.sites if site.name in part.gradients)
+        GradientMoments.from_state(each.examples, each.tokens, _sums_on(each.sums, device))
+        for each in (part.gradients[site.name] for site in unit.sites if site.name in part.gradients)
     ]
     if len(gradients) < len(unit.sites):
         return Moments(inputs)
@@ -165,18 +166,20 @@ def _inputs_on(moments: InputMoments | None, device: torch.device | None) -> Inp
 
 
 def _sums_on(sums: Mapping[str, Tensor], device: torch.device | None) -> dict[str, Tensor]:
-    """The sums on the device, not copied where they are there already."""
+    """The sums on the device; those that are there already are not copied."""
     return {name: value if device is None else value.to(device) for name, value in sums.items()}
 
 
-def _refit(weight: Tensor, factors: Factors, inputs: InputMoments, aside: InputMoments | None) -> tuple[Factors, bool]:
-    """The factors with their left one refit, and True; as they were, and False, where that is worse on those aside."""
-    better = refit_left(weight, factors, Moments(inputs))
-    if aside is not None:
-        before, after = (output_error(weight, each, Moments(aside))[0] for each in (factors, better))
+def _refit(
+    weight: Tensor, factors: Factors, inputs: InputMoments, held_out: InputMoments | None
+) -> tuple[Factors, bool]:
+    """(refit factors, True), or the given ones and False where the refit is no better on the held-out tokens."""
+    refitted = refit_left(weight, factors, Moments(inputs))
+    if held_out is not None:
+        before, after = (output_error(weight, each, Moments(held_out))[0] for each in (factors, refitted))
         if after >= before:
             return factors, False
-    return better, True
+    return refitted, True
 
 
 def _relative_error(
@@ -187,7 +190,7 @@ def _relative_error(
     factors: Factors,
     inputs: InputMoments | None,
 ) -> float | None:
-    """E||W x - M xh - d||^2 / E||W x||^2, from the spectrum where it is there already (it saves two large products)."""
+    """E||W x - M xh - d||^2 / E||W x||^2, from the spectrum's tail where that is it (it saves two large products)."""
     if inputs is None or "second_moment" not in inputs.sums:
         return None
     if tail is not None:

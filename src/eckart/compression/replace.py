@@ -1,4 +1,4 @@
-"""Compression: a model, a method, a plan and a calibration in; the same model with low-rank linears out."""
+"""Replace: a model, a method, a plan and a calibration in; the same model with low-rank linears out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from eckart.support.sizes import num_bytes, num_params
 
 @dataclass(frozen=True)
 class SiteReport:
-    """What became of one site.
+    """The result of compressing one site.
 
     Attributes:
         rank: of its factors.
@@ -33,7 +33,7 @@ class SiteReport:
         relative_error: E||W x - M xh - d||^2 / E||W x||^2 on the calibration tokens; None without second moments.
         tail: the method's own loss at this rank, in its own metric; None for a nested method, whose loss is the error.
             Of linears that share a right factor it is that of all of them.
-        refit: whether the left factor was refit and stood the test of the tokens kept aside; None where none was tried.
+        refit: whether the left factor was refit and was better on the held-out tokens; None where no refit was tried.
     """
 
     site: Site
@@ -48,19 +48,19 @@ class SiteReport:
         return self.site.name
 
     def to_record(self) -> dict[str, Any]:
-        """For a journal: every number as it is."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**found, "site": self.name, "losses": list(self.losses)}
+        """For a journal: every number, unrounded."""
+        record = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**record, "site": self.name, "losses": list(self.losses)}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], sites: Mapping[str, Site]) -> SiteReport:
-        """What `to_record` gave. sites: {name: site} of the model."""
+        """The report that `to_record` wrote. sites: {name: site} of the model."""
         return cls(**{**record, "site": sites[record["site"]], "losses": tuple(record["losses"])})
 
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What a compression did: sizes of the whole model before and after, seconds per stage.
+    """The result of a compression: sizes of the whole model before and after, seconds per stage.
 
     Attributes:
         sites: the low-rank ones. dense: the compressible ones that stayed as they were.
@@ -121,15 +121,14 @@ def compress(
     Args:
         method: of the catalogue, or its name.
         plan: of this model; sites without a rank stay as they are.
-        calibration: a `Calibration`, the generator of `calibrate_by_block`, or a `SequentialCalibration`, which makes
-            the moments of a part when the parts before it are replaced; None for a method that needs none.
-        spectra: what this method made of this model's units, by `Unit.name`. What is in it is
-            only cut; the others are factored and put in, in place, so that a sweep over sizes factors each site once.
-            It holds all their bases.
-        refit: fit the left factors once more by least squares. Where the calibration has moments of tokens kept aside,
+        calibration: a `Calibration`, the generator of `calibrate_by_block`, or a `SequentialCalibration`, which takes
+            the moments of a part once the parts before it are replaced; None for a method that needs none.
+        spectra: {Unit.name: spectrum} of this method and model. Units in it are only cut; the rest are factored and
+            added, in place, so that a sweep over sizes factors each site once. Memory: all their bases.
+        refit: fit the left factors once more by least squares. Where the calibration has moments of tokens held out,
             a refit that does not lower the squared output error on them is undone.
-        cut: what makes the cuts, in place of `cut_units`; they may be made elsewhere.
-        recipe: noted in the model's config, for the checkpoint.
+        cut: makes the cuts, in place of `cut_units`; it may do so on other machines.
+        recipe: written into the model's config, for the checkpoint.
 
     Raises:
         ValueError: the method or a refit needs statistics that the calibration lacks, or the plan is of another model.
@@ -152,17 +151,17 @@ def compress(
 
     def factored() -> Iterator[list[SiteReport]]:
         for part in parts:
-            chosen = [unit for unit in pending if _is_of(unit, part, method)]
-            pending[:] = [unit for unit in pending if unit not in chosen]
+            units = [unit for unit in pending if _is_of(unit, part, method)]
+            pending[:] = [unit for unit in pending if unit not in units]
             start = time.perf_counter()
             weight_of = partial(Unit.weight, model=model)
-            for unit, made in cut(CutRequest(FactorRequest(method, chosen, part, weight_of), plan, spectra, refit)):
-                yield place(model, unit, made, plan)
+            for unit, result in cut(CutRequest(FactorRequest(method, units, part, weight_of), plan, spectra, refit)):
+                yield place(model, unit, result, plan)
             seconds["factor"] += time.perf_counter() - start
             del part  # these moments end here, before the next ones are made
 
-    for done in track(factored(), "linears", len(pending)):
-        reports += done
+    for placed in track(factored(), "linears", len(pending)):
+        reports += placed
     if pending:
         raise ValueError(f"the calibration has no moments of {pending[0].name}, which the plan compresses")
     if planned:  # else the model is an ordinary dense one, and is saved as one
@@ -205,7 +204,7 @@ def _timed(blocks: Iterable[BlockCalibration], seconds: dict[str, float]) -> Ite
 
 
 def place(model: PreTrainedModel, unit: Unit, cut: Cut, plan: RankPlan) -> list[SiteReport]:
-    """Put a unit's cut in the place of its dense linears, in `model`; a report for each of its sites.
+    """Replace a unit's dense linears by its cut, in `model`, in place; returns a report for each of its sites.
 
     Raises:
         ValueError: as `Unit.modules`; the message names the unit or its site.

@@ -1,4 +1,4 @@
-"""Spectra: what a method makes of each unit of a model, one at a time, when it is asked for."""
+"""Spectra: of each unit of a model, one at a time, computed when asked for."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def spectra_on_demand(
     *,
     joint: Collection[str] = (),
 ) -> Callable[[str], Factored]:
-    """A function from a `Unit.name` to its spectrum, made when asked for and not kept.
+    """A function from a `Unit.name` to its spectrum, computed when asked for and not kept.
 
-    The root of the last input group is kept, so that asking for q, k and v one after the other makes it once.
+    The root of the last input group is kept, so that asking for q, k and v one after the other computes it once.
 
     Args:
         model: dense; a weight is read when it is asked for, and must be dense still.
@@ -33,14 +33,14 @@ def spectra_on_demand(
 
     Raises:
         ValueError: the method needs statistics and there are no blocks. The function raises ValueError and
-            DecompositionError as the method does, with the name, and on a name that is not known, of a block without
-            moments, or of a linear that is low-rank by now.
+            DecompositionError as the method does, with the name, and on an unknown name, a block without moments,
+            or a linear that is low-rank by now.
 
     Cost: of a call, one factorisation, and the root of a group that is not the last call's.
     """
     units = {unit.name: unit for unit in units_of(find_sites(model), joint)}
-    found = blocks if isinstance(blocks, Mapping) else {block.block: block for block in blocks}
-    if method.needs and not found:
+    parts = blocks if isinstance(blocks, Mapping) else {block.block: block for block in blocks}
+    if method.needs and not parts:
         raise ValueError(f"{method.name} needs {', '.join(sorted(method.needs))}: calibrate first")
     last: tuple[str, Root] | None = None
 
@@ -53,12 +53,12 @@ def spectra_on_demand(
         if any(site.name in replaced for site in unit.sites):
             raise ValueError(f"{name} is low-rank already; its dense weight is needed")
         block, group = unit.sites[0].block, unit.group
-        if method.needs and block not in found:
+        if method.needs and block not in parts:
             raise ValueError(f"{name}: the calibration has no moments of block {block}")
         weight = unit.weight(model)
-        moments = moments_of(unit, found[block] if block in found else BlockCalibration(block), weight.device)
+        moments = moments_of(unit, parts[block] if block in parts else BlockCalibration(block), weight.device)
         try:
-            # A root that is made of a linear's own gradients is no other linear's.
+            # A root of a linear's own gradients is no other linear's.
             if last is None or last[0] != group or method.needs_gradients:
                 last = None
                 last = (group, method.root(moments))

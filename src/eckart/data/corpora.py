@@ -36,15 +36,15 @@ class Corpus:
         hub, config: data set and configuration on the Hugging Face hub; None where it is only local.
         splits: {split: the hub's name for it}.
         column: the field that holds the text.
-        joiner: what stands between rows.
+        joiner: put between rows.
         files: {split: shell patterns of local files, the first match is read}, inside DATA/<corpus name>/, or inside
             DATA/ where there is no such folder.
-        row: what is done to each row's text.
-        compose: makes the text of a whole hub row where no single field holds it; local rows of such a corpus are
+        row: applied to each row's text.
+        compose: from a whole hub row to its text, where no single field holds it; local rows of such a corpus are
             questions with choices, or texts.
         distinct: a row for each question repeats its text on the hub; each text is read once. A text that is read again
             and again is predicted from its own copy, and its perplexity is too low.
-        rows: read from the hub at most; it holds sets of terabytes, and WikiText-2's 36,718 rows are plenty.
+        rows: read from the hub at most; it has sets of terabytes, and WikiText-2's 36,718 rows are plenty.
     """
 
     hub: str | None
@@ -277,11 +277,11 @@ def _read_file(path: Path, *columns: str, answered: bool = False) -> list[str]:
         if answered and isinstance(row, dict) and {"choices", "answer"} <= set(row):
             documents.append(questions.answered(row))
             continue
-        found = [c for c in columns if isinstance(row, dict) and isinstance(row.get(c), str)]
-        if not found:
+        present = [c for c in columns if isinstance(row, dict) and isinstance(row.get(c), str)]
+        if not present:
             has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             raise ValueError(f"{path}: line {number} has no text field {' or '.join(map(repr, columns))}; it has {has}")
-        documents.append(row[found[0]])
+        documents.append(row[present[0]])
     return documents
 
 

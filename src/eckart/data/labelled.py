@@ -14,9 +14,9 @@ from eckart.data.corpora import open_hub, read_json_lines, read_lines
 
 Row = Mapping[str, Any]
 
-# Wrong answers beside each right one, as the probing paper pairs them.
+# Wrong answers for each right one, as the probing paper pairs them.
 WRONG_PER_RIGHT = 4
-# What the draw of the wrong answers starts from; no setting, so that every result is of the same rows.
+# Seed of the draw of the wrong answers; no setting, so that every result is of the same rows.
 PAIRING_SEED = 0
 # Rows read from the hub at most.
 HUB_ROWS = 100_000
@@ -30,8 +30,8 @@ class Labelled:
         texts: what is read.
         labels: index of each text's class.
         classes: their names.
-        groups: rows of one group are of one thing (one text, one question); no split tears a group apart.
-        source: where they came from.
+        groups: rows of one group are of one text or one question; no split divides a group.
+        source: of the rows.
 
     Raises:
         ValueError: texts, labels and groups of different length, or a label without a class.
@@ -67,8 +67,8 @@ class Labelled:
         order = list(sizes)
         random.Random(seed).shuffle(order)
         counts = itertools.accumulate((sizes[group] for group in order), initial=0)
-        chosen = {group for group, before in zip(order, counts, strict=False) if before < limit}
-        return self.take([place for place, group in enumerate(self.groups) if group in chosen])
+        drawn = {group for group, before in zip(order, counts, strict=False) if before < limit}
+        return self.take([place for place, group in enumerate(self.groups) if group in drawn])
 
     def take(self, rows: Sequence[int]) -> Labelled:
         """These rows, in this order."""
@@ -86,10 +86,10 @@ class LabelledSet:
 
     Attributes:
         hub, config: data set and configuration on the Hugging Face hub.
-        splits: {split: the hub's name for it}; "test" is the part with labels that nobody trains on.
+        splits: {split: the hub's name for it}; "test" is a part with labels that is not trained on.
         files: {split: shell patterns of local files, the first match is read}, inside DATA/<folder>/, or inside DATA/.
         classes: names of the labels.
-        text: the field that holds the text, or what makes (text, label) pairs of a row.
+        text: the field that holds the text, or a function from a row to its (text, label) pairs.
         folder: inside DATA; default the set's own name.
     """
 
@@ -163,7 +163,7 @@ def read_labelled(
             a row of LABELLED, read from `data` when given, else from the hub;
             a file of rows with a text and a label: .jsonl, .csv or .tsv, plain or .gz;
             any hub data set "owner/name" or "owner/name:config".
-        split: "train", or "test": what nobody trains on (GLUE's dev set, whose test labels are not public).
+        split: "train", or "test": the part that is not trained on (GLUE's dev set, as its test labels are not public).
         data: folder with local copies, DATA/<name>/..., or the folder of this one.
         column, label_column: fields of a file or hub set; default "text" and "label".
 
@@ -173,25 +173,25 @@ def read_labelled(
     path = Path(name)
     if path.is_file():
         rows, source = _read_file(path), {"corpus": path.name}
-        found = _gather(name, rows, column or "text", label_column or "label", None, source)
+        labelled = _gather(name, rows, column or "text", label_column or "label", None, source)
     elif name in LABELLED:
         row = LABELLED[name]
         if split not in row.splits:
             raise ValueError(f"{name} has no split {split!r}; it has {', '.join(row.splits)}")
         rows, source = _read_known(name, row, split, data)
-        found = _gather(name, rows, column or row.text, label_column or "label", row.classes, source)
+        labelled = _gather(name, rows, column or row.text, label_column or "label", row.classes, source)
     elif "/" in name and not path.suffix:
         hub, _, config = name.partition(":")
         rows, source = _read_hub(name, hub, config or None, split)
-        found = _gather(name, rows, column or "text", label_column or "label", None, {**source, "split": split})
+        labelled = _gather(name, rows, column or "text", label_column or "label", None, {**source, "split": split})
     else:
         raise ValueError(
             f"no labelled set {name!r}: it is no file here, and known names are {', '.join(LABELLED)}; "
             "a hub data set is given as owner/name"
         )
-    if len(set(found.labels)) < 2:
-        raise ValueError(f"{name} ({split}): {len(found)} rows of fewer than two classes: nothing to tell apart")
-    return found
+    if len(set(labelled.labels)) < 2:
+        raise ValueError(f"{name} ({split}): {len(labelled)} rows of fewer than two classes: nothing to tell apart")
+    return labelled
 
 
 def _gather(
@@ -202,7 +202,7 @@ def _gather(
     classes: tuple[str, ...] | None,
     source: dict[str, Any],
 ) -> Labelled:
-    """Rows made into texts with classes; rows of the same text are one group, as are the answers to a question."""
+    """Texts with classes from rows; rows of the same text are one group, as are the answers to a question."""
     texts: list[str] = []
     labels: list[Any] = []
     groups: list[int] = []
@@ -211,15 +211,15 @@ def _gather(
     for place, row in rows:
         if callable(text):
             try:
-                made = text(row, draw)
+                pairs = text(row, draw)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{name}: {place}: {error}") from error
-            if not made:
+            if not pairs:
                 left_out += 1
                 continue
-            texts += [one for one, _ in made]
-            labels += [kind for _, kind in made]
-            groups += [known.setdefault(str(row["question"]), len(known))] * len(made)
+            texts += [one for one, _ in pairs]
+            labels += [kind for _, kind in pairs]
+            groups += [known.setdefault(str(row["question"]), len(known))] * len(pairs)
             continue
         # The hub's GLUE calls the field "sentence", local copies "text".
         field = text if text in row else "text"

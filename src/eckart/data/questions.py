@@ -12,7 +12,7 @@ def answered(row: dict[str, Any]) -> str:
 
 
 def fill(asked: str, answer: str) -> str:
-    """The answer in the blank "_" where there is one, else behind the question."""
+    """The answer in the blank "_" where there is one, else after the question."""
     return asked.replace("_", answer) if "_" in asked else f"{asked} {answer}"
 
 

@@ -42,7 +42,7 @@ class Tokens:
 
     @property
     def digest(self) -> str:
-        """Of the ids and the mask themselves, so that another tokenizer, text, seed or cut is another digest."""
+        """A digest of the ids and the mask, so that another tokenizer, text, seed or cut has another digest."""
         state = hashlib.sha256(f"{tuple(self.ids.shape)} {self.mask_token}".encode())
         state.update(self.ids.numpy().tobytes())
         state.update(self.mask.numpy().tobytes())
@@ -62,8 +62,8 @@ class Tokens:
             self.mask_token,
         )
 
-    def keep_aside(self, share: float) -> tuple[Tokens, Tokens]:
-        """(the others, those kept aside): a share of the samples, at least one, evenly spread over all of them.
+    def hold_out(self, share: float) -> tuple[Tokens, Tokens]:
+        """(used, held out): the second is a share of the samples, at least one, evenly spread over all of them.
 
         Raises:
             ValueError: the share is outside (0, 1), or there are fewer than two samples.
@@ -71,14 +71,14 @@ class Tokens:
         if not 0 < share < 1:
             raise ValueError(f"share {share} is outside (0, 1)")
         if len(self) < 2:
-            raise ValueError("one sample cannot be used and kept aside: give at least two")
+            raise ValueError("one sample cannot be both used and held out: give at least two")
         count = min(max(1, round(share * len(self))), len(self) - 1)
-        aside = torch.zeros(len(self), dtype=torch.bool)
-        aside[[(2 * index + 1) * len(self) // (2 * count) for index in range(count)]] = True
-        return self._rows(~aside, "used"), self._rows(aside, "aside")
+        held_out = torch.zeros(len(self), dtype=torch.bool)
+        held_out[[(2 * index + 1) * len(self) // (2 * count) for index in range(count)]] = True
+        return self._rows(~held_out, "used"), self._rows(held_out, "aside")
 
-    def _rows(self, chosen: Tensor, part: str) -> Tokens:
-        return Tokens(self.ids[chosen], self.mask[chosen], {**self.source, "part": part}, self.mask_token)
+    def _rows(self, selected: Tensor, part: str) -> Tokens:
+        return Tokens(self.ids[selected], self.mask[selected], {**self.source, "part": part}, self.mask_token)
 
     def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
         """(ids, mask) in order, `size` rows at a time."""
@@ -101,8 +101,8 @@ def sample_windows(
             f"corpus {text.source.get('corpus')} has {len(stream)} tokens, {windows} windows of {length}; "
             f"{samples} were asked for: lower samples or length, or give more text"
         )
-    chosen = sorted(random.Random(seed).sample(range(windows), samples))
-    ids = stream[: windows * length].view(windows, length)[chosen]
+    numbers = sorted(random.Random(seed).sample(range(windows), samples))
+    ids = stream[: windows * length].view(windows, length)[numbers]
     source = {**text.source, "samples": samples, "length": length, "seed": seed, "cut": "windows"}
     return Tokens(ids, torch.ones_like(ids, dtype=torch.bool), source, tokenizer.mask_token_id)
 
@@ -112,7 +112,7 @@ def sample_documents(
 ) -> Tokens:
     """`samples` documents, each cut at `length` tokens and padded: calibration of encoders, which read whole texts.
 
-    A text file that is one document is split at its empty lines. Empty documents are passed over.
+    A text file that is one document is split at its empty lines. Empty documents are skipped.
 
     Raises:
         ValueError: fewer than `samples` documents, or the tokenizer has no pad token.
@@ -126,9 +126,9 @@ def sample_documents(
     documents = [document for document in documents if document.strip()]
     if len(documents) < samples:
         raise ValueError(f"corpus {text.source.get('corpus')} has {len(documents)} documents; {samples} were asked for")
-    chosen = sorted(random.Random(seed).sample(range(len(documents)), samples))
+    numbers = sorted(random.Random(seed).sample(range(len(documents)), samples))
     batch = tokenizer(
-        [documents[i] for i in chosen],
+        [documents[i] for i in numbers],
         truncation=True,
         max_length=length,
         padding=True,
@@ -146,7 +146,7 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "tokens
 
 
 def check_vocabulary(model: PreTrainedModel, ids: Tensor) -> int:
-    """The number of tokens that the model knows, once it is sure that `ids` are among them.
+    """The number of tokens that the model knows; checks that `ids` are among them.
 
     Raises:
         ValueError: an id is outside the model's embedding: the tokenizer is another model's.
@@ -164,14 +164,14 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     """Raises ValueError where the tokenizer is plainly another model's.
 
     Its ids must lie inside the embedding and fill most of it: embeddings are padded by a few percent at most, so one
-    that a tokenizer leaves a fifth of unused was made for another tokenizer.
+    of which a tokenizer uses less than four fifths was made for another tokenizer.
     """
     vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     known = 1 + max(tokenizer.get_vocab().values())
     if known > vocabulary or known < 0.8 * vocabulary:
         raise ValueError(
             f"the tokenizer knows {known} tokens and {type(model).__name__} {vocabulary}: they do not match; "
-            "put the model's own tokenizer beside it"
+            "put the model's own tokenizer into its directory"
         )
 
 

@@ -1,7 +1,7 @@
 """The catalogue: every published method as one entry of known parts.
 
 An entry is a function from the method's settings to a `Method`: its docstring says what the method is, its fields
-where it stands, what it assumes and when it fails.
+which paper and equation it is from, what it assumes and when it fails.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SFSD_PAPER = "Surgical Feature-Space Decomposition of LLMs: Why, When and How? (
 # Most papers give the first stage 95 % of the rank (NSVD Table 1).
 FIRST_SHARE = 0.95
 # An output metric is solved with. One per cent of the mean keeps a row whose Fisher information is zero solvable and
-# leaves rows of ordinary weight where they are.
+# hardly changes rows of ordinary weight.
 FISHER_OUT_SHRINKAGE = 0.01
 # Starting points of METHODS' two-sided metric; a gradient covariance has fewer effective samples than an input moment,
 # and without shrinkage the method collapses on recent models (GFWSVD's own results on Llama-3).

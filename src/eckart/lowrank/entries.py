@@ -1,4 +1,4 @@
-"""Entries: tables of functions from settings to values, and what is said of a name or a setting that is not there."""
+"""Entries: tables of functions from settings to values, with an error for a name or a setting that is not there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-Made = TypeVar("Made")
+Value = TypeVar("Value")
 
 
 def entry_options(table: Mapping[str, Callable[..., object]], kind: str, name: str) -> dict[str, Any]:
@@ -27,9 +27,9 @@ def entry_options(table: Mapping[str, Callable[..., object]], kind: str, name: s
 
 
 def build_entry(
-    table: Mapping[str, Callable[..., Made]], kind: str, name: str, options: Mapping[str, Any] | None = None
-) -> Made:
-    """What the entry `name` makes of its settings.
+    table: Mapping[str, Callable[..., Value]], kind: str, name: str, options: Mapping[str, Any] | None = None
+) -> Value:
+    """The value that the entry `name` builds from its settings.
 
     Raises:
         ValueError: an unknown name or setting, or a value that the entry refuses.

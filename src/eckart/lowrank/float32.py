@@ -1,4 +1,4 @@
-"""Products: float32 matrix products without the shortcuts that torch may take, and with those that lose nothing."""
+"""Float32: matrix products without the shortcuts that torch may take, and with those that lose nothing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# A symmetric product of d columns is made so many at a time, with themselves and those on one side: (1 + 512 / d) / 2
-# of the work. Wider leaves less out, narrower slows the products (docs/decisions.md).
+# Columns of a symmetric product that are computed at a time, with themselves and those on one side: (1 + 512 / d) / 2
+# of the work for d columns. Wider saves less, narrower slows the products (docs/decisions.md).
 COLUMNS = 512
 
 
@@ -62,10 +62,10 @@ def mirror(total: Float[Tensor, "d d"]) -> None:
 def lower_gram(first: Float[Tensor, "n d"], second: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
     """first second^T, known to be symmetric: its lower block triangle, which is all that an eigensolver reads.
 
-    What stands above it is nothing.
+    Above it there are zeros.
     """
-    found = first.new_zeros(len(first), len(first))
+    gram = first.new_zeros(len(first), len(first))
     for start in range(0, len(first), COLUMNS):
         stop = start + COLUMNS
-        torch.mm(first[start:stop], second[:stop].T, out=found[start:stop, : min(stop, len(first))])
-    return found
+        torch.mm(first[start:stop], second[:stop].T, out=gram[start:stop, : min(stop, len(first))])
+    return gram

@@ -20,8 +20,8 @@ from eckart.lowrank.metrics import DecompositionError, Root, Whitening, eigh, we
 LARGEST_EXCESS = 1e-5
 LARGEST_TAIL_ERROR = 3e-4
 # Directions that the measurement looks at: those next to the kept ones, where nearly all of the excess arises because
-# their values are nearly the kept ones', and some of the others, evenly.
-NEAREST, OTHERS = 8, 16
+# their values are nearly the kept ones', and some of those further on, evenly.
+NEAREST, FURTHER = 8, 16
 
 
 def leading_basis(
@@ -30,13 +30,13 @@ def leading_basis(
     """The leading `rank` left singular vectors of T B and all its squared singular values, leading first, in float32.
 
     Args:
-        target: T in float32. root: B; a full one (d_in, d_in) that is given as a tensor is left to float64.
+        target: T in float32. root: B; with a full (d_in, d_in) tensor the answer is None.
 
     Returns:
         None where float32 is not enough: the caller then works in float64.
 
     Cost: as `truncation.left_basis`, at twice the speed and half the memory; the measurement takes a
-    product of T, T^T and M with NEAREST + OTHERS vectors.
+    product of T, T^T and M with NEAREST + FURTHER vectors.
     """
     if isinstance(root, Tensor) and root.ndim == 2:
         return None
@@ -63,13 +63,13 @@ def leading_basis(
     basis, dropped = vectors[:, :rank], vectors[:, sampled]
     if not wide:
         with full_float32():
-            found = _orthonormal(product @ (basis / values[:rank].sqrt().float()))
+            orthonormal = _orthonormal(product @ (basis / values[:rank].sqrt().float()))
             dropped = product @ dropped
             lengths = dropped.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
             dropped = dropped / lengths
-        if found is None:
+        if orthonormal is None:
             return None
-        basis = found
+        basis = orthonormal
     if not _is_enough(target, root, basis, values, dropped, sampled, counts):
         return None
     return basis, values.clamp_min(0)
@@ -80,17 +80,17 @@ def _single(root: Root) -> Root:
 
 
 def _sample(rank: int, count: int) -> tuple[Tensor, Tensor]:
-    """Some of the directions rank ... count - 1, and for how many each of them stands."""
+    """Indices of some of the directions rank ... count - 1, and how many directions each of them represents."""
     near = min(NEAREST, count - rank)
     rest = count - rank - near
-    others = min(OTHERS, rest)
-    places = rank + near + (torch.arange(others) + 0.5) * rest / max(others, 1)
-    counts = torch.cat([torch.ones(near), torch.full((others,), rest / max(others, 1))])
-    return torch.cat([torch.arange(rank, rank + near), places.long()]), counts.double()
+    far = min(FURTHER, rest)
+    indices = rank + near + (torch.arange(far) + 0.5) * rest / max(far, 1)
+    counts = torch.cat([torch.ones(near), torch.full((far,), rest / max(far, 1))])
+    return torch.cat([torch.arange(rank, rank + near), indices.long()]), counts.double()
 
 
 def _orthonormal(basis: Float[Tensor, "out rank"]) -> Float[Tensor, "out rank"] | None:
-    """The same space with orthonormal columns, by a Cholesky root of what they are not; None where there is none."""
+    """The same space with orthonormal columns, by a Cholesky root of their Gram matrix; None where it has none."""
     factor, info = torch.linalg.cholesky_ex(basis.mT @ basis)
     if int(info) != 0:
         return None
@@ -103,8 +103,8 @@ def _is_enough(
     """Whether the loss of projecting on `basis`, and the tail of `values`, are near enough to the least loss.
 
     With K = T B (T B)^T, u_i kept and v_j dropped, K leads a dropped direction into a kept one by s_ij = u_i^T K v_j,
-    which is zero in the exact answer. Turning it there would lower the loss by s_ij^2 / (value_i - value_j), to first
-    order, and never by more than the difference.
+    which is zero in the exact answer. Turning u_i towards v_j would lower the loss by s_ij^2 / (value_i - value_j), to
+    first order, and never by more than the difference.
     """
     rank = basis.shape[1]
     if rank == len(values):
@@ -114,13 +114,13 @@ def _is_enough(
         return False
     dropped = dropped.double()
     reached = _times(target, _squared(root, _times_transposed(target, dropped)))
-    found = (dropped * reached).sum(0)
-    led, overlap = _times_transposed(basis, torch.cat([reached, dropped], 1)).chunk(2, dim=1)
-    led = led - values[:rank, None] * overlap
+    measured = (dropped * reached).sum(0)
+    leakage, overlap = _times_transposed(basis, torch.cat([reached, dropped], 1)).chunk(2, dim=1)
+    leakage = leakage - values[:rank, None] * overlap
     gaps = values[:rank, None] - values[sampled]
-    excess = (led.square() / torch.maximum(gaps, led.abs()).clamp_min(torch.finfo(torch.float64).tiny)).sum(0)
+    excess = (leakage.square() / torch.maximum(gaps, leakage.abs()).clamp_min(torch.finfo(torch.float64).tiny)).sum(0)
     counts = counts.to(excess.device)
-    error = (counts * (found - values[sampled])).sum().abs()
+    error = (counts * (measured - values[sampled])).sum().abs()
     return bool((counts * excess).sum() <= LARGEST_EXCESS * tail and error <= LARGEST_TAIL_ERROR * tail)
 
 
@@ -131,10 +131,10 @@ def _times(matrix: Float[Tensor, "m n"], vectors: Float[Tensor, "n k"]) -> Float
 
 def _times_transposed(matrix: Float[Tensor, "m n"], vectors: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
     """matrix^T times the vectors, in float64, without the matrix in float64."""
-    found = vectors.new_zeros(matrix.shape[1], vectors.shape[1])
+    product = vectors.new_zeros(matrix.shape[1], vectors.shape[1])
     for rows, part in zip(matrix.split(COLUMNS), vectors.split(COLUMNS), strict=True):
-        found += rows.double().mT @ part
-    return found
+        product += rows.double().mT @ part
+    return product
 
 
 def _squared(root: Root, vectors: Float[Tensor, "d k"]) -> Tensor:

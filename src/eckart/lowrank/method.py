@@ -21,7 +21,7 @@ OutputMetric = Callable[[Moments], Tensor | BlockDiagonal]
 
 @runtime_checkable
 class Factored(Protocol):
-    """What a method makes of one layer: cut at any rank, with the loss of each cut."""
+    """A layer factored by a method: cut it at any rank, read off the loss of each cut."""
 
     @property
     def max_rank(self) -> int: ...
@@ -40,7 +40,7 @@ class Stage:
     """One term of the sum.
 
     Attributes:
-        root: moments -> input root B, (d_in, d_in) or a diagonal (d_in,) or made when asked for; None is the identity.
+        root: moments -> input root B: (d_in, d_in), a diagonal (d_in,) or a `Whitening`; None is the identity.
         metric: moments -> output metric A, (d_out, d_out) or a diagonal (d_out,); None is the identity.
         interpolative: cut by column interpolation instead of by truncation.
     """
@@ -56,11 +56,11 @@ class Method:
 
     Attributes:
         name: the paper's name.
-        paper, equation: where it stands.
+        paper, equation: its source.
         assumes, fails: what must hold, and what happens when it does not.
         needs: statistics of INPUT_STATISTICS and GRADIENT_STATISTICS that must be collected.
         stage: the first (or only) term.
-        residual: the second term, cut from what the first one left, or None.
+        residual: the second term, cut from the residual of the first, or None.
         share: part of the rank that the first term gets when there is a second: k1 = round(share k).
         centred: fit a bias; the root is then of the covariance.
         exact: the root is that of the inputs' own moment, so that the tail is the squared output error per token.
@@ -167,7 +167,7 @@ class Method:
 
 @dataclass(frozen=True)
 class NestedSpectrum:
-    """A cut, and a second cut of what it left: `first.cut(k1) + second(residual, k2)`, stored as one pair (NSVD Eq. 5).
+    """A cut, and a second cut of its residual: `first.cut(k1) + second(residual, k2)`, stored as one pair (NSVD Eq. 5).
 
     Every rank splits as k1 = round(share k), k2 = k - k1. The second stage depends on k1, so each `cut` decomposes
     its residual; `tail` is the measured loss in the first stage's metric, and a bias is that of the sum.
@@ -209,8 +209,8 @@ class NestedSpectrum:
         if self.second.interpolative:
             second = interpolate(residual, rank - k1)
         else:
-            found = factor(residual, root=self.second_root, metric=self.second_metric, rank=rank - k1)
-            second = found.cut(rank - k1)
+            spectrum = factor(residual, root=self.second_root, metric=self.second_metric, rank=rank - k1)
+            second = spectrum.cut(rank - k1)
         return self.first.with_bias(factors + second)
 
     def tail(self, rank: int) -> float:

@@ -1,7 +1,7 @@
 """Metrics: in which norm an error counts. Moments in, roots (input side) and metrics (output side) out.
 
 A root B of an input moment has B B^T = moment; any two roots of one moment give the same factors. A one-dimensional
-root or metric stands for a diagonal matrix. No function here inverts anything.
+root or metric is the diagonal of a diagonal matrix. No function here inverts anything.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def solve_metric(metric: Metric, matrix: Float[Tensor, "out n"]) -> Float[Tensor
 
 
 def singular(metric: Tensor) -> DecompositionError:
-    """What is said of an output metric that cannot be solved with."""
+    """The error of an output metric that cannot be solved with."""
     return DecompositionError(
         f"the output metric {tuple(metric.shape)} is singular: some output has no weight in it; shrink the metric"
     )
@@ -91,7 +91,7 @@ def cholesky_root(moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """Lower-triangular L with L L^T = moment (NSVD Theorem 2, SVD-LLM's whitening).
 
     A moment that is singular (fewer tokens than width, dead channels) has no Cholesky factorisation in floating point;
-    then the eigenvalue root is given instead, which by the any-root law yields the same factors.
+    then the eigenvalue root is returned instead, which by the any-root law yields the same factors.
 
     Raises:
         DecompositionError: an entry is not finite.
@@ -124,7 +124,7 @@ def shrink(
 ) -> Float[Tensor, "d d"] | Float[Tensor, "d"]:
     """(1 - share) M + share mean(diag M) I: towards the mean diagonal, so that a singular moment can be solved with.
 
-    A vector stands for a diagonal matrix and is shrunk alike.
+    A vector is the diagonal of a diagonal matrix and is shrunk alike.
 
     Raises:
         ValueError: share is outside [0, 1].
@@ -143,12 +143,12 @@ def of_second_moment(root: Callable[[Tensor], Tensor]) -> Callable[[Moments], Te
 
 
 class Whitening:
-    """The Cholesky root B of an input moment M, B B^T = M, made when it is asked for.
+    """The Cholesky root B of an input moment M, B B^T = M, computed when it is asked for.
 
         M = (1 - share) G + share mean(diag G) I,   or the same of C = G - mu mu^T where it is centred
 
     What a cut needs is often M alone: the Gram matrix of W B on its output side is W M W^T. Linears that read one input
-    pass the same object on, so that moment and root are made once for all of them.
+    share one object, so that moment and root are computed once for all of them.
 
     Attributes:
         inputs: the moments of the input. share: how far M is shrunk towards its mean diagonal. centred: C instead of G.
@@ -176,11 +176,11 @@ class Whitening:
             DecompositionError: an entry is not finite.
         """
         if dtype not in self._moments:
-            found = self.inputs.moment(centred=self.centred, dtype=dtype)
-            _check_finite(found, "moment")
+            matrix = self.inputs.moment(centred=self.centred, dtype=dtype)
+            _check_finite(matrix, "moment")
             if self.share:
-                found = shrink(found, self.share)
-            self._moments[dtype] = found
+                matrix = shrink(matrix, self.share)
+            self._moments[dtype] = matrix
         return self._moments[dtype]
 
     def root(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "d d"]:
@@ -194,14 +194,14 @@ class Whitening:
     def apply(self, vectors: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
         """M times some vectors, in float64, without M in float64."""
         vectors = vectors.double()
-        found = self.inputs.apply_moment(vectors, centred=self.centred)
+        product = self.inputs.apply_moment(vectors, centred=self.centred)
         if not self.share:
-            return found
+            return product
         mean = self.inputs.variances(centred=self.centred).mean()
-        return (1 - self.share) * found + self.share * mean * vectors
+        return (1 - self.share) * product + self.share * mean * vectors
 
 
-# B, (d_in, d_in), its diagonal (d_in,), one that is made when asked for, or None for the identity.
+# B, (d_in, d_in), its diagonal (d_in,), one that is computed when asked for, or None for the identity.
 Root = Tensor | Whitening | None
 
 

@@ -91,14 +91,14 @@ class InputMoments:
             reference: (..., d_in), the same input in the dense model; required when cross_moment is kept.
 
         Raises:
-            ValueError: shapes disagree, an entry is not finite, or a reference is missing or not wanted.
+            ValueError: shapes disagree, an entry is not finite, a reference is missing or needs cross_moment.
 
         Cost: n d_in (d_in + 512) operations for each symmetric statistic, 2 n d_in^2 for the cross moment.
         """
         if x.shape[-1] != self.d_in:
             raise ValueError(f"input has width {x.shape[-1]}, expected {self.d_in}")
         if (reference is not None) != ("cross_moment" in self._sums):
-            raise ValueError("a reference stream goes with the statistic cross_moment, and only with it")
+            raise ValueError("a reference stream is for the statistic cross_moment, and only for it")
         if reference is not None and reference.shape != x.shape:
             raise ValueError(f"reference {tuple(reference.shape)} does not fit input {tuple(x.shape)}")
         rows = _rows(x, mask)
@@ -144,7 +144,7 @@ class InputMoments:
 
     @classmethod
     def from_state(cls, count: int, sums: dict[str, Tensor]) -> InputMoments:
-        """The moments whose `count` and `sums` were read before; the way back from a file."""
+        """The moments with this `count` and these `sums`, as read from a file."""
         moments = cls(sums["mean"].shape[0], frozenset())
         moments.count, moments._sums = count, dict(sums)
         return moments
@@ -170,11 +170,11 @@ class InputMoments:
         return self._sum_of(name).double() / self.count
 
     def moment(self, *, centred: bool = False, dtype: torch.dtype = torch.float64) -> Float[Tensor, "in in"]:
-        """G, or C = G - mu mu^T where centred: computed in float64 and given in `dtype`, without a copy in between."""
-        found = torch.empty(self.d_in, self.d_in, dtype=dtype, device=self._sum_of("second_moment").device)
+        """G, or C = G - mu mu^T where centred: computed in float64, returned in `dtype`, without a copy in between."""
+        matrix = torch.empty(self.d_in, self.d_in, dtype=dtype, device=self._sum_of("second_moment").device)
         for place, rows in self._moment_rows(centred):
-            found[place] = rows
-        return found
+            matrix[place] = rows
+        return matrix
 
     def apply_moment(self, vectors: Float[Tensor, "in n"], *, centred: bool = False) -> Float[Tensor, "in n"]:
         """G or C times some vectors, in float64, without the matrix in float64."""
@@ -276,7 +276,7 @@ class GradientMoments:
             ValueError: an entry is not finite, or gradient_covariance is not kept.
         """
         if "gradient_covariance" not in self.sums:
-            raise ValueError("per-token gradients go with the statistic gradient_covariance, and only with it")
+            raise ValueError("per-token gradients are for the statistic gradient_covariance, and only for it")
         rows = _rows(gradients, mask)
         with exact_products(gradients):
             self.sums["gradient_covariance"] += (rows.T @ rows).cpu()
@@ -293,14 +293,14 @@ class GradientMoments:
 
     @classmethod
     def from_state(cls, examples: int, tokens: int, sums: dict[str, Tensor]) -> GradientMoments:
-        """The moments whose counts and `sums` were read before; the way back from a file."""
+        """The moments with these counts and `sums`, as read from a file."""
         moments = cls(sums["fisher_out"].shape[0], sums["fisher_in"].shape[0], frozenset())
         moments.examples, moments.tokens, moments.sums = examples, tokens, dict(sums)
         return moments
 
     @property
     def members(self) -> tuple[GradientMoments, ...]:
-        """Of each linear that these are of: this one."""
+        """The moments of each linear that these describe: only these."""
         return (self,)
 
     @property
@@ -323,7 +323,7 @@ class GradientMoments:
 
 @dataclass(frozen=True)
 class JointGradients:
-    """The gradient statistics of linears that read one input, as of the one linear [W1; W2; ...] that they are."""
+    """The gradient statistics of linears that read one input, stacked into one linear [W1; W2; ...]."""
 
     members: tuple[GradientMoments, ...]
 

@@ -1,6 +1,6 @@
 """Pivoting: a rank-r map by r of its own rows and the other rows' coefficients in them.
 
-M = left right has rank r, so some r of its rows, the pivots, carry all the others:  M_others = coefficients M_pivots.
+M = left right has rank r, so some r of its rows, the pivots, span all its rows:  M_others = coefficients M_pivots.
 The pivots and the coefficients are r d_in + (d_out - r) r numbers instead of r (d_out + d_in), and as many
 multiply-accumulates per token; the map is the same one. (Zhao et al., PIFA, arXiv 2501.19090)
 """
@@ -23,7 +23,7 @@ from eckart.lowrank.factors import Factors
 Layout = Literal["plain", "pivoted"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 # Coefficients above this are swapped away. They multiply the rounding of the stored pivots; 10 is a decimal digit, and
-# far above what pivoted QR leaves (about 2 on trained weights), so that a swap is rare.
+# far above what pivoted QR gives (about 2 on trained weights), so that a swap is rare.
 LARGEST_COEFFICIENT = 10.0
 
 
@@ -108,7 +108,7 @@ class Pivoted:
     def num_params(self) -> int:
         """Numbers stored: rank (d_out + d_in - rank), and d_out more for a bias; shared pivots count in every member.
 
-        The order is not counted: it is d_out whole numbers beside rank times as many.
+        The order is not counted: it is d_out whole numbers, against rank times as many.
         """
         return self.pivots.numel() + self.coefficients.numel() + (0 if self.bias is None else self.bias.numel())
 
@@ -177,16 +177,16 @@ def pivot(factors: Factors) -> Pivoted:
     geometry = (left @ triangle.mT).cpu().numpy()
     if not np.isfinite(geometry).all():
         raise ValueError(f"factors of a {d_out} x {factors.d_in} map of rank {rank} have entries that are not finite")
-    chosen, others, combined = _choose(geometry, rank)
-    # Ascending order on both sides makes the layout a function of the map and the choice alone.
-    columns, rows = np.argsort(chosen), np.argsort(others)
-    chosen, others = chosen[columns], others[rows]
+    pivots, others, combined = _choose(geometry, rank)
+    # Ascending order on both sides makes the layout a function of the map and its pivots alone.
+    columns, rows = np.argsort(pivots), np.argsort(others)
+    pivots, others = pivots[columns], others[rows]
     order = np.empty(d_out, dtype=np.int64)
-    order[chosen] = np.arange(rank)
+    order[pivots] = np.arange(rank)
     order[others] = np.arange(rank, d_out)
     device = left.device
     return Pivoted(
-        pivots=left[torch.from_numpy(chosen).to(device)] @ right,
+        pivots=left[torch.from_numpy(pivots).to(device)] @ right,
         coefficients=torch.from_numpy(np.ascontiguousarray(combined[np.ix_(rows, columns)])).to(device),
         order=torch.from_numpy(order).to(device),
         bias=None if factors.bias is None else factors.bias.double(),
@@ -197,7 +197,7 @@ def split(whole: Factors | Pivoted, sizes: Sequence[int]) -> list[Factors] | lis
     """The members of a stacked map, [M_1; M_2; ...] with `sizes` rows each, which share one right factor.
 
     Plain members have the same `right`. Pivoted members have the same `pivots`, of which some are rows of theirs, and
-    coefficients for their other rows; stacked, they are the whole again, and store its numbers once over.
+    coefficients for their other rows; stacked, they are the whole again, and store each of its numbers once.
 
     Raises:
         ValueError: the sizes are not positive, or do not add up to d_out.
@@ -223,19 +223,19 @@ def _choose(geometry: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np
     diagonal = np.abs(np.diagonal(triangle))[:rank]
     # Directions below rounding of the largest carry nothing: a combination of theirs would divide noise by noise.
     resolution = max(geometry.shape) * np.finfo(np.float64).eps
-    found = int((diagonal > resolution * diagonal[0]).sum())
-    basis, spare, others = permutation[:found].copy(), permutation[found:rank], permutation[rank:].copy()
-    # The rows in the `found` directions that were resolved.
-    rows = np.empty((len(geometry), found))
-    rows[permutation] = triangle[:found].T
-    combined = np.zeros((len(others), found))
-    if found and len(others):
-        combined = scipy.linalg.solve_triangular(triangle[:found, :found], triangle[:found, rank:]).T
+    resolved = int((diagonal > resolution * diagonal[0]).sum())
+    basis, spare, others = permutation[:resolved].copy(), permutation[resolved:rank], permutation[rank:].copy()
+    # The rows in the directions that were resolved.
+    rows = np.empty((len(geometry), resolved))
+    rows[permutation] = triangle[:resolved].T
+    combined = np.zeros((len(others), resolved))
+    if resolved and len(others):
+        combined = scipy.linalg.solve_triangular(triangle[:resolved, :resolved], triangle[:resolved, rank:]).T
     while np.abs(combined).max(initial=0.0) > LARGEST_COEFFICIENT:
         _exchange(basis, others, combined)
         combined = scipy.linalg.lu_solve(scipy.linalg.lu_factor(rows[basis].T), rows[others].T).T
     padded = np.zeros((len(others), rank))
-    padded[:, :found] = combined
+    padded[:, :resolved] = combined
     return np.concatenate([basis, spare]), others, padded
 
 

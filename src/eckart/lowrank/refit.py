@@ -1,4 +1,4 @@
-"""Refit: the left factor once more, by least squares, where the right one stands."""
+"""Refit: the left factor once more, by least squares, with the right one fixed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def refit_left(weight: Float[Tensor, "out in"], factors: Factors, moments: Momen
 
     xh is x itself where the moments are of one stream (METHODS: refits). No output metric enters: with `left` free,
     each output is a regression of its own. The squared output error on the calibration tokens is never above that of
-    the factors as they came; for factors that are optimal already (asvd-i, sfsd) nothing changes.
+    the given factors; for factors that are optimal already (asvd-i, sfsd) nothing changes.
 
     Directions of R xh that no token used get the least-norm answer, so a singular moment is no special case.
 

@@ -82,7 +82,7 @@ class Spectrum:
         return self.with_bias(Factors(solve_metric(self.metric, basis), right))
 
     def with_bias(self, factors: Factors) -> Factors:
-        """The factors with the bias that fits them, d = W mu - M mu; as they are where no means are given."""
+        """The factors with the bias that fits them, d = W mu - M mu; unchanged where there are no means."""
         if self.output_mean is None or self.input_mean is None:
             return factors
         bias = self.output_mean - factors.left.double() @ (factors.right.double() @ self.input_mean)
@@ -133,7 +133,7 @@ def factor(
     Raises:
         ValueError: shapes disagree, an entry is not finite, or the rank is out of reach.
         DecompositionError: the decomposition did not converge; the message names the shape and the largest entry. Or
-            the metric is singular (a full one is found out when the spectrum is cut).
+            the metric is singular (a full one is detected when the spectrum is cut).
 
     Cost: the product A T B or the Gram matrix A T M T^T A^T, and the symmetric eigenproblem of the Gram matrix on the
     smaller side; one SVD of the product instead where the Gram matrix cannot resolve the singular values that are
@@ -148,9 +148,9 @@ def factor(
         check_rank(rank, min(d_out, d_in))
         if target.dtype != torch.float64 and metric is None and (not isinstance(root, Whitening) or root.is_single):
             single = target.float()
-            found = leading_basis(single, root, rank)
-            if found is not None:
-                return Spectrum(single, *found, metric, output_mean, input_mean, floor)
+            leading = leading_basis(single, root, rank)
+            if leading is not None:
+                return Spectrum(single, *leading, metric, output_mean, input_mean, floor)
     target = target.double()
     if isinstance(metric, Tensor) and metric.ndim == 1 and (metric == 0).any():
         raise singular(metric)
@@ -159,7 +159,7 @@ def factor(
 
 
 def weigh(matrix: Float[Tensor, "out in"], root: Root = None, metric: Metric = None) -> Float[Tensor, "out in"]:
-    """A T B: its squared Frobenius norm is the loss of dropping T. A vector stands for a diagonal matrix."""
+    """A T B: its squared Frobenius norm is the loss of dropping T. A vector is the diagonal of a diagonal matrix."""
     return apply_metric(metric, weigh_inputs(matrix, root))
 
 
@@ -168,7 +168,7 @@ def left_basis(
 ) -> tuple[Float[Tensor, "out q"], Float[Tensor, "p"]]:
     """Left singular vectors of A T B, `rank` of them or all, and all p = min(d_out, d_in) squared singular values.
 
-    Leading first, in float64. Route, chosen by measurement (benchmarks/decomposition.py, docs/decisions.md):
+    Leading first, in float64. The route was chosen by measurement (benchmarks/decomposition.py, docs/decisions.md):
     eigenvectors of the Gram matrix on the smaller side, which on the output side needs the moment and no root. Its
     rounding error is relative to the largest eigenvalue, so where a value that is needed lies below GRAM_RESOLUTION of
     it, the product is decomposed by SVD, which resolves singular values down to 1e-16 of the largest.
@@ -206,7 +206,7 @@ def left_basis(
 def interpolate(matrix: Float[Tensor, "out in"], rank: int) -> Factors:
     """Column interpolative decomposition: left = `rank` columns of the matrix, right their coefficients (NSVD 4.3).
 
-    right holds an identity at the chosen columns, so those are reproduced exactly. Deterministic pivoted QR
+    right holds an identity at the selected columns, so those are reproduced exactly. Deterministic pivoted QR
     (Martinsson et al. 2011, through scipy.linalg.interpolative).
 
     Raises:
@@ -217,7 +217,7 @@ def interpolate(matrix: Float[Tensor, "out in"], rank: int) -> Factors:
     values = np.asfortranarray(matrix.double().cpu().numpy())
     order, projection = interp_decomp(values, rank, rand=False)
     if not np.isfinite(projection).all():
-        # The chosen columns are dependent (the matrix has less rank than asked), and elimination divided zero by zero.
+        # The selected columns are dependent (the matrix has less rank than asked): elimination divided zero by zero.
         projection = np.linalg.lstsq(values[:, order[:rank]], values[:, order[rank:]])[0]
     coefficients = np.empty((rank, values.shape[1]))
     coefficients[:, order[:rank]] = np.eye(rank)

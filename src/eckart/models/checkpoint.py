@@ -111,7 +111,7 @@ class LowRankQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         sites = self.quantization_config.sites
         names = dict(zip(sites, resolve_names(model, sites), strict=True))
-        # Lenders first: the others are built with them.
+        # Lenders first: their borrowers are built with them.
         for saved in sorted(sites, key=lambda saved: "right_of" in sites[saved]):
             name, spec = names[saved], sites[saved]
             dense = model.get_submodule(name)
@@ -159,7 +159,7 @@ class LowRankQuantizer(HfQuantizer):
         return True
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """`model.dequantize()` is `export_dense`, so that what it gives can be saved; None keeps the model's type."""
+        """`model.dequantize()` is `export_dense`, so that its result can be saved; None keeps the model's type."""
         model = export_dense(model)
         return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
 
@@ -174,7 +174,7 @@ def describe(model: PreTrainedModel, recipe: Mapping[str, Any] | None = None) ->
 
 
 def specs_of(module: nn.Module, prefix: str = "") -> dict[str, dict[str, Any]]:
-    """{site: what the rank map says of it} of every low-rank linear in a model, or in a part of one.
+    """{site: its entry in the rank map} of every low-rank linear in a model, or in a part of one.
 
     Args:
         prefix: of the part's names in the model.
@@ -213,7 +213,7 @@ def attach(
 
 
 def check_orders(model: PreTrainedModel) -> None:
-    """Raises CheckpointError where the order of a pivoted linear, as loaded, is none: a gather would read outside."""
+    """Raises CheckpointError where a pivoted linear's order, as loaded, is invalid: a gather would read outside."""
     for name, module in low_rank_modules(model).items():
         if module.order is not None and module.order.device.type != "meta":
             try:
@@ -232,12 +232,12 @@ def resolve_names(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     prefix = f"{model.base_model_prefix}."
     resolved = []
     for name in names:
-        found = [n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules]
-        if not found:
+        candidates = [n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules]
+        if not candidates:
             raise CheckpointError(
                 f"{name} is in the checkpoint's rank map but {type(model).__name__} has no such module"
             )
-        resolved.append(found[0])
+        resolved.append(candidates[0])
     return resolved
 
 
@@ -312,7 +312,7 @@ def read_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
 
 
 def damaged(file: str | Path, error: Exception) -> CheckpointError:
-    """What is said of a file that cannot be read."""
+    """The error of a file that cannot be read."""
     return CheckpointError(f"{file} is damaged or missing ({error}). Save or download it again")
 
 

@@ -21,7 +21,7 @@ BIAS_SWITCHES = ("attention_bias", "mlp_bias")
 def export_dense(model: PreTrainedModel) -> PreTrainedModel:
     """Multiply every pair of factors back, in place, and return an ordinary model: `save_pretrained` writes it as one.
 
-    Pivoted layouts and shared right factors come back as what they compute: every linear has a matrix of its own.
+    Pivoted layouts and shared right factors are multiplied out too: every linear has a matrix of its own.
 
     A bias that the method added needs a place in the architecture. Where its config can ask for one (Llama's
     attention_bias and mlp_bias) it does, and linears that get a place they do not need hold zeros.

@@ -17,7 +17,7 @@ Inputs = tuple[tuple[str, ...], ...]
 
 
 class UnsupportedModelError(ValueError):
-    """This model cannot be compressed as it is; the message says what stands in the way."""
+    """This model cannot be compressed as it is; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ GATED = Family(
         "mlp": (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
     },
 )
-# BERT's layout, with the output projections inside `*.output.dense`. Its norms stand behind the projections; in
-# roberta-prelayernorm they stand in front of them, inside the same modules, and q, k and v share one norm's output too.
+# BERT's layout, with the output projections inside `*.output.dense`. Its norms come after the projections; in
+# roberta-prelayernorm they come before them, inside the same modules, and q, k and v share one norm's output too.
 BERT = Family(
     blocks="encoder.layer",
     parts={
@@ -102,7 +102,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """The model's row: by `config.model_type`, or made by `default_family`."""
+    """The model's row: by `config.model_type`, or from `default_family`."""
     return FAMILIES.get(model.config.model_type) or default_family(model)
 
 

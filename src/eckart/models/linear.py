@@ -20,18 +20,18 @@ class LowRankLinear(nn.Module):
         `right.weight` (rank, d_in), `left.weight` (d_out, rank): children are ordinary nn.Linear, so that adapters and
             quantisers find them. Pivoted, `right` holds the pivot rows and `left` (d_out - pivots, rank) the
             coefficients of this linear's other rows.
-        `order` (d_out,) int32, only where pivoted: where each output is found. A type that is no float passes through
+        `order` (d_out,) int32, only where pivoted: where each output is. An integer type passes through
             half() and to(bfloat16) as it is; 32 bits are half the bytes of 64 and index as fast.
         `bias` (d_out,), where the dense linear has its own, because serving runtimes look for it there.
         `weight` (0,): an empty tensor under the dense linear's key. A loader that does not know eckart compares it with
             the dense shape and stops, instead of building a dense model with random weights. Model code that reads
             `.weight` for its type finds the right one.
 
-    Linears that read one tensor can share the right factor: one of them, the lender, has it as a child, and the others
-    look it up there at every call, so that it is stored once, moves once, and an adapter put around it serves all. Its
-    product with an input is computed once, see `SharedProduct`. `right` gives it for every one of them, but
-    `parameters()` only of the lender. Members have to stay on the lender's device: nn.DataParallel, which copies
-    modules apart, is not for them.
+    Linears that read one tensor can share the right factor: one of them, the lender, has it as a child, and the
+    borrowers look it up there at every call, so that it is stored once, moves once, and an adapter put around it serves
+    all. Its product with an input is computed once, see `SharedProduct`. `right` returns it for each of them, but
+    `parameters()` only for the lender. Borrowers have to stay on the lender's device: nn.DataParallel, which copies
+    modules separately, is not for them.
 
     Args:
         pivots: how many of its rows are pivots (rank, unless the pivots are shared), or None for the plain layout.
@@ -110,7 +110,7 @@ class LowRankLinear(nn.Module):
         else:
             left, right = factors.left, factors.right
         if right_of is not None and not torch.equal(right_of.right.weight, right.to(right_of.right.weight)):
-            raise ValueError("the factors' right is not the lender's: members of one split share it, others do not")
+            raise ValueError("the factors' right is not the lender's: only members of one split share it")
         biases = [b.double().to(left.device) for b in (bias, factors.bias) if b is not None]
         module = cls(
             factors.d_in,

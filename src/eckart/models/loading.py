@@ -1,4 +1,4 @@
-"""Loading and saving whole models: the right class for a directory, and writes that never leave a half-made one."""
+"""Loading and saving whole models: the right class for a directory, and writes that never leave a partial one."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def load_model(path: str | Path, *, dtype: str = "auto", device: str = "cpu") ->
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     path = locate(path)
-    config = _found(f"the model {path}", path, lambda: AutoConfig.from_pretrained(path))
+    config = _load(f"the model {path}", path, lambda: AutoConfig.from_pretrained(path))
     model_class = class_of(config, path)
-    wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = _found(f"the model {path}", path, lambda: model_class.from_pretrained(path, dtype=wanted))
+    torch_dtype: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = _load(f"the model {path}", path, lambda: model_class.from_pretrained(path, dtype=torch_dtype))
     return model.to(device).eval()
 
 
@@ -60,17 +60,17 @@ def class_of(config: PreTrainedConfig, path: str | Path) -> type[PreTrainedModel
     """
     names: Sequence[str | None] = config.architectures or [None]
     architecture = names[0]
-    found: type[PreTrainedModel] | None = getattr(transformers, architecture or "", None)
-    if found is None:
+    model_class: type[PreTrainedModel] | None = getattr(transformers, architecture or "", None)
+    if model_class is None:
         raise UnsupportedModelError(f"{path}: its config names architecture {architecture!r}, which transformers lacks")
-    return found
+    return model_class
 
 
 def load_classifier(path: str | Path, classes: Sequence[str]) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The model at `path` with a head that tells `classes` apart, in float32 and eval mode, and what in it is new.
 
     Args:
-        path: as in `load_model`; a model with any head or none. A classification head that is there is kept.
+        path: as in `load_model`; a model with any head or none. An existing classification head is kept.
 
     Returns:
         the model, and the names of the parameters that the files lack and that were drawn at random, from torch's seed.
@@ -80,18 +80,18 @@ def load_classifier(path: str | Path, classes: Sequence[str]) -> tuple[PreTraine
         UnsupportedModelError: transformers has no classifier of this kind.
     """
     path = locate(path)
-    config = _found(f"the model {path}", path, lambda: AutoConfig.from_pretrained(path))
+    config = _load(f"the model {path}", path, lambda: AutoConfig.from_pretrained(path))
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UnsupportedModelError(f"{path}: transformers has no classifier of the kind {config.model_type!r}")
     if "ForSequenceClassification" in (config.architectures or [""])[0] and config.num_labels != len(classes):
         raise ValueError(
             f"{path} is a classifier already, of {config.num_labels} classes and not of {len(classes)} "
-            f"({', '.join(classes)}): start from the model that it was made from"
+            f"({', '.join(classes)}): start from the model that it was fine-tuned from"
         )
     config.id2label = dict(enumerate(classes))
     config.label2id = {name: number for number, name in enumerate(classes)}
     config.problem_type = "single_label_classification"
-    model, info = _found(
+    model, info = _load(
         f"the model {path}",
         path,
         lambda: AutoModelForSequenceClassification.from_pretrained(
@@ -117,16 +117,16 @@ def locate(path: str | Path) -> str | Path:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model at `path`.
+    """The tokenizer of the model at `path`.
 
     Raises:
         ValueError: there is none.
     """
     path = locate(path)
-    return _found(f"the tokenizer of {path}", path, lambda: AutoTokenizer.from_pretrained(path))
+    return _load(f"the tokenizer of {path}", path, lambda: AutoTokenizer.from_pretrained(path))
 
 
-def _found(what: str, path: str | Path, load: Callable[[], Any]) -> Any:
+def _load(what: str, path: str | Path, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except CheckpointError:
@@ -150,13 +150,13 @@ def save(
     """Write a Hugging Face directory that stock `from_pretrained` reads after `import eckart`.
 
     Args:
-        tokenizer: saved beside the model.
+        tokenizer: saved with the model.
         recipe: what made the model; goes into config.json. None keeps what `compress` noted.
         files: {name: text} of further files, such as README.md and plan.json.
         force: replace a directory that exists; it is removed only after the new one is complete.
 
     Raises:
-        FileExistsError: `out` exists and `force` is not given. Nothing was touched.
+        FileExistsError: `out` exists and `force` is off. Nothing was changed.
     """
     with staged_directory(out, force=force) as staging:
         if low_rank_modules(model):

@@ -1,12 +1,12 @@
-"""Products: the two of a low-rank linear, each in the order of operations that the processor is fastest with.
+"""Matrix products: the two of a low-rank linear, each in the order of operations that the processor is fastest with.
 
-y = left(right(x)) is two products of torch's, and nothing here changes what they give but for rounding. On a processor
+y = left(right(x)) is two products of torch's, and nothing here changes their results but for rounding. On a processor
 torch takes different times for the same product, depending on how it is asked; benchmarks/inference.py measures what
 is used here, docs/decisions.md has the numbers:
 
     one row, bfloat16:    `mv` reads the matrix once, where a linear first packs it for the processor's tiles.
-    few rows:             W xᵀ instead of x Wᵀ: the large matrix stands in front and is read as it lies. The result is
-                          left transposed for the next product, and reordering it moves whole rows.
+    few rows:             W xᵀ instead of x Wᵀ: the large matrix comes first and is read as stored. The result stays
+                          transposed for the next product, and reordering it moves whole rows.
     many rows, pivoted:   the outputs are reordered by what is cheapest: as integers where they have 16 bits; or never,
                           where the rank is small and the left factor is spread to all rows for the time of a call.
 
@@ -25,7 +25,7 @@ from torch.nn.functional import linear
 
 # More rows than these are faster the ordinary way.
 FEW = 64
-# A matrix of fewer numbers lies in the cache, where the order matters less than the time to look at it.
+# A matrix of fewer numbers is in the cache, where the order matters less than the time to decide on it.
 SMALL = 2**18
 # In float32, fewer rows than these are faster the ordinary way: a linear then reads the matrix row by row as well.
 FEWEST_FLOAT32 = 16
@@ -58,9 +58,9 @@ def is_bare(module: nn.Module, x: Tensor) -> bool:
 
 
 def is_worth(module: nn.Module, x: Tensor) -> bool:
-    """Whether there are few rows, and a matrix so large that the order of operations outweighs looking at it.
+    """Whether there are few rows, and a matrix so large that the order of operations outweighs the decision.
 
-    Looking takes some ten microseconds, as long as a product with SMALL numbers.
+    Deciding takes some ten microseconds, as long as a product with SMALL numbers.
     """
     if type(module) is not nn.Linear or module.in_features * module.out_features < SMALL or _is_recorded():
         return False
@@ -74,19 +74,19 @@ def is_prompt(x: Tensor) -> bool:
 
 
 def multiply(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x). Of a bare linear and few rows it may lie transposed in memory, as `combine` likes it.
+    """module(x). Of a bare linear and few rows it may be transposed in memory, as is fastest for `combine`.
 
     Args:
         x: (..., d_in).
     """
-    # What is small or nothing is gained for is called as it is, before anything dearer is looked at.
+    # What is small or gains nothing is called as it is, before any dearer test.
     if not is_worth(module, x) or not is_bare(module, x):
         product: Tensor = module(x)
         return product
     weight: Tensor = module.weight  # type: ignore[assignment]
     if _is_one(x):
         return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
-    if not _is_turned(x):
+    if not _prefers_transposed(x):
         return linear(x, weight)
     return _shaped(torch.mm(weight, x.reshape(-1, x.shape[-1]).T).T, x)
 
@@ -105,10 +105,10 @@ def combine(left: Tensor, p: Tensor, order: Tensor | None, bias: Tensor | None) 
         return (y if bias is None else y.add_(bias)).view(*p.shape[:-1], -1)
     rows = p.reshape(-1, p.shape[-1])
     if rows.shape[0] > 1 and not rows.is_contiguous():
-        turned = torch.mm(left, rows.T)
+        transposed = torch.mm(left, rows.T)
         if order is not None:
-            turned = torch.cat((rows.T, turned)).index_select(0, order)
-        y = turned.T.contiguous()
+            transposed = torch.cat((rows.T, transposed)).index_select(0, order)
+        y = transposed.T.contiguous()
         return _shaped(y if bias is None else y.add_(bias), p)
     if order is None:
         return linear(p, left, bias)
@@ -155,8 +155,8 @@ def _is_one(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.numel() == x.shape[-1] and has_tiles()
 
 
-def _is_turned(x: Tensor) -> bool:
-    """Whether W xᵀ is faster than x Wᵀ, for an input that is worth it and not one row for `mv`."""
+def _prefers_transposed(x: Tensor) -> bool:
+    """Whether W xᵀ is faster than x Wᵀ, for an input that `is_worth` it and that is not one row for `mv`."""
     return x.dtype in (torch.bfloat16, torch.float32) and x.numel() > x.shape[-1] and has_tiles()
 
 
@@ -182,7 +182,7 @@ def _is_recorded() -> bool:
 
 
 def _is_transformed() -> bool:
-    """Whether torch.func or forward gradients are at work, which do not see through whole numbers and given memory."""
+    """Whether torch.func or forward gradients are at work, which cannot follow integers and `out=` memory."""
     return (
         torch._C._functorch.peek_interpreter_stack() is not None  # noqa: SLF001 (torch has no public name for it)
         or forward_ad._current_level >= 0  # noqa: SLF001 (nor for this)

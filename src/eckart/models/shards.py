@@ -1,8 +1,8 @@
 """Shards: a model's safetensors files, read and written block by block, so that one block is in memory at a time.
 
 A `Skeleton` is the model without its weights: every parameter of its blocks is on the meta device, which has shapes and
-no numbers; what stands around the blocks (embeddings, norms, heads, rotary tables) is in memory. A block is filled from
-the files for a while, and emptied.
+no numbers; everything around the blocks (embeddings, norms, heads, rotary tables) is in memory. A block is filled
+from the files, used, and emptied.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from eckart.support.files import check_room, whole_file, write_whole
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 INDEX = "model.safetensors.index.json"
-# Of a model on the hub, beside the weights: configuration and tokenizer.
-BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")
+# Files of a model on the hub that are not weights: configuration and tokenizer.
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
 # Bytes of a file that its fingerprint reads, at as many places: weights that differ at all differ nearly everywhere.
 SAMPLED, PLACES = 4096, 64
 
@@ -61,7 +61,7 @@ class Shards:
         folder = Path(path)
         if not folder.is_dir():
             try:
-                folder = Path(snapshot_download(str(path), allow_patterns=list(BESIDE)))
+                folder = Path(snapshot_download(str(path), allow_patterns=list(COMPANIONS)))
                 # Only the files that the index names: there may be copies of the weights in other formats.
                 snapshot_download(str(path), allow_patterns=_names_of_files(folder) or ["model.safetensors"])
             except (OSError, ValueError) as error:
@@ -96,7 +96,7 @@ class Shards:
         raise ValueError(f"{self.folder} has neither model.safetensors nor {INDEX}{hint}")
 
     def fingerprint(self) -> str:
-        """Of the configuration and the files: names, lengths, headers, and a sample of their bytes.
+        """A digest of the configuration and the files: names, lengths, headers, and a sample of their bytes.
 
         Cost: a quarter of a megabyte read of each file, however long.
         """
@@ -138,7 +138,7 @@ class Shards:
 
 
 class Skeleton:
-    """A model whose blocks are filled from files for a while.
+    """A model whose blocks have their weights only while they are used.
 
     Attributes:
         model: in eval mode, in the class that its config names.
@@ -147,7 +147,7 @@ class Skeleton:
 
     Args:
         path, dtype: as in `load_model`.
-        device: where what is in memory lies.
+        device: of the tensors that are in memory.
 
     Raises:
         ValueError, CheckpointError: as `Shards`; or a tensor that the model has is in no file, or has another shape.
@@ -188,7 +188,7 @@ class Skeleton:
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         stored = stored_names(self.model, self.shards.files)
         prefix = f"{self.model.base_model_prefix}."
-        found, complaints = {}, []
+        names, complaints = {}, []
         parameters = {name for name, _ in self.model.named_parameters()}
         for name, tensor in self.model.state_dict().items():
             key = stored.get(name.removeprefix(prefix))
@@ -198,12 +198,12 @@ class Skeleton:
             elif self.shards.shapes[key] != tuple(tensor.shape):
                 complaints.append(f"{name} has shape {self.shards.shapes[key]}, expected {tuple(tensor.shape)}")
             elif name not in tied:
-                found[name] = key
+                names[name] = key
         if complaints:
             raise CheckpointError(
                 f"{self.shards.folder} does not hold the model: {some_of(complaints)}. Save or download it again"
             )
-        return found
+        return names
 
     def fill(self, names: Iterable[str]) -> None:
         """Read these tensors of the model from the files."""
@@ -226,7 +226,7 @@ class Skeleton:
 
     @contextmanager
     def resident(self, number: int) -> Iterator[nn.Module]:
-        """Inside, the block has its weights; afterwards it has none, and what was put in its place has none either."""
+        """Inside, the block has its weights; afterwards they are gone, those of modules put into it as well."""
         names = self.names_of(number)
         try:
             self.fill(names)
@@ -237,14 +237,14 @@ class Skeleton:
             self.empty(number)
 
     def empty(self, number: int) -> None:
-        """Take the weights of a block away."""
+        """Free the weights of a block, in place."""
         for module in self.blocks[number].modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.device.type != "meta":
                     set_module_tensor_to_device(module, name, "meta")
 
     def tensors_of(self, number: int) -> dict[str, Tensor]:
-        """{name in a file: tensor} of a block that is resident, as it stands now."""
+        """{name in a file: tensor} of a block that is resident, in its present state."""
         state = self.blocks[number].state_dict(prefix=f"{self.prefix}.{number}.")
         return dict(revert_weight_conversion(self.model, state))
 
@@ -256,10 +256,10 @@ class Skeleton:
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a safetensors file that is there whole or not at all, also after the power fails; gives its SHA-256.
+    """Write a safetensors file whole or not at all, even if the power fails; returns its SHA-256.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written; nothing of the file is left.
+        OSError: the disk is full, or the folder cannot be written; no part of the file remains.
     """
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     check_room(path.parent, size, path.name)
@@ -295,7 +295,7 @@ def _names_of_files(folder: Path) -> list[str]:
 
 
 def _read_header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Of a safetensors file: where its tensors begin, and {name: their type and place}."""
+    """Of a safetensors file: where its tensors begin, and {name: type and byte range}."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         return 8 + length, json.loads(stream.read(length))
@@ -307,6 +307,6 @@ def write_index(folder: Path, files: Mapping[str, Sequence[str]], total: int) ->
     Args:
         files: {file name: names of its tensors}. total: bytes of all of them.
     """
-    names = {tensor: file for file, tensors in files.items() for tensor in tensors}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+    file_of = {tensor: file for file, tensors in files.items() for tensor in tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
     write_whole(folder / INDEX, json.dumps(index, indent=2) + "\n")

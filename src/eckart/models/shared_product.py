@@ -1,4 +1,4 @@
-"""Shared products: what several linears have in common of one input, computed once and then forgotten."""
+"""Shared products: the product of one input with a right factor that several linears share, computed once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eckart.models.matmul import multiply
 
 @dataclass(slots=True)
 class _Held:
-    """A product, what it is of, and who has read it."""
+    """A product, its input and factor, and which linears have read it."""
 
     input: weakref.ref[Tensor]
     product: Tensor
@@ -25,8 +25,8 @@ class _Held:
 class SharedProduct:
     """The product of one input with a right factor, handed to the linears that share the factor, one after the other.
 
-    The first linear that is called with an input computes; the others, called with the same tensor object, are handed
-    its product. The product is let go once every linear has read it, or the input is gone, or a backward pass has gone
+    The first linear that is called with an input computes; the next ones, called with the same tensor object, get its
+    product. The product is dropped once every linear has read it, or the input is gone, or a backward pass has gone
     through it. A linear that asks a second time, an input or a weight that was changed in place or replaced since, a
     weight that was frozen, another module in the factor's place, and another gradient, inference, autocast or training
     mode: each computes anew.
@@ -43,16 +43,21 @@ class SharedProduct:
     def __init__(self, readers: int = 1) -> None:
         self.readers = readers
         self._held: _Held | None = None
-        # In compiled code: the factor, the input, the product, and how many are still to read it.
+        # In compiled code: the factor, the input, the product, and how many linears have yet to read it.
         self._traced: tuple[nn.Module, Tensor, Tensor, int] | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
         return SharedProduct, (self.readers,)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no product is held."""
+        return self._held is None and self._traced is None
+
     def take(self, right: nn.Module, x: Tensor, reader: object) -> Tensor:
         """right(x), computed now or held since another reader's call.
 
-        Cost: beside the product itself some microseconds, whatever the size.
+        Cost: the product itself and some microseconds, whatever the size.
         """
         if self.readers == 1 or torch.jit.is_tracing():
             return multiply(right, x)
@@ -83,17 +88,17 @@ class SharedProduct:
     def _take_traced(self, right: nn.Module, x: Tensor) -> Tensor:
         """The same in code that is being compiled, which knows no weak references and no versions.
 
-        Within one graph this leaves nothing behind: the last reader takes the product away.
+        Nothing outlives the graph: the last reader drops the product.
         """
         if self._traced is not None and self._traced[0] is right and self._traced[1] is x:
-            product, left = self._traced[2:]
+            product, pending = self._traced[2:]
         else:
-            product, left = right(x), self.readers
-        self._traced = (right, x, product, left - 1) if left > 1 else None
+            product, pending = right(x), self.readers
+        self._traced = (right, x, product, pending - 1) if pending > 1 else None
         return product
 
     def _forget(self, reference: weakref.ref[Tensor]) -> None:
-        """Let go of the product of this input, if it is the one that is held."""
+        """Drop the product of this input, if it is the one that is held."""
         if self._held is not None and self._held.input is reference:
             self._held = None
 
@@ -104,7 +109,7 @@ def _weights(right: nn.Module) -> tuple[nn.Parameter, ...]:
 
 
 def _stamp(right: nn.Module, weights: tuple[nn.Parameter, ...], x: Tensor) -> tuple[object, ...]:
-    """All that the product depends on beside the tensors themselves; equal stamps of one input mean equal products."""
+    """All that the product depends on but the tensors' numbers; equal stamps of one input mean equal products."""
     kind = x.device.type
     return (
         x.requires_grad,

@@ -137,7 +137,7 @@ def select_sites(
 
     Raises:
         ValueError: a pattern matches nothing (the message lists roles and parts), a block range is malformed or
-            outside the model, or all of it together leaves nothing.
+            outside the model, or no site matches all of it.
     """
     include, exclude = as_patterns(include), as_patterns(exclude)
     for pattern in (*include, *exclude):
@@ -147,17 +147,17 @@ def select_sites(
             raise ValueError(
                 f"{pattern!r} matches no site; roles: {roles}; parts: {parts}; or a pattern such as {sites[0].name!r}"
             )
-    chosen = None if blocks is None else parse_blocks(blocks, 1 + max(site.block for site in sites))
+    numbers = None if blocks is None else parse_blocks(blocks, 1 + max(site.block for site in sites))
     selected = tuple(
         site
         for site in sites
-        if (chosen is None or site.block in chosen)
+        if (numbers is None or site.block in numbers)
         and (not include or any(matches(site, pattern) for pattern in include))
         and not any(matches(site, pattern) for pattern in exclude)
     )
     if not selected:
         raise ValueError(
-            f"nothing is left to select: include {list(include)}, exclude {list(exclude)}, blocks {blocks!r}"
+            f"no site matches all of it: include {list(include)}, exclude {list(exclude)}, blocks {blocks!r}"
         )
     return selected
 
@@ -205,15 +205,15 @@ def parse_blocks(text: str, count: int) -> frozenset[int]:
         return frozenset(range(number) if match[1] == "first" else range(count - number, count))
     if not re.fullmatch(r"\d+(-\d+)?(\s*,\s*\d+(-\d+)?)*", words):
         raise ValueError(f"blocks {text!r} is none of 'last 12', 'first 1/4', '8-19', '0,5,7'")
-    chosen: set[int] = set()
+    numbers: set[int] = set()
     for item in words.split(","):
         start, _, end = item.strip().partition("-")
         if int(end or start) < int(start):
             raise ValueError(f"blocks {text!r}: {item.strip()} runs backward")
-        chosen.update(range(int(start), int(end or start) + 1))
-    if max(chosen) >= count:
+        numbers.update(range(int(start), int(end or start) + 1))
+    if max(numbers) >= count:
         raise ValueError(f"blocks {text!r}: this model has blocks 0 ... {count - 1}")
-    return frozenset(chosen)
+    return frozenset(numbers)
 
 
 def low_rank_modules(model: nn.Module) -> dict[str, LowRankLinear]:
@@ -222,5 +222,5 @@ def low_rank_modules(model: nn.Module) -> dict[str, LowRankLinear]:
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` stands, in place."""
+    """Replace the module called `name` by `module`, in place."""
     model.set_submodule(name, module)

@@ -56,19 +56,19 @@ class Unit:
         return self.num_params if rank is None else num_stored(self.d_out, self.d_in, rank, layout)
 
     def weight(self, model: nn.Module) -> Tensor:
-        """(d_out, d_in): the dense weight that stands in the model, or the stack of them."""
+        """(d_out, d_in): the dense weight in the model, or the stack of them."""
         weights = [read_weight(model.get_submodule(site.name)) for site in self.sites]
         return weights[0] if len(weights) == 1 else torch.cat(weights)
 
     def split(self, factors: Factors) -> list[Factors]:
-        """The factors of each site, whose left one is its rows of the stack's; the right one is everybody's."""
+        """The factors of each site, left: its rows of the stack's left factor; right: the stack's, shared by all."""
         members = split(factors, [site.d_out for site in self.sites])
         assert all(isinstance(member, Factors) for member in members)
         return members  # type: ignore[return-value]
 
     def modules(self, model: nn.Module, factors: Factors, layout: Layout = "plain") -> dict[str, nn.Module]:
-        """{site name: what computes its part of the factors}, in the dense modules' type and on their device, with
-        their own biases added. The dense modules must stand in the model.
+        """{site name: module for its part of the factors}, in the dense modules' type and on their device, with
+        their own biases added. The dense modules must be in the model.
 
         Raises:
             ValueError: the factors are of another shape, or one is not finite in the dense type (attention kernels are
@@ -81,7 +81,7 @@ class Unit:
             )
         whole: Factors | Pivoted = pivot(factors) if layout == "pivoted" else factors.balanced()
         members: Sequence[Factors | Pivoted] = split(whole, [site.d_out for site in self.sites])
-        made: dict[str, LowRankLinear] = {}
+        modules: dict[str, LowRankLinear] = {}
         for site, member in zip(self.sites, members, strict=True):
             dense = model.get_submodule(site.name)
             weight = read_weight(dense)
@@ -90,14 +90,14 @@ class Unit:
                 dense.bias.detach() if site.has_bias else None,  # type: ignore[operator]
                 device=weight.device,
                 dtype=weight.dtype,
-                right_of=next(iter(made.values()), None),
+                right_of=next(iter(modules.values()), None),
             )
             if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
                 raise ValueError(
                     f"{site.name}: its factors are not finite in {weight.dtype}; load the model in float32"
                 )
-            made[site.name] = module
-        return dict(made)
+            modules[site.name] = module
+        return dict(modules)
 
 
 def units_of(sites: Sequence[Site], joint: Collection[str] = ()) -> tuple[Unit, ...]:

@@ -64,6 +64,6 @@ def write_card(recipe: Recipe, facts: Facts, results: Sequence[tuple[EvalResult,
         )
     undone = [done["place"] for done in facts.passes if not done["kept"]]
     if undone:
-        lines.append(f"Gradient steps were undone where they did not help on samples kept aside: {', '.join(undone)}.")
+        lines.append(f"Gradient steps were undone where they did not help on held-out samples: {', '.join(undone)}.")
     lines += ["", "## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
     return "\n".join(lines)

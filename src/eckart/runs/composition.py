@@ -67,7 +67,7 @@ class Composition:
         return replace(method, needs=method.needs | {"second_moment"}) if self.refit else method
 
     @property
-    def keeps_aside(self) -> bool:
+    def holds_out(self) -> bool:
         """Whether something has to prove itself on samples that no statistic sees."""
         return self.refit or self.refinement is not None or self.distillation is not None
 

@@ -72,11 +72,11 @@ class Workbench:
 
     @functools.cached_property
     def tokens(self) -> tuple[Tokens, Tokens | None]:
-        """The calibration samples, and those kept aside where something has to prove itself on them."""
+        """The calibration samples, and those held out where something has to prove itself on them."""
         tokens = make_tokens(self.recipe, self.model, self.tokenizer, self.how.data)
-        if not self.composition.keeps_aside:
+        if not self.composition.holds_out:
             return tokens, None
-        return tokens.keep_aside(self.recipe.calibration.aside)
+        return tokens.hold_out(self.recipe.calibration.aside)
 
     @functools.cached_property
     def gradients(self) -> dict[str, GradientMoments]:
@@ -131,17 +131,17 @@ class Workbench:
         composition, sites = self.composition, [site for site in plan.sites if plan.rank(site) is not None]
         if not sites:
             return ()
-        if composition.order == "one-shot" and not composition.keeps_aside:
+        if composition.order == "one-shot" and not composition.holds_out:
             # Where losses chose the ranks, the moments of all chosen sites are in the cache; else only these are made.
             measured = self.recipe.budget is not None and composition.allocation.row.needs != "sites"
             return self._one_shot(None if measured else sites) if composition.method.needs else None
-        tokens, aside = self.tokens
+        tokens, held_out = self.tokens
         return SequentialCalibration(
             self.model,
             tokens,
             composition.in_order,
             order=composition.order,
-            aside=aside,
+            held_out=held_out,
             sites=sites,
             gradients=self.gradients,
             passes=() if composition.refinement is None else (composition.refinement,),
@@ -154,10 +154,10 @@ class Workbench:
         distillation = self.composition.distillation
         if distillation is None:
             return []
-        tokens, aside = self.tokens
-        assert aside is not None
+        tokens, held_out = self.tokens
+        assert held_out is not None
         dense = load_model(self.recipe.model, dtype=self.recipe.dtype, device=self.how.device)
-        report = distillation(self.model, dense, tokens, aside, self.how.track)
+        report = distillation(self.model, dense, tokens, held_out, self.how.track)
         return [] if report is None else [report]
 
     @functools.cached_property

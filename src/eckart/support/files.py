@@ -1,4 +1,4 @@
-"""Files: what is written appears whole or not at all, and nothing that is there is lost by a failure."""
+"""Files: what is written appears whole or not at all, and a failure loses nothing that was there before."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_whole(file: Path, text: str) -> Path:
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """A path beside `file` to write to; it becomes `file` when the block ends well, and is removed when it fails.
+    """A path next to `file` to write to; it becomes `file` when the block ends well, and is removed when it fails.
 
     The name holds the process's number: two processes that write the same file do not write into one another's.
     """
@@ -40,7 +40,7 @@ def whole_file(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_directory(out: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """A directory beside `out` that becomes `out` when the block ends well, and is removed when it fails.
+    """A directory next to `out` that becomes `out` when the block ends well, and is removed when it fails.
 
     Raises:
         FileExistsError: `out` exists, is not an empty directory, and `force` is not given.
@@ -57,15 +57,15 @@ def staged_directory(out: str | Path, *, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def put_in_place(made: Path, out: Path) -> None:
-    """Rename a directory that is complete to `out`; what stands there is removed once the new one does."""
+def put_in_place(complete: Path, out: Path) -> None:
+    """Rename a directory that is complete to `out`; an older `out` is removed afterwards."""
     if not out.exists():
-        made.rename(out)
+        complete.rename(out)
         return
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     out.rename(old)
-    made.rename(out)
+    complete.rename(out)
     shutil.rmtree(old)
 
 
@@ -81,7 +81,7 @@ def check_free(out: str | Path, *, force: bool = False) -> None:
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:
-    """Raises OSError where the disk of a folder has fewer bytes left than `what` needs."""
+    """Raises OSError where the disk of a folder has fewer free bytes than `what` needs."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(

@@ -1,4 +1,4 @@
-"""Fingerprint: a model by its configuration and weights, so that what is kept of it is not taken for another's."""
+"""Fingerprint: a model by its configuration and weights, so that results kept for it are not taken for another's."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from transformers import PreTrainedModel
 
 # Keys of a configuration that say where a model came from, and not what it computes.
 VOLATILE = ("_name_or_path", "transformers_version", "quantization_config")
-
-
-# Numbers of each tensor that a sketch looks at.
+# Numbers of each tensor that a sketch reads.
 LOOKED_AT = 8
 
 

@@ -1,4 +1,4 @@
-"""Journal: what a long measurement has found so far, a line on disk each, so that a killed one goes on where it was."""
+"""Journal: results of a long measurement so far, a line on disk each, so that a killed one resumes where it was."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Record = dict[str, Any]
 
 
 class Journal:
-    """Records by key, in memory and, where there is a file, a JSON line each, flushed as soon as it is made.
+    """Records by key, in memory and, where there is a file, a JSON line each, flushed at once.
 
-    The file's first line is a header: what is measured, everything that makes it, and a digest of both. A record is
+    The file's first line is a header: what is measured, all that it depends on, and a digest of both. A record is
     whole once its line ends; a line that a kill cut short is dropped when the file is opened again.
     """
 
@@ -30,7 +30,7 @@ class Journal:
         return len(self._records)
 
     def find(self, key: str) -> Record | None:
-        """What was written under `key`, or None."""
+        """The record under `key`, or None."""
         return self._records.get(key)
 
     def write(self, key: str, record: Record) -> None:
@@ -55,17 +55,17 @@ def open_journal(path: Path | None, kind: str, identity: Mapping[str, Any] | Non
     Args:
         kind: what is measured, "surgical search".
         identity: everything that makes the records what they are: model, method, data, seeds, settings. Plain data;
-            what JSON has no word for is written as its `str`.
+            what JSON cannot hold is written as its `str`.
 
     Raises:
         ValueError: a path without an identity; a file that is no journal, or is one of another measurement (the message
-            has what differs). The file is left as it is.
+            has what differs). The file is not changed.
     """
     if path is None:
         yield Journal(None, {})
         return
     if not identity:
-        raise ValueError(f"journal {path}: say what makes the measurement (model, method, data, seeds) beside the path")
+        raise ValueError(f"journal {path}: say what makes the measurement (model, method, data, seeds) too")
     header = _header(kind, identity)
     records = _read(path, header) if path.exists() else None
     if records is None:
@@ -110,19 +110,19 @@ def _parse(line: str) -> Record | None:
     return value if isinstance(value, dict) else None
 
 
-def _check_header(path: Path, found: Record | None, header: Record) -> None:
-    if found is None or "journal" not in found or not isinstance(found.get("of"), dict):
+def _check_header(path: Path, stored: Record | None, header: Record) -> None:
+    if stored is None or "journal" not in stored or not isinstance(stored.get("of"), dict):
         raise ValueError(f"{path} is no journal; give another file")
-    if all(found.get(key) == header[key] for key in ("journal", "format", "of")):
+    if all(stored.get(key) == header[key] for key in ("journal", "format", "of")):
         return
     advice = "give another file, or remove this one to start anew"
-    if found["journal"] != header["journal"]:
-        raise ValueError(f"{path} is a journal of {found['journal']!r}, this is {header['journal']!r}; {advice}")
-    if found.get("format") != FORMAT:
+    if stored["journal"] != header["journal"]:
+        raise ValueError(f"{path} is a journal of {stored['journal']!r}, this is {header['journal']!r}; {advice}")
+    if stored.get("format") != FORMAT:
         raise ValueError(
-            f"{path} is a journal of format {found.get('format')!r}, this eckart writes {FORMAT}; {advice}"
+            f"{path} is a journal of format {stored.get('format')!r}, this eckart writes {FORMAT}; {advice}"
         )
-    there, here = found["of"], header["of"]
+    there, here = stored["of"], header["of"]
     differs = [
         f"{key} was {_short(there.get(key))} and is {_short(here.get(key))}"
         for key in sorted(there.keys() | here.keys())

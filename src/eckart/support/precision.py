@@ -1,4 +1,4 @@
-"""Precision: what a model has in half precision, in float32 for a while."""
+"""Precision: a model's half-precision tensors in float32 for a while."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ HALF = (torch.float16, torch.bfloat16)
 
 @contextmanager
 def in_float32(module: nn.Module, types: Collection[torch.dtype] = HALF) -> Iterator[torch.dtype]:
-    """Inside, what a module has in one of `types` is in float32; gives the type of its inputs then. Rounded back after.
+    """Inside, a module's tensors of `types` are in float32; yields the type of its inputs. Rounded back after.
 
-    Tensors that are float32 beside it, such as rotary tables and the norms of some models, stay what they are. What
-    nobody changes meanwhile comes back bit for bit. Memory: that of the module twice over.
+    Tensors that are float32 already, such as rotary tables and the norms of some models, stay as they are. Those that
+    are not changed meanwhile come back bit for bit. Memory: that of the module twice over.
     """
     tensors = [*module.parameters(), *module.buffers()]
     half = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in types]

@@ -1,4 +1,4 @@
-"""Tracking: how long work shows itself. The library takes a `Track`; the command line gives one that draws."""
+"""Progress: how long work is shown. The library takes a `Track`; the command line passes one that draws a bar."""
 
 from __future__ import annotations
 

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 @contextmanager
 def quiet(*loggers: str) -> Iterator[None]:
     """Inside, the named loggers give errors only; afterwards their levels are what they were."""
-    found = [logging.getLogger(name) for name in loggers]
-    before = [logger.level for logger in found]
+    named = [logging.getLogger(name) for name in loggers]
+    before = [logger.level for logger in named]
     try:
-        for logger in found:
+        for logger in named:
             logger.setLevel(logging.ERROR)
         yield
     finally:
-        for logger, level in zip(found, before, strict=True):
+        for logger, level in zip(named, before, strict=True):
             logger.setLevel(level)

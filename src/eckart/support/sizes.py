@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def num_params(model: nn.Module) -> int:
-    """Numbers that the model stores, tied tensors once; a quantised weight counts the numbers that it stands for."""
+    """Numbers that the model stores, tied tensors once; a quantised weight counts the numbers that it represents."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -123,12 +123,12 @@ def test_units_are_those_that_tracing_finds(model_type: str) -> None:
         units = find_units(model)[1, part]  # type: ignore[index]
         gone = units.rows[root][1].tolist()
         group = graph.get_pruning_group(block.get_submodule(root), tracing.prune_linear_out_channels, idxs=gone)
-        found = {
+        members = {
             (target.target.module, "out" in target.handler.__name__): sorted(index)
             for target, index in group
             if isinstance(target.target.module, nn.Linear)
         }
-        assert found == {
+        assert members == {
             (block.get_submodule(path), is_row): index[1].tolist()
             for along, is_row in ((units.rows, True), (units.columns, False))
             for path, index in along.items()
@@ -236,19 +236,19 @@ def test_importance_by_hand() -> None:
 
 def test_the_least_important_units_go(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
-    found = {}
+    scores = {}
 
     def watched(*args: Any, **settings: Any) -> dict[Any, Tensor]:
-        found.update(importances(*args, **settings))
-        return found
+        scores.update(importances(*args, **settings))
+        return scores
 
     monkeypatch.setattr(pruning, "importances", watched)
     before = model.model.layers[1].mlp.down_proj.weight.detach().clone()
     facts = prune_structures(model, 0.6, tiny_tokens())
     for block in range(3):
-        best = found[block, "heads"].argmax().item()
+        best = scores[block, "heads"].argmax().item()
         assert facts["heads"][str(block)] in ([best], [0, 1])
-    keeps = found[1, "channels"].argsort(descending=True)[: facts["channels"]["1"]].sort().values
+    keeps = scores[1, "channels"].argsort(descending=True)[: facts["channels"]["1"]].sort().values
     assert torch.equal(model.model.layers[1].mlp.down_proj.weight, before[:, keeps])
 
 

@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits: bytes and numbers by hand, every family, what is left dense."""
+"""Weights in 8 and 4 bits: bytes and numbers by hand, every family, what stays dense."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def torchao() -> Any:
 
 def weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """{site: weight as ordinary numbers, (d_out, d_in)}."""
-    found = {}
+    numbers = {}
     for site in find_sites(model):
         weight = model.get_submodule(site.name).weight
         quantised = (
             not isinstance(weight.data, nn.Parameter) and hasattr(weight, "dequantize") and hasattr(weight, "scale")
         )
-        found[site.name] = weight.dequantize() if quantised else read_weight(model.get_submodule(site.name)).clone()
-    return found
+        numbers[site.name] = weight.dequantize() if quantised else read_weight(model.get_submodule(site.name)).clone()
+    return numbers
 
 
 def wide_model(**changes: Any) -> PreTrainedModel:
@@ -115,8 +115,8 @@ def test_every_family_is_quantised(torchao: Any, model_type: str, bits: Any) -> 
     assert facts["sites"] == len(sites)
     assert facts["rewritten"] == (len(sites) if model_type == "gpt2" else 0)
     assert resident_bytes(model) < 0.75 * bytes_before
-    found = logits_of(model)
-    assert not torch.equal(found, logits)
+    rounded_logits = logits_of(model)
+    assert not torch.equal(rounded_logits, logits)
     # The same as the dense model with the weights rounded.
     rounded = tiny_model(model_type)
     now = {site.name: model.get_submodule(site.name).weight.dequantize() for site in sites}
@@ -124,16 +124,16 @@ def test_every_family_is_quantised(torchao: Any, model_type: str, bits: Any) -> 
         for name, weight in now.items():
             assert (weight - before[name]).norm() < 0.15 * before[name].norm()
             read_weight(rounded.get_submodule(name)).copy_(weight)
-    assert relative(found, logits_of(rounded)) < 1e-4
+    assert relative(rounded_logits, logits_of(rounded)) < 1e-4
 
 
 def test_conv1d_becomes_the_same_linear() -> None:
     model = tiny_model("gpt2")
-    from eckart.compression.baselines.quantization import _as_linear
+    from eckart.compression.baselines.quantization import as_linear
 
     conv = model.transformer.h[0].attn.c_attn
     assert isinstance(conv, Conv1D)
-    linear = _as_linear(conv)
+    linear = as_linear(conv)
     assert torch.equal(linear.weight, conv.weight.mT)
     assert torch.equal(linear.bias, conv.bias)
     x = torch.randn(2, 3, 32)

@@ -23,14 +23,14 @@ def pair(model_type: str, dtype: torch.dtype = torch.float32) -> tuple:
     dense = tiny_model(model_type, dtype=dtype)
     model = copy.deepcopy(dense)
     compress(model, METHOD, plan(model, 0.5), calibrate(model, tiny_tokens(), METHOD))
-    return dense, model, *tiny_tokens(16, 12).keep_aside(0.25)
+    return dense, model, *tiny_tokens(16, 12).hold_out(0.25)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert"])
 def test_predictions_come_nearer_and_only_the_factors_move(model_type: str) -> None:
-    dense, model, tokens, aside = pair(model_type)
+    dense, model, tokens, held_out = pair(model_type)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    report = Distillation(steps=12, rate=0.01, batch=4)(model, dense, tokens, aside)
+    report = Distillation(steps=12, rate=0.01, batch=4)(model, dense, tokens, held_out)
     assert report is not None
     assert report.kept
     assert report.after < report.before
@@ -50,9 +50,9 @@ def test_what_does_not_help_is_undone_bit_for_bit(dtype: torch.dtype, monkeypatc
                 parameter.mul_(-3)
 
     monkeypatch.setattr("eckart.compression.tuning.distillation.descend", harm)
-    dense, model, tokens, aside = pair("llama", dtype)
+    dense, model, tokens, held_out = pair("llama", dtype)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    report = Distillation(steps=3, batch=4)(model, dense, tokens, aside)
+    report = Distillation(steps=3, batch=4)(model, dense, tokens, held_out)
     assert report is not None
     assert not report.kept
     assert report.after > report.before
@@ -63,16 +63,16 @@ def test_what_does_not_help_is_undone_bit_for_bit(dtype: torch.dtype, monkeypatc
 def test_two_runs_are_one() -> None:
     states = []
     for _ in range(2):
-        dense, model, tokens, aside = pair("llama")
-        Distillation(steps=4, rate=1e-3, batch=4)(model, dense, tokens, aside)
+        dense, model, tokens, held_out = pair("llama")
+        Distillation(steps=4, rate=1e-3, batch=4)(model, dense, tokens, held_out)
         states.append(model.state_dict())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def test_a_dense_model_has_nothing_to_distil() -> None:
     dense = tiny_model("llama")
-    tokens, aside = tiny_tokens().keep_aside(0.5)
-    assert Distillation()(copy.deepcopy(dense), dense, tokens, aside) is None
+    tokens, held_out = tiny_tokens().hold_out(0.5)
+    assert Distillation()(copy.deepcopy(dense), dense, tokens, held_out) is None
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"rate": 0.0}, {"rate": 1.0}, {"batch": 0}])

@@ -79,11 +79,11 @@ def test_a_planted_task_is_learnt_and_the_result_is_a_stock_checkpoint(place: Pa
     assert len(facts["losses"]) == 8
     assert facts["losses"][-1] < 0.2 < 0.6 < facts["losses"][0]
     assert facts["steps"] == 8 * 6
-    assert facts["dev"] is None, "a file has no rows beside those that were trained on"
+    assert facts["dev"] is None, "a file has no rows but those that were trained on"
     assert any("classifier" in new or "score" in new for new in facts["initialised"])
     assert json.loads((tmp_path / "out" / NOTES).read_text()) == facts
     assert "fine-tuned on" in (tmp_path / "out/README.md").read_text()
-    assert [file.name for file in tmp_path.iterdir()] == ["out"], "nothing is left beside it"
+    assert [file.name for file in tmp_path.iterdir()] == ["out"], "nothing else remains"
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -157,14 +157,14 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_model(place: Path, tmp_p
     with pytest.raises(Killed):
         fine_tune(place / "bert", tmp_path / "out", settings, track=Killer(after))
     assert not (tmp_path / "out").exists()
-    left: list[int] = []
+    remaining: list[int] = []
 
     def count(items: Iterable[T], description: str, total: int) -> Iterable[T]:
-        left.extend([total] if description == "fine-tuning" else [])
+        remaining.extend([total] if description == "fine-tuning" else [])
         return items
 
     facts = fine_tune(place / "bert", tmp_path / "out", settings, track=count)
-    assert left == [18 - after // 6 * 6], "whole epochs are not done again"
+    assert remaining == [18 - after // 6 * 6], "whole epochs are not done again"
     assert facts["losses"] == whole["losses"]
     first, second = weights_of(tmp_path / "whole"), weights_of(tmp_path / "out")
     assert all(torch.equal(value, second[key]) for key, value in first.items())
@@ -222,10 +222,10 @@ def test_recorded_squares_are_those_of_every_batch_s_gradient(place: Path, tmp_p
     assert tuned.losses == pytest.approx([loss.item()] * 2, rel=1e-5)
     for site, gradient in zip(sites, gradients, strict=True):
         square = (gradient.mT if name == "gpt2" else gradient).square()
-        found = tuned.recorded[site.name]
-        assert found.examples == tuned.steps == 2
-        assert relative(found.sums["fisher_in"], 2 * square.sum(0)) < 1e-4, site.name
-        assert relative(found.sums["fisher_out"], 2 * square.sum(1)) < 1e-4, site.name
+        statistics = tuned.recorded[site.name]
+        assert statistics.examples == tuned.steps == 2
+        assert relative(statistics.sums["fisher_in"], 2 * square.sum(0)) < 1e-4, site.name
+        assert relative(statistics.sums["fisher_out"], 2 * square.sum(1)) < 1e-4, site.name
 
 
 def test_squares_are_of_gradients_that_nothing_has_clipped(tmp_path: Path) -> None:
@@ -268,10 +268,10 @@ def test_recorded_squares_compress_by_fwsvd_with_no_text_and_no_pass(
     assert status == 0, printed
 
     # Factored by hand from the file, and with another Fisher it would be something else.
-    found = read_gradients(tmp_path / "tuned" / GRADIENTS)
+    statistics = read_gradients(tmp_path / "tuned" / GRADIENTS)
     dense = AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned")
     for name, module in low_rank_modules(model).items():
-        root = found[name].fisher_in.sqrt()
+        root = statistics[name].fisher_in.sqrt()
         u, s, vh = torch.linalg.svd(dense.get_submodule(name).weight.detach().double() * root)
         expected = (u[:, : module.rank] * s[: module.rank]) @ vh[: module.rank] / root
         assert relative((module.left.weight @ module.right.weight).detach(), expected) < 1e-3, name

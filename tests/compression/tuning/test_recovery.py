@@ -121,9 +121,9 @@ def test_a_batch_without_padding_of_one_row_is_a_sample(model_type: str) -> None
     for row in tokens.ids:
         one, two = (torch.Generator().manual_seed(1) for _ in range(2))
         expected = sample_loss(model, row[None], MASK, one)
-        found = language_loss(model, row[None], torch.ones(1, 10, dtype=torch.bool), MASK, two)
-        assert torch.equal(found[0], expected[0])
-        assert found[1] == expected[1]
+        result = language_loss(model, row[None], torch.ones(1, 10, dtype=torch.bool), MASK, two)
+        assert torch.equal(result[0], expected[0])
+        assert result[1] == expected[1]
 
 
 def test_padding_is_in_no_loss_and_rows_count_by_their_tokens() -> None:

@@ -34,10 +34,10 @@ BRISK, ABSURD = Refinement(12, 1e-2), Refinement(12, 0.9)
 
 @dataclass
 class Scene:
-    """A compressed model, and what a pass is given of each of its blocks."""
+    """A compressed model, and the arguments of a pass for each of its blocks."""
 
     model: PreTrainedModel
-    given: list[tuple[int, nn.Module, list[Sample], list[Sample]]]
+    calls: list[tuple[int, nn.Module, list[Sample], list[Sample]]]
 
 
 def scene(
@@ -53,9 +53,9 @@ def scene(
     model = tiny_model(model_type, dtype=dtype)
     readers = Counter(site.input_group for site in find_sites(model))
     groups = [group for group, count in readers.items() if count > 1] if joint else []
-    tokens, aside = tiny_tokens(16, 12, padded=True), tiny_tokens(6, 12, padded=True, seed=1)
+    tokens, held_out = tiny_tokens(16, 12, padded=True), tiny_tokens(6, 12, padded=True, seed=1)
     collect = Collect()
-    calibration = SequentialCalibration(model, tokens, SVD, order="sequential", aside=aside, passes=[collect])
+    calibration = SequentialCalibration(model, tokens, SVD, order="sequential", held_out=held_out, passes=[collect])
     if keep is None:
         units = units_of(find_sites(model), groups)
         ranks = {site.name: min(unit.d_in, unit.d_out) - 1 for unit in units for site in unit.sites}
@@ -63,7 +63,7 @@ def scene(
     else:
         made_plan = plan(model, keep, layout=layout, joint=groups, include=include)
     compress(model, SVD, made_plan, calibration)
-    return Scene(model, collect.given)
+    return Scene(model, collect.calls)
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
@@ -85,10 +85,10 @@ def loss_of(block: nn.Module, samples: Sequence[Sample]) -> float:
     """What a refinement lowers, written down once more, without the padding."""
     losses = []
     for sample in samples:
-        made, target, hidden = (
+        output, target, hidden = (
             rows[sample.mask].double() for rows in (sample.run(block), sample.target, sample.hidden)
         )
-        losses.append(float((made - target).square().sum() / (target - hidden).square().sum()))
+        losses.append(float((output - target).square().sum() / (target - hidden).square().sum()))
     return sum(losses) / len(losses)
 
 
@@ -96,16 +96,16 @@ def loss_of(block: nn.Module, samples: Sequence[Sample]) -> float:
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "bert", "gemma2", "phi3", "gpt_neox"])
-def test_a_refinement_that_is_kept_lowers_the_loss_on_samples_aside(model_type: str) -> None:
-    made = scene(model_type)
-    assert len(made.given) == BLOCKS
-    for number, block, samples, aside in made.given:
-        before = loss_of(block, samples), loss_of(block, aside)
-        report = BRISK(number, block, samples, aside)
+def test_a_refinement_that_is_kept_lowers_the_loss_on_held_out_samples(model_type: str) -> None:
+    case = scene(model_type)
+    assert len(case.calls) == BLOCKS
+    for number, block, samples, held_out in case.calls:
+        before = loss_of(block, samples), loss_of(block, held_out)
+        report = BRISK(number, block, samples, held_out)
         assert report is not None
         assert report.kept
         assert (report.name, report.place) == ("refine", f"block {number}")
-        assert (report.before, report.after) == pytest.approx((before[1], loss_of(block, aside)), rel=1e-4)
+        assert (report.before, report.after) == pytest.approx((before[1], loss_of(block, held_out)), rel=1e-4)
         assert report.after < report.before
         assert loss_of(block, samples) < before[0]
 
@@ -113,44 +113,44 @@ def test_a_refinement_that_is_kept_lowers_the_loss_on_samples_aside(model_type: 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("layout", ["plain", "pivoted"])
 def test_a_refinement_that_ruins_is_undone_bit_for_bit(layout: Layout, dtype: torch.dtype) -> None:
-    made = scene("llama", layout=layout, joint=True, keep=None, dtype=dtype)
-    before, logits = tensors_of(made.model), logits_of(made.model)
-    for given in made.given:
-        report = ABSURD(*given)
+    case = scene("llama", layout=layout, joint=True, keep=None, dtype=dtype)
+    before, logits = tensors_of(case.model), logits_of(case.model)
+    for call in case.calls:
+        report = ABSURD(*call)
         assert report is not None
         assert not report.kept
         assert not report.after < report.before
-    assert changed(made.model, before) == set()
-    assert torch.equal(logits_of(made.model), logits)
+    assert changed(case.model, before) == set()
+    assert torch.equal(logits_of(case.model), logits)
 
 
 @pytest.mark.parametrize("size", [1.0, float("inf")])
 def test_steps_towards_noise_are_undone(size: float) -> None:
-    made = scene()
-    before, generator = tensors_of(made.model), torch.Generator().manual_seed(0)
-    for number, block, samples, aside in made.given:
+    case = scene()
+    before, generator = tensors_of(case.model), torch.Generator().manual_seed(0)
+    for number, block, samples, held_out in case.calls:
         noise = [replace(s, target=size * torch.randn(s.target.shape, generator=generator)) for s in samples]
-        report = Refinement(24, 3e-2)(number, block, noise, aside)
+        report = Refinement(24, 3e-2)(number, block, noise, held_out)
         assert report is not None
         assert not report.kept
-    assert changed(made.model, before) == set()
+    assert changed(case.model, before) == set()
 
 
 def test_a_block_without_low_rank_linears_is_left_alone() -> None:
-    made = scene("llama", include=["model.layers.1.*"])
-    number, _, samples, aside = made.given[0]
-    before = tensors_of(made.model)
-    assert BRISK(number, blocks_of(made.model)[0], samples, aside) is None
-    assert changed(made.model, before) == set()
+    case = scene("llama", include=["model.layers.1.*"])
+    number, _, samples, held_out = case.calls[0]
+    before = tensors_of(case.model)
+    assert BRISK(number, blocks_of(case.model)[0], samples, held_out) is None
+    assert changed(case.model, before) == set()
 
 
 def test_a_block_that_is_broken_names_its_place() -> None:
-    made = scene()
-    number, block, samples, aside = made.given[1]
+    case = scene()
+    number, block, samples, held_out = case.calls[1]
     low = next(iter(low_rank_modules(block).values()))
     low.right.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"^block 1: its output is not finite"):
-        BRISK(number, block, samples, aside)
+        BRISK(number, block, samples, held_out)
 
 
 @pytest.mark.parametrize(("steps", "rate"), [(0, 0.1), (4, 0.0), (4, 1.0), (4, -0.1), (4, float("nan"))])
@@ -164,8 +164,8 @@ def test_settings_that_mean_nothing(steps: int, rate: float) -> None:
 
 @pytest.mark.parametrize("model_type", ["opt", "llama"])
 def test_only_factors_and_their_biases_move(model_type: str) -> None:
-    made = scene(model_type, include=["mlp"])
-    model = made.model
+    case = scene(model_type, include=["mlp"])
+    model = case.model
     dense = next(parameter for name, parameter in model.named_parameters() if name.endswith("k_proj.weight"))
     dense.requires_grad_(False)
     # What somebody computed before is theirs.
@@ -175,7 +175,7 @@ def test_only_factors_and_their_biases_move(model_type: str) -> None:
     before = tensors_of(model)
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     refine = Refinement(12, 1e-3)
-    kept = {(report := refine(*given)).kept and report.place for given in made.given}
+    kept = {(report := refine(*call)).kept and report.place for call in case.calls}
     low = low_rank_modules(model)
     names = {f"{name}.{inner}" for name, module in low.items() for inner, _ in module.named_parameters()}
     moved = changed(model, before)
@@ -193,11 +193,11 @@ def test_only_factors_and_their_biases_move(model_type: str) -> None:
 @pytest.mark.parametrize("layout", ["plain", "pivoted"])
 @pytest.mark.parametrize("model_type", ["bert", "gemma2"])
 def test_every_layout_is_refined_and_stays_what_it_is(model_type: str, layout: Layout, joint: bool) -> None:
-    made = scene(model_type, layout=layout, joint=joint)
-    model, before = made.model, tensors_of(made.model)
+    case = scene(model_type, layout=layout, joint=joint)
+    model, before = case.model, tensors_of(case.model)
     lenders = {name: module.lender for name, module in low_rank_modules(model).items()}
-    for given in made.given:
-        report = BRISK(*given)
+    for call in case.calls:
+        report = BRISK(*call)
         assert report is not None
         assert report.kept
     moved = changed(model, before)
@@ -213,13 +213,13 @@ def test_every_layout_is_refined_and_stays_what_it_is(model_type: str, layout: L
 
 
 def test_a_shared_factor_is_one_parameter() -> None:
-    made = scene("llama", joint=True)
-    parameters = low_rank_parameters(blocks_of(made.model)[0])
+    case = scene("llama", joint=True)
+    parameters = low_rank_parameters(blocks_of(case.model)[0])
     # q, k, v share; gate and up share; o and down have their own: four right factors and seven left ones.
     assert len(parameters) == len({id(parameter) for parameter in parameters}) == 4 + 7
     assert sum(parameter.numel() for parameter in parameters) == sum(
         parameter.numel()
-        for module in low_rank_modules(blocks_of(made.model)[0]).values()
+        for module in low_rank_modules(blocks_of(case.model)[0]).values()
         for parameter in module.parameters()
     )
 
@@ -230,7 +230,7 @@ def test_a_member_all_of_whose_rows_are_pivots() -> None:
     groups = [site.input_group for site in find_sites(model) if site.role == "self_attn.q_proj"]
     collect = Collect()
     calibration = SequentialCalibration(
-        model, tiny_tokens(16, 12), SVD, order="sequential", aside=tiny_tokens(4, 12, seed=1), passes=[collect]
+        model, tiny_tokens(16, 12), SVD, order="sequential", held_out=tiny_tokens(4, 12, seed=1), passes=[collect]
     )
     with torch.no_grad():
         for block in blocks_of(model):
@@ -239,8 +239,8 @@ def test_a_member_all_of_whose_rows_are_pivots() -> None:
     empty = [module for module in low_rank_modules(model).values() if not len(module.left.weight)]
     assert empty
     before = tensors_of(model)
-    for given in collect.given:
-        report = BRISK(*given)
+    for call in collect.calls:
+        report = BRISK(*call)
         assert report is not None
     assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
     assert changed(model, before)
@@ -252,19 +252,19 @@ def test_a_member_all_of_whose_rows_are_pivots() -> None:
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("layout", ["plain", "pivoted"])
 def test_half_precision_stays_half(layout: Layout, dtype: torch.dtype) -> None:
-    made = scene("gpt_neox", layout=layout, dtype=dtype)
-    model = made.model
+    case = scene("gpt_neox", layout=layout, dtype=dtype)
+    model = case.model
     norms = {name: p for name, p in model.named_parameters() if "layernorm" in name}
     table = nn.Parameter(torch.tensor([1 / 3]))
     blocks_of(model)[1].register_buffer("table", table.detach())
     before = tensors_of(model)
     kept = []
-    for given in made.given:
+    for call in case.calls:
         # 8 bits of mantissa: only steps that are longer than half of the last one stay.
-        report = Refinement(24, 2e-2)(*given)
+        report = Refinement(24, 2e-2)(*call)
         assert report is not None
         kept.append(report.kept)
-        assert report.after == pytest.approx(loss_of(given[1], given[3]), rel=1e-2) or not report.kept
+        assert report.after == pytest.approx(loss_of(call[1], call[3]), rel=1e-2) or not report.kept
     assert any(kept)
     moved = changed(model, before)
     assert moved
@@ -275,13 +275,13 @@ def test_half_precision_stays_half(layout: Layout, dtype: torch.dtype) -> None:
 
 
 def test_norms_that_are_kept_in_float32_stay_so() -> None:
-    made = scene("llama", dtype=torch.bfloat16)
-    number, block, samples, aside = made.given[0]
+    case = scene("llama", dtype=torch.bfloat16)
+    number, block, samples, held_out = case.calls[0]
     # As some models do: the norm works in float32 and gives what comes after it its own type.
     block.input_layernorm.weight.data = block.input_layernorm.weight.data.float() + 1 / 3
     block.input_layernorm.register_forward_hook(lambda module, _args, output: output.to(block.mlp.up_proj.weight.dtype))
     before = tensors_of(block)
-    report = Refinement(24, 2e-2)(number, block, samples, aside)
+    report = Refinement(24, 2e-2)(number, block, samples, held_out)
     assert report is not None
     assert "input_layernorm.weight" not in changed(block, before)
 
@@ -306,30 +306,30 @@ def test_in_float32_and_back(dtype: torch.dtype) -> None:
 
 
 def test_the_same_samples_give_the_same_steps() -> None:
-    found = []
+    results = []
     for _ in range(2):
-        made = scene("opt")
-        reports = [BRISK(*given) for given in made.given]
-        found.append((reports, tensors_of(made.model)))
-    assert found[0][0] == found[1][0]
-    assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
+        case = scene("opt")
+        reports = [BRISK(*call) for call in case.calls]
+        results.append((reports, tensors_of(case.model)))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(value, results[1][1][name]) for name, value in results[0][1].items())
 
 
 def test_padding_is_in_no_loss() -> None:
     first = scene()
     second = copy.deepcopy(first)
-    for (number, block, samples, aside), (_, other, *_) in zip(first.given, second.given, strict=True):
+    for (number, block, samples, held_out), (_, other, *_) in zip(first.calls, second.calls, strict=True):
         spoilt = [
             [replace(s, target=torch.where(s.mask[..., None], s.target, torch.tensor(1e3))) for s in part]
-            for part in (samples, aside)
+            for part in (samples, held_out)
         ]
-        assert BRISK(number, block, samples, aside) == BRISK(number, other, *spoilt)
+        assert BRISK(number, block, samples, held_out) == BRISK(number, other, *spoilt)
 
 
 def test_gradients_are_asked_for_where_there_are_none() -> None:
-    made = scene()
+    case = scene()
     with torch.no_grad():
-        report = BRISK(*made.given[0])
+        report = BRISK(*case.calls[0])
         assert not torch.is_grad_enabled()
     assert report is not None
     assert report.kept
@@ -337,13 +337,13 @@ def test_gradients_are_asked_for_where_there_are_none() -> None:
 
 def test_a_step_is_relative_to_the_tensor_it_is_in() -> None:
     # Left a thousand times as long and right a thousandth: the map is the same, and so is the way it goes.
-    made = scene()
-    number, block, samples, aside = made.given[0]
+    case = scene()
+    number, block, samples, held_out = case.calls[0]
     other = copy.deepcopy(block)
     for module in low_rank_modules(other).values():
         module.left.weight.data.mul_(1024)
         module.right.weight.data.div_(1024)
-    reports = [BRISK(number, each, samples, aside) for each in (block, other)]
+    reports = [BRISK(number, each, samples, held_out) for each in (block, other)]
     assert reports[0] is not None
     assert reports[1] is not None
     assert reports[0].before == pytest.approx(reports[1].before, rel=1e-5)

@@ -39,7 +39,7 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Inside, `modules` stand in place of those of the same names; afterwards those stand there again.
 
-    Nothing is copied: the modules that stood there are kept aside and put back, also when the block fails. A module
+    Nothing is copied: the modules that stood there are remembered and put back, also when the block fails. A module
     that somebody else put in one of the places meanwhile is left alone. To keep a trial that was good, enter it
     again on an `ExitStack` that outlives the trial, or put it in for good with `replace_module`: both cost nothing.
 

@@ -18,7 +18,7 @@ from eckart.support.sizes import num_bytes, num_params
 TORCHAO = "torchao, Or et al., arXiv 2507.16099; rounding to nearest, no calibration"
 
 
-class Run(Protocol):
+class Procedure(Protocol):
     """Changes a model in place and returns facts for JSON."""
 
     def __call__(
@@ -30,23 +30,23 @@ class Run(Protocol):
 class Baseline:
     """A rival of low-rank compression, with its settings.
 
-    The model that it makes lives in memory. It is for measuring, and is not saved as a checkpoint: blocks that were
-    pruned have shapes of their own, which no config states.
+    Its model stays in memory. It is for measuring, and is not saved as a checkpoint: blocks that were pruned have
+    shapes of their own, which no config states.
 
     Attributes:
         name: in the catalogue.
-        paper: where it is from.
+        paper: its source.
         about: what it does, in a line.
-        run: what does it.
+        run: applies it.
         needs_tokens: whether it reads calibration text.
-        needs_keep: whether its size is chosen; the others have one size.
+        needs_keep: whether its size can be set; baselines that do not need it have one size.
         options: its settings.
     """
 
     name: str
     paper: str
     about: str
-    run: Run = field(repr=False, compare=False)  # made of `name` and `options`
+    run: Procedure = field(repr=False, compare=False)  # follows from `name` and `options`
     needs_tokens: bool = False
     needs_keep: bool = False
     options: dict[str, Any] = field(default_factory=dict)

@@ -22,7 +22,7 @@ class PackedInt4(TorchAOBaseTensor):
     """A (d_out, d_in) weight: (code - zero_point) scale.
 
     Tensors:
-        codes: (d_out d_in / 2,) uint8, rounded up; the even number in the low four bits, rows one after the other.
+        codes: (d_out d_in / 2,) uint8, rounded up; even indices in the low four bits, rows one after the other.
         scale: (d_out, d_in / group), of the type of the weight.
         zero_point: (d_out, d_in / group) int8.
     """

@@ -1,9 +1,9 @@
-"""Pruning: whole attention heads and MLP channels taken out, as LLM-Pruner does.
+"""Pruning: whole attention heads and MLP channels removed, as LLM-Pruner does.
 
-A unit is what has to go together (LLM-Pruner section 3.1, "coupled structures"): a head is its rows of q, k, v and its
+A unit is removed as one (LLM-Pruner section 3.1, "coupled structures"): a head is its rows of q, k, v and its
 columns of o; with grouped queries, a key-value head and every query head that reads it; a channel is its rows of gate
 and up and its column of down. The units are stated here for each family. torch-pruning, which finds them by tracing,
-finds the same (a test compares), but does not come to an end where heads are grouped.
+finds the same (a test compares), but does not terminate where heads are grouped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Layout:
     """Where a family keeps its heads and channels; paths are inside a block.
 
     Attributes:
-        attention, mlp: the modules that are told their new widths.
+        attention, mlp: the modules whose width attributes are updated.
         qkv: the three projections, or the one that holds all three, one after the other.
         out: the projection that reads the heads.
         up: the projections that write the channels. down: the one that reads them.
@@ -78,7 +78,7 @@ LAYOUTS: dict[str, Layout] = {
 
 @dataclass(frozen=True)
 class Units:
-    """Alike things that can be removed one by one: the heads or the channels of one block.
+    """The heads or the channels of one block, which can be removed one by one.
 
     Attributes:
         rows: {path in the block: (units, size) output features of that linear, by unit}.
@@ -105,13 +105,13 @@ def prune_structures(
     last: int | None = None,
     track: Track = silent,
 ) -> dict[str, Any]:
-    """Remove the heads and channels of least importance, in place, until a share `keep` of the linears is left.
+    """Remove the heads and channels of least importance, in place, until a share `keep` of the linears remains.
 
-    The share is of all compressible linears, as everywhere here; since some blocks stay whole, the others lose more.
-    They all lose the same share, and units compete inside their block (LLM-Pruner's block-wise setting). Heads are
+    The share is of all compressible linears, as everywhere here; since some blocks stay whole, the rest lose more.
+    Those all lose the same share, and units compete inside their block (LLM-Pruner's block-wise setting). Heads are
     coarse: a block keeps the number nearest to its share, and its channels make up for the rest.
 
-    The result lives in memory: its blocks have shapes of their own, which no config states. LLM-Pruner's recovery by
+    The result stays in memory: its blocks have shapes of their own, which no config states. LLM-Pruner's recovery by
     LoRA is not part of it.
 
     Args:
@@ -122,7 +122,7 @@ def prune_structures(
             of LLaMA-7B's 32, as in the authors' script.
 
     Returns:
-        {"keep": share left, "first", "last", "samples", "heads": {block: kept of it}, "channels": {block: how many}}.
+        {"keep": kept share, "first", "last", "samples", "heads": {block: kept of it}, "channels": {block: how many}}.
 
     Raises:
         ValueError: keep leaves a block without a head or a channel, or what `importances` raises.
@@ -135,15 +135,15 @@ def prune_structures(
     if first < 0 or last < 0 or first + last >= count:
         raise ValueError(f"first {first} and last {last} leave no block to prune of {count}")
     total = sum(site.num_params for site in find_sites(model))
-    chosen = {key: group for key, group in units.items() if first <= key[0] < count - last}
+    pruned = {key: group for key, group in units.items() if first <= key[0] < count - last}
     facts: dict[str, Any] = {"keep": 1.0, "first": first, "last": last, "samples": 0, "heads": {}, "channels": {}}
     if keep == 1:
         return facts
-    numbers = allocate(chosen, total, keep)
-    scores = importances(model, chosen, tokens, samples=samples, length=length, track=track)
+    numbers = allocate(pruned, total, keep)
+    scores = importances(model, pruned, tokens, samples=samples, length=length, track=track)
     kept = {key: scores[key].topk(number).indices.sort().values for key, number in numbers.items()}
-    remove(model, chosen, kept)
-    removed = sum((len(group) - numbers[key]) * group.numbers for key, group in chosen.items())
+    remove(model, pruned, kept)
+    removed = sum((len(group) - numbers[key]) * group.numbers for key, group in pruned.items())
     return facts | {
         "keep": (total - removed) / total,
         "samples": min(samples, len(tokens)),
@@ -204,7 +204,7 @@ def _shape(block: nn.Module, path: str) -> tuple[int, int]:
 
 
 def allocate(units: Mapping[tuple[int, Part], Units], total: int, keep: float) -> dict[tuple[int, Part], int]:
-    """How many units of each kind every block keeps, so that a share `keep` of `total` numbers is left at most.
+    """How many units of each kind every block keeps, so that at most a share `keep` of `total` numbers remains.
 
     Every block gets the same share of itself. What a block leaves unspent, because units are whole, goes to the next.
 
@@ -229,7 +229,7 @@ def allocate(units: Mapping[tuple[int, Part], Units], total: int, keep: float) -
                 f"keep {keep} leaves {max(share, 0):.3f} of each block that may be pruned, less than one head and one "
                 "channel; raise keep, or lower first and last"
             )
-        # Where the channels cannot take up what is left, more heads do.
+        # Where the channels cannot use up the rest of the budget, more heads do.
         number = min(affordable, key=lambda n: (max(0, affordable[n] - len(channels)), abs(n - share * len(heads))))
         kept[block, "heads"] = number
         kept[block, "channels"] = min(affordable[number], len(channels))
@@ -297,7 +297,7 @@ def _salience(name: str, module: nn.Module) -> Tensor:
 
 @contextmanager
 def _only_gradients_of(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, the weights of `modules` gather gradients and no other parameter does; after it all is as before."""
+    """Inside, the weights of `modules` gather gradients and no other parameter does; afterwards all is as before."""
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     try:
         for parameter in before:
@@ -314,7 +314,7 @@ def _only_gradients_of(model: nn.Module, modules: Sequence[nn.Module]) -> Iterat
 
 @torch.no_grad()
 def remove(model: PreTrainedModel, units: Mapping[tuple[int, Part], Units], kept: Kept) -> None:
-    """Take every unit that is not in `kept` out of the model, in place: its rows, its biases, its columns."""
+    """Remove every unit that is not in `kept` from the model, in place: its rows, its biases, its columns."""
     layout, blocks = LAYOUTS[model.config.model_type], blocks_of(model)
     for (number, part), index in kept.items():
         block, group = blocks[number], units[number, part]

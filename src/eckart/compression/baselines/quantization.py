@@ -30,8 +30,8 @@ def quantize_weights(
     4 bits: code = round(w / s) + z, 0 ... 15, s = (max - min) / 15 of a group of inputs in a row and 0 (asymmetric;
         the numbers of torchao's IntxWeightOnlyConfig, in the memory layout of `PackedInt4`). A width that the group
         size does not divide gets the largest group below it that does.
-    Arithmetic stays in the model's type. GPT-2's Conv1D becomes the nn.Linear of the same numbers, torchao knows no
-    other.
+    Arithmetic stays in the model's type. GPT-2's Conv1D becomes the nn.Linear of the same numbers, the only kind that
+    torchao knows.
 
     Returns:
         {"bits", "sites": how many, "groups": {group size: sites}, "left_dense": {site: why}, "rewritten": Conv1Ds}.
@@ -58,7 +58,7 @@ def quantize_weights(
             continue
         module = model.get_submodule(site.name)
         if isinstance(module, Conv1D):
-            module = _as_linear(module)
+            module = as_linear(module)
             replace_module(model, site.name, module)
             rewritten += 1
         if bits == 8:
@@ -102,7 +102,7 @@ def _largest_divisor(number: int, limit: int) -> int:
     return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)
 
 
-def _as_linear(module: Conv1D) -> nn.Linear:
+def as_linear(module: Conv1D) -> nn.Linear:
     """The nn.Linear with the numbers of a Conv1D."""
     weight = read_weight(module)
     linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")

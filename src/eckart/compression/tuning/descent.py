@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from eckart.models.sites import low_rank_modules
 from eckart.support.progress import Track, silent
 
-# Adam's averages are of nothing at first, and its first steps as large as its largest: the rate rises over these.
+# Adam's averages are empty at first, and its first steps as large as its largest: the rate rises over these.
 WARM_UP = 8
 # Averages over some ten steps and a hundred: a descent is a few dozen steps long.
 BETAS = (0.9, 0.99)
@@ -49,12 +49,12 @@ def descend(
     """Take `steps` of Adam, in place; the rate falls to zero along a cosine.
 
     A step of Adam has one size for all numbers of a tensor, so that a rate that suits one tensor ruins another: each
-    tensor's is `rate` times the root mean square of what is in it.
+    tensor's is `rate` times the root mean square of its numbers.
 
     Args:
-        module: what holds the parameters; only they have gradients meanwhile.
+        module: has the parameters; only they have gradients meanwhile.
         parameters: float32 or wider.
-        loss: of a step, to be made smaller.
+        loss: from the number of a step to its loss, which is minimised.
 
     Cost: a forward and a backward pass per step; three times the memory of the parameters.
     """
@@ -82,13 +82,13 @@ def put_back(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> No
 
 @contextmanager
 def _only(module: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Inside, these parameters of the module have gradients and no others; what they had before is put back."""
+    """Inside, these parameters of the module have gradients and no others; what they had before is restored."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in module.parameters()]
-    chosen = {id(parameter) for parameter in parameters}
+    trained = {id(parameter) for parameter in parameters}
     try:
         for parameter, _, _ in before:
             parameter.grad = None
-            parameter.requires_grad_(id(parameter) in chosen)
+            parameter.requires_grad_(id(parameter) in trained)
         yield
     finally:
         for parameter, required, gradient in before:

@@ -23,7 +23,7 @@ class Distillation:
         minimise  E KL(dense || compressed)
 
     of the predictions on the calibration samples (Hinton et al., arXiv 1503.02531), over left, right and bias of every
-    low-rank linear. No label is read: what the dense model gets wrong, the compressed one is to get wrong alike.
+    low-rank linear. No label is read: the compressed model is to repeat the dense one's mistakes as well.
 
     Attributes:
         steps: of one batch each, in an order that is the same in every run.
@@ -46,12 +46,12 @@ class Distillation:
             )
 
     def __call__(
-        self, model: PreTrainedModel, dense: PreTrainedModel, tokens: Tokens, aside: Tokens, track: Track = silent
+        self, model: PreTrainedModel, dense: PreTrainedModel, tokens: Tokens, held_out: Tokens, track: Track = silent
     ) -> PassReport | None:
-        """Distil, in place. Undone where the divergence on `aside` is not lower; None where nothing is low-rank.
+        """Distil, in place. Undone where the divergence on `held_out` is not lower; None where nothing is low-rank.
 
         Args:
-            model: compressed. dense: the model that it was made from.
+            model: compressed. dense: the model that it was compressed from.
 
         Raises:
             ValueError: a prediction of either model that is not finite before any step, or models without predictions.
@@ -62,10 +62,9 @@ class Distillation:
         parameters = low_rank_parameters(model)
         if not parameters:
             return None
-        before = _divergence(model, dense, aside, self.batch)
+        before = _divergence(model, dense, held_out, self.batch)
         kept = [parameter.detach().clone() for parameter in parameters]
-        chosen = draw_batches(len(tokens), self.batch, self.steps)
-        batches = [(tokens.ids[rows], tokens.mask[rows]) for rows in chosen]
+        batches = [(tokens.ids[rows], tokens.mask[rows]) for rows in draw_batches(len(tokens), self.batch, self.steps)]
 
         def loss(step: int) -> Tensor:
             with torch.no_grad():
@@ -76,7 +75,7 @@ class Distillation:
         try:
             with in_float32(model):
                 descend(model, parameters, loss, steps=self.steps, rate=self.rate, what="distillation", track=track)
-            after = _divergence(model, dense, aside, self.batch)  # of the numbers that are stored
+            after = _divergence(model, dense, held_out, self.batch)  # of the numbers that are stored
         except ValueError:  # a prediction that is not finite: the rate was too high
             after = float("inf")
         better = after < before

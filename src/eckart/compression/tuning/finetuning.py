@@ -1,4 +1,4 @@
-"""Fine-tuning: a pretrained model made a classifier of a labelled set, its squared gradients recorded on the way."""
+"""Fine-tuning: a pretrained model trained as a classifier of a labelled set, its squared gradients recorded."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from eckart.support.fingerprint import describe_architecture, hash_weights
 from eckart.support.progress import Track, silent
 from eckart.support.quiet import quiet
 
-# What a fine-tuned model's directory says of its making.
+# The file of settings and results in a fine-tuned model's directory.
 NOTES = "finetuning.json"
-# A gradient longer than this is shortened to it, as in BERT's own fine-tuning. What is recorded is as long as it was.
+# A gradient longer than this is shortened to it, as in BERT's own fine-tuning. Recorded gradients keep their length.
 LONGEST_GRADIENT = 1.0
 FISHER = frozenset({"fisher_in", "fisher_out"})
 
@@ -85,7 +85,7 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came of a fine-tuning.
+    """The result of a fine-tuning.
 
     Attributes:
         losses: mean training loss of each epoch.
@@ -112,8 +112,8 @@ def fine_tune(
 
     The directory is a checkpoint that stock transformers loads: the model, its tokenizer, README.md, finetuning.json
     (what is returned) and gradients.safetensors, the squared gradients of all steps, for `calibration: {fisher:
-    recorded}`. It appears whole or not at all. Until then a folder beside it has the state after the last epoch, with
-    which a killed run goes on as if nothing had been.
+    recorded}`. It appears whole or not at all. Until then a folder next to it has the state after the last epoch, from
+    which a killed run resumes with the same result.
 
     Args:
         source: as in `load_model`: an encoder or a decoder, with any head or none.
@@ -126,7 +126,7 @@ def fine_tune(
         losses, steps, seconds (of this call) and dev: the scores on the set's test split, None for a set without one.
 
     Raises:
-        FileExistsError: `out` exists and `force` is not given; nothing is read then.
+        FileExistsError: `out` exists and `force` is off; nothing is read then.
         ValueError: as `load_classifier`, `read_labelled` and `train` raise it.
 
     Cost: epochs x rows / batch steps, and memory of the model, three times that for AdamW, and one batch.
@@ -174,10 +174,7 @@ def fine_tune(
         with staged_directory(out, force=force) as staging:
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
-            made_by = {key: facts[key] for key in ("model", "settings", "steps")}
-            write_gradients(staging / GRADIENTS, tuned.recorded, made_by=made_by)
-            write_whole(staging / NOTES, json.dumps(facts, indent=2, ensure_ascii=False))
-            write_whole(staging / "README.md", _write_card(facts))
+            _write_records(staging, facts, tuned.recorded)
     shutil.rmtree(progress, ignore_errors=True)
     return facts
 
@@ -199,8 +196,8 @@ def train(
 
     Args:
         model: in float32, with a padding token, see `give_padding`.
-        progress: folder for the state after each epoch. What is in it of the same training is gone on with, else it is
-            begun anew; it is left there.
+        progress: folder for the state after each epoch. The same training resumes from it, another one
+            starts over; it is not removed.
 
     Raises:
         ValueError: a gradient that is not finite (names the site), a token outside the vocabulary, a length past the
@@ -218,8 +215,32 @@ def train(
         labels = torch.tensor([rows.labels[number] for number in numbers])
         return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
 
-    steps = settings.epochs * math.ceil(len(rows) / settings.batch)
-    arguments = TrainingArguments(
+    cached = getattr(model.config, "use_cache", None)
+    steps_shown = _Progress(track)
+    trainer = Trainer(
+        model=model,
+        args=_arguments(settings, len(rows), progress, device),
+        train_dataset=range(len(rows)),
+        data_collator=collate,
+        callbacks=[steps_shown, _Keeper(recorded)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        with record_squares(model, recorded), _calm():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        steps_shown.close()
+    if cached is not None:
+        model.config.use_cache = cached  # Trainer switches it off for the training
+    model.eval()
+    losses = tuple(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+    return Tuned(losses, recorded, trainer.state.global_step)
+
+
+def _arguments(settings: FineTuning, rows: int, progress: Path, device: str) -> TrainingArguments:
+    """Trainer's arguments for a training on so many rows."""
+    steps = settings.epochs * math.ceil(rows / settings.batch)
+    return TrainingArguments(
         output_dir=str(progress),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch,
@@ -241,26 +262,6 @@ def train(
         report_to="none",
         disable_tqdm=True,
     )
-    cached = getattr(model.config, "use_cache", None)
-    steps_shown = _Progress(track)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=range(len(rows)),
-        data_collator=collate,
-        callbacks=[steps_shown, _Keeper(recorded)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    try:
-        with record_squares(model, recorded), _calm():
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        steps_shown.close()
-    if cached is not None:
-        model.config.use_cache = cached  # Trainer switches it off for the training
-    model.eval()
-    losses = tuple(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
-    return Tuned(losses, recorded, trainer.state.global_step)
 
 
 def give_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -277,7 +278,7 @@ def give_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
             lacks = "padding token and no end of text" if decoder else "padding token"
             raise ValueError(
                 f"{type(model).__name__}: its tokenizer has no {lacks}: set tokenizer.pad_token, and save the "
-                "tokenizer beside the model"
+                "tokenizer with the model"
             )
         tokenizer.pad_token = tokenizer.eos_token
     if decoder:
@@ -292,21 +293,21 @@ class _Progress(TrainerCallback):
         self.steps: Iterator[int] = iter(())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        left = state.max_steps - state.global_step
-        self.steps = iter(self.track(range(left), "fine-tuning", left))
+        remaining = state.max_steps - state.global_step
+        self.steps = iter(self.track(range(remaining), "fine-tuning", remaining))
         next(self.steps, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         next(self.steps, None)
 
     def close(self) -> None:
-        """Take the bar off where the training ended early."""
+        """Remove the bar where the training ended early."""
         if isinstance(self.steps, Generator):
             self.steps.close()
 
 
 class _Keeper(TrainerCallback):
-    """Keeps the recorded squares with each of Trainer's checkpoints, and of those the last.
+    """Writes the recorded squares into each of Trainer's checkpoints, and keeps only the last checkpoint.
 
     They are written last, and appear whole: a checkpoint that has them is complete.
     """
@@ -323,7 +324,7 @@ class _Keeper(TrainerCallback):
 
 
 def _claim(progress: Path, identity: str) -> Path | None:
-    """Make the folder this training's; gives the checkpoint that it goes on from, if there is one."""
+    """Make the folder this training's; returns the checkpoint that it resumes from, if there is one."""
     mark = progress / "identity"
     if mark.is_file() and mark.read_text(encoding="utf-8") == identity:
         whole = [folder for folder in progress.glob("checkpoint-*") if is_whole(folder / GRADIENTS)]
@@ -335,7 +336,7 @@ def _claim(progress: Path, identity: str) -> Path | None:
 
 
 def _identity(model: PreTrainedModel, texts: TokenRows, rows: Labelled, settings: FineTuning) -> str:
-    """Of everything that makes the training: settings, tokens, labels, and the model as it is before."""
+    """A digest of everything that the training depends on: settings, tokens, labels, and the model before it."""
     state = hashlib.sha256()
     header = {**describe_architecture(model), "settings": asdict(settings), "labels": rows.labels, "ids": texts.ids}
     state.update(json.dumps(header, sort_keys=True, default=str).encode())
@@ -344,14 +345,22 @@ def _identity(model: PreTrainedModel, texts: TokenRows, rows: Labelled, settings
 
 
 def _scores(result: EvalResult) -> dict[str, Any]:
-    found = {"task": result.task, "n": result.n, result.metric: result.value, "stderr": result.stderr}
-    return {**found, **{name: score.value for name, score in result.scores.items()}}
+    scores = {"task": result.task, "n": result.n, result.metric: result.value, "stderr": result.stderr}
+    return {**scores, **{name: score.value for name, score in result.scores.items()}}
+
+
+def _write_records(folder: Path, facts: Mapping[str, Any], recorded: Mapping[str, GradientMoments]) -> None:
+    """Write the squared gradients, finetuning.json and README.md."""
+    made_by = {key: facts[key] for key in ("model", "settings", "steps")}
+    write_gradients(folder / GRADIENTS, recorded, made_by=made_by)
+    write_whole(folder / NOTES, json.dumps(facts, indent=2, ensure_ascii=False))
+    write_whole(folder / "README.md", _write_card(facts))
 
 
 def _write_card(facts: Mapping[str, Any]) -> str:
-    """README.md: what this is, and how it was made."""
+    """README.md: what the model is, and how it was trained."""
     settings, dev, classes = facts["settings"], facts["dev"], ", ".join(facts["classes"])
-    told = (
+    scores = (
         [f"Matthews' correlation {dev['mcc']:.4f}, accuracy {dev['accuracy']:.4f} on {dev['n']} rows."] if dev else []
     )
     lines = [
@@ -363,7 +372,7 @@ def _write_card(facts: Mapping[str, Any]) -> str:
         f"# {Path(facts['model']).name}, fine-tuned on {settings['task']}",
         "",
         f"A classifier ({classes}), trained on {facts['rows']:,} rows for {facts['steps']:,} steps.",
-        *told,
+        *scores,
         "",
         f"{NOTES} has the settings and losses. {GRADIENTS} has the squared gradients of all steps, for FWSVD:",
         "`eckart compress DIR OUT --method fwsvd --fisher recorded --keep 0.5`.",
@@ -377,7 +386,7 @@ def _check_device(device: str) -> None:
     if device in ("cpu", "mps"):
         return
     if device not in ("cuda", "cuda:0"):
-        raise ValueError(f"fine-tuning on {device!r}: give cpu, cuda or mps; CUDA_VISIBLE_DEVICES chooses among GPUs")
+        raise ValueError(f"fine-tuning on {device!r}: give cpu, cuda or mps; CUDA_VISIBLE_DEVICES selects among GPUs")
     count = torch.cuda.device_count()
     if count != 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Recovery: a whole compressed model, a few steps down its own loss. What stays lost then is lost for good."""
+"""Recovery: a whole compressed model, a few steps down its own loss: how much of the damage can be mended."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from eckart.support.progress import Track, silent
 
 @dataclass(frozen=True)
 class Samples:
-    """What a model recovers on.
+    """The samples that a model recovers on.
 
     Attributes:
         labels: (samples,) of a labelled set, for a classifier; None for a language model, which predicts the tokens.
@@ -43,7 +43,7 @@ class Recovery:
     AdamW suits both, and 5e-4 of a dense weight, whose numbers are around 0.04, is the 2e-5 of ordinary fine-tuning. A
     tensor that is all zeros stays so.
 
-    It is a measurement, of what of a loss steps can mend, and so it is never undone.
+    It is a measurement of how much steps can mend, and so it is never undone.
 
     Attributes:
         steps: of one batch each, in an order that is the same in every run.
@@ -74,10 +74,10 @@ class Recovery:
         calibration: Callable[[], Tokens],
         data: Path | None = None,
     ) -> Samples:
-        """What this model recovers on: a classifier on its corpus, a language model on the calibration samples.
+        """The samples that this model recovers on: of its corpus for a classifier, else the calibration samples.
 
         Args:
-            calibration: gives them, where they are wanted.
+            calibration: returns them; called where they are needed.
             data: folder with local copies of known sets.
 
         Raises:
@@ -127,7 +127,7 @@ class Recovery:
 
 
 def _loss(model: PreTrainedModel, samples: Samples, rows: list[int], number: int) -> tuple[Tensor, int]:
-    """The loss of these rows, without the columns that are padding in all of them, and what it is a mean over.
+    """The loss of these rows, without the columns that are padding in all of them, and its number of predictions.
 
     Args:
         number: of the batch; draws the tokens that a masked language model is asked for.

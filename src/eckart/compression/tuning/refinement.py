@@ -1,4 +1,4 @@
-"""Refinement: a compressed block's factors, a few gentle steps towards what the dense block gives."""
+"""Refinement: a compressed block's factors, a few gentle steps towards the dense block's output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Refinement:
         minimise  E ||block(xh) - dense block(x)||^2 / E ||dense block(x) - xh||^2
 
     over left, right and bias of its low-rank linears; x in the dense stream, xh in the compressed one, without padding.
-    The steps are taken in float32; the same samples come round in the same order.
+    The steps are taken in float32; the same samples recur in the same order.
 
     Attributes:
         steps: of one batch each. A few dozen: with more the blocks begin to fit the calibration text.
@@ -42,20 +42,25 @@ class Refinement:
             )
 
     def __call__(
-        self, number: int, block: nn.Module, samples: Sequence[Sample], aside: Sequence[Sample], track: Track = silent
+        self,
+        number: int,
+        block: nn.Module,
+        samples: Sequence[Sample],
+        held_out: Sequence[Sample],
+        track: Track = silent,
     ) -> PassReport | None:
-        """Refine a block, in place. Undone where the loss on `aside` is not lower; None where nothing is low-rank.
+        """Refine a block, in place. Undone where the loss on `held_out` is not lower; None where nothing is low-rank.
 
         Raises:
-            ValueError: the block gives something that is not finite before any step.
+            ValueError: the block's output is not finite before any step.
 
-        Cost: a forward and a backward pass of the block per step, and two forward passes over what is aside.
+        Cost: a forward and a backward pass of the block per step, and two forward passes over what is held out.
         """
         parameters = low_rank_parameters(block)
         if not parameters:
             return None
         place = f"block {number}"
-        before = _loss(block, aside)
+        before = _loss(block, held_out)
         if not math.isfinite(before):
             raise ValueError(f"{place}: its output is not finite; the model is broken or overflows in its stored type")
         kept = [parameter.detach().clone() for parameter in parameters]
@@ -69,7 +74,7 @@ class Refinement:
                 what=f"{place}: refinement",
                 track=track,
             )
-        after = _loss(block, aside)
+        after = _loss(block, held_out)
         better = after < before  # false of a NaN
         if not better:
             put_back(parameters, kept)
@@ -78,10 +83,10 @@ class Refinement:
 
 def _relative(sample: Sample, block: nn.Module) -> Tensor:
     """The loss on one batch."""
-    made = sample.run(block).float()
-    mask = sample.mask.to(made.device)[..., None]
+    output = sample.run(block).float()
+    mask = sample.mask.to(output.device)[..., None]
     target = sample.target.float()
-    lost = ((made - target).square() * mask).sum()
+    lost = ((output - target).square() * mask).sum()
     added = ((target - sample.hidden.float()).square() * mask).sum()
     return lost / added.clamp_min(torch.finfo(torch.float32).tiny)
 

@@ -25,7 +25,7 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# Only names found in every CPython from 3.11 to 3.14, in Debian's libpython3-stdlib too. A package stands for
+# Only names found in every CPython from 3.11 to 3.14, in Debian's libpython3-stdlib too. A package means
 # all its submodules, so a held-out package is unseen as a whole.
 HELDOUT_MODULES = _names(
     """
@@ -107,13 +107,13 @@ def _sources(split: str) -> dict[str, _Source]:
     root = _library()
     modules = HELDOUT_MODULES if split == "heldout" else TRAIN_MODULES
     files = {module: _module_files(root, module) for module in modules}
-    missing = [module for module, found in files.items() if not found]
+    missing = [module for module, paths in files.items() if not paths]
     if len(missing) > (1 - _LEAST_FOUND) * len(modules):
         raise RuntimeError(
             f"the standard library at {root} lacks the source of {', '.join(missing)}: the built-in corpus "
             "needs a full standard library with its .py files (on Debian and Ubuntu, install libpython3-stdlib)"
         )
-    return {file.relative_to(root).as_posix(): _take_apart(file) for found in files.values() for file in found}
+    return {file.relative_to(root).as_posix(): _take_apart(file) for paths in files.values() for file in paths}
 
 
 def _library() -> Path:
@@ -168,7 +168,7 @@ def _take_apart(file: Path) -> _Source:
 
 def _find_docstrings(tree: ast.Module) -> Iterator[tuple[ast.Expr, str, bool]]:
     """Each docstring in order of place: its statement, its text, and whether its block holds nothing else."""
-    found: list[tuple[ast.Expr, str, bool]] = []
+    docstrings: list[tuple[ast.Expr, str, bool]] = []
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()
@@ -176,13 +176,13 @@ def _find_docstrings(tree: ast.Module) -> Iterator[tuple[ast.Expr, str, bool]]:
             match node.body[:1]:
                 case [ast.Expr(value=ast.Constant(value=str(text))) as statement]:
                     alone = len(node.body) == 1 and not isinstance(node, ast.Module)
-                    found.append((statement, text, alone))
+                    docstrings.append((statement, text, alone))
         # Docstrings are only in blocks of statements: expressions, most of the tree, need no visit.
         for block in ("body", "orelse", "finalbody", "handlers", "cases"):
             children = getattr(node, block, None)
             if isinstance(children, list):
                 pending.extend(children)
-    yield from sorted(found, key=lambda item: (item[0].lineno, item[0].col_offset))
+    yield from sorted(docstrings, key=lambda item: (item[0].lineno, item[0].col_offset))
 
 
 def _cut(lines: list[bytes], node: ast.Expr, alone: bool) -> None:

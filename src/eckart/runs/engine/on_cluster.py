@@ -156,12 +156,12 @@ def _bundles(request: FactorRequest) -> Iterator[FactorRequest]:
     for key, numbered in groupby(enumerate(request.units), lambda one: (one[0] if alone else 0, one[1].group)):
         units = [unit for _, unit in numbered]
         names = {site.name for unit in units for site in unit.sites}
-        inputs, aside = (
-            {group: moments for group, moments in of.items() if group == key[1]} for of in (part.inputs, part.aside)
+        inputs, held_out = (
+            {group: moments for group, moments in of.items() if group == key[1]} for of in (part.inputs, part.held_out)
         )
         gradients = {name: moments for name, moments in part.gradients.items() if name in names}
         weights = {unit.name: request.weight_of(unit) for unit in units}
-        own = replace(part, inputs=inputs, gradients=gradients, aside=aside)
+        own = replace(part, inputs=inputs, gradients=gradients, held_out=held_out)
         yield FactorRequest(method, units, own, partial(_weight, weights))
 
 
