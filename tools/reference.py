@@ -8,7 +8,9 @@ Names of the face that are imported when they are first used are looked up befor
 from __future__ import annotations
 
 import argparse
+import pkgutil
 import shutil
+import warnings
 from pathlib import Path
 
 import markdown2
@@ -30,7 +32,11 @@ def build(out: Path) -> None:
         vars(eckart).setdefault(name, getattr(eckart, name))
     pdoc.render.configure(docformat="google", show_source=False, search=False)
     out.mkdir(parents=True, exist_ok=True)
-    pdoc.pdoc("eckart", output_directory=out)
+    # A package with __all__ hides its modules from pdoc, one without shows them: so all are named, some twice.
+    modules = [module.name for module in pkgutil.walk_packages(eckart.__path__, "eckart.")]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*already been added")
+        pdoc.pdoc("eckart", *modules, output_directory=out)
     (out / "docs").mkdir(exist_ok=True)
     shutil.copy(ROOT / "docs" / "demo.svg", out / "docs")
     for document in DOCUMENTS:
