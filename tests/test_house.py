@@ -11,11 +11,11 @@ import eckart
 
 PACKAGE = Path(eckart.__file__).parent
 TESTS = Path(__file__).parent
-# The rooms, and which others each may import. All but the mathematics may import support.
+# The rooms, and which others each may import. All but the mathematics and data may import support.
 ROOMS: dict[str, set[str]] = {
     "lowrank": set(),
     "support": set(),
-    "data": {"support"},
+    "data": set(),
     "evals": {"data", "support"},
     "models": {"lowrank", "data", "support"},
     "reports": {"evals", "support"},
