@@ -62,3 +62,12 @@ def test_a_report_leaves_its_tables_and_figures_as_files(run: Run, study: Path, 
     assert "not empty" in printed
     assert not (tmp_path / "other.html").exists()
     assert run(*arguments, "--force")[0] == 0
+
+
+def test_a_report_without_figures_says_what_to_install(
+    run: Run, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eckart.cli.report.why_no_drawings", lambda: "pip install 'eckart[figures]'")
+    status, printed = run("report", study, "--out", tmp_path / "r.html", "--files", tmp_path / "files")
+    assert status == 0, printed
+    assert "pip install 'eckart[figures]'" in printed
