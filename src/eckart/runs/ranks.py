@@ -79,7 +79,7 @@ def rank(
         ValueError: as the allocation raises it.
 
     Cost: of uniform and per-role, none. Of effective-rank and global, every site factored once; with probes, a pass
-    over some windows for each. Of the searches, see `rank_search.search` and `sensitivity.measure_sensitivity`.
+    over some windows for each. Of the searches, see `surgical.search` and `sensitivity.measure_sensitivity`.
     """
     allocation, method, every = composition.allocation, composition.method, find_sites(bench.model)
     joint = joint_groups(bench.sites, every) if composition.joint else frozenset()

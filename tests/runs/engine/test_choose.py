@@ -14,7 +14,7 @@ from torch import Tensor
 
 import eckart
 from eckart.allocation.search.loss_weights import Spread
-from eckart.allocation.search.trials import Score, Team
+from eckart.allocation.search.trials import ScoreModel, Team
 from eckart.calibration.moments import BlockCalibration
 from eckart.compression.cuts import Cut, CutRequest, FactorRequest
 from eckart.evals.result import EvalResult
@@ -90,7 +90,7 @@ class Noting(Engine):
         self.notes.append("losses")
         return HERE.losses(request)
 
-    def team(self, request: SearchRequest, score: Score) -> AbstractContextManager[Team | None]:
+    def team(self, request: SearchRequest, score: ScoreModel) -> AbstractContextManager[Team | None]:
         self.notes.append("team")
         return HERE.team(request, score)
 

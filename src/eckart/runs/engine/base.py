@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eckart.allocation.search.loss_weights import Spread
-from eckart.allocation.search.trials import Score, Team
+from eckart.allocation.search.trials import ScoreModel, Team
 from eckart.calibration.moments import BlockCalibration
 from eckart.compression.cuts import Cut, CutRequest, FactorRequest
 from eckart.data.tokens import Tokens
@@ -101,7 +101,7 @@ class Engine(ABC):
         """Each unit, in order, and its `Factored.tails`, in main memory."""
 
     @abstractmethod
-    def team(self, request: SearchRequest, score: Score) -> AbstractContextManager[Team | None]:
+    def team(self, request: SearchRequest, score: ScoreModel) -> AbstractContextManager[Team | None]:
         """Who measures a search's trials, for the block; None is the search itself."""
 
     @abstractmethod

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from eckart.allocation import RankPlan
 from eckart.allocation.search.loss_weights import Spread
-from eckart.allocation.search.trials import Score, Spectra, Team
+from eckart.allocation.search.trials import ScoreModel, Spectra, Team
 from eckart.calibration.cache import Store
 from eckart.calibration.moments import BlockCalibration, calibration_digest, check_readable, gather_gradients
 from eckart.compression.cuts import Cut, CutRequest, FactorRequest, cut_units
@@ -100,7 +100,7 @@ class OnCluster(Engine):
             yield from losses
 
     @contextmanager
-    def team(self, request: SearchRequest, score: Score) -> Iterator[Team | None]:
+    def team(self, request: SearchRequest, score: ScoreModel) -> Iterator[Team | None]:
         """See `Engine`."""
         with self.cluster.crew(with_own_model(self.cluster, request, partial(Scorer, score=score))) as crew:
             yield ClusterTeam(crew)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from eckart.allocation.search.trials import Cuts, Placed, Score, Spectra, measure, seconds_since, swapped
+from eckart.allocation.search.trials import Cuts, Placed, ScoreModel, Spectra, measure, seconds_since, swapped
 from eckart.calibration.moments import BlockCalibration
 from eckart.compression.spectra import spectra_on_demand
 from eckart.lowrank import Method
@@ -46,7 +46,7 @@ class Scorer:
     A worker that stands in for a lost one puts in everything that was decided, when it is first asked.
     """
 
-    def __init__(self, model: PreTrainedModel, spectra: Spectra, score: Score) -> None:
+    def __init__(self, model: PreTrainedModel, spectra: Spectra, score: ScoreModel) -> None:
         self.model, self.score = model, score
         self.cuts = Cuts(model, spectra)
         self._decided: tuple[Placed, ...] = ()
