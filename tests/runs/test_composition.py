@@ -89,15 +89,15 @@ def test_the_tolerance_is_what_is_said_or_the_authors(score: str, tolerance: Any
 
 
 def test_best_is_everything_together() -> None:
-    made = best(shrink_out=0.5)
-    assert (made.method.name, made.method.options["shrink_out"]) == ("kfac", 0.5)
-    assert (made.allocation.name, made.layout, made.order) == ("global", "pivoted", "anchored")
-    assert made.refinement == Refinement()
-    assert made.holds_out
-    assert made.distillation is None
+    composition = best(shrink_out=0.5)
+    assert (composition.method.name, composition.method.options["shrink_out"]) == ("kfac", 0.5)
+    assert (composition.allocation.name, composition.layout, composition.order) == ("global", "pivoted", "anchored")
+    assert composition.refinement == Refinement()
+    assert composition.holds_out
+    assert composition.distillation is None
     distilled = COMPOSITIONS["best-distilled"](shrink_out=0.5)
     assert distilled.distillation == Distillation()
-    assert replace(distilled, method=made.method, distillation=None) == made
+    assert replace(distilled, method=composition.method, distillation=None) == composition
     assert next(iter(COMPOSITIONS)) == "best", "the first is the default"
 
 

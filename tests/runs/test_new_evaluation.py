@@ -106,7 +106,7 @@ def test_a_search_accepts_what_is_no_worse(place: Path) -> None:
     assert 0 < len(held) < len(trials)
     work = Workbench(recipe, tiny_model("llama"), tiny_tokenizer(), How())
     assert recipe.allocation is not None
-    others = make_score(recipe.allocation, work.bench(), others=True)
+    others = make_score(recipe.allocation, work.allocation_inputs(), others=True)
     assert (others.better, others.about["task"]["split"]) == ("lower", "sfsd-evaluation")
     assert report.dense == pytest.approx(others(work.model))
 

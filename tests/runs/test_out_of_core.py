@@ -30,8 +30,8 @@ pytestmark = pytest.mark.usefixtures("any_tokenizer")
 @pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
 def test_every_family_comes_out_as_in_memory(tmp_path: Path, model_type: str) -> None:
     both(put_model(tmp_path, model_type), tmp_path)
-    assert len(list((tmp_path / "found").glob("*.safetensors"))) == BLOCKS + 1
-    ours, theirs = (eckart.load_model(tmp_path / name) for name in ("found", "expected"))
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == BLOCKS + 1
+    ours, theirs = (eckart.load_model(tmp_path / name) for name in ("out", "expected"))
     torch.testing.assert_close(logits_of(ours), logits_of(theirs))
 
 
@@ -75,9 +75,9 @@ def test_a_plan_edited_by_hand_is_carried_out(place: Path, tmp_path: Path) -> No
 def test_stored_types_are_kept(tmp_path: Path, dtype: torch.dtype, method: str) -> None:
     place = put_model(tmp_path, "llama", dtype=dtype)
     recipe = recipe_of(place, method=method)
-    for name, make in (("found", compress_out_of_core), ("expected", make_checkpoint)):
+    for name, make in (("out", compress_out_of_core), ("expected", make_checkpoint)):
         make(recipe, tmp_path / name, BATCHED)
-    check_same(tmp_path / "found", tmp_path / "expected", 1e-2)
+    check_same(tmp_path / "out", tmp_path / "expected", 1e-2)
 
 
 @pytest.mark.parametrize(("model_type", "head"), [("bert", "masked"), ("bert", "classifier"), ("gpt2", None)])

@@ -146,13 +146,13 @@ def test_no_budget_is_overrun(
     ((name, allowed),) = budget.items()
     loaded = eckart.load_model(tmp_path / "out")
     modules = low_rank_modules(loaded)
-    chosen = select_sites(outcome.plan.sites, exclude=outcome.recipe.sites.exclude)
+    selected = select_sites(outcome.plan.sites, exclude=outcome.recipe.sites.exclude)
     stored = sum(module.left.weight.numel() for module in modules.values())
     stored += sum(module.right.weight.numel() for module in modules.values() if module.lender is None)
-    stored += sum(site.num_params for site in chosen if site.name not in modules)
+    stored += sum(site.num_params for site in selected if site.name not in modules)
     size = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     taken = {
-        "keep": stored / sum(site.num_params for site in chosen),
+        "keep": stored / sum(site.num_params for site in selected),
         "keep_total": num_params(loaded) / num_params(tiny_model("llama")),
         "max_bytes": size,
     }[name]
@@ -179,7 +179,7 @@ def test_a_budget_of_everything_is_the_dense_model(
 def test_every_method_goes_with_every_order_and_pass(place: Path, tmp_path: Path, method: str) -> None:
     around = {"order": "anchored", "layout": "pivoted", "refit": True, "refine": {"steps": 1}, "distil": {"steps": 1}}
     outcome = make(place, tmp_path / "out", method=method, keep=0.5, sites={"blocks": "last 2"}, **around)
-    assert [(done.name, done.place) for done in outcome.passes] == [
+    assert [(each.name, each.place) for each in outcome.passes] == [
         ("refine", "block 1"),
         ("refine", "block 2"),
         ("distil", "model"),
@@ -187,19 +187,19 @@ def test_every_method_goes_with_every_order_and_pass(place: Path, tmp_path: Path
     assert all(report.refit is not None for report in outcome.report.sites), "a refit was asked for at each"
     assert torch.isfinite(logits_of(eckart.load_model(tmp_path / "out"))).all()
     facts = json.loads((tmp_path / "out/compression.json").read_text())
-    assert facts["passes"] == [asdict(done) for done in outcome.passes]
-    for done in outcome.passes:
-        assert done.kept == (done.after < done.before)
+    assert facts["passes"] == [asdict(each) for each in outcome.passes]
+    for each in outcome.passes:
+        assert each.kept == (each.after < each.before)
 
 
 def test_orders_differ_and_the_first_is_what_nothing_said_means(place: Path, tmp_path: Path) -> None:
-    found = {}
+    logits = {}
     for order in (None, "one-shot", "sequential", "anchored"):
         make(place, tmp_path / str(order), method="asvd-i", keep=0.4, **({"order": order} if order else {}))
-        found[order] = logits_of(eckart.load_model(tmp_path / str(order)))
-    assert torch.equal(found[None], found["one-shot"])
-    assert not torch.equal(found["one-shot"], found["sequential"])
-    assert not torch.equal(found["sequential"], found["anchored"])
+        logits[order] = logits_of(eckart.load_model(tmp_path / str(order)))
+    assert torch.equal(logits[None], logits["one-shot"])
+    assert not torch.equal(logits["one-shot"], logits["sequential"])
+    assert not torch.equal(logits["sequential"], logits["anchored"])
 
 
 def test_layouts_of_the_same_ranks_are_one_function(place: Path, tmp_path: Path) -> None:
@@ -380,7 +380,7 @@ def test_every_search_has_its_own_journal(
         {"joint": True},
         {"method": "svd"},
         {"sites": {"exclude": ["q_proj"]}},
-        {"refit": True},  # keeps samples aside
+        {"refit": True},  # holds samples out
         {"allocation": {**SURGICAL, "limit": 3}},
         {"allocation": {**SURGICAL, "limit": 2, "tolerance": "21%"}},
         {"calibration": {**said["calibration"], "seed": 1}},
@@ -402,21 +402,21 @@ def test_killed_probes_go_on(place: Path, tmp_path: Path, monkeypatch: pytest.Mo
         "allocation": {"name": "global", "weights": "probes"},
         "joint": True,
     }
-    measure, left, calls = loss_weights._divergence, [None], [0]
+    measure, limit, calls = loss_weights._divergence, [None], [0]
 
     def counting(*arguments: Any) -> float:
-        if left[0] is not None and calls[0] == left[0]:
+        if limit[0] is not None and calls[0] == limit[0]:
             raise Killed
         calls[0] += 1
         return measure(*arguments)
 
     monkeypatch.setattr(loss_weights, "_divergence", counting)
     whole = make(place, tmp_path / "whole", How(), **said)
-    total, calls[0], left[0] = calls[0], 0, 24  # type: ignore[assignment]
+    total, calls[0], limit[0] = calls[0], 0, 24  # type: ignore[assignment]
     assert total == 21 + 6, "every linear, and every group"
     with pytest.raises(Killed):
         make(place, tmp_path / "out", How(cache=tmp_path / "cache"), **said)
-    left[0] = None
+    limit[0] = None
     assert make(place, tmp_path / "out", How(cache=tmp_path / "cache"), **said).plan == whole.plan
     assert calls[0] == total
 

@@ -154,7 +154,7 @@ def command(
         told = f"; undone, as it did not help on held-out samples: {', '.join(undone)}" if undone else ""
         if passes:
             console.print(f"{what} {len(passes) - len(undone)} of {len(passes)}{told}")
-    for done in outcome.passes:
-        if done.name == "recover":
-            console.print(f"fine-tuned after compression: loss {done.before:.4f} before, {done.after:.4f} after")
+    for report in outcome.passes:
+        if report.name == "recover":
+            console.print(f"fine-tuned after compression: loss {report.before:.4f} before, {report.after:.4f} after")
     console.print(", ".join(f"{stage} {value:.1f} s" for stage, value in outcome.seconds.items()))

@@ -141,15 +141,15 @@ def test_a_new_engine_is_a_class_and_a_row(run: Run, noting: None, place: Path, 
             "evaluate": [f"perplexity:{place / 'test.txt'}"],
         }
         (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-        made = []
+        contents = []
         for engine in (DEFAULT, "noting"):
             out = tmp_path / f"{name}-{engine}"
             options = ["--engine", engine, "--no-cache", *(["--address", "there"] if engine == "noting" else [])]
             status, printed = run("run", tmp_path / "recipe.yaml", "--out", out, *options)
             assert status == 0, printed
             files = [out / "model/plan.json", out / "model/model.safetensors"]
-            made.append([file.read_bytes() for file in files])
-        assert made[0] == made[1]
+            contents.append([file.read_bytes() for file in files])
+        assert contents[0] == contents[1]
     assert OPENED == [("there", None)] * 2
     assert set(NOTES) == Engine.__abstractmethods__
 

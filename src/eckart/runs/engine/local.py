@@ -70,7 +70,7 @@ def open_here(address: str | None = None, workers: int | None = None) -> Iterato
     """This process, for the block.
 
     Args:
-        workers: not taken up: what evaluations do at a time is said in their `Setup`.
+        workers: not used: an evaluation's `Setup` says how much it does at a time.
 
     Raises:
         ValueError: an address, which this process has not.
