@@ -70,12 +70,12 @@ def test_a_target_and_some_sites(run: Run, place: Path, tmp_path: Path) -> None:
     assert status == 0, printed
     written = json.loads(plan.read_text())
     assert all("mlp" in name for name in written["ranks"])
-    # keep is the share of the chosen linears, as everywhere: the first plan that is small enough ends the search.
+    # keep is the share of the selected linears, as everywhere: the first plan that is small enough ends the search.
     selected = sum(site.num_params for site in find_sites(tiny_model("llama")) if "mlp" in site.name)
     curve = json.loads((tmp_path / "plan.search.json").read_text())["curve"]
     shares = [1 - (written["dense_params"] - point["kept_params"]) / selected for point in curve]
     assert shares[-1] <= 0.9 < shares[-2]
-    assert f"keeps {shares[-1]:.1%} of the chosen linears" in printed
+    assert f"keeps {shares[-1]:.1%} of the selected linears" in printed
     status, printed = search(run, place, plan, *arguments, "0.3", "--force")
     assert status == 0, printed
     assert "before keep 0.3 was reached" in printed

@@ -30,9 +30,10 @@ def put_model(folder: Path, model_type: str, **changes: Any) -> Path:
     return folder
 
 
-def recipe_of(place: Path, **said: Any) -> Recipe:
+def recipe_of(place: Path, **changes: Any) -> Recipe:
     calibration = {"corpus": str(place / "train.jsonl"), "samples": 8, "length": 16}
-    keys = {"method": "asvd-i", **({} if {"rules", "plan", "keep_total"} & said.keys() else {"keep": 0.6}), **said}
+    budget = {} if {"rules", "plan", "keep_total"} & changes.keys() else {"keep": 0.6}
+    keys = {"method": "asvd-i", **budget, **changes}
     return parse_recipe({"model": str(place / "model"), "context": 16, "calibration": calibration, **keys})
 
 
@@ -76,9 +77,9 @@ def assert_close(value: Any, expected: Any) -> None:
         assert value == expected
 
 
-def both(place: Path, tmp_path: Path, how: How = BATCHED, **said: Any) -> tuple[Outcome, Outcome]:
+def both(place: Path, tmp_path: Path, how: How = BATCHED, **changes: Any) -> tuple[Outcome, Outcome]:
     """The recipe out of core and in memory; what they leave is the same."""
-    recipe = recipe_of(place, **said)
+    recipe = recipe_of(place, **changes)
     outcome = compress_out_of_core(recipe, tmp_path / "out", how)
     expected = make_checkpoint(recipe, tmp_path / "expected", how)
     check_same(tmp_path / "out", tmp_path / "expected")

@@ -36,7 +36,7 @@ def test_every_family_comes_out_as_in_memory(tmp_path: Path, model_type: str) ->
 
 
 @pytest.mark.parametrize(
-    "said",
+    "keys",
     [
         {"layout": "pivoted"},
         {"layout": "pivoted", "joint": True},
@@ -57,8 +57,8 @@ def test_every_family_comes_out_as_in_memory(tmp_path: Path, model_type: str) ->
     ],
     ids=str,
 )
-def test_every_recipe_of_one_share_comes_out_as_in_memory(place: Path, tmp_path: Path, said: dict[str, Any]) -> None:
-    both(place, tmp_path, **said)
+def test_every_recipe_of_one_share_comes_out_as_in_memory(place: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
+    both(place, tmp_path, **keys)
 
 
 def test_a_plan_edited_by_hand_is_carried_out(place: Path, tmp_path: Path) -> None:
@@ -151,11 +151,11 @@ def test_hidden_states_are_not_all_in_memory(place: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(
-    "said", [{"method": "best"}, {"order": "sequential"}, {"refit": True}, {"refine": {"steps": 3}}], ids=str
+    "keys", [{"method": "best"}, {"order": "sequential"}, {"refit": True}, {"refine": {"steps": 3}}], ids=str
 )
-def test_what_needs_the_whole_model_is_refused(place: Path, tmp_path: Path, said: dict[str, Any]) -> None:
+def test_what_needs_the_whole_model_is_refused(place: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="one block is in memory at a time") as caught:
-        compress_out_of_core(recipe_of(place, **said), tmp_path / "out", BATCHED)
+        compress_out_of_core(recipe_of(place, **keys), tmp_path / "out", BATCHED)
     assert "--method asvd-i" in str(caught.value)
     assert not list(tmp_path.iterdir())
 

@@ -260,7 +260,7 @@ def test_the_command(place: Path, tmp_path: Path, run: Run, expected: dict[str, 
     assert "--method asvd-i" in text
     status, text = run("compress", *arguments, "--method", "asvd-i", "--resume")
     assert status == 2
-    assert "--resume goes with --out-of-core" in text
+    assert "--resume is for --out-of-core" in text
     status, text = run("compress", *arguments, "--method", "asvd-i", "--out-of-core")
     assert status == 0, text
     ours, theirs = tensors_of(tmp_path / "out"), tensors_of(expected["asvd-i"])

@@ -58,7 +58,7 @@ def command(
     no_cache: NoCache = False,
     force: Force = False,
 ) -> None:
-    """Run a table or figure of a paper again: its numbers beside ours, with the difference, and a report.
+    """Run a table or figure of a paper again: its numbers next to ours, with the difference, and a report.
 
     \b
     eckart reproduce nsvd-table-1 --scale builtin

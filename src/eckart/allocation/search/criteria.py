@@ -20,12 +20,12 @@ from eckart.evals.tasks import Task, direction_of, evaluate, find_task, searched
 
 @dataclass(frozen=True)
 class Criterion:
-    """A score with what a search has to know about it. Calling it scores a model.
+    """A score and the facts that a search needs of it. Calling it scores a model.
 
     Attributes:
         measure: model -> number.
         better: which way is good.
-        about: what makes the number: task, data, settings. For the header of a journal.
+        about: task, data and settings behind the number, for the header of a journal.
     """
 
     measure: Callable[[PreTrainedModel], float]

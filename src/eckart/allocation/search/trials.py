@@ -228,7 +228,7 @@ class TrialScores:
             kept.enter_context(swapped(self.model, self.cuts.modules(unit, rank)))
 
     def dense(self) -> float:
-        """The score of the model as it stands before any trial."""
+        """The score of the model before any trial."""
         record = self.journal.find("dense")
         if record is None:
             score, seconds = self._measure(None, f"{type(self.model).__name__}, dense")

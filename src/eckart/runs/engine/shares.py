@@ -112,7 +112,7 @@ def calibrate_on(
 
     Args:
         sites: those of the request, or all.
-        store: has the blocks that are there already, and gets the others.
+        store: blocks that are calibrated already are read from it, and the others written to it.
     """
     numbers = sorted({site.block for site in sites})
     missing = [number for number in numbers if not (store and store.holds(number))]
