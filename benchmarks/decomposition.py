@@ -3,7 +3,7 @@
     python benchmarks/decomposition.py [--sizes 768 2048 4096] [--condition 1e4] [--json FILE]
 
 Prints, per size, seconds relative to the float64 SVD of the product (the baseline, timed in the same run) and the
-excess of the loss at half rank over the optimum. The answer chosen is in docs/decisions.md.
+excess of the loss at half rank over the optimum. The decision is in docs/decisions.md.
 """
 
 from __future__ import annotations

@@ -90,23 +90,23 @@ def forward_work(config: LlamaConfig, samples: int, length: int) -> Work:
 
 def moments_work(config: LlamaConfig, samples: int, length: int) -> Work:
     """Second moments of one block's input groups: half of X^T X, of bfloat16 inputs that are read once."""
-    tokens, done = samples * length, Work()
+    tokens, work = samples * length, Work()
     for _, d_in in shapes_of(config):
-        done += Work(bfloat16=tokens * d_in * (d_in + COLUMNS), bytes=2 * tokens * d_in + 8 * d_in * d_in)
-    return done
+        work += Work(bfloat16=tokens * d_in * (d_in + COLUMNS), bytes=2 * tokens * d_in + 8 * d_in * d_in)
+    return work
 
 
 def factor_work(config: LlamaConfig, keep: float) -> Work:
     """Factors of one block: Gram matrices, eigenvectors, and the factors themselves."""
-    done = Work()
+    work = Work()
     for outs, d_in in shapes_of(config):
         for d_out in outs:
             small, rank = min(d_out, d_in), rank_for(keep, d_out, d_in)
             products = 2 * d_out * d_in * d_in + small * (small + COLUMNS) * max(d_out, d_in) + 2 * rank * d_out * d_in
             if d_out > d_in:
                 products += 2 * d_out * d_in * rank
-            done += Work(float32=products + EIGH * small**3, bytes=4 * (d_out * d_in + d_in * d_in))
-    return done
+            work += Work(float32=products + EIGH * small**3, bytes=4 * (d_out * d_in + d_in * d_in))
+    return work
 
 
 def check_exactness() -> bool:

@@ -70,17 +70,17 @@ def main() -> None:
     for name, series in SERIES.items():
         before: dict[str, float] | None = None
         for hidden, blocks, samples in series:
-            found = measure(hidden, blocks, samples, arguments.rounds)
-            row = {"grows": name, "width": hidden, "blocks": blocks, "tokens": samples * LENGTH, **found}
-            told = {
-                stage: f"{found[stage]:8.2f} s "
-                + (f"({math.log2(found[stage] / before[stage]):4.1f})" if before else " " * 6)
-                for stage in found
+            seconds = measure(hidden, blocks, samples, arguments.rounds)
+            row = {"grows": name, "width": hidden, "blocks": blocks, "tokens": samples * LENGTH, **seconds}
+            cells = {
+                stage: f"{seconds[stage]:8.2f} s "
+                + (f"({math.log2(seconds[stage] / before[stage]):4.1f})" if before else " " * 6)
+                for stage in seconds
             }
             place = f"{name:8s} {hidden:5d}  {blocks:6d}  {samples * LENGTH:6d}"
-            print(f"{place}   {told['calibrate']}       {told['factor']}", flush=True)
+            print(f"{place}   {cells['calibrate']}       {cells['factor']}", flush=True)
             rows.append(row)
-            before = found
+            before = seconds
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
 

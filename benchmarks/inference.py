@@ -81,21 +81,21 @@ def measure(runs: Mapping[str, Callable[[], object]], rounds: int, device: torch
     for name, run in runs.items():
         seconds(run, 3, device)
         times[name] = max(1, round(STRETCH / seconds(run, 1, device)))
-    found: dict[str, list[float]] = {name: [] for name in runs}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            found[name].append(seconds(run, times[name], device))
-    return found
+            samples[name].append(seconds(run, times[name], device))
+    return samples
 
 
-def speeds(found: dict[str, list[float]]) -> dict[str, float]:
+def speeds(samples: dict[str, list[float]]) -> dict[str, float]:
     """{layout: the dense time over its own, median over the rounds}, and the dense time."""
     ratios = {
-        layout: statistics.median(one / other for one, other in zip(found["dense"], found[layout], strict=True))
+        layout: statistics.median(one / other for one, other in zip(samples["dense"], samples[layout], strict=True))
         for layout in LAYOUTS
     }
     return {
-        "dense_us": round(1e6 * statistics.median(found["dense"]), 1),
+        "dense_us": round(1e6 * statistics.median(samples["dense"]), 1),
         **{k: round(v, 3) for k, v in ratios.items()},
     }
 
@@ -109,14 +109,14 @@ def layers(arguments: argparse.Namespace, width: int, dtype: torch.dtype) -> Ite
         dense = nn.Linear(width, d_out, bias=False, device=device, dtype=dtype)
         for keep in arguments.keeps:
             ranks = {layout: rank_of(d_out, width, keep, layout, arguments.rank_multiple) for layout in LAYOUTS}
-            made: dict[str, nn.Module] = {"dense": dense}
-            made.update({layout: low_rank(d_out, width, rank, layout, where) for layout, rank in ranks.items()})
+            modules: dict[str, nn.Module] = {"dense": dense}
+            modules.update({layout: low_rank(d_out, width, rank, layout, where) for layout, rank in ranks.items()})
             if arguments.compile:
-                made = {name: torch.compile(module) for name, module in made.items()}  # type: ignore[misc]
+                modules = {name: torch.compile(module) for name, module in modules.items()}  # type: ignore[misc]
             for rows in arguments.rows:
                 shape = (1, rows, width) if rows == PROMPT else (rows, 1, width)
                 x = torch.randn(*shape, **where)  # type: ignore[call-overload]
-                runs = {name: partial(module, x) for name, module in made.items()}
+                runs = {name: partial(module, x) for name, module in modules.items()}
                 yield {
                     "what": f"{d_out} x {width}",
                     "rows": rows,
@@ -133,13 +133,14 @@ def models(arguments: argparse.Namespace, width: int, dtype: torch.dtype) -> Ite
     device = torch.device(arguments.device)
     dense = llama(width, arguments.blocks, device, dtype)
     for keep in arguments.keeps:
-        made = {"dense": dense}
+        variants = {"dense": dense}
         limit = 0.0
         for layout in LAYOUTS:
-            made[layout], limit = replaced(width, arguments, keep, layout, device, dtype)
+            variants[layout], limit = replaced(width, arguments, keep, layout, device, dtype)
         for rows in arguments.rows:
             runs = {
-                name: reading(model, rows) if rows == PROMPT else stepping(model, rows) for name, model in made.items()
+                name: reading(model, rows) if rows == PROMPT else stepping(model, rows)
+                for name, model in variants.items()
             }
             yield {
                 "what": f"Llama {width}",

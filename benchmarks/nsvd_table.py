@@ -58,14 +58,14 @@ def main() -> None:
             for name, stream in streams.items()
         }
 
-    done: dict[tuple[str, float], dict[str, float]] = {}
+    perplexities: dict[tuple[str, float], dict[str, float]] = {}
     if arguments.out is not None and arguments.out.is_file():
         for line in arguments.out.read_text().splitlines():
             row = json.loads(line)
-            done[row["method"], row["keep"]] = row["perplexity"]
+            perplexities[row["method"], row["keep"]] = row["perplexity"]
 
     def record(method: str, keep: float, values: dict[str, float]) -> None:
-        done[method, keep] = values
+        perplexities[method, keep] = values
         if arguments.out is not None:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             with arguments.out.open("a") as file:
@@ -75,15 +75,15 @@ def main() -> None:
         f"{arguments.model.name}: {tokens.count} calibration tokens of {own}, windows of {arguments.length}", flush=True
     )
     print(f"{'keep method':22s}" + "".join(f"{name.split('/')[-1][:11]:>12s}" for name in streams) + "   out of domain")
-    if ("dense", 1.0) not in done:
+    if ("dense", 1.0) not in perplexities:
         record("dense", 1.0, measure(model))
-    show("1.0 dense", done["dense", 1.0], None, own)
+    show("1.0 dense", perplexities["dense", 1.0], None, own)
     calibrations: dict[frozenset[str], eckart.Calibration] = {}
     spectra: dict[str, dict[str, Factored]] = {}
     order = [BASELINE, *(name for name in arguments.methods if name != BASELINE)]
     for keep in arguments.keeps:
         for name in order:
-            if (name, keep) not in done:
+            if (name, keep) not in perplexities:
                 method = eckart.build_method(name)
                 if method.needs and method.needs not in calibrations:
                     calibrations[method.needs] = eckart.calibrate(model, tokens, method)
@@ -96,7 +96,7 @@ def main() -> None:
                     spectra=spectra.setdefault(name, {}),
                 )
                 record(name, keep, measure(candidate))
-            show(f"{keep:.1f} {name}", done[name, keep], done[BASELINE, keep], own)
+            show(f"{keep:.1f} {name}", perplexities[name, keep], perplexities[BASELINE, keep], own)
 
 
 def present(name: str, data: Path) -> bool:

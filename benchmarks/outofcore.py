@@ -157,7 +157,9 @@ def main() -> None:
     """Make, or compress and tell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--step", choices=("make", "compress", "child"), required=True)
-    parser.add_argument("--folder", type=Path, required=True, help="of the dense model; the other goes beside it")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="of the dense model; the compressed one goes next to it"
+    )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--intermediate", type=int, default=11008)
@@ -201,7 +203,7 @@ def main() -> None:
     whole = each / max(len(blocks), 1) * arguments.layers
     print(f"all {arguments.layers} blocks at that pace: {whole / 60:.1f} min")
     if arguments.json:
-        told = {
+        facts = {
             "machine": {"cpu": platform.processor(), "threads": torch.get_num_threads()},
             "settings": {key: str(value) for key, value in vars(arguments).items()},
             "model_bytes": dense,
@@ -209,7 +211,7 @@ def main() -> None:
             "runs": runs,
             "whole_seconds": whole,
         }
-        arguments.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

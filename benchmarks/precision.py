@@ -40,14 +40,14 @@ def check_cuts(model: PreTrainedModel, tokens: Tokens, method: Method, keep: flo
         moments = Moments(part.inputs.get(site.input_group), part.gradients.get(site.name))
         weight = read_weight(model.get_submodule(site.name)).float()
         rank = rank_for(keep, site.d_out, site.d_in)
-        exact, found = method.factor(weight.double(), moments), method.factor(weight, moments, rank=rank)
+        exact, single = method.factor(weight.double(), moments), method.factor(weight, moments, rank=rank)
         assert isinstance(exact, Spectrum)
-        assert isinstance(found, Spectrum)
+        assert isinstance(single, Spectrum)
         least = exact.tail(rank)
-        if found.basis.dtype == torch.float32:
+        if single.basis.dtype == torch.float32:
             passed += 1
-            excess = max(excess, loss_of(weight, found.basis, method, moments) / least - 1)
-            tails = max(tails, abs(found.tail(rank) / least - 1))
+            excess = max(excess, loss_of(weight, single.basis, method, moments) / least - 1)
+            tails = max(tails, abs(single.tail(rank) / least - 1))
         kept = leading._is_enough  # noqa: SLF001 (what it would be without the check)
         try:
             leading._is_enough = lambda *_: True  # noqa: SLF001
@@ -80,15 +80,15 @@ def time_moments(width: int) -> dict[str, float]:
         with exact_products(x):
             add_gram(total, rows)
 
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
     for name, add in (("in full", add_whole), ("add_gram", add_half)):
-        found[name] = best_seconds(add)
+        results[name] = best_seconds(add)
         total.zero_()
         add()
         mirror(total)
-        found[f"{name}, error"] = float((total - expected).abs().max() / expected.abs().max())
+        results[f"{name}, error"] = float((total - expected).abs().max() / expected.abs().max())
         total.zero_()
-    return found
+    return results
 
 
 def main() -> None:
@@ -107,12 +107,12 @@ def main() -> None:
         tokens = sample_windows(read_text("builtin"), tokenizer, samples=arguments.samples, length=arguments.length)
         for method in arguments.methods:
             for keep in arguments.keeps:
-                found = check_cuts(model, tokens, build_method(method), keep)
-                rows.append({"model": Path(name).name, "method": method, "keep": keep, **found})
+                result = check_cuts(model, tokens, build_method(method), keep)
+                rows.append({"model": Path(name).name, "method": method, "keep": keep, **result})
                 print(
-                    f"{Path(name).name:12s} {method:7s} keep {keep}: {found['passed']} of {found['of']} in float32, "
-                    f"excess {found['excess']:.0e}, tail error {found['tail error']:.0e}; without the check "
-                    f"{found['without the check']:.0e}",
+                    f"{Path(name).name:12s} {method:7s} keep {keep}: {result['passed']} of {result['of']} in float32, "
+                    f"excess {result['excess']:.0e}, tail error {result['tail error']:.0e}; without the check "
+                    f"{result['without the check']:.0e}",
                     flush=True,
                 )
     for width in arguments.widths:

@@ -60,7 +60,7 @@ def measure(model_name: str, task: str, data: Path | None, texts: int, layers: i
             reading = time.perf_counter() - start
         stored = sum(file.stat().st_size for file in Path(folder).iterdir())
         start = time.perf_counter()
-        found = probe(model, tokenizer, rows, seeds=SEEDS, cache=Path(folder))
+        result = probe(model, tokenizer, rows, seeds=SEEDS, cache=Path(folder))
         probes = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
@@ -70,8 +70,8 @@ def measure(model_name: str, task: str, data: Path | None, texts: int, layers: i
         "probes_seconds": probes,
         "states_bytes": stored,
         "peak_above_model": (peak - before) * 1024,  # kilobytes on Linux
-        "f1": found.value,
-        "selectivity": found.scores["selectivity"].value,
+        "f1": result.value,
+        "selectivity": result.scores["selectivity"].value,
     }
 
 
@@ -84,28 +84,30 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", help="default: a third, two thirds, all of the blocks")
     parser.add_argument("--out", type=Path, help="also write the points as JSON")
     parser.add_argument("--point", type=int, nargs=2, help="used by the benchmark itself")
-    given = parser.parse_args()
-    if given.point:
-        print(json.dumps(measure(given.model, given.task, given.data, *given.point)))
+    arguments = parser.parse_args()
+    if arguments.point:
+        print(json.dumps(measure(arguments.model, arguments.task, arguments.data, *arguments.point)))
         return
-    whole = len(blocks_of(load_model(given.model)))
-    layers = given.layers or sorted({max(1, whole // 3), max(1, 2 * whole // 3), whole})
-    points = [(count, whole) for count in given.texts] + [(max(given.texts), some) for some in layers if some != whole]
-    found = []
+    whole = len(blocks_of(load_model(arguments.model)))
+    layers = arguments.layers or sorted({max(1, whole // 3), max(1, 2 * whole // 3), whole})
+    points = [(count, whole) for count in arguments.texts] + [
+        (max(arguments.texts), some) for some in layers if some != whole
+    ]
+    measured = []
     print("texts  layers  states s  probes s   peak MB   disk MB")
     for texts, some in points:
-        command = [sys.executable, __file__, "--model", given.model, "--task", given.task]
-        command += ["--data", str(given.data)] if given.data else []
+        command = [sys.executable, __file__, "--model", arguments.model, "--task", arguments.task]
+        command += ["--data", str(arguments.data)] if arguments.data else []
         finished = subprocess.run(
             [*command, "--point", str(texts), str(some)], check=True, stdout=subprocess.PIPE, text=True
         )
         point = json.loads(finished.stdout.strip().splitlines()[-1])
-        found.append(point)
+        measured.append(point)
         numbers = (point["states_seconds"], point["probes_seconds"], point["peak_above_model"] / 1e6)
         row = "  ".join(f"{number:8.1f}" for number in (*numbers, point["states_bytes"] / 1e6))
         print(f"{point['texts']:5d}  {point['layers']:6d}  {row}", flush=True)
-    if given.out:
-        given.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    if arguments.out:
+        arguments.out.write_text(json.dumps(measured, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -106,31 +106,31 @@ def main() -> None:
     keeps = arguments.keeps or ([0.7] if sweep else KEEPS)
     counts = arguments.samples or (COUNTS if sweep else [64])
     variants = {name: STUDIES[arguments.study][name] for name in arguments.variants or STUDIES[arguments.study]}
-    Bench(arguments).run(variants, keeps, counts)
+    Comparison(arguments).run(variants, keeps, counts)
 
 
 def show_rows(rows: list[dict[str, Any]]) -> None:
     """Tables of variants by keep, nats and KL in domain / out of it; one for every model and number of samples."""
     for model, samples in dict.fromkeys((row["key"][0], row["key"][3]) for row in rows):
-        chosen = {
+        by_variant = {
             (row["key"][1], row["key"][2]): row for row in rows if (row["key"][0], row["key"][3]) == (model, samples)
         }
-        keeps = sorted({keep for _, keep in chosen}, reverse=True)
+        keeps = sorted({keep for _, keep in by_variant}, reverse=True)
         for measure in ("nats", "kl"):
             print(f"\n{Path(model).name}, {samples} samples, {measure}\n")
             print("| |" + "".join(f" {keep} |" for keep in keeps) + "\n|---|" + "---|" * len(keeps))
-            for name in dict.fromkeys(name for name, _ in chosen):
-                cells = [both(chosen[name, keep][measure]) if (name, keep) in chosen else "" for keep in keeps]
+            for name in dict.fromkeys(name for name, _ in by_variant):
+                cells = [both(by_variant[name, keep][measure]) if (name, keep) in by_variant else "" for keep in keeps]
                 print(f"| {name} |" + "".join(f" {cell} |" for cell in cells))
 
 
 def both(values: dict[str, float]) -> str:
-    """In the domain, which comes first, and the mean over the others."""
-    own, *beside = values.values()
-    return f"{own:.4f} / {sum(beside) / len(beside):.4f}"
+    """The value in the domain, which comes first, and the mean over the other corpora."""
+    own, *others = values.values()
+    return f"{own:.4f} / {sum(others) / len(others):.4f}"
 
 
-class Bench:
+class Comparison:
     """One model, its texts, and the rows measured so far."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
@@ -179,7 +179,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "model"
             start = time.perf_counter()
-            made = make_checkpoint(recipe, out, how)
+            outcome = make_checkpoint(recipe, out, how)
             seconds = time.perf_counter() - start
             size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
             assert size <= limit, f"{name} at keep {keep}: {size} bytes are more than {limit}"
@@ -188,11 +188,11 @@ class Bench:
             "key": [str(self.arguments.model), name, keep, samples],
             "bytes": size,
             "limit": limit,
-            "macs": made.summary.macs_per_token[1] / made.summary.macs_per_token[0],
+            "macs": outcome.summary.macs_per_token[1] / outcome.summary.macs_per_token[0],
             "seconds": round(seconds, 1),
             "nats": {corpus: change for corpus, (change, _) in changes.items()},
             "kl": {corpus: kl for corpus, (_, kl) in changes.items()},
-            "undone": sum(not done.kept for done in made.passes),
+            "undone": sum(not report.kept for report in outcome.passes),
         }
         self.rows.append(row)
         if self.arguments.out is not None:
@@ -204,7 +204,7 @@ class Bench:
     @torch.no_grad()
     def compare(self, model: PreTrainedModel) -> dict[str, tuple[float, float]]:
         """{corpus: (increase of log-perplexity, KL)}."""
-        found = {}
+        changes = {}
         for name, rows in self.rows_of.items():
             nats, kl, count = 0.0, 0.0, 0
             for number, ids in enumerate(rows.split(BATCH)):
@@ -216,8 +216,8 @@ class Bench:
                 nats += float((log_p.gather(1, targets) - log_q.gather(1, targets)).sum(dtype=torch.float64))
                 kl += summed_divergence(log_p, log_q)
                 count += len(targets)
-            found[name] = (nats / count, kl / count)
-        return found
+            changes[name] = (nats / count, kl / count)
+        return changes
 
     def show(self, row: dict[str, Any]) -> None:
         _, name, keep, samples = row["key"]

@@ -188,14 +188,14 @@ def main() -> None:
         f"float32 {rates.float32 / 1e9:.0f} GFLOP/s, bfloat16 {rates.bfloat16 / 1e9:.0f}, "
         f"copies {rates.bytes / 1e9:.0f} GB/s"
     )
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for way in arguments.only or WAYS:
         finished = subprocess.run([*command, "--step", way], check=True, stdout=subprocess.PIPE, text=True)
-        found[way] = json.loads(finished.stdout.strip().splitlines()[-1])
-        print(tell(way, found[way]), flush=True)
-    compare(found, arguments, rates)
+        results[way] = json.loads(finished.stdout.strip().splitlines()[-1])
+        print(tell(way, results[way]), flush=True)
+    compare(results, arguments, rates)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"ways": found, "rates": vars(rates)}, indent=1))
+        arguments.json.write_text(json.dumps({"ways": results, "rates": vars(rates)}, indent=1))
     return None
 
 
@@ -205,7 +205,7 @@ def tell(way: str, facts: dict[str, Any]) -> str:
     return f"{way:12s} peak {facts['peak'] / 1e9:.2f} GB, mean relative error {facts['error']:.6f}; {stages}"
 
 
-def compare(found: dict[str, dict[str, Any]], arguments: argparse.Namespace, rates: Rates) -> None:
+def compare(results: dict[str, dict[str, Any]], arguments: argparse.Namespace, rates: Rates) -> None:
     """Print eckart's ways against the plain one, and against the floor."""
     config, layers = tiny_llama(arguments.layers), arguments.layers
     floors = {
@@ -218,14 +218,14 @@ def compare(found: dict[str, dict[str, Any]], arguments: argparse.Namespace, rat
         ),
         "factor": rates.seconds(factor_work(config, arguments.keep) * layers),
     }
-    plain = found.get("plain")
+    plain = results.get("plain")
     if plain is not None:
         whole = plain["factor_float64_block"] * layers
         print(f"plain, SVD in float64: factor {whole:.0f} s, {layers} times the first block's")
     for way in ("eckart", "out-of-core"):
-        if way not in found:
+        if way not in results:
             continue
-        seconds = found[way]["seconds"]
+        seconds = results[way]["seconds"]
         for stage, floor in floors.items():
             print(
                 f"{way}: {stage} {seconds[stage]:.1f} s, floor {floor:.1f} s, {seconds[stage] / floor:.1f} x the floor"
@@ -235,8 +235,8 @@ def compare(found: dict[str, dict[str, Any]], arguments: argparse.Namespace, rat
             total = sum(plain["seconds"][stage] for stage in floors) / sum(seconds[stage] for stage in floors)
             print(
                 f"{way} against plain: calibrate {ratios['calibrate']:.2f} x, factor {ratios['factor']:.2f} x, both "
-                f"{total:.2f} x as fast; peak memory {found[way]['peak'] / plain['peak']:.2f} of it; loss "
-                f"{found[way]['error'] / plain['error']:.6f} of it"
+                f"{total:.2f} x as fast; peak memory {results[way]['peak'] / plain['peak']:.2f} of it; loss "
+                f"{results[way]['error'] / plain['error']:.6f} of it"
             )
 
 

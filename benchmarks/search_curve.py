@@ -47,19 +47,19 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder for moments and journals, so that a stopped run goes on")
     parser.add_argument("--out", type=Path, help="JSON lines, appended to")
     arguments = parser.parse_args()
-    bench = Bench(arguments)
-    print(f"{arguments.model}: {arguments.samples} x {arguments.length} tokens of {bench.corpus}", flush=True)
+    comparison = Comparison(arguments)
+    print(f"{arguments.model}: {arguments.samples} x {arguments.length} tokens of {comparison.corpus}", flush=True)
     for method in arguments.methods:
         for tolerance in arguments.tolerances:
-            searched = {"name": "surgical", "tolerance": tolerance, **bench.score}
-            keep = bench.measure(f"{method}, surgical {tolerance}", method, searched, None)
+            searched = {"name": "surgical", "tolerance": tolerance, **comparison.score}
+            keep = comparison.measure(f"{method}, surgical {tolerance}", method, searched, None)
             for name, allocation in RIVALS.items():
                 if isinstance(allocation, dict) and allocation["name"] == "sensitivity":
-                    allocation = {**allocation, **bench.score}
-                bench.measure(f"{method}, {name}", method, allocation, keep)
+                    allocation = {**allocation, **comparison.score}
+                comparison.measure(f"{method}, {name}", method, allocation, keep)
 
 
-class Bench:
+class Comparison:
     """One model and what it is measured on."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
@@ -85,7 +85,7 @@ class Bench:
         )
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "model"
-            made = make_checkpoint(recipe, out, How(cache=arguments.cache, data=arguments.data))
+            outcome = make_checkpoint(recipe, out, How(cache=arguments.cache, data=arguments.data))
             task = Task(
                 f"divergence:{self.corpus}",
                 split="sfsd-evaluation",
@@ -95,14 +95,14 @@ class Bench:
             (result,) = evaluate(
                 eckart.load_model(out), self.tokenizer, [task], data=arguments.data, reference=self.model
             )
-        facts = made.allocation
+        facts = outcome.allocation
         row = {
             "name": name,
-            "keep": made.summary.keep_of_linears,
+            "keep": outcome.summary.keep_of_linears,
             "nats": result.scores["log_perplexity.change"].value,
             "kl": result.value,
             "evaluations": facts.get("evaluations", facts.get("search", {}).get("evaluations", 0)),
-            "seconds": round(made.seconds["allocate"], 1),
+            "seconds": round(outcome.seconds["allocate"], 1),
         }
         print(
             f"{name:38s} keep {row['keep']:.3f}  {row['nats']:8.4f} nats  KL {row['kl']:8.4f}  "

@@ -58,9 +58,9 @@ def compress(path: str | Path, method: str, tokens: Tokens, engine: Engine) -> t
     return dict(report.seconds), products
 
 
-def difference(found: list[Tensor], expected: list[Tensor]) -> float:
+def difference(products: list[Tensor], expected: list[Tensor]) -> float:
     """The largest of all products, relative to its product's largest entry."""
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(products, expected, strict=True))
 
 
 def main() -> None:
@@ -81,23 +81,23 @@ def main() -> None:
         ids = torch.randint(3, VOCABULARY, (arguments.samples, arguments.length), generator=torch.manual_seed(0))
         tokens = Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
         rows: list[dict[str, Any]] = []
-        made: list[list[Tensor]] = []
+        by_engine: list[list[Tensor]] = []
         for workers in [0, *arguments.workers]:
             with open_engine("ray" if workers else DEFAULT, workers=workers or None) as engine:
                 if workers:  # a first time, so that the workers have started and read the model
                     compress(path, arguments.method, tokens, engine)
                 seconds, products = compress(path, arguments.method, tokens, engine)
-            made.append(products)
+            by_engine.append(products)
             rows.append({"workers": workers, "cores": os.cpu_count(), "seconds": seconds})
     whole = sum(rows[0]["seconds"].values())
     print(f"{os.cpu_count()} cores")
     print(f"{'workers':>8} {'calibrate':>10} {'factor':>8} {'both':>6} {'to first':>10} {'to local':>10}")
-    for row, products in zip(rows, made, strict=True):
-        first = made[1] if row["workers"] and len(made) > 1 else made[0]
+    for row, products in zip(rows, by_engine, strict=True):
+        first = by_engine[1] if row["workers"] and len(by_engine) > 1 else by_engine[0]
         row |= {
             "relative": {stage: value / whole for stage, value in row["seconds"].items()},
             "difference_to_first": difference(products, first),
-            "difference_to_local": difference(products, made[0]),
+            "difference_to_local": difference(products, by_engine[0]),
         }
         relative = row["relative"]
         print(

@@ -142,8 +142,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", type=Path, default=HERE, help="the folder that holds eckart/")
     parser.add_argument("--follow", metavar="METHOD", help="run a compression and list the files that it enters")
-    given = parser.parse_args()
-    source = given.source.resolve()
+    arguments = parser.parse_args()
+    source = arguments.source.resolve()
     try:
         house = read_house(source)
     except ValueError as error:
@@ -157,10 +157,12 @@ def main() -> None:
     print(f"{len(house.circles)} circles of imports")
     for circle in house.circles:
         print(f"  {', '.join(circle)}")
-    if given.follow:
-        entered = follow(source, given.follow)
+    if arguments.follow:
+        entered = follow(source, arguments.follow)
         passed = {name.split("/")[0] for name in entered}
-        print(f"{len(entered)} files in {len(passed)} rooms from `eckart compress` to the checkpoint, {given.follow}:")
+        print(
+            f"{len(entered)} files in {len(passed)} rooms from `eckart compress` to the checkpoint, {arguments.follow}:"
+        )
         for name, function in entered.items():
             print(f"  {name}: {function}")
 

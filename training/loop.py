@@ -42,7 +42,7 @@ class Schedule:
 
 
 def add_schedule_options(parser: argparse.ArgumentParser, *, minutes: float) -> None:
-    """The command-line options of a `Schedule`, and what every script has beside it."""
+    """The command-line options of a `Schedule`, and those that every training script has."""
     parser.add_argument("--minutes", type=float, default=minutes, help="time for the training steps")
     parser.add_argument("--steps", type=int, default=None, help="a number of steps, in place of --minutes")
     parser.add_argument("--seed", type=int, default=0)
@@ -111,8 +111,8 @@ def run_steps(
         counts["seconds"] = now - started
         if counts["steps"] % PRINT_EVERY_STEPS == 0:
             done = schedule.progress(counts["steps"], counts["seconds"])
-            left = counts["seconds"] * (1 - done) / done
-            print(f"step {counts['steps']}: loss {smooth:.3f}, {max(left, 0.0) / 60:.1f} minutes left", flush=True)
+            remaining = counts["seconds"] * (1 - done) / done
+            print(f"step {counts['steps']}: loss {smooth:.3f}, {max(remaining, 0.0) / 60:.1f} minutes left", flush=True)
         if now - saved > SAVE_EVERY_SECONDS:
             save_state(state_file, model, optimizer, counts)
             saved = now

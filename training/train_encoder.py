@@ -150,27 +150,27 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--rows", type=int, default=64, help=f"windows of {WINDOW} tokens in a step")
     parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    lines = read_lines(given.text, given.data)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    lines = read_lines(arguments.text, arguments.data)
     train_lines = [line for place, line in enumerate(lines) if place % HELD_OUT]
     tokenizer = train_tokenizer(train_lines)
     train = tokenize(tokenizer, train_lines)
     heldout = tokenize(tokenizer, lines[::HELD_OUT])
     print(f"{len(train)} tokens to train on, {len(heldout)} held out", flush=True)
-    model = make_model(given.seed, given.layers, given.width)
+    model = make_model(arguments.seed, arguments.layers, arguments.width)
     print(f"{model.num_parameters()} parameters", flush=True)
-    optimizer = make_optimizer(model, given.peak_rate, given.weight_decay)
+    optimizer = make_optimizer(model, arguments.peak_rate, arguments.weight_decay)
     masked, causal = (
-        torch.compile(loss, dynamic=False) if given.compile else loss for loss in (masked_loss, causal_loss)
+        torch.compile(loss, dynamic=False) if arguments.compile else loss for loss in (masked_loss, causal_loss)
     )
-    ahead = torch.full((WINDOW, WINDOW), -torch.inf).triu(1).expand(given.rows, 1, WINDOW, WINDOW).contiguous()
+    ahead = torch.full((WINDOW, WINDOW), -torch.inf).triu(1).expand(arguments.rows, 1, WINDOW, WINDOW).contiguous()
 
     def loss_of(step: int) -> torch.Tensor:
-        ids = draw_windows(train, given.rows, given.seed, step)
+        ids = draw_windows(train, arguments.rows, arguments.seed, step)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss: torch.Tensor = (
-                masked(model, ids, draw_places(ids, given.seed, step)) if step % 2 else causal(model, ids, ahead)
+                masked(model, ids, draw_places(ids, arguments.seed, step)) if step % 2 else causal(model, ids, ahead)
             )
         return loss
 
@@ -180,31 +180,31 @@ def main() -> None:
     for step in range(6):
         take_step(model, optimizer, loss_of(step), 0.0)
     seconds = (time.monotonic() - start) / 6
-    print(f"{seconds:.3f} s a step, {given.rows * WINDOW / seconds:.0f} tokens/s", flush=True)
-    optimizer = make_optimizer(model, given.peak_rate, given.weight_decay)
-    schedule = Schedule(given.minutes, given.steps, given.peak_rate, given.warm_up)
-    state_file = given.out.parent / f"{given.out.name}.state.pt"
+    print(f"{seconds:.3f} s a step, {arguments.rows * WINDOW / seconds:.0f} tokens/s", flush=True)
+    optimizer = make_optimizer(model, arguments.peak_rate, arguments.weight_decay)
+    schedule = Schedule(arguments.minutes, arguments.steps, arguments.peak_rate, arguments.warm_up)
+    state_file = arguments.out.parent / f"{arguments.out.name}.state.pt"
     state_file.parent.mkdir(parents=True, exist_ok=True)
     counts = run_steps(model, loss_of, schedule, optimizer, state_file, {"steps": 0, "seconds": 0.0})
     model.eval()
-    model.save_pretrained(given.out)
-    tokenizer.save_pretrained(given.out)
+    model.save_pretrained(arguments.out)
+    tokenizer.save_pretrained(arguments.out)
     facts = {
         "heldout_loss": measure(model, heldout),
         "unigram_loss": measure_unigram(train, heldout),
         "train_tokens": len(train),
-        "tokens_seen": counts["steps"] * given.rows * WINDOW,
+        "tokens_seen": counts["steps"] * arguments.rows * WINDOW,
         "parameters": model.num_parameters(),
         "steps": counts["steps"],
         "minutes": counts["seconds"] / 60,
-        "seed": given.seed,
-        "text": given.text,
+        "seed": arguments.seed,
+        "text": arguments.text,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
     if not math.isfinite(facts["heldout_loss"]):
         raise SystemExit("training diverged: lower --peak-rate")
-    (given.out / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (arguments.out / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(facts, indent=2))
     state_file.unlink()
 

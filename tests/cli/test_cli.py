@@ -95,7 +95,7 @@ def test_nothing_said_is_the_best_composition(run: Run, place: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         (("--allocation", "global", "--layout", "pivoted"), {"allocation": "global", "layout": "pivoted"}),
         (("--order", "sequential", "--refit", "--joint"), {"order": "sequential", "refit": True, "joint": True}),
@@ -103,13 +103,13 @@ def test_nothing_said_is_the_best_composition(run: Run, place: Path, tmp_path: P
     ],
 )
 def test_what_is_around_a_method_is_an_option_each(
-    run: Run, place: Path, tmp_path: Path, options: tuple[str, ...], said: dict[str, object]
+    run: Run, place: Path, tmp_path: Path, options: tuple[str, ...], expected: dict[str, object]
 ) -> None:
     status, printed = compress(run, place, tmp_path / "out", "--method", "asvd-i", "--keep-total", "0.7", *options)
     assert status == 0, printed
     recipe = yaml.safe_load((tmp_path / "out/recipe.yaml").read_text())
     short = {**recipe, "allocation": recipe["allocation"]["name"], "refine": recipe["refine"]["steps"]}
-    assert {name: short[name] for name in said} == said
+    assert {name: short[name] for name in expected} == expected
     assert recipe["keep_total"] == 0.7
 
 
@@ -206,7 +206,7 @@ def test_run_goes_on_where_it_was(run: Run, place: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--method", "nsvdi"], "did you mean 'nsvd-i'"),
         (["--keep", "7"], "less than or equal to 1"),
@@ -230,11 +230,11 @@ def test_run_goes_on_where_it_was(run: Run, place: Path, tmp_path: Path) -> None
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
-    run: Run, place: Path, tmp_path: Path, arguments: list[str], said: str
+    run: Run, place: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     status, printed = compress(run, place, tmp_path / "out", "--keep", "0.5", *arguments)
     assert status == 2, printed
-    assert said in printed
+    assert message in printed
     assert "Traceback" not in printed
     assert printed.count("error:") == 1
     assert list(tmp_path.iterdir()) == []
@@ -308,7 +308,7 @@ def test_a_study_is_reproduced_and_reported(run: Run, place: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["nsvd-table-9"], "did you mean 'nsvd-table-"),
         (["nsvd-table-1", "--scale", "medium"], "no scale 'medium' in this study; it has paper, small, builtin"),
@@ -317,10 +317,10 @@ def test_a_study_is_reproduced_and_reported(run: Run, place: Path, tmp_path: Pat
         (["nsvd-table-1", "--set", "keep=[0.5"], "is not YAML"),
     ],
 )
-def test_a_study_that_cannot_be_run_is_one_line(run: Run, tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_a_study_that_cannot_be_run_is_one_line(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
     status, printed = run("reproduce", *arguments, "--out", tmp_path / "out")
     assert status == 2
-    assert said in printed
+    assert message in printed
     assert printed.count("error:") == 1
     assert not (tmp_path / "out").exists()
 

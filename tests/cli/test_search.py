@@ -38,11 +38,11 @@ def test_search_then_compress(run: Run, place: Path, tmp_path: Path) -> None:
     status, printed = search(run, place, plan, *arguments)
     assert status == 0, printed
     assert "evaluations" in printed
-    found = json.loads((tmp_path / "plan.search.json").read_text())
-    assert found["ranks"] == json.loads(plan.read_text())["ranks"]
-    assert found["curve"][-1]["keep"] < 1
+    result = json.loads((tmp_path / "plan.search.json").read_text())
+    assert result["ranks"] == json.loads(plan.read_text())["ranks"]
+    assert result["curve"][-1]["keep"] < 1
     trials = tmp_path / "plan.trials.jsonl"
-    assert len(trials.read_text().splitlines()) == 1 + found["evaluations"]
+    assert len(trials.read_text().splitlines()) == 1 + result["evaluations"]
 
     status, printed = search(run, place, plan, *arguments)
     assert status == 2
@@ -51,7 +51,7 @@ def test_search_then_compress(run: Run, place: Path, tmp_path: Path) -> None:
     status, printed = search(run, place, plan, *arguments, "--force")  # all of it is in the journal
     assert status == 0, printed
     assert trials.read_bytes() == before
-    assert json.loads((tmp_path / "plan.search.json").read_text()) == found
+    assert json.loads((tmp_path / "plan.search.json").read_text()) == result
     status, printed = search(run, place, plan, "--tolerance", "3%", "--force")
     assert status == 2
     assert "another surgical search" in printed
@@ -70,12 +70,12 @@ def test_a_target_and_some_sites(run: Run, place: Path, tmp_path: Path) -> None:
     assert status == 0, printed
     written = json.loads(plan.read_text())
     assert all("mlp" in name for name in written["ranks"])
-    # keep is the share of the chosen linears, as everywhere: the first plan that is small enough ends the search.
-    chosen = sum(site.num_params for site in find_sites(tiny_model("llama")) if "mlp" in site.name)
+    # keep is the share of the selected linears, as everywhere: the first plan that is small enough ends the search.
+    selected = sum(site.num_params for site in find_sites(tiny_model("llama")) if "mlp" in site.name)
     curve = json.loads((tmp_path / "plan.search.json").read_text())["curve"]
-    shares = [1 - (written["dense_params"] - point["kept_params"]) / chosen for point in curve]
+    shares = [1 - (written["dense_params"] - point["kept_params"]) / selected for point in curve]
     assert shares[-1] <= 0.9 < shares[-2]
-    assert f"keeps {shares[-1]:.1%} of the chosen linears" in printed
+    assert f"keeps {shares[-1]:.1%} of the selected linears" in printed
     status, printed = search(run, place, plan, *arguments, "0.3", "--force")
     assert status == 0, printed
     assert "before keep 0.3 was reached" in printed

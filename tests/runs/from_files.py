@@ -30,10 +30,11 @@ def put_model(folder: Path, model_type: str, **changes: Any) -> Path:
     return folder
 
 
-def recipe_of(place: Path, **said: Any) -> Recipe:
+def recipe_of(place: Path, **changes: Any) -> Recipe:
     calibration = {"corpus": str(place / "train.jsonl"), "samples": 8, "length": 16}
-    given = {"method": "asvd-i", **({} if {"rules", "plan", "keep_total"} & said.keys() else {"keep": 0.6}), **said}
-    return parse_recipe({"model": str(place / "model"), "context": 16, "calibration": calibration, **given})
+    budget = {} if {"rules", "plan", "keep_total"} & changes.keys() else {"keep": 0.6}
+    keys = {"method": "asvd-i", **budget, **changes}
+    return parse_recipe({"model": str(place / "model"), "context": 16, "calibration": calibration, **keys})
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -45,45 +46,45 @@ def facts_of(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in facts.items() if key != "seconds"}
 
 
-def check_same(found: Path, expected: Path, tolerance: float = 1e-5) -> None:
-    """Two checkpoints hold the same: tensors, configuration, facts and the files beside them."""
-    ours, theirs = tensors_of(found), tensors_of(expected)
+def check_same(folder: Path, expected: Path, tolerance: float = 1e-5) -> None:
+    """Two checkpoints hold the same: tensors, configuration, facts and the files next to them."""
+    ours, theirs = tensors_of(folder), tensors_of(expected)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype
         torch.testing.assert_close(ours[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
     for name in ("config.json", "generation_config.json", "plan.json", "recipe.yaml", "tokenizer.json"):
-        assert (found / name).exists() == (expected / name).exists(), name
-        if (found / name).exists():
-            assert (found / name).read_text() == (expected / name).read_text(), name
-    assert_close(facts_of(found), facts_of(expected))
-    assert (found / "README.md").is_file()
+        assert (folder / name).exists() == (expected / name).exists(), name
+        if (folder / name).exists():
+            assert (folder / name).read_text() == (expected / name).read_text(), name
+    assert_close(facts_of(folder), facts_of(expected))
+    assert (folder / "README.md").is_file()
 
 
-def assert_close(found: Any, expected: Any) -> None:
+def assert_close(value: Any, expected: Any) -> None:
     """The same plain data, numbers to within rounding."""
     if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
+        assert value.keys() == expected.keys()
         for key in expected:
-            assert_close(found[key], expected[key])
+            assert_close(value[key], expected[key])
     elif isinstance(expected, list):
-        assert len(found) == len(expected)
-        for pair in zip(found, expected, strict=True):
+        assert len(value) == len(expected)
+        for pair in zip(value, expected, strict=True):
             assert_close(*pair)
     elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert value == pytest.approx(expected, rel=1e-3, abs=1e-6)
     else:
-        assert found == expected
+        assert value == expected
 
 
-def both(place: Path, tmp_path: Path, how: How = BATCHED, **said: Any) -> tuple[Outcome, Outcome]:
+def both(place: Path, tmp_path: Path, how: How = BATCHED, **changes: Any) -> tuple[Outcome, Outcome]:
     """The recipe out of core and in memory; what they leave is the same."""
-    recipe = recipe_of(place, **said)
-    found = compress_out_of_core(recipe, tmp_path / "found", how)
+    recipe = recipe_of(place, **changes)
+    outcome = compress_out_of_core(recipe, tmp_path / "out", how)
     expected = make_checkpoint(recipe, tmp_path / "expected", how)
-    check_same(tmp_path / "found", tmp_path / "expected")
-    assert not list(tmp_path.glob(".found*"))
-    assert dict(found.plan.ranks) == dict(expected.plan.ranks)
-    assert found.summary == expected.summary
-    assert found.recipe == expected.recipe
-    return found, expected
+    check_same(tmp_path / "out", tmp_path / "expected")
+    assert not list(tmp_path.glob(".out*"))
+    assert dict(outcome.plan.ranks) == dict(expected.plan.ranks)
+    assert outcome.summary == expected.summary
+    assert outcome.recipe == expected.recipe
+    return outcome, expected

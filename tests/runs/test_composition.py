@@ -19,7 +19,7 @@ SCORE = "perplexity:builtin/prose"
 
 
 @pytest.mark.parametrize(
-    "said",
+    "settings",
     [
         {},
         {"name": "per-role", "shares": {"mlp": 2, "attention": 1}},
@@ -31,14 +31,14 @@ SCORE = "perplexity:builtin/prose"
         {"name": "surgical", "score": SCORE, "tolerance": 0},
     ],
 )
-def test_an_allocation_survives_its_own_data(said: dict[str, Any]) -> None:
-    allocation = Allocation(**said)
+def test_an_allocation_survives_its_own_data(settings: dict[str, Any]) -> None:
+    allocation = Allocation(**settings)
     assert Allocation(**allocation.model_dump()) == allocation
-    assert (allocation.row.needs == "trials") == ("score" in said)
+    assert (allocation.row.needs == "trials") == ("score" in settings)
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("settings", "message"),
     [
         ({"name": "per-role"}, "per-role needs shares, such as {mlp: 2, attention: 1}"),
         ({"name": "global", "shares": {"mlp": 2}}, "shares goes with per-role, not with global: leave it out"),
@@ -60,9 +60,9 @@ def test_an_allocation_survives_its_own_data(said: dict[str, Any]) -> None:
         ({"name": "global", "wieghts": "probes"}, "wieghts"),
     ],
 )
-def test_an_allocation_that_does_not_fit_is_refused(said: dict[str, Any], message: str) -> None:
+def test_an_allocation_that_does_not_fit_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError) as caught:
-        Allocation(**said)
+        Allocation(**settings)
     assert message in str(caught.value)
     assert caught.value.error_count() == 1
 
@@ -89,15 +89,15 @@ def test_the_tolerance_is_what_is_said_or_the_authors(score: str, tolerance: Any
 
 
 def test_best_is_everything_together() -> None:
-    made = best(shrink_out=0.5)
-    assert (made.method.name, made.method.options["shrink_out"]) == ("kfac", 0.5)
-    assert (made.allocation.name, made.layout, made.order) == ("global", "pivoted", "anchored")
-    assert made.refinement == Refinement()
-    assert made.holds_out
-    assert made.distillation is None
+    composition = best(shrink_out=0.5)
+    assert (composition.method.name, composition.method.options["shrink_out"]) == ("kfac", 0.5)
+    assert (composition.allocation.name, composition.layout, composition.order) == ("global", "pivoted", "anchored")
+    assert composition.refinement == Refinement()
+    assert composition.holds_out
+    assert composition.distillation is None
     distilled = COMPOSITIONS["best-distilled"](shrink_out=0.5)
     assert distilled.distillation == Distillation()
-    assert replace(distilled, method=made.method, distillation=None) == made
+    assert replace(distilled, method=composition.method, distillation=None) == composition
     assert next(iter(COMPOSITIONS)) == "best", "the first is the default"
 
 

@@ -65,7 +65,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def said(place: Path, **more: Any) -> dict[str, Any]:
+def recipe_keys(place: Path, **more: Any) -> dict[str, Any]:
     """A recipe that measures it."""
     return {
         "model": str(place / "model"),
@@ -81,7 +81,7 @@ def test_a_study_limits_its_windows(place: Path) -> None:
     study = Study.model_validate(
         {
             "title": "A study",
-            "base": {**said(place), "evaluate": [f"surprise:{place / 'test.txt'}", "cost"]},
+            "base": {**recipe_keys(place), "evaluate": [f"surprise:{place / 'test.txt'}", "cost"]},
             "columns": [f"surprise:{place / 'test.txt'}"],
             "runs": [{"method": "svd", "allocation": allocation}],
             "scales": {"small": {"limits": {"windows": 3, "documents": 99, "members": 98}}},
@@ -96,7 +96,7 @@ def test_a_study_limits_its_windows(place: Path) -> None:
 def test_a_search_accepts_what_is_no_worse(place: Path) -> None:
     """Lower is no worse, on windows that the report on it does not read."""
     score = f"surprise:{place / 'test.txt'}"
-    recipe = parse_recipe({**said(place), "method": "svd", "allocation": {"name": "surgical", "score": score}})
+    recipe = parse_recipe({**recipe_keys(place), "method": "svd", "allocation": {"name": "surgical", "score": score}})
     report = search_ranks(recipe, How())
     dense, trials = report.facts["dense_score"], report.facts["trials"]
     ranks = {name: rank for name, rank in report.facts["ranks"].items() if rank is not None}
@@ -106,14 +106,14 @@ def test_a_search_accepts_what_is_no_worse(place: Path) -> None:
     assert 0 < len(held) < len(trials)
     work = Workbench(recipe, tiny_model("llama"), tiny_tokenizer(), How())
     assert recipe.allocation is not None
-    others = make_score(recipe.allocation, work.bench(), others=True)
+    others = make_score(recipe.allocation, work.allocation_inputs(), others=True)
     assert (others.better, others.about["task"]["split"]) == ("lower", "sfsd-evaluation")
     assert report.dense == pytest.approx(others(work.model))
 
 
 def test_tables_mark_the_lowest(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for method in ("svd", "asvd-i"):
-        run(parse_recipe(said(place, method=method, keep=0.5)), tmp_path / method, How())
+        run(parse_recipe(recipe_keys(place, method=method, keep=0.5)), tmp_path / method, How())
     monkeypatch.undo()  # a report reads results, and no table of evaluations
     collection = read_runs([tmp_path])
     (task,) = collection.tasks()

@@ -30,13 +30,13 @@ pytestmark = pytest.mark.usefixtures("any_tokenizer")
 @pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
 def test_every_family_comes_out_as_in_memory(tmp_path: Path, model_type: str) -> None:
     both(put_model(tmp_path, model_type), tmp_path)
-    assert len(list((tmp_path / "found").glob("*.safetensors"))) == BLOCKS + 1
-    ours, theirs = (eckart.load_model(tmp_path / name) for name in ("found", "expected"))
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == BLOCKS + 1
+    ours, theirs = (eckart.load_model(tmp_path / name) for name in ("out", "expected"))
     torch.testing.assert_close(logits_of(ours), logits_of(theirs))
 
 
 @pytest.mark.parametrize(
-    "said",
+    "keys",
     [
         {"layout": "pivoted"},
         {"layout": "pivoted", "joint": True},
@@ -57,8 +57,8 @@ def test_every_family_comes_out_as_in_memory(tmp_path: Path, model_type: str) ->
     ],
     ids=str,
 )
-def test_every_recipe_of_one_share_comes_out_as_in_memory(place: Path, tmp_path: Path, said: dict[str, Any]) -> None:
-    both(place, tmp_path, **said)
+def test_every_recipe_of_one_share_comes_out_as_in_memory(place: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
+    both(place, tmp_path, **keys)
 
 
 def test_a_plan_edited_by_hand_is_carried_out(place: Path, tmp_path: Path) -> None:
@@ -75,9 +75,9 @@ def test_a_plan_edited_by_hand_is_carried_out(place: Path, tmp_path: Path) -> No
 def test_stored_types_are_kept(tmp_path: Path, dtype: torch.dtype, method: str) -> None:
     place = put_model(tmp_path, "llama", dtype=dtype)
     recipe = recipe_of(place, method=method)
-    for name, make in (("found", compress_out_of_core), ("expected", make_checkpoint)):
+    for name, make in (("out", compress_out_of_core), ("expected", make_checkpoint)):
         make(recipe, tmp_path / name, BATCHED)
-    check_same(tmp_path / "found", tmp_path / "expected", 1e-2)
+    check_same(tmp_path / "out", tmp_path / "expected", 1e-2)
 
 
 @pytest.mark.parametrize(("model_type", "head"), [("bert", "masked"), ("bert", "classifier"), ("gpt2", None)])
@@ -151,11 +151,11 @@ def test_hidden_states_are_not_all_in_memory(place: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(
-    "said", [{"method": "best"}, {"order": "sequential"}, {"refit": True}, {"refine": {"steps": 3}}], ids=str
+    "keys", [{"method": "best"}, {"order": "sequential"}, {"refit": True}, {"refine": {"steps": 3}}], ids=str
 )
-def test_what_needs_the_whole_model_is_refused(place: Path, tmp_path: Path, said: dict[str, Any]) -> None:
+def test_what_needs_the_whole_model_is_refused(place: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="one block is in memory at a time") as caught:
-        compress_out_of_core(recipe_of(place, **said), tmp_path / "out", BATCHED)
+        compress_out_of_core(recipe_of(place, **keys), tmp_path / "out", BATCHED)
     assert "--method asvd-i" in str(caught.value)
     assert not list(tmp_path.iterdir())
 

@@ -79,8 +79,8 @@ def resume_until_done(
     ("module", "name", "after"),
     [
         (out_of_core, "write_shard", 1),
-        (out_of_core._Run, "_factor", 1),
-        (out_of_core._Run, "_calibrate", 1),
+        (out_of_core._Compression, "_factor", 1),
+        (out_of_core._Compression, "_calibrate", 1),
         (out_of_core, "write_index", 0),
         (shutil, "rmtree", 4),
     ],
@@ -122,7 +122,7 @@ def test_a_killed_sweep_goes_on(
 
 def test_at_most_one_block_is_done_again(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, out = recipe_of(place), tmp_path / "out"
-    with pytest.raises(Killed), killing(monkeypatch, out_of_core._Run, "_factor", BLOCKS - 1):
+    with pytest.raises(Killed), killing(monkeypatch, out_of_core._Compression, "_factor", BLOCKS - 1):
         compress_out_of_core(recipe, out, BATCHED)
     forward: list[int] = []
     advance = out_of_core.Walk._advance
@@ -232,9 +232,9 @@ def test_a_real_kill(place: Path, tmp_path: Path, expected: dict[str, Path]) -> 
     code = (
         "import sys, time; from pathlib import Path; from eckart.runs import out_of_core\n"
         "from eckart.runs.workbench import How; from eckart.runs.recipe import load_recipe\n"
-        "do = out_of_core._Run._do\n"
-        "def slow(*given): do(*given); time.sleep(2)\n"
-        "out_of_core._Run._do = slow\n"
+        "do = out_of_core._Compression._compress_block\n"
+        "def slow(*arguments): do(*arguments); time.sleep(2)\n"
+        "out_of_core._Compression._compress_block = slow\n"
         "out_of_core.compress_out_of_core(load_recipe(sys.argv[1]), Path(sys.argv[2]), How(batch_size=3))\n"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(recipe), str(out)])
@@ -260,7 +260,7 @@ def test_the_command(place: Path, tmp_path: Path, run: Run, expected: dict[str, 
     assert "--method asvd-i" in text
     status, text = run("compress", *arguments, "--method", "asvd-i", "--resume")
     assert status == 2
-    assert "--resume goes with --out-of-core" in text
+    assert "--resume is for --out-of-core" in text
     status, text = run("compress", *arguments, "--method", "asvd-i", "--out-of-core")
     assert status == 0, text
     ours, theirs = tensors_of(tmp_path / "out"), tensors_of(expected["asvd-i"])

@@ -31,7 +31,7 @@ def test_a_recipe_survives_its_own_yaml(tmp_path: Path) -> None:
 
 
 SCORED = {"name": "surgical", "score": "perplexity:ptb"}
-# Everything that may stand around a method, said in short and in whole.
+# Everything that may be around a method, in short and in whole.
 AROUND: list[dict[str, Any]] = [
     {"keep": 0.5},
     {"keep_total": 0.8, "method": "sfsd", "sites": {"include": ["mlp"], "exclude": ["down_proj"], "blocks": "last 2"}},
@@ -50,9 +50,9 @@ AROUND: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("said", AROUND)
-def test_what_is_around_a_method_survives_yaml(tmp_path: Path, said: dict[str, Any]) -> None:
-    recipe = parse_recipe({"model": "m", **said})
+@pytest.mark.parametrize("keys", AROUND)
+def test_what_is_around_a_method_survives_yaml(tmp_path: Path, keys: dict[str, Any]) -> None:
+    recipe = parse_recipe({"model": "m", **keys})
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
 
@@ -66,11 +66,11 @@ def parts(composition: Composition) -> tuple[object, ...]:
     )
 
 
-@pytest.mark.parametrize("said", AROUND)
+@pytest.mark.parametrize("keys", AROUND)
 def test_a_recipe_that_is_spelled_out_outlives_the_meaning_of_its_name(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, keys: dict[str, Any]
 ) -> None:
-    recipe = parse_recipe({"model": "m", **said})
+    recipe = parse_recipe({"model": "m", **keys})
     before, whole = recipe.composition, recipe.spelled_out()
     assert whole.spelled_out() == whole
     assert whole.method.name == before.method.name in METHODS
@@ -108,7 +108,7 @@ def test_a_baseline_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("keys", "message"),
     [
         ({}, "give exactly one of keep, keep_total, max_bytes, rules, plan"),
         ({"keep": 0.5, "max_bytes": 5}, "give exactly one of"),
@@ -163,9 +163,9 @@ def test_a_baseline_stays_as_it_is() -> None:
         ({"method": "llm-pruner", "keep_total": 0.5}, "llm-pruner takes keep, and no other budget"),
     ],
 )
-def test_what_does_not_go_together_is_refused(said: dict[str, Any], message: str) -> None:
+def test_what_does_not_go_together_is_refused(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=r"^recipe: [^;]*(; (did you mean|its settings)[^;]*)?$") as caught:
-        parse_recipe({"model": "m", **said})
+        parse_recipe({"model": "m", **keys})
     assert message in str(caught.value)
 
 
@@ -174,7 +174,7 @@ def test_a_method_may_be_a_bare_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"kep": 0.7}, "unknown key 'kep'; did you mean 'keep'?"),
         ({"calibration": {"sampels": 4}}, "unknown key 'sampels' in calibration; did you mean 'samples'?"),
@@ -190,20 +190,20 @@ def test_a_method_may_be_a_bare_name() -> None:
         ({"dtype": "int8"}, "dtype"),
     ],
 )
-def test_what_does_not_fit_is_named(change: dict[str, object], said: str) -> None:
+def test_what_does_not_fit_is_named(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is compared below)
         parse_recipe({**GOOD, **change}, where="r.yaml")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert str(caught.value).startswith("r.yaml: ")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("a: [", "is not YAML"), ("- 1", "holds no recipe"), ("", "holds no recipe")]
+    ("text", "message"), [("a: [", "is not YAML"), ("- 1", "holds no recipe"), ("", "holds no recipe")]
 )
-def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, said: str) -> None:
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(text)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         load_recipe(file)
     with pytest.raises(ValueError, match="no recipe at"):
         load_recipe(tmp_path / "none.yaml")

@@ -214,12 +214,12 @@ def budget(model: str, rules: list[dict[str, Any]]) -> float:
 def test_sfsd_table_1_leaves_the_parameters_that_the_paper_prints() -> None:
     study = STUDIES["sfsd-table-1"]
     for run in study["runs"]:
-        left = float(SHAPES["huggyllama/llama-7b"][1])
+        params = float(SHAPES["huggyllama/llama-7b"][1])
         if "rules" in run:
-            left *= budget("huggyllama/llama-7b", run["rules"])
+            params *= budget("huggyllama/llama-7b", run["rules"])
         else:
-            left -= (1 - run["keep"]) * 32 * LLAMA[0]
-        assert left == pytest.approx(run["published"][0], abs=0.1e9)  # the paper prints 3.48 B as 3.4
+            params -= (1 - run["keep"]) * 32 * LLAMA[0]
+        assert params == pytest.approx(run["published"][0], abs=0.1e9)  # the paper prints 3.48 B as 3.4
     # 64 positions: every weight of the linears and the head, and the two products of attention.
     dense = 32 * LLAMA[0] + 32000 * 4096 + 2 * 32 * 64 * 4096
     assert dense == pytest.approx(study["dense"][1], rel=1e-4)
@@ -294,10 +294,10 @@ def test_sfsd_figure_3_is_the_deepest_of_figure_1() -> None:
     for run in STUDIES["sfsd-figure-1"]["runs"]:
         if "allocation" in run and "model" not in run:
             deepest[run["allocation"]["score"]] = run["keep_total"]
-    found = {run["allocation"]["score"]: run["keep_total"] for run in STUDIES["sfsd-figure-3"]["runs"]}
-    assert found == deepest
+    budgets = {run["allocation"]["score"]: run["keep_total"] for run in STUDIES["sfsd-figure-3"]["runs"]}
+    assert budgets == deepest
     # The mean that the figure's shares come to.
-    assert sum(found.values()) / len(found) == pytest.approx(0.832, abs=5e-4)
+    assert sum(budgets.values()) / len(budgets) == pytest.approx(0.832, abs=5e-4)
 
 
 def test_best_stands_beside_every_method_at_every_size() -> None:

@@ -192,24 +192,24 @@ def test_table_2_is_the_paper_s(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_tables_of_layers_are_the_paper_s_with_the_control_beside_every_score(name: str) -> None:
+def test_tables_of_layers_are_the_paper_s_with_the_control_of_every_score(name: str) -> None:
     study = load_study(name)
     first = {"probing-table-3": 9}.get(name, 29)  # the headers' "29 30 32 32" is 29 to 32
     places = [(task, layer) for task in SETS for layer in range(first, first + 4)]
     assert study.columns[::2] == [f"probing:{task}#f1.{layer}" for task, layer in places]
     assert study.columns[1::2] == [f"probing:{task}#control.{layer}" for task, layer in places]
     rows = layer_rows(name)
-    found = {size_of(recipe): row.published for _, row, recipe in study.recipes()}
+    by_size = {size_of(recipe): row.published for _, row, recipe in study.recipes()}
     dense = rows.pop("w/o compress")
     for published, (scores, controls) in [(study.dense, dense)] + [
-        (found.pop((METHODS[label.split()[0]], int(label.split()[1].rstrip("%")) / 100)), row)
+        (by_size.pop((METHODS[label.split()[0]], int(label.split()[1].rstrip("%")) / 100)), row)
         for label, row in rows.items()
     ]:
         assert published is not None
         assert len(scores) == len(controls) == 12
         assert published[::2] == scores
         assert published[1::2] == controls
-    assert not found, "runs that the paper has no row for"
+    assert not by_size, "runs that the paper has no row for"
     small = study.at("small")
     from_the_last = [re.sub(r"\d+$", lambda n: str(int(n[0]) - first - 4), column) for column in study.columns]
     assert small.columns == from_the_last  # of a model of any depth
@@ -257,8 +257,8 @@ def test_encoders_are_fine_tuned_first_and_give_their_fisher_information(name: s
 def test_the_questions_have_every_run_with_and_without_recovery(name: str) -> None:
     for _, study in at_scales(name):
         without, recovered = (
-            [recipe for recipe in recipes_of(study) if (recipe.recover is not None) == wanted]
-            for wanted in (False, True)
+            [recipe for recipe in recipes_of(study) if (recipe.recover is not None) == fine_tuned]
+            for fine_tuned in (False, True)
         )
         assert [recipe.model_copy(update={"recover": None}) for recipe in recovered] == without
         assert len({str(recipe.recover) for recipe in recovered}) == 1, "one recovery for all"

@@ -136,14 +136,14 @@ def test_a_killed_study_goes_on_in_the_middle_of_a_training(place: Path, tmp_pat
 
     with pytest.raises(RuntimeError, match="killed"):
         run_study(at_place(place, "one"), tmp_path / "out", How(data=place, track=kill))
-    left: list[int] = []
+    remaining: list[int] = []
 
     def count(items: Iterable[T], description: str, total: int) -> Iterable[T]:
-        left.extend([total] if description == "fine-tuning" else [])
+        remaining.extend([total] if description == "fine-tuning" else [])
         return items
 
     assert run_study(at_place(place, "one"), tmp_path / "out", How(data=place, track=count)) == whole
-    assert left == [8], "the first epoch of three, of four steps each, is not done again"
+    assert remaining == [8], "the first epoch of three, of four steps each, is not done again"
 
 
 def test_models_of_one_name_get_folders_of_their_own(place: Path, tmp_path: Path) -> None:
@@ -153,5 +153,5 @@ def test_models_of_one_name_get_folders_of_their_own(place: Path, tmp_path: Path
     runs = [{"model": model, "method": "svd", "keep": 1, "label": label} for label, model in models.items()]
     study = Study.model_validate({**BASE, "runs": runs}).at("paper", {"finetune.epochs": 1})
     run_study(study, tmp_path / "out", How(data=place))
-    made = {json.loads(file.read_text())["model"] for file in (tmp_path / "out/finetuned").glob(f"*/{NOTES}")}
-    assert made == set(models.values())
+    sources = {json.loads(file.read_text())["model"] for file in (tmp_path / "out/finetuned").glob(f"*/{NOTES}")}
+    assert sources == set(models.values())

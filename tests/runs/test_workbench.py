@@ -39,17 +39,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe_of(place: Path, **said: Any) -> Recipe:
+def recipe_of(place: Path, **keys: Any) -> Recipe:
     """A recipe at the place; SCORE in an allocation is its text."""
-    if isinstance(said.get("allocation"), dict) and said["allocation"].get("score") == "SCORE":
-        said["allocation"] = {**said["allocation"], "score": f"perplexity:{place / 'test.txt'}"}
+    if isinstance(keys.get("allocation"), dict) and keys["allocation"].get("score") == "SCORE":
+        keys["allocation"] = {**keys["allocation"], "score": f"perplexity:{place / 'test.txt'}"}
     calibration = {"corpus": str(place / "train.txt"), "samples": 8}
-    return parse_recipe({"model": str(place / "model"), "context": 16, "calibration": calibration, **said})
+    return parse_recipe({"model": str(place / "model"), "context": 16, "calibration": calibration, **keys})
 
 
-def make(place: Path, out: Path, how: How | None = None, **said: Any) -> Outcome:
+def make(place: Path, out: Path, how: How | None = None, **keys: Any) -> Outcome:
     """The checkpoint of such a recipe."""
-    return make_checkpoint(recipe_of(place, **said), out, how or How(cache=place / "cache"))
+    return make_checkpoint(recipe_of(place, **keys), out, how or How(cache=place / "cache"))
 
 
 def dense_params() -> int:
@@ -146,13 +146,13 @@ def test_no_budget_is_overrun(
     ((name, allowed),) = budget.items()
     loaded = eckart.load_model(tmp_path / "out")
     modules = low_rank_modules(loaded)
-    chosen = select_sites(outcome.plan.sites, exclude=outcome.recipe.sites.exclude)
+    selected = select_sites(outcome.plan.sites, exclude=outcome.recipe.sites.exclude)
     stored = sum(module.left.weight.numel() for module in modules.values())
     stored += sum(module.right.weight.numel() for module in modules.values() if module.lender is None)
-    stored += sum(site.num_params for site in chosen if site.name not in modules)
+    stored += sum(site.num_params for site in selected if site.name not in modules)
     size = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     taken = {
-        "keep": stored / sum(site.num_params for site in chosen),
+        "keep": stored / sum(site.num_params for site in selected),
         "keep_total": num_params(loaded) / num_params(tiny_model("llama")),
         "max_bytes": size,
     }[name]
@@ -162,12 +162,12 @@ def test_no_budget_is_overrun(
         assert outcome.summary.file_bytes[1] == size
 
 
-@pytest.mark.parametrize("said", [{"keep": 1}, {"keep_total": 1}, {"max_bytes": 10**9}])
+@pytest.mark.parametrize("keys", [{"keep": 1}, {"keep_total": 1}, {"max_bytes": 10**9}])
 @pytest.mark.parametrize("method", ["best", "asvd-i"])
 def test_a_budget_of_everything_is_the_dense_model(
-    place: Path, tmp_path: Path, method: str, said: dict[str, Any]
+    place: Path, tmp_path: Path, method: str, keys: dict[str, Any]
 ) -> None:
-    outcome = make(place, tmp_path / "out", method=method, distil=method == "best", **said)
+    outcome = make(place, tmp_path / "out", method=method, distil=method == "best", **keys)
     assert set(outcome.plan.ranks.values()) == {None}
     assert outcome.passes == ()
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
@@ -179,7 +179,7 @@ def test_a_budget_of_everything_is_the_dense_model(
 def test_every_method_goes_with_every_order_and_pass(place: Path, tmp_path: Path, method: str) -> None:
     around = {"order": "anchored", "layout": "pivoted", "refit": True, "refine": {"steps": 1}, "distil": {"steps": 1}}
     outcome = make(place, tmp_path / "out", method=method, keep=0.5, sites={"blocks": "last 2"}, **around)
-    assert [(done.name, done.place) for done in outcome.passes] == [
+    assert [(each.name, each.place) for each in outcome.passes] == [
         ("refine", "block 1"),
         ("refine", "block 2"),
         ("distil", "model"),
@@ -187,19 +187,19 @@ def test_every_method_goes_with_every_order_and_pass(place: Path, tmp_path: Path
     assert all(report.refit is not None for report in outcome.report.sites), "a refit was asked for at each"
     assert torch.isfinite(logits_of(eckart.load_model(tmp_path / "out"))).all()
     facts = json.loads((tmp_path / "out/compression.json").read_text())
-    assert facts["passes"] == [asdict(done) for done in outcome.passes]
-    for done in outcome.passes:
-        assert done.kept == (done.after < done.before)
+    assert facts["passes"] == [asdict(each) for each in outcome.passes]
+    for each in outcome.passes:
+        assert each.kept == (each.after < each.before)
 
 
 def test_orders_differ_and_the_first_is_what_nothing_said_means(place: Path, tmp_path: Path) -> None:
-    found = {}
+    logits = {}
     for order in (None, "one-shot", "sequential", "anchored"):
         make(place, tmp_path / str(order), method="asvd-i", keep=0.4, **({"order": order} if order else {}))
-        found[order] = logits_of(eckart.load_model(tmp_path / str(order)))
-    assert torch.equal(found[None], found["one-shot"])
-    assert not torch.equal(found["one-shot"], found["sequential"])
-    assert not torch.equal(found["sequential"], found["anchored"])
+        logits[order] = logits_of(eckart.load_model(tmp_path / str(order)))
+    assert torch.equal(logits[None], logits["one-shot"])
+    assert not torch.equal(logits["one-shot"], logits["sequential"])
+    assert not torch.equal(logits["sequential"], logits["anchored"])
 
 
 def test_layouts_of_the_same_ranks_are_one_function(place: Path, tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_a_plan_edited_by_hand_is_carried_out(place: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("said", "groups"),
+    ("keys", "groups"),
     [
         ({"keep": 0.5}, 6),
         ({"keep": 0.5, "sites": {"include": ["attention"]}}, 3),
@@ -244,15 +244,15 @@ def test_a_plan_edited_by_hand_is_carried_out(place: Path, tmp_path: Path) -> No
         ({"keep_total": 0.6, "sites": {"blocks": "last 2"}}, 4),
     ],
 )
-def test_whole_groups_share_their_right_factor(place: Path, tmp_path: Path, said: dict[str, Any], groups: int) -> None:
-    outcome = make(place, tmp_path / "out", method="asvd-i", joint=True, **said)
+def test_whole_groups_share_their_right_factor(place: Path, tmp_path: Path, keys: dict[str, Any], groups: int) -> None:
+    outcome = make(place, tmp_path / "out", method="asvd-i", joint=True, **keys)
     assert len(outcome.plan.joint) == groups
     lenders = {id(m.lender) for m in low_rank_modules(eckart.load_model(tmp_path / "out")).values() if m.lender}
     assert len(lenders) == groups
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("keys", "message"),
     [
         ({"keep": 0.5, "allocation": {"name": "per-role", "shares": {"q_prj": 2}}}, "'q_prj' matches no selected site"),
         ({"keep": 0.5, "allocation": {"name": "per-role", "shares": {"mlp": -1}}}, "which is not positive"),
@@ -271,22 +271,22 @@ def test_whole_groups_share_their_right_factor(place: Path, tmp_path: Path, said
     ],
 )
 def test_what_cannot_be_done_is_said_once_and_leaves_nothing(
-    place: Path, tmp_path: Path, said: dict[str, Any], message: str
+    place: Path, tmp_path: Path, keys: dict[str, Any], message: str
 ) -> None:
-    said = {"method": "svd", **said}
-    if "calibration" in said:
-        said["calibration"] = {"corpus": str(place / "train.txt"), **said["calibration"]}
+    keys = {"method": "svd", **keys}
+    if "calibration" in keys:
+        keys["calibration"] = {"corpus": str(place / "train.txt"), **keys["calibration"]}
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is compared below)
-        make(place, tmp_path / "out", **said)
+        make(place, tmp_path / "out", **keys)
     assert message in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
 def test_batch_size_moves_nothing_where_steps_are_taken(place: Path, tmp_path: Path) -> None:
-    said: dict[str, Any] = {"method": "asvd-i", "keep": 0.5, "order": "anchored", "refine": {"steps": 3}}
+    keys: dict[str, Any] = {"method": "asvd-i", "keep": 0.5, "order": "anchored", "refine": {"steps": 3}}
     for size in (2, 8):
-        make(place, tmp_path / str(size), How(batch_size=size), **said)
+        make(place, tmp_path / str(size), How(batch_size=size), **keys)
     assert (tmp_path / "2/model.safetensors").read_bytes() == (tmp_path / "8/model.safetensors").read_bytes()
 
 
@@ -328,17 +328,17 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], Counter]:
 def test_a_killed_search_measures_nothing_twice(
     place: Path, tmp_path: Path, counted: Callable[[int | None], Counter], name: str
 ) -> None:
-    said: dict[str, Any] = {"method": "sfsd", "keep": 0.6, "allocation": {"name": name, "score": "SCORE", "limit": 3}}
+    keys: dict[str, Any] = {"method": "sfsd", "keep": 0.6, "allocation": {"name": name, "score": "SCORE", "limit": 3}}
     how = How(cache=tmp_path / "cache")
     whole = counted(None)
-    outcome = make(place, tmp_path / "whole", How(), **said)
+    outcome = make(place, tmp_path / "whole", How(), **keys)
     assert outcome.allocation["search"]["evaluations"] == whole.count
     first = counted(whole.count // 2)
     with pytest.raises(Killed):
-        make(place, tmp_path / "out", how, **said)
+        make(place, tmp_path / "out", how, **keys)
     assert not (tmp_path / "out").exists()
     second = counted(None)
-    again = make(place, tmp_path / "out", how, **said)
+    again = make(place, tmp_path / "out", how, **keys)
     assert first.count + second.count == whole.count
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
     assert again.plan == outcome.plan
@@ -347,7 +347,7 @@ def test_a_killed_search_measures_nothing_twice(
     # All of it is there now. A larger budget needs nothing new, a smaller one goes on from here.
     for keep, more in ((0.6, False), (0.8, False), (0.5, name == "surgical")):
         counter = counted(None)
-        make(place, tmp_path / str(keep), how, **{**said, "keep": keep})
+        make(place, tmp_path / str(keep), how, **{**keys, "keep": keep})
         assert (counter.count > 0) == more
     assert len(list((tmp_path / "cache/searches").iterdir())) == 1
 
@@ -358,7 +358,7 @@ def test_every_search_has_its_own_journal(
     """What makes a trial names the file, so that no search is refused for another one's, and none takes its numbers."""
     here = tmp_path / "place"
     shutil.copytree(place, here, ignore=shutil.ignore_patterns("cache"))
-    said: dict[str, Any] = {
+    keys: dict[str, Any] = {
         "method": "asvd-i",
         "keep": 0.95,
         "allocation": {**SURGICAL, "limit": 2},
@@ -367,7 +367,7 @@ def test_every_search_has_its_own_journal(
 
     def search(**changes: Any) -> int:
         counter = counted(None)
-        make(here, tmp_path / "out", How(cache=tmp_path / "cache"), **{**said, **changes})
+        make(here, tmp_path / "out", How(cache=tmp_path / "cache"), **{**keys, **changes})
         shutil.rmtree(tmp_path / "out")
         return counter.count
 
@@ -380,10 +380,10 @@ def test_every_search_has_its_own_journal(
         {"joint": True},
         {"method": "svd"},
         {"sites": {"exclude": ["q_proj"]}},
-        {"refit": True},  # keeps samples aside
+        {"refit": True},  # holds samples out
         {"allocation": {**SURGICAL, "limit": 3}},
         {"allocation": {**SURGICAL, "limit": 2, "tolerance": "21%"}},
-        {"calibration": {**said["calibration"], "seed": 1}},
+        {"calibration": {**keys["calibration"], "seed": 1}},
     ):
         assert search(**changes) > 0, changes
     (here / "test.txt").write_text(tiny_text(600, seed=8))
@@ -396,28 +396,28 @@ def test_every_search_has_its_own_journal(
 def test_killed_probes_go_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from eckart.allocation.search import loss_weights
 
-    said: dict[str, Any] = {
+    keys: dict[str, Any] = {
         "method": "svd",
         "keep": 0.5,
         "allocation": {"name": "global", "weights": "probes"},
         "joint": True,
     }
-    measure, left, calls = loss_weights._divergence, [None], [0]
+    measure, limit, calls = loss_weights._divergence, [None], [0]
 
     def counting(*arguments: Any) -> float:
-        if left[0] is not None and calls[0] == left[0]:
+        if limit[0] is not None and calls[0] == limit[0]:
             raise Killed
         calls[0] += 1
         return measure(*arguments)
 
     monkeypatch.setattr(loss_weights, "_divergence", counting)
-    whole = make(place, tmp_path / "whole", How(), **said)
-    total, calls[0], left[0] = calls[0], 0, 24  # type: ignore[assignment]
+    whole = make(place, tmp_path / "whole", How(), **keys)
+    total, calls[0], limit[0] = calls[0], 0, 24  # type: ignore[assignment]
     assert total == 21 + 6, "every linear, and every group"
     with pytest.raises(Killed):
-        make(place, tmp_path / "out", How(cache=tmp_path / "cache"), **said)
-    left[0] = None
-    assert make(place, tmp_path / "out", How(cache=tmp_path / "cache"), **said).plan == whole.plan
+        make(place, tmp_path / "out", How(cache=tmp_path / "cache"), **keys)
+    limit[0] = None
+    assert make(place, tmp_path / "out", How(cache=tmp_path / "cache"), **keys).plan == whole.plan
     assert calls[0] == total
 
 

@@ -19,7 +19,7 @@ ROUNDING = 1e-12
 PARTIAL, GROWTH = 5000, 1.15
 # Multipliers next to the best one, as shares of it, whose bounds rule out partial choices that cost far too much or too
 # little for the remaining options to make up for it.
-BESIDE = (0.8, 0.95, 1.05, 1.2)
+NEARBY = (0.8, 0.95, 1.05, 1.2)
 
 
 def prove(table: Table, columns: np.ndarray, budget: int) -> np.ndarray:
@@ -66,7 +66,7 @@ def prove(table: Table, columns: np.ndarray, budget: int) -> np.ndarray:
 
 
 def _core(table: Table, relaxed: Relaxed, budget: int, gap: float, partial: float) -> tuple[np.ndarray | None, bool]:
-    """(a choice that loses less than bound + gap, or None; whether there is none better than what was found).
+    """(a choice that loses less than bound + gap, or None; whether no choice is better than this one).
 
     With s >= 0 the unspent budget, loss = bound + sum_i reduced_i(x_i) + multiplier s, where reduced >= 0 is what an
     option adds to its item's minimum of loss + multiplier cost. So only options that add less than the gap matter: the
@@ -88,7 +88,7 @@ def _core(table: Table, relaxed: Relaxed, budget: int, gap: float, partial: floa
     nearest = others.min(axis=1)
     core = np.argsort(nearest)
     core = core[nearest[core] < gap]
-    slopes = [(share - 1) * relaxed.multiplier for share in BESIDE]
+    slopes = [(share - 1) * relaxed.multiplier for share in NEARBY]
     least = np.array([(reduced[core] + slope * dearer[core]).min(axis=1) for slope in slopes])
     # The least that the items still to come add, for each multiplier.
     to_come = np.concatenate([least[:, ::-1].cumsum(axis=1)[:, ::-1], np.zeros((len(slopes), 1))], axis=1)

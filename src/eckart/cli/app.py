@@ -75,8 +75,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"eckart {importlib.metadata.version('eckart')}")
         raise typer.Exit
 

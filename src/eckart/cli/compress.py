@@ -46,7 +46,7 @@ def command(
     out: Annotated[Path, typer.Argument(help="Directory for the compressed checkpoint")],
     method: Annotated[str, typer.Option(help="A composition or a method, see `eckart methods`")] = "best",
     option: MethodOptions = None,
-    keep: Annotated[float | None, typer.Option(help="Share of the chosen linears' numbers kept, in (0, 1]")] = None,
+    keep: Annotated[float | None, typer.Option(help="Share of the selected linears' numbers kept, in (0, 1]")] = None,
     keep_total: Annotated[float | None, typer.Option(help="Share of the whole model's numbers, embeddings too")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Largest size of the weight files, in bytes")] = None,
     include: Include = None,
@@ -127,7 +127,7 @@ def command(
         where="command line",
     )
     if resume and not out_of_core:
-        raise ValueError("--resume goes with --out-of-core; other runs keep their moments in the cache")
+        raise ValueError("--resume is for --out-of-core; other runs keep their moments in the cache")
     if out_of_core and engine != ENGINE:
         raise ValueError("--out-of-core takes one block after another in this process: leave out --engine")
     check_free(out, force=force)  # before a cluster is started
@@ -151,10 +151,10 @@ def command(
     for what, name in (("refined", "refine"), ("distilled", "distil")):
         passes = [each for each in outcome.passes if each.name == name]
         undone = [each.place for each in passes if not each.kept]
-        told = f"; undone, as it did not help on held-out samples: {', '.join(undone)}" if undone else ""
+        note = f"; undone, as it did not help on held-out samples: {', '.join(undone)}" if undone else ""
         if passes:
-            console.print(f"{what} {len(passes) - len(undone)} of {len(passes)}{told}")
-    for done in outcome.passes:
-        if done.name == "recover":
-            console.print(f"fine-tuned after compression: loss {done.before:.4f} before, {done.after:.4f} after")
+            console.print(f"{what} {len(passes) - len(undone)} of {len(passes)}{note}")
+    for report in outcome.passes:
+        if report.name == "recover":
+            console.print(f"fine-tuned after compression: loss {report.before:.4f} before, {report.after:.4f} after")
     console.print(", ".join(f"{stage} {value:.1f} s" for stage, value in outcome.seconds.items()))

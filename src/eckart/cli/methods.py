@@ -18,10 +18,10 @@ def command(
 ) -> None:
     """List compositions, methods and baselines, or show one: its paper, equation, assumptions and settings."""
     if name is None:
-        made = {entry: compose() for entry, compose in COMPOSITIONS.items()}
+        compositions = {entry: compose() for entry, compose in COMPOSITIONS.items()}
         rows = [
             [entry, f"{one.method.name}. {one.describe()}", _settings(composition_options(entry))]
-            for entry, one in made.items()
+            for entry, one in compositions.items()
         ]
         console.print(
             table("Compositions: the first is the default", ["name", "what it is", "settings"], rows, text_columns=3)

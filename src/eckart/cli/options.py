@@ -1,4 +1,4 @@
-"""What several commands share: their options, each written once, and what is made of them."""
+"""Options that several commands share, each written once, and the run settings that they make up."""
 
 from __future__ import annotations
 

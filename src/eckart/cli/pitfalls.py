@@ -56,7 +56,7 @@ def command(
 
 
 def _drawn(part: Table, title: str) -> Drawn:
-    """A table for a terminal: a number stands in one column with its interval or its error."""
+    """A table for a terminal: a number is in one column with its interval or its error."""
     heads: list[str] = []
     rows: list[list[str]] = [[] for _ in part.rows]
     for place, column in enumerate(part.columns):

@@ -90,10 +90,10 @@ def command(
         if out is not None and (out / f"{item.slug}.json").exists() and not force:
             raise FileExistsError(f"{out / f'{item.slug}.json'} exists; give another --out, or --force")
     names = [model] if reference is None else [reference, model]
-    found: list[list[EvalResult]] = []
+    results: list[list[EvalResult]] = []
     for name in names:
         loaded, tokenizer = load_model(name, dtype=dtype, device=device), load_tokenizer(name)
-        found.append(
+        results.append(
             evaluate(
                 loaded,
                 tokenizer,
@@ -107,15 +107,15 @@ def command(
         )
         del loaded
     for place, item in enumerate(tasks):
-        result, before = found[-1][place], None if reference is None else found[0][place]
+        result, before = results[-1][place], None if reference is None else results[0][place]
         if out is not None:
             write_result(result, out / f"{item.slug}.json")
         console.print(layers_table(f"{model}: {item.label}", result, before))
         cut = result.details["truncated"]
-        told = f"; {cut:,} texts were cut at {result.settings['length']} tokens" if cut else ""
+        note = f"; {cut:,} texts were cut at {result.settings['length']} tokens" if cut else ""
         console.print(
             f"{result.n:,} texts, a fifth of them for the test, {seeds} seeds, states pooled by {pooling}; always "
-            f"answering the commonest class has F1 {result.details['majority']:.3f}{told}"
+            f"answering the commonest class has F1 {result.details['majority']:.3f}{note}"
         )
 
 

@@ -58,7 +58,7 @@ def command(
     no_cache: NoCache = False,
     force: Force = False,
 ) -> None:
-    """Run a table or figure of a paper again: its numbers beside ours, with the difference, and a report.
+    """Run a table or figure of a paper again: its numbers next to ours, with the difference, and a report.
 
     \b
     eckart reproduce nsvd-table-1 --scale builtin
@@ -72,7 +72,7 @@ def command(
     changes = parse_changes(set_ or [])
     data = Path(changes.pop("data")) if "data" in changes else data
     out = out or Path("runs") / f"{Path(study).stem}-{scale}"
-    chosen = load_study(study).at(scale, changes)
+    scaled = load_study(study).at(scale, changes)
     with open_run(
         engine,
         address=address,
@@ -83,8 +83,8 @@ def command(
         cache=cache,
         no_cache=no_cache,
     ) as how:
-        lines = run_study(chosen, out, how, force=force, keep_weights=keep_models)
-    console.print(study_table(chosen, lines))
+        lines = run_study(scaled, out, how, force=force, keep_weights=keep_models)
+    console.print(study_table(scaled, lines))
     refused: dict[str, list[str]] = {}
     for line in lines:
         for task, why in (line.refusals or {}).items():
@@ -98,9 +98,9 @@ def command(
 
 
 def study_table(study: Study, lines: Sequence[Line]) -> Table:
-    """A study's lines: ours, and beside it the paper's number and the difference where there is one.
+    """A study's lines: our numbers, and below them the paper's and the difference where there is one.
 
-    A study of few rows and many columns is laid on its side.
+    A study with more than `WIDEST` columns is transposed.
     """
     improved = any(line.improvement is not None for line in lines)
     rows = []

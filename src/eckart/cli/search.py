@@ -82,8 +82,8 @@ def command(
 
     From the last linear to the first, each gets the smallest budget at which the score is still within the tolerance.
     The search sees 20 % of the score's data; both models are measured on the rest. Of labelled sets it sees the train
-    split, and test is the rest; of probing the score is the mean selectivity of the layers. Beside PLAN stand a
-    journal of the trials (a killed search goes on after the last) and the curve that was walked.
+    split, and test is the rest; of probing the score is the mean selectivity of the layers. Next to PLAN are written
+    a journal of the trials (a killed search goes on after the last) and the curve of sizes and scores.
 
     \b
     eckart search MODEL plan.json --method sfsd --score perplexity:wikitext2
@@ -154,4 +154,4 @@ def _curve(points: Sequence[Mapping[str, Any]]) -> Table:
         ]
         for place in places
     ]
-    return table("The way there", ["linears decided", "keep", "score", "evaluations"], rows, text_columns=0)
+    return table("The search", ["linears decided", "keep", "score", "evaluations"], rows, text_columns=0)

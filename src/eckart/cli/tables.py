@@ -11,7 +11,7 @@ from eckart.cli.terminal import table
 
 
 def sizes_table(title: str, summary: PlanSummary, plan: RankPlan) -> Table:
-    """What a plan makes of a model, in every measure that a budget can be given in."""
+    """A model's size before and after a plan, in every measure of a budget."""
 
     def row(what: str, before: float, after: float) -> list[str]:
         return [what, f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.1%}"]

@@ -22,7 +22,7 @@ LOG_SECONDS = 30.0
 
 
 class TerminalTrack:
-    """A `Track` that draws nested bars with the time left; without a terminal it writes a line now and then."""
+    """A `Track` that draws nested bars with the remaining time; without a terminal it writes a line now and then."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -65,8 +65,8 @@ class TerminalTrack:
                 yield item
                 now = time.monotonic()
                 if outermost and now - last > LOG_SECONDS:
-                    last, left = now, (now - start) / done * (total - done)
-                    self.console.print(f"{description}: {done} of {total}, about {left:.0f} s left")
+                    last, remaining = now, (now - start) / done * (total - done)
+                    self.console.print(f"{description}: {done} of {total}, about {remaining:.0f} s left")
         finally:
             self.depth -= 1
 

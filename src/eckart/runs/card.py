@@ -17,7 +17,7 @@ def write_card(recipe: Recipe, facts: Facts, results: Sequence[tuple[EvalResult,
         results: (dense, compressed) pairs of the same task.
     """
     composition = dataclasses.replace(recipe.composition, layout=facts.layout, joint=bool(facts.joint))
-    method, given = composition.method, "as in plan.json" if recipe.plan else "by rules" if recipe.rules else None
+    method, ranks = composition.method, "as in plan.json" if recipe.plan else "by rules" if recipe.rules else None
     errors = [site["relative_error"] for site in facts.sites.values() if site["relative_error"] is not None]
     params, size = facts.params, facts.bytes
     lines = [
@@ -31,7 +31,7 @@ def write_card(recipe: Recipe, facts: Facts, results: Sequence[tuple[EvalResult,
         "",
         f"Low-rank factors of {recipe.model}, made by eckart with **{method.name}**",
         f"({method.paper}; {method.equation}).",
-        f"{composition.describe(given)}.",
+        f"{composition.describe(ranks)}.",
         "",
         "```python",
         "import eckart  # teaches transformers to read this checkpoint",
@@ -62,7 +62,7 @@ def write_card(recipe: Recipe, facts: Facts, results: Sequence[tuple[EvalResult,
             "Relative squared error at their outputs, on the calibration tokens: "
             f"mean {sum(errors) / len(errors):.4g}, largest {max(errors):.4g}."
         )
-    undone = [done["place"] for done in facts.passes if not done["kept"]]
+    undone = [report["place"] for report in facts.passes if not report["kept"]]
     if undone:
         lines.append(f"Gradient steps were undone where they did not help on held-out samples: {', '.join(undone)}.")
     lines += ["", "## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]

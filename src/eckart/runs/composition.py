@@ -30,10 +30,10 @@ class Composition:
         layout: how factors are stored.
         order: what a linear is calibrated on.
         joint: linears that read one input may share a right factor.
-        refit: left factors are fit once more, by least squares.
+        refit: left factors are fitted once more, by least squares.
         refinement: gradient steps on each block, or None.
         distillation: gradient steps on the whole model, or None.
-        recovery: a short fine-tuning of what came of it, or None.
+        recovery: a short fine-tuning of the compressed model, or None.
     """
 
     method: Method
@@ -68,14 +68,14 @@ class Composition:
 
     @property
     def holds_out(self) -> bool:
-        """Whether something has to prove itself on samples that no statistic sees."""
+        """Whether samples are held out from all statistics, to judge a refit, refinement or distillation by."""
         return self.refit or self.refinement is not None or self.distillation is not None
 
 
 def best(**options: Any) -> Composition:
     """kfac, ranks from a knapsack over all linears, pivoted layout, anchored order, refined blocks.
 
-    docs/ablation.md has what each of them earns, alone and beside the others. Settings are those of kfac.
+    docs/ablation.md has the gain of each of them, alone and with the others. Settings are those of kfac.
     """
     return Composition(
         method=kfac(**options),
@@ -91,7 +91,7 @@ def best_distilled(**options: Any) -> Composition:
     return replace(best(**options), distillation=Distillation())
 
 
-# Whole ways to compress, by name; a recipe names one where it may name a method.
+# Compositions by name; a recipe may name one instead of a method.
 COMPOSITIONS: dict[str, Callable[..., Composition]] = {"best": best, "best-distilled": best_distilled}
 
 

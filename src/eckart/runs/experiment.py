@@ -42,9 +42,9 @@ WEIGHTS = "*.safetensors"
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run knows of one task: the dense model's result, the compressed one's, and how the two agree.
+    """The results of one task: the dense model's, the compressed one's, and how the two agree.
 
-    None stands where the evaluation is of the other model only, or where it was refused (`refusals` says why).
+    None where the evaluation is of the other model only, or where it was refused (`refusals` says why).
     """
 
     task: Task
@@ -66,17 +66,17 @@ def run(
 ) -> list[Measured]:
     """Carry out a whole recipe in a run directory, and go on where a killed run stopped.
 
-    The directory gets recipe.yaml (as given), environment.json, model/ (see `make_checkpoint`; of a baseline only what
-    it did), made.yaml (the recipe that made it), evals/<task>.json of the compressed model, evals/<task>.dense.json of
-    the one it was made from and evals/<task>.agreement.json of the two. What is there already is not done again. A
-    recipe that keeps everything (keep 1) compresses nothing, and only the dense model is measured.
+    The directory gets recipe.yaml (as given), environment.json, model/ (see `make_checkpoint`; of a baseline only its
+    facts), made.yaml (the recipe of that model), evals/<task>.json of the compressed model, evals/<task>.dense.json of
+    the dense one and evals/<task>.agreement.json of the two. Files that exist are not made again. A recipe that keeps
+    everything (keep 1) compresses nothing, and only the dense model is measured.
 
     Args:
         shared: folder of dense results that several runs share, named by model, task and settings.
-        keep_going: an evaluation that refuses, or a compression that fails, is noted in refusals.json and the rest goes
-            on; otherwise the run stops.
+        keep_going: an evaluation that refuses, or a compression that fails, is noted in refusals.json and the run goes
+            on; otherwise it stops.
         keep_weights: otherwise the compressed model's weight files are removed once it is measured, and made again when
-            something asks for them.
+            needed.
 
     Raises:
         FileExistsError: the directory holds a run of another recipe and `force` is not given.
@@ -89,22 +89,24 @@ def run(
     refusals: dict[str, dict[str, str]] = {task.label: {} for task in recipe.tasks}
 
     def measure(which: str) -> list[EvalResult | None]:
-        found = {
+        by_place = {
             place: results.read(task, which)
             for place, task in enumerate(recipe.tasks)
             if find_task(task.name).traits.of in ("both", which)
         }
-        left = [place for place, result in found.items() if result is None]
-        for place, outcome in zip(left, models.evaluate([recipe.tasks[place] for place in left], which), strict=True):
+        missing = [place for place, result in by_place.items() if result is None]
+        for place, outcome in zip(
+            missing, models.evaluate([recipe.tasks[place] for place in missing], which), strict=True
+        ):
             task = recipe.tasks[place]
             if isinstance(outcome, EvalResult):
                 results.write(outcome, task, which)
-                found[place] = outcome
+                by_place[place] = outcome
             elif keep_going:
                 refusals[task.label][which] = str(outcome)
             else:
                 raise outcome
-        return [found.get(place) for place in range(len(recipe.tasks))]
+        return [by_place.get(place) for place in range(len(recipe.tasks))]
 
     dense = measure("dense")
     compressed: list[EvalResult | None] = [None] * len(dense)
@@ -205,13 +207,14 @@ class _Models:
         write_whole(mark, recipe)
 
     def evaluate(self, tasks: Sequence[Task], which: str) -> Iterator[EvalResult | ValueError]:
-        """The evaluations of one of the models, in order, with what each needs beside it; or why it was refused."""
+        """The results of one of the models, in the tasks' order; or why one was refused."""
 
-        def beside(task: Task) -> tuple[bool, bool]:
+        def needs(task: Task) -> tuple[bool, bool]:
+            """(the dense model to compare with, the dense model's activations)."""
             row = find_task(task.name)
             return which == "compressed" and row.wants_reference, "activations" in row.needs
 
-        for (compare, read), group in itertools.groupby(tasks, beside):
+        for (compare, read), group in itertools.groupby(tasks, needs):
             together = list(group)
             try:
                 model = self.get(which)
@@ -261,10 +264,10 @@ class _Results:
     def _files(self, task: Task, which: str) -> list[Path]:
         files = [self.folder / f"{task.slug}{'.dense' if which == 'dense' else ''}.json"]
         if which == "dense" and self.shared is not None:
-            made_of: list[Any] = [self.recipe.model, self.recipe.dtype, self.recipe.context, asdict(task)]
+            settings: list[Any] = [self.recipe.model, self.recipe.dtype, self.recipe.context, asdict(task)]
             if "activations" in find_task(task.name).needs:
-                made_of.append(self.recipe.calibration.model_dump())
-            digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
+                settings.append(self.recipe.calibration.model_dump())
+            digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
             files.append(self.shared / f"{task.slug}-{digest}.json")
         return files
 

@@ -1,4 +1,4 @@
-"""Facts: what is known of a compressed model once it is made, and the files beside its weights that say so."""
+"""Facts: how a model was compressed and how large it is, as a checkpoint's compression.json holds it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Facts:
         report: CompressionReport,
         passes: Sequence[PassReport] = (),
     ) -> Facts:
-        """Of a compression that is done. The parameters are those counted in the model, not the plan's forecast."""
+        """The facts of a finished compression. Parameters are counted in the model, not the plan's forecast."""
         planned = {key: value for key, value in asdict(summary).items() if key != "params"}
         recorded = recipe.calibration.fisher == "recorded"
         return cls(
@@ -76,8 +76,8 @@ class Facts:
 
     def to_json(self) -> str:
         """The file's text."""
-        left_out = () if self.fisher is not None else ("fisher",)
-        return json.dumps({key: value for key, value in asdict(self).items() if key not in left_out}, indent=2)
+        omitted = () if self.fisher is not None else ("fisher",)
+        return json.dumps({key: value for key, value in asdict(self).items() if key not in omitted}, indent=2)
 
     @classmethod
     def read(cls, folder: Path) -> Facts:
@@ -97,13 +97,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a compression did.
+    """The outcome of a compression.
 
     Attributes:
         recipe: with every default filled in.
         seconds: {stage: seconds}, loading and saving included.
-        passes: what became of each pass over a block or over the model.
-        allocation: what was measured for the plan.
+        passes: the reports of passes over a block or over the model.
+        allocation: facts that were measured for the plan.
     """
 
     recipe: Recipe

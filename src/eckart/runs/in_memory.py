@@ -69,7 +69,7 @@ def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False)
 
 
 def make_baseline(recipe: Recipe, directory: Path, how: How) -> PreTrainedModel:
-    """The recipe's baseline, in memory; the directory gets recipe.yaml and compression.json, what it did.
+    """The recipe's baseline, in memory; the directory gets recipe.yaml and its facts, compression.json.
 
     Raises:
         ValueError, UnsupportedModelError: as the baseline raises them.
@@ -82,7 +82,7 @@ def make_baseline(recipe: Recipe, directory: Path, how: How) -> PreTrainedModel:
         tokenizer = load_tokenizer(recipe.model)
         recipe = resolve(recipe, model, tokenizer)
         tokens = make_tokens(recipe, model, tokenizer, how.data)
-    done = baseline.apply(model, keep=recipe.keep, tokens=tokens, track=how.track)
+    facts = baseline.apply(model, keep=recipe.keep, tokens=tokens, track=how.track)
     write_whole(directory / "recipe.yaml", recipe.to_yaml())
-    write_whole(directory / FACTS, json.dumps(done, indent=2))
+    write_whole(directory / FACTS, json.dumps(facts, indent=2))
     return model

@@ -1,7 +1,7 @@
 """Out of core: a model compressed from its files to files, one block in memory at a time.
 
-Beside `out` stands a folder of work, `.<name>.work`: a journal, the checkpoint as far as it is, the hidden states of
-the calibration text at the door of the next block, and of a method with gradients the statistics of each block. It is
+The work folder `.<name>.work`, next to `out`, has a journal, the unfinished checkpoint, the hidden states of the
+calibration text at the door of the next block, and for a method with gradients the statistics of each block. It is
 removed once the checkpoint is whole and in its place, and kept when anything fails: a resumed run goes on from it.
 """
 
@@ -45,30 +45,31 @@ from eckart.support.journal import Journal, open_journal
 from eckart.support.sizes import num_bytes, num_params
 
 KIND = "compression out of core"
-# Of the folder of work: what has been done, and the checkpoint that is being made.
+# In the work folder: the record of each finished block, and the unfinished checkpoint.
 JOURNAL, CHECKPOINT = "journal.jsonl", "checkpoint"
 
 
 def compress_out_of_core(recipe: Recipe, out: Path, how: How, *, resume: bool = False, force: bool = False) -> Outcome:
     """What `make_checkpoint` does, for a model that need not fit into memory.
 
-    The checkpoint is the same one, in one shard a block. What is in memory at a time: what stands around the blocks
-    (embeddings and head), one block and its moments, one batch of hidden states. A method with gradients keeps the
-    hidden states at every door on disk, and takes a backward pass block by block, each recomputed from its door.
+    The checkpoint is the same, with one shard for each block and one for the modules around the blocks (embeddings and
+    head). In memory at a time: those modules, one block and its moments, one batch of hidden states. A method with
+    gradients keeps the hidden states at every door on disk, and takes a backward pass block by block, each recomputed
+    from its door.
 
     Args:
-        recipe: any method of the catalogue, with ranks that no losses are measured for.
-        resume: go on with what an earlier run of the same recipe left. Finished shards are checked by their digests;
-            one that is damaged is made again.
-        force: start anew where an earlier run left its work, and replace `out` once the new one is complete.
+        recipe: any method of the catalogue, with ranks that need no measured losses.
+        resume: go on from the work folder of an earlier run of the same recipe. Finished shards are checked by their
+            digests; a damaged one is written again.
+        force: discard the work folder of an earlier run, and replace `out` once the new checkpoint is complete.
 
     Raises:
-        FileExistsError: `out` exists and `force` is not given, or there is work of an earlier run and neither `resume`
-            nor `force` is.
+        FileExistsError: `out` exists and `force` is not given, or an earlier run's work folder exists and neither
+            `resume` nor `force` is given.
         ValueError: the recipe needs the whole model at once, the work is of another recipe, model or text, or another
             run is at it.
         CheckpointError: the model's files are damaged or incomplete.
-        OSError: the disk is full. What was finished before is kept.
+        OSError: the disk is full. Finished blocks are kept.
         DecompositionError: a decomposition failed; the message names the site.
 
     Cost: as `calibrate_by_block` and `compress`; the model's files are read once (with gradients three times). Disk:
@@ -80,18 +81,18 @@ def compress_out_of_core(recipe: Recipe, out: Path, how: How, *, resume: bool = 
     with _locked(out):
         check_free(out, force=force)
         if (work / JOURNAL).exists() and not resume and not force:
-            raise FileExistsError(f"{work} has what an earlier run left: go on with --resume, or --force to start anew")
-        run = _Run(recipe, work, how)
+            raise FileExistsError(f"{work} has an earlier run's work: go on with --resume, or --force to start anew")
+        compression = _Compression(recipe, work, how)
         if work.exists() and not resume:
             shutil.rmtree(work)
         (work / CHECKPOINT).mkdir(parents=True, exist_ok=True)
-        outcome = run.make()
+        outcome = compression.run()
         _publish(work, out)
     return outcome
 
 
-class _Run:
-    """One compression, from its folder of work."""
+class _Compression:
+    """One compression out of core, in its work folder."""
 
     def __init__(self, recipe: Recipe, work: Path, how: How) -> None:
         start = time.perf_counter()
@@ -99,18 +100,18 @@ class _Run:
         self.skeleton = Skeleton(recipe.model, dtype=recipe.dtype, device=how.device)
         self.model = self.skeleton.model
         self.tokenizer = load_tokenizer(recipe.model)
-        self.bench = bench = Workbench(recipe, self.model, self.tokenizer, how)
-        self.recipe = bench.recipe
+        self.workbench = workbench = Workbench(recipe, self.model, self.tokenizer, how)
+        self.recipe = workbench.recipe
         self.method: Method = recipe.composition.in_order
-        self.plan: RankPlan = bench.rank().plan
+        self.plan: RankPlan = workbench.rank().plan
         self.planned = [site for site in find_sites(self.model) if self.plan.rank(site) is not None]
         self.needs = self.method.needs & INPUT_STATISTICS
-        self.tokens: Tokens | None = bench.tokens[0] if bench.reads_text and self.planned else None
+        self.tokens: Tokens | None = workbench.tokens[0] if workbench.reads_text and self.planned else None
         if self.tokens is not None:
             check_readable(self.model, self.tokens)
         self.summary = summarise(self.plan, self.model, bias=self.method.centred)
-        self.noted = bench.noted
-        # What the hidden states and gradients depend on, beside how many there are in a batch.
+        self.noted = workbench.noted
+        # What the hidden states and gradients depend on, in addition to the batch size.
         self.stream = {
             "model": self.skeleton.shards.fingerprint(),
             "tokens": None if self.tokens is None else self.tokens.digest,
@@ -122,8 +123,8 @@ class _Run:
         self.walk: Walk | None = None
         self.spill: Spill | None = None
 
-    def make(self) -> Outcome:
-        """Every block, the rest, and the facts."""
+    def run(self) -> Outcome:
+        """Compress every block that is not finished, and complete the checkpoint."""
         identity = {"recipe": self.noted, **self.stream, "ranks": dict(self.plan.ranks)}
         with ExitStack() as stack:
             try:
@@ -133,17 +134,17 @@ class _Run:
             gradients = self._gradients()
             todo = [number for number in range(len(self.skeleton.blocks)) if not self._is_done(journal, number)]
             for number in self.how.track(todo, "blocks", len(todo)):
-                self._do(number, journal, gradients)
+                self._compress_block(number, journal, gradients)
             records = [_last(journal, number) for number in range(len(self.skeleton.blocks))]
         return self._finish([record for record in records if record is not None])
 
     def _file(self, number: int) -> str:
-        """Of a block; the last one holds what stands around the blocks."""
+        """Name of a block's shard; the one after the last block's holds the modules around the blocks."""
         count = len(self.skeleton.blocks) + 1
         return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
     def _folder(self, name: str, settings: dict[str, Any]) -> Path:
-        """For what is made of the model and the text with these settings; what was made otherwise is removed."""
+        """A folder for data of this model, text and settings; those of other settings are removed."""
         state = json.dumps({**self.stream, "dtype": str(self.skeleton.dtype), **settings}, sort_keys=True)
         folder = self.work / f"{name}-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
         for other in self.work.glob(f"{name}-*"):
@@ -152,16 +153,18 @@ class _Run:
         return folder
 
     def _is_done(self, journal: Journal, number: int) -> bool:
-        """Whether the block's shard is there as it was written."""
+        """Whether the block's shard is on disk, undamaged."""
         record, path = _last(journal, number), self.checkpoint / self._file(number)
         return record is not None and path.is_file() and digest_of(path) == record["sha256"]
 
-    def _do(self, number: int, journal: Journal, gradients: Sweep | dict[str, GradientMoments] | None) -> None:
+    def _compress_block(
+        self, number: int, journal: Journal, gradients: Sweep | dict[str, GradientMoments] | None
+    ) -> None:
         """Calibrate, factor and write a block."""
         start = time.perf_counter()
         sites = [site for site in self.planned if site.block == number]
         if sites and self.needs:
-            self._go_to(number)
+            self._walk_to(number)
         with self.skeleton.resident(number) as block, torch.no_grad():
             part = BlockCalibration(number)
             if sites:
@@ -191,7 +194,7 @@ class _Run:
         if self.spill is not None:
             self.spill.clear()
 
-    def _go_to(self, number: int) -> None:
+    def _walk_to(self, number: int) -> None:
         """Bring the walk to the door of a block, from the nearest whole one before it."""
         assert self.tokens is not None
         if self.walk is None or self.spill is None:
@@ -217,8 +220,10 @@ class _Run:
         if self.needs:
             assert self.walk is not None
             inputs = self.walk.moments(number, first_readers(sites), self.needs)
-        found = gradients.read(number) if isinstance(gradients, Sweep) else gradients or {}
-        return BlockCalibration(number, inputs, {site.name: found[site.name] for site in sites if site.name in found})
+        statistics = gradients.read(number) if isinstance(gradients, Sweep) else gradients or {}
+        return BlockCalibration(
+            number, inputs, {site.name: statistics[site.name] for site in sites if site.name in statistics}
+        )
 
     def _factor(self, sites: list[Site], part: BlockCalibration) -> list[SiteReport]:
         """Cut the block's units and put the cuts in place."""
@@ -231,7 +236,7 @@ class _Run:
         return reports
 
     def _gradients(self) -> Sweep | dict[str, GradientMoments] | None:
-        """Where each block's gradient statistics are, made now where they are not."""
+        """Each block's gradient statistics, computed now unless recorded or on disk; None where none are needed."""
         needs = self.method.needs & GRADIENT_STATISTICS
         if not needs or not self.planned:
             return None
@@ -247,7 +252,7 @@ class _Run:
         return sweep
 
     def _finish(self, records: list[dict[str, Any]]) -> Outcome:
-        """What stands around the blocks, the index, the configuration, and the facts."""
+        """Write the modules around the blocks, the index, the configuration, and the facts."""
         start = time.perf_counter()
         files = {self._file(number): record["tensors"] for number, record in enumerate(records)}
         around = self.skeleton.tensors_around()
@@ -264,7 +269,7 @@ class _Run:
         if self.model.can_generate() and self.model.generation_config is not None:
             self.model.generation_config.save_pretrained(self.checkpoint)
         self.tokenizer.save_pretrained(self.checkpoint)
-        for record in records:  # of a resumed run, also what the runs before it took
+        for record in records:  # of a resumed run, those of the runs before it too
             for stage, value in record["seconds"].items():
                 self.seconds[stage] += value
         known = {site.name: site for site in self.plan.sites}
@@ -273,7 +278,7 @@ class _Run:
         after = [self.around[at] + sum(record["params"][at] for record in records) for at in (0, 1)]
         report = CompressionReport(reports, dense, self.before[0], after[0], self.before[1], after[1], self.seconds)
         facts = Facts.of(self.recipe, self.plan, self.summary, report)
-        for name, text in self.bench.side_files(self.plan, facts).items():
+        for name, text in self.workbench.side_files(self.plan, facts).items():
             write_whole(self.checkpoint / name, text)
         self.seconds["save"] += time.perf_counter() - start
         return Outcome(self.recipe, self.plan, self.summary, report, dict(self.seconds))
@@ -285,7 +290,7 @@ def _check_recipe(recipe: Recipe) -> None:
     composition = recipe.composition
     allocation = composition.allocation
     measured = allocation.row.needs != "sites"
-    found = {
+    conditions = {
         f"ranks by {allocation.name} (--allocation uniform)": measured and recipe.plan is None and recipe.rules is None,
         f"the order {composition.order} (--order one-shot)": composition.order != "one-shot",
         "a refit (--no-refit)": composition.refit,
@@ -293,11 +298,11 @@ def _check_recipe(recipe: Recipe) -> None:
         "distillation (distil: 0 in the recipe)": composition.distillation is not None,
         "recovery (leave out recover)": composition.recovery is not None,
     }
-    needed = [what for what, there in found.items() if there]
-    if needed:
+    obstacles = [what for what, holds in conditions.items() if holds]
+    if obstacles:
         raise ValueError(
-            f"out of core, one block is in memory at a time, and {recipe.method.name} here has {', '.join(needed)}: "
-            "change that, or give a method that stands alone, such as --method asvd-i or --method kfac"
+            f"out of core, one block is in memory at a time, and {recipe.method.name} here has {', '.join(obstacles)}: "
+            "change that, or give a method without these, such as --method asvd-i or --method kfac"
         )
 
 
@@ -338,13 +343,13 @@ def _take(descriptor: int, path: Path) -> bool:
 
 
 def _publish(work: Path, out: Path) -> None:
-    """Put the checkpoint in its place, and take the rest of the work away."""
+    """Put the checkpoint in its place, and remove the work folder."""
     put_in_place(work / CHECKPOINT, out)
     shutil.rmtree(work)
 
 
 def _keys(journal: Journal, number: int) -> list[str]:
-    """The keys of a block's records; a shard that was damaged is made again and has one more."""
+    """The keys of a block's records, the last one unused; a damaged shard is written again and has one more record."""
     keys = [f"block {number}"]
     while journal.find(keys[-1]) is not None:
         keys.append(f"block {number}, time {len(keys) + 1}")

@@ -31,23 +31,23 @@ from eckart.support.progress import Track, silent
 
 # A model's losses at one cut are measured on this many windows: the probes then cost a pass of them for every linear.
 PROBE_SAMPLES = 16
-# What a method is calibrated on that needs no text.
+# The calibration samples of a method that needs no text.
 NO_TEXT = Tokens(torch.zeros((0, 0), dtype=torch.int64), torch.zeros((0, 0), dtype=torch.bool))
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What an allocation may work with.
+class AllocationInputs:
+    """The inputs of an allocation.
 
     Attributes:
-        blocks: makes the dense model's moments of the chosen sites anew each time it is called; None for a method that
-            needs none.
-        tokens: of the calibration; None where nothing needs any.
+        blocks: computes the dense model's moments of the selected sites anew at each call; None for a method that needs
+            none.
+        tokens: the calibration samples; None where nothing needs any.
         tokenizer, data, batch_size, workers, context: for scores, as in `evals.tasks.evaluate`.
-        engine: where it is worked out.
-        journals: folder for the trials of probes and searches, which go on where they were stopped; None keeps none.
-        trials: a file for the trials of a search instead, under a name of the caller's.
-        made_of: what that file says of the model, its calibration and the method.
+        engine: where work runs.
+        journals: folder for the trials of probes and searches, which resume from there; None keeps none.
+        trials: a file for the trials of a search, instead of one in `journals`.
+        identity: of the model, its calibration and the method, for the header of `trials`.
     """
 
     model: PreTrainedModel
@@ -62,107 +62,116 @@ class Bench:
     engine: Engine = HERE
     journals: Path | None = None
     trials: Path | None = None
-    made_of: Mapping[str, Any] = field(default_factory=dict)
+    identity: Mapping[str, Any] = field(default_factory=dict)
     track: Track = silent
 
 
 def rank(
-    composition: Composition, budget: Budget | None, bench: Bench, *, rank_multiple: int = 1, above: bool = False
+    composition: Composition,
+    budget: Budget | None,
+    inputs: AllocationInputs,
+    *,
+    rank_multiple: int = 1,
+    above: bool = False,
 ) -> Ranking:
-    """The ranks of the chosen sites within the budget.
+    """The ranks of the selected sites within the budget.
 
     Args:
         budget: None only for an allocation that is open-ended.
-        above: give the ranks of a search that ended above the budget too, instead of refusing.
+        above: accept the ranks of a search that ended above the budget, instead of refusing.
 
     Raises:
         ValueError: as the allocation raises it.
 
     Cost: of uniform and per-role, none. Of effective-rank and global, every site factored once; with probes, a pass
-    over some windows for each. Of the searches, see `rank_search.search` and `sensitivity.measure_sensitivity`.
+    over some windows for each. Of the searches, see `surgical.search` and `sensitivity.measure_sensitivity`.
     """
-    allocation, method, every = composition.allocation, composition.method, find_sites(bench.model)
-    joint = joint_groups(bench.sites, every) if composition.joint else frozenset()
+    allocation, method, every = composition.allocation, composition.method, find_sites(inputs.model)
+    joint = joint_groups(inputs.sites, every) if composition.joint else frozenset()
     numbers = None
     if budget is not None:
-        numbers = budget.numbers(bench.model, bench.sites, layout=composition.layout, joint=joint, bias=method.centred)
-        if numbers == sum(site.num_params for site in bench.sites):
-            return Ranking(settle(every, {site.name: None for site in bench.sites}, layout=composition.layout))
+        numbers = budget.numbers(
+            inputs.model, inputs.sites, layout=composition.layout, joint=joint, bias=method.centred
+        )
+        if numbers == sum(site.num_params for site in inputs.sites):
+            return Ranking(settle(every, {site.name: None for site in inputs.sites}, layout=composition.layout))
     row, fitting = allocation.row, {"layout": composition.layout, "rank_multiple": rank_multiple}
     if row.needs == "trials":
-        return _search(allocation, method, bench, numbers, joint, fitting, above)
+        return _search(allocation, method, inputs, numbers, joint, fitting, above)
     facts: dict[str, Any] = {}
-    units: list[Unit | Curve] = [*units_of(bench.sites, joint)]
+    units: list[Unit | Curve] = [*units_of(inputs.sites, joint)]
     if row.needs == "losses":
-        units = [*measure_losses(method, bench, joint, both=row.members)]
+        units = [*measure_losses(method, inputs, joint, both=row.members)]
         if allocation.weights == "probes":
-            units, facts = _weigh(units, method, bench, joint, fitting)
+            units, facts = _weigh(units, method, inputs, joint, fitting)
     plan = row.allocate(every, units, numbers, **fitting, **allocation.options)
     return replace(plan, facts={**facts, **plan.facts}) if isinstance(plan, Ranking) else Ranking(plan, facts)
 
 
-def joint_groups(chosen: Collection[Site], every: Iterable[Site]) -> frozenset[str]:
-    """The input groups that several sites read, if all of those are chosen."""
+def joint_groups(selected: Collection[Site], every: Iterable[Site]) -> frozenset[str]:
+    """The input groups that several sites read, if all of those are selected."""
     readers: dict[str, list[Site]] = {}
     for site in every:
         readers.setdefault(site.input_group, []).append(site)
     return frozenset(
-        group for group, sites in readers.items() if len(sites) > 1 and all(site in chosen for site in sites)
+        group for group, sites in readers.items() if len(sites) > 1 and all(site in selected for site in sites)
     )
 
 
-def measure_losses(method: Method, bench: Bench, joint: frozenset[str], *, both: bool) -> list[Curve]:
+def measure_losses(method: Method, inputs: AllocationInputs, joint: frozenset[str], *, both: bool) -> list[Curve]:
     """The loss curve of every unit, block by block; spectra are let go as soon as their losses are read.
 
     Args:
         both: of a joint group also the curves of its members, so that an allocation can choose.
     """
     curves: list[Curve] = []
-    weight_of = partial(Unit.weight, model=bench.model)
+    weight_of = partial(Unit.weight, model=inputs.model)
     blocks = (
-        bench.blocks() if bench.blocks else [BlockCalibration(n) for n in dict.fromkeys(s.block for s in bench.sites)]
+        inputs.blocks()
+        if inputs.blocks
+        else [BlockCalibration(n) for n in dict.fromkeys(s.block for s in inputs.sites)]
     )
-    for part in bench.track(blocks, "losses", len({site.block for site in bench.sites})):
-        sites = [site for site in bench.sites if site.block == part.block]
+    for part in inputs.track(blocks, "losses", len({site.block for site in inputs.sites})):
+        sites = [site for site in inputs.sites if site.block == part.block]
         groups = [group for group in joint if any(site.input_group == group for site in sites)]
         units = list(units_of(sites, groups))
         if both and groups:
             units += [Unit((site,)) for site in sites if site.input_group in joint]
         # Units of one input group follow each other, so that its root is made once.
         units.sort(key=lambda unit: unit.group)
-        for unit, tails in bench.engine.losses(FactorRequest(method, units, part, weight_of)):
+        for unit, tails in inputs.engine.losses(FactorRequest(method, units, part, weight_of)):
             curves.append(Curve(unit.sites, tails.numpy()))
     return curves
 
 
 def _weigh(
-    curves: list[Unit | Curve], method: Method, bench: Bench, joint: frozenset[str], options: dict[str, Any]
+    curves: list[Unit | Curve], method: Method, inputs: AllocationInputs, joint: frozenset[str], options: dict[str, Any]
 ) -> tuple[list[Unit | Curve], dict[str, Any]]:
-    """The curves in nats: each weighed by a probe of its unit. A member of a joint group has the probe of its own."""
-    assert bench.tokens is not None
+    """(the curves in nats, each weighed by a probe of its unit; facts). A member of a joint group has its own probe."""
+    assert inputs.tokens is not None
     windows = Tokens(
-        bench.tokens.ids[:PROBE_SAMPLES], bench.tokens.mask[:PROBE_SAMPLES], mask_token=bench.tokens.mask_token
+        inputs.tokens.ids[:PROBE_SAMPLES], inputs.tokens.mask[:PROBE_SAMPLES], mask_token=inputs.tokens.mask_token
     )
     weights: dict[str, float] = {}
     evaluations = 0
-    identity = _identity(method, bench)
+    identity = _identity(method, inputs)
     for groups in ((), joint) if joint else ((),):
-        with bench.engine.probing(SearchRequest(bench.model, method, bench.blocks, groups)) as spread:
+        with inputs.engine.probing(SearchRequest(inputs.model, method, inputs.blocks, groups)) as spread:
             result = probe_linears(
-                bench.model,
-                {} if spread else spectra_of(method, bench, groups),
+                inputs.model,
+                {} if spread else spectra_of(method, inputs, groups),
                 windows,
-                sites=[site for site in bench.sites if not groups or site.input_group in groups],
+                sites=[site for site in inputs.sites if not groups or site.input_group in groups],
                 joint=groups,
-                journal=_journal(bench, "probes", {**identity, "joint": sorted(groups), **options}),
+                journal=_journal(inputs, "probes", {**identity, "joint": sorted(groups), **options}),
                 identity=identity,
                 spread=spread,
-                track=bench.track,
+                track=inputs.track,
                 **options,
             )
         weights |= result.weights
         evaluations += result.evaluations
-    # A linear whose cut loses nothing measurable counts as little as the least that counts.
+    # A linear whose cut loses nothing measurable gets the least positive weight.
     least = min((weight for weight in weights.values() if weight > 0), default=1.0)
     weighed = [replace(curve, weight=max(weights[curve.name], least)) for curve in curves if isinstance(curve, Curve)]
     return [*weighed], {"weights": weights, "evaluations": evaluations}
@@ -171,77 +180,77 @@ def _weigh(
 def _search(
     allocation: Allocation,
     method: Method,
-    bench: Bench,
+    inputs: AllocationInputs,
     numbers: int | None,
     joint: frozenset[str],
     fitting: dict[str, Any],
     above: bool,
 ) -> Ranking:
-    """A search that measures the model with cuts in it."""
-    criterion = make_score(allocation, bench)
-    every = find_sites(bench.model)
-    if bench.trials is None:
-        identity = {**_identity(method, bench), **criterion.about}
+    """The ranks of a search that measures the model with cuts in it."""
+    criterion = make_score(allocation, inputs)
+    every = find_sites(inputs.model)
+    if inputs.trials is None:
+        identity = {**_identity(method, inputs), **criterion.about}
     else:
-        identity = {**bench.made_of, "score": criterion.about}
+        identity = {**inputs.identity, "score": criterion.about}
     named = {**identity, **fitting, "joint": sorted(joint)}
-    with bench.engine.team(SearchRequest(bench.model, method, bench.blocks, joint), criterion) as team:
-        inputs = SearchInputs(
-            bench.model,
-            sites=bench.sites,
+    with inputs.engine.team(SearchRequest(inputs.model, method, inputs.blocks, joint), criterion) as team:
+        search_inputs = SearchInputs(
+            inputs.model,
+            sites=inputs.sites,
             joint=joint,
-            outside=sum(site.num_params for site in every) - sum(site.num_params for site in bench.sites),
-            spectra={} if team else spectra_of(method, bench, joint),
+            outside=sum(site.num_params for site in every) - sum(site.num_params for site in inputs.sites),
+            spectra={} if team else spectra_of(method, inputs, joint),
             score=criterion,
             better=criterion.better,
             identity=identity,
-            journal=lambda kind, more: bench.trials or _journal(bench, kind, {**named, **more}),
+            journal=lambda kind, more: inputs.trials or _journal(inputs, kind, {**named, **more}),
             above=above,
             team=team,
-            track=bench.track,
+            track=inputs.track,
         )
-        ranking = allocation.row.allocate(every, inputs, numbers, **fitting, **allocation.options)
+        ranking = allocation.row.allocate(every, search_inputs, numbers, **fitting, **allocation.options)
     assert isinstance(ranking, Ranking)
     return ranking
 
 
-def make_score(allocation: Allocation, bench: Bench, *, others: bool = False) -> Criterion:
-    """The score of a search, on the part of its data that is for searching; or on the others, to report on."""
+def make_score(allocation: Allocation, inputs: AllocationInputs, *, others: bool = False) -> Criterion:
+    """The score of a search, on the part of its data for searching; with `others`, on the rest, to report on."""
     assert allocation.score is not None
     return search_criterion(
         allocation.score,
-        bench.model,
-        bench.tokenizer,
+        inputs.model,
+        inputs.tokenizer,
         split=allocation.split,
         limit=allocation.limit,
         others=others,
-        data=bench.data,
-        batch_size=bench.batch_size,
-        workers=bench.workers,
-        context=bench.context,
+        data=inputs.data,
+        batch_size=inputs.batch_size,
+        workers=inputs.workers,
+        context=inputs.context,
     )
 
 
-def spectra_of(method: Method, bench: Bench, joint: Collection[str] = ()) -> Callable[[str], Factored]:
+def spectra_of(method: Method, inputs: AllocationInputs, joint: Collection[str] = ()) -> Callable[[str], Factored]:
     """Each unit's spectrum when it is asked for. The moments of all blocks are held in memory."""
-    blocks = tuple(bench.blocks()) if bench.blocks else ()
-    return spectra_on_demand(bench.model, method, blocks, joint=joint)
+    blocks = tuple(inputs.blocks()) if inputs.blocks else ()
+    return spectra_on_demand(inputs.model, method, blocks, joint=joint)
 
 
-def _identity(method: Method, bench: Bench) -> dict[str, Any]:
-    """What makes the spectra, for journals; nothing where none are kept."""
-    if bench.journals is None:
+def _identity(method: Method, inputs: AllocationInputs) -> dict[str, Any]:
+    """What determines the spectra, for journals; empty where none are kept."""
+    if inputs.journals is None:
         return {}
     return {
         "method": {"name": method.name, "options": method.options},
-        "made of": calibration_digest(bench.model, bench.tokens or NO_TEXT, method.needs, bench.sites),
+        "made of": calibration_digest(inputs.model, inputs.tokens or NO_TEXT, method.needs, inputs.sites),
     }
 
 
-def _journal(bench: Bench, kind: str, identity: dict[str, Any]) -> Path | None:
-    """The file of a search's trials, named by what makes them; None where none are kept."""
-    if bench.journals is None:
+def _journal(inputs: AllocationInputs, kind: str, identity: dict[str, Any]) -> Path | None:
+    """The file of a search's trials, named by a digest of its identity; None where none are kept."""
+    if inputs.journals is None:
         return None
-    bench.journals.mkdir(parents=True, exist_ok=True)
+    inputs.journals.mkdir(parents=True, exist_ok=True)
     text = json.dumps([kind, identity], sort_keys=True, default=str)
-    return bench.journals / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.jsonl"
+    return inputs.journals / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.jsonl"

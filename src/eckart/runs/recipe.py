@@ -1,7 +1,7 @@
 """Recipe: one run as data. It holds everything that changes a number, and nothing else.
 
 Where and how fast a run goes (device, batch size, cache, data folder) is the command line's; see `how.How`.
-docs/recipe.md is made of the descriptions of the fields, by `python tools/recipe_page.py`.
+`python tools/recipe_page.py` writes docs/recipe.md from the descriptions of the fields.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from eckart.runs.composition import COMPOSITIONS, Composition, composition_optio
 BUDGETS = ("keep", "keep_total", "max_bytes", "rules", "plan")
 # What may be done around a method. What a recipe does not say is the composition's.
 AROUND = ("allocation", "layout", "order", "joint", "refit", "refine", "distil", "recover")
-# What a budget of this kind says itself.
+# Sections that a budget of this kind replaces.
 DECIDED = {"rules": ("sites", "allocation"), "plan": ("sites", "allocation", "layout", "joint")}
 
 # Descriptions that several sections share.
@@ -72,7 +72,7 @@ class MethodSection(Section):
         return self
 
     def composition(self) -> Composition:
-        """The composition of this name; a method of the catalogue stands alone."""
+        """The composition of this name; of a method of the catalogue, the method with nothing around it."""
         composition_options(self.name)  # refuses an unknown name, with what there is
         if self.name in COMPOSITIONS:
             # Its settings are those of its method, which knows them.
@@ -249,22 +249,22 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Recipe:
-        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
         if self.is_baseline:
             baseline = build_baseline(self.method.name, self.method.options)
-            wanted = ["keep"] if baseline.needs_keep else []
-            if given != wanted:
-                raise ValueError(f"{self.method.name} takes {'keep' if wanted else 'no keep'}, and no other budget")
+            expected = ["keep"] if baseline.needs_keep else []
+            if budgets != expected:
+                raise ValueError(f"{self.method.name} takes {'keep' if expected else 'no keep'}, and no other budget")
             around = [name for name in (*AROUND, "sites") if self._says(name)]
             if around:
                 raise ValueError(f"{self.method.name} is no low-rank method: leave out {' and '.join(around)}")
             return self
         open_ended = self.composition.allocation.row.open_ended
-        if len(given) != 1 and not (open_ended and not given):
+        if len(budgets) != 1 and not (open_ended and not budgets):
             raise ValueError(f"give exactly one of {', '.join(BUDGETS)}")
-        twice = [name for by in given for name in DECIDED.get(by, ()) if self._says(name)]
+        twice = [name for by in budgets for name in DECIDED.get(by, ()) if self._says(name)]
         if twice:
-            raise ValueError(f"leave out {' and '.join(twice)}: what is in {given[0]} decides that")
+            raise ValueError(f"leave out {' and '.join(twice)}: what is in {budgets[0]} decides that")
         return self
 
     @model_validator(mode="after")
@@ -273,10 +273,10 @@ class Recipe(Section):
             return self
         needs = frozenset() if self.is_baseline else self.composition.method.needs & GRADIENT_STATISTICS
         if not needs or "gradient_covariance" in needs:
-            wanted = " and ".join(sorted(needs)) or "no gradient"
+            needed = " and ".join(sorted(needs)) or "no gradient"
             raise ValueError(
                 f"fisher: recorded goes with a method that needs Fisher sums alone, as fwsvd, and {self.method.name} "
-                f"needs {wanted}: leave it out"
+                f"needs {needed}: leave it out"
             )
         return self
 
@@ -294,7 +294,7 @@ class Recipe(Section):
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the method is a rival of low rank, and not a method of the catalogue."""
+        """Whether the method is a baseline, and not low rank."""
         return self.method.name in BASELINES
 
     def check_makes_checkpoint(self) -> None:
@@ -304,10 +304,10 @@ class Recipe(Section):
 
     @property
     def composition(self) -> Composition:
-        """What the method's name stands for, with what the recipe says otherwise."""
-        made = self.method.composition()
-        said = {name: getattr(self, name) for name in ("layout", "order", "joint", "refit")}
-        changes: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+        """The composition of the method's name, changed where the recipe says otherwise."""
+        composition = self.method.composition()
+        own = {name: getattr(self, name) for name in ("layout", "order", "joint", "refit")}
+        changes: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
         if self.allocation is not None:
             changes["allocation"] = self.allocation
         if self.refine is not None:
@@ -317,38 +317,41 @@ class Recipe(Section):
             changes["distillation"] = steps
         if self.recover is not None:
             changes["recovery"] = Recovery(**self.recover.model_dump()) if self.recover.steps else None
-        return dataclasses.replace(made, **changes)
+        return dataclasses.replace(composition, **changes)
 
     def spelled_out(self) -> Recipe:
         """The same recipe without a composition's name: its method with every setting, and what is done around it.
 
-        A name may stand for something else in a later eckart, and a recipe that is kept should not.
+        A name may mean something else in a later eckart; a recipe that is kept should not.
         """
         if self.is_baseline:
             return self
-        made, decided = self.composition, [name for by, names in DECIDED.items() if getattr(self, by) for name in names]
+        composition = self.composition
+        decided = [name for by, names in DECIDED.items() if getattr(self, by) for name in names]
         parts: dict[str, Any] = {
-            "allocation": made.allocation.spelled_out().model_dump(exclude_none=True),
-            "layout": made.layout,
-            "order": made.order,
-            "joint": made.joint,
-            "refit": made.refit,
-            "refine": {"steps": 0} if made.refinement is None else dataclasses.asdict(made.refinement),
-            "distil": {"steps": 0} if made.distillation is None else dataclasses.asdict(made.distillation),
-            "recover": {"steps": 0} if made.recovery is None else dataclasses.asdict(made.recovery),
+            "allocation": composition.allocation.spelled_out().model_dump(exclude_none=True),
+            "layout": composition.layout,
+            "order": composition.order,
+            "joint": composition.joint,
+            "refit": composition.refit,
+            "refine": {"steps": 0} if composition.refinement is None else dataclasses.asdict(composition.refinement),
+            "distil": {"steps": 0}
+            if composition.distillation is None
+            else dataclasses.asdict(composition.distillation),
+            "recover": {"steps": 0} if composition.recovery is None else dataclasses.asdict(composition.recovery),
         }
         assert parts.keys() == set(AROUND)
         return Recipe.model_validate(
             {
                 **self.model_dump(exclude_none=True),
-                "method": {"name": made.method.name, "options": made.method.options},
+                "method": {"name": composition.method.name, "options": composition.method.options},
                 **{name: value for name, value in parts.items() if name not in decided},
             }
         )
 
     @property
     def budget(self) -> Budget | None:
-        """What the chosen linears may take; None where rules or a plan say so, or nothing does."""
+        """How much the selected linears may keep; None where rules or a plan decide that, or nothing does."""
         if self.keep is None and self.keep_total is None and self.max_bytes is None:
             return None
         return Budget(keep=self.keep, keep_total=self.keep_total, max_bytes=self.max_bytes)
@@ -414,7 +417,7 @@ def _keys_at(place: list[str]) -> list[str]:
 
 
 def _arguments(annotation: Any) -> list[Any]:
-    found: list[Any] = []
+    arguments: list[Any] = []
     for argument in get_args(annotation):
-        found += [argument, *_arguments(argument)]
-    return found
+        arguments += [argument, *_arguments(argument)]
+    return arguments

@@ -1,4 +1,4 @@
-"""Reproduction: the runs of a study carried out, and its table with the paper's numbers beside ours."""
+"""Reproduction: the runs of a study carried out, and its table with the paper's numbers next to ours."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class Line:
 def run_study(
     study: Study, directory: Path, how: How, *, force: bool = False, keep_weights: bool = False
 ) -> list[Line]:
-    """Carry out every run of a study that `Study.at` has put at a scale, and lay its table out.
+    """Carry out every run of a study at a scale (see `Study.at`), and give its table.
 
     The directory gets runs/<name>/ (run directories), dense/ (dense results, shared by the runs) and study.json (the
-    table). Runs and evaluations that are there are not done again. An evaluation that refuses leaves a gap in the
-    table, with its reason; it is never a number. Where the study fine-tunes its models, finetuned/<name>/ has them, and
+    table). Finished runs and evaluations are not repeated. An evaluation that refuses is a gap in the table, with its
+    reason. Where the study fine-tunes its models, finetuned/<name>/ has them, and
     the runs start from there.
 
     Args:
@@ -88,13 +88,14 @@ def run_study(
 def fine_tune_models(
     planned: Sequence[tuple[str, Row, Recipe]], settings: FineTuning, directory: Path, how: How, *, force: bool = False
 ) -> list[tuple[str, Row, Recipe]]:
-    """The runs, of fine-tuned models: each distinct model of theirs is fine-tuned into `directory`/finetuned/<name>.
+    """The runs, of fine-tuned models: each distinct model is fine-tuned into `directory`/finetuned/<name>.
 
-    What was fine-tuned with the same settings is there to stay. With `force` what was fine-tuned otherwise is made
-    anew, and every result that the directory holds is removed first: it is of other weights under the same name.
+    A model that was fine-tuned with the same settings is kept. With `force` one of other settings is fine-tuned anew,
+    and all results in the directory are removed first: they are of other weights under the same name.
 
     Raises:
-        FileExistsError: a model was fine-tuned with other settings and `force` is not given; found before any is.
+        FileExistsError: a model was fine-tuned with other settings and `force` is not given; raised before any
+            training.
         ValueError: as `fine_tune` raises it.
     """
     models = list(dict.fromkeys(recipe.model for _, _, recipe in planned))
@@ -105,8 +106,8 @@ def fine_tune_models(
     }
     missing = []
     for model, place in places.items():
-        made = place / NOTES
-        facts = json.loads(made.read_text(encoding="utf-8")) if made.is_file() else {}
+        notes = place / NOTES
+        facts = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
         if (facts.get("model"), facts.get("settings")) == (model, asdict(settings)):
             continue
         if facts and not force:
@@ -191,17 +192,19 @@ def _improvement(
     planned: Sequence[tuple[str, Row, Recipe]],
     measured: Mapping[str, Sequence[Measured]],
 ) -> float | None:
-    """This run's average improvement over the study's baseline at the same size, in what is compared by ratio.
+    """This run's average improvement over the study's baseline at the same size, in scores that are compared by ratio.
 
-    None for the baseline itself, for a run that has no counterpart, and where nothing such out of domain was measured.
+    None for the baseline itself, for a run without a counterpart, and where no such score out of domain was measured.
     """
     if study.compare is None:
         return None
     try:
-        wanted = parse_recipe(merge(recipe.model_dump(exclude_none=True), study.compare.baseline))
+        baseline = parse_recipe(merge(recipe.model_dump(exclude_none=True), study.compare.baseline))
     except ValueError:
         return None  # a rival of one size has no keep, which the baseline needs
-    counterpart = next((other for other, _, made in planned if made == wanted and slug(other) in measured), None)
+    counterpart = next(
+        (other for other, _, candidate in planned if candidate == baseline and slug(other) in measured), None
+    )
     if counterpart is None or counterpart == label:
         return None
     outside = [c for c in study.columns if "#" not in c and c not in study.compare.in_domain]

@@ -1,4 +1,4 @@
-"""Search: a recipe's ranks found by measuring its model, and what they cost on data that the search did not read."""
+"""Search: a recipe's ranks by measuring its model, and their score on data that the search did not read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from eckart.runs.workbench import Workbench
 
 @dataclass(frozen=True)
 class SearchReport:
-    """What a search decided, and what it came to.
+    """The ranks that a search decided, and their score on data that it did not read.
 
     Attributes:
         plan: the ranks.
@@ -59,26 +59,26 @@ def search_ranks(recipe: Recipe, how: How, *, journal: Path | None = None) -> Se
         raise ValueError(f"{allocation.name} measures nothing: nothing is searched")
     model, tokenizer = load_model(recipe.model, dtype=recipe.dtype, device=how.device), load_tokenizer(recipe.model)
     work = Workbench(recipe, model, tokenizer, how)
-    composition, bench = work.composition, work.bench()
-    others = make_score(allocation, bench, others=True)
-    if bench.blocks is not None:
-        bench = replace(bench, blocks=_made_once(bench.blocks))
+    composition, inputs = work.composition, work.allocation_inputs()
+    others = make_score(allocation, inputs, others=True)
+    if inputs.blocks is not None:
+        inputs = replace(inputs, blocks=_computed_once(inputs.blocks))
     if journal is not None:
-        bench = replace(bench, trials=journal, made_of=_made_of(work))
-    ranking = rank(composition, recipe.budget, bench, rank_multiple=recipe.rank_multiple, above=True)
+        inputs = replace(inputs, trials=journal, identity=_identity(work))
+    ranking = rank(composition, recipe.budget, inputs, rank_multiple=recipe.rank_multiple, above=True)
     if "search" not in ranking.facts:
         raise ValueError("the budget keeps everything: there is nothing to search")
-    joint = joint_groups(bench.sites, find_sites(model)) if composition.joint else frozenset()
+    joint = joint_groups(inputs.sites, find_sites(model)) if composition.joint else frozenset()
     dense = others(model)
-    with planned(model, ranking.plan, spectra_of(composition.method, bench, joint)):
+    with planned(model, ranking.plan, spectra_of(composition.method, inputs, joint)):
         compressed = others(model)
-    selected = sum(site.num_params for site in bench.sites)
+    selected = sum(site.num_params for site in inputs.sites)
     kept = 1 - (ranking.plan.dense_params - ranking.plan.kept_params) / selected
     return SearchReport(ranking.plan, ranking.facts["search"], kept, dense, compressed)
 
 
-def _made_once(blocks: Callable[[], Iterable[BlockCalibration]]) -> Callable[[], tuple[BlockCalibration, ...]]:
-    """The same blocks, held once they are made: the search and the report need all of them."""
+def _computed_once(blocks: Callable[[], Iterable[BlockCalibration]]) -> Callable[[], tuple[BlockCalibration, ...]]:
+    """The same blocks, computed once and held in memory: the search and the report need all of them."""
 
     @functools.cache
     def held() -> tuple[BlockCalibration, ...]:
@@ -87,13 +87,13 @@ def _made_once(blocks: Callable[[], Iterable[BlockCalibration]]) -> Callable[[],
     return held
 
 
-def _made_of(work: Workbench) -> dict[str, Any]:
-    """What makes the spectra of a search, for the header of its journal."""
+def _identity(work: Workbench) -> dict[str, Any]:
+    """What determines the spectra of a search, for the header of its journal."""
     recipe, model, method = work.recipe, work.model, work.composition.method
-    made_of = {
+    identity = {
         "model": recipe.model,
         "dtype": str(model.dtype),
         "calibration": calibration_digest(model, work.tokens[0], method.needs, find_sites(model)),
         "method": {"name": method.name, "options": method.options},
     }
-    return made_of if recipe.calibration.fisher == "gathered" else {**made_of, "fisher": recipe.calibration.fisher}
+    return identity if recipe.calibration.fisher == "gathered" else {**identity, "fisher": recipe.calibration.fisher}

@@ -1,4 +1,4 @@
-"""Study: a published table or figure as data, its runs and its numbers, at the paper's scale or at a smaller one."""
+"""Study: a published table or figure as data: its runs and numbers, at the paper's scale or a smaller one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Row(Section):
 
 
 class Comparison(Section):
-    """Against what the average improvement is taken: recipe keys of the baseline, and the tasks left out."""
+    """What the average improvement is relative to: recipe keys of the baseline, and the tasks that do not count."""
 
     baseline: dict[str, Any] = Field(default_factory=dict)
     in_domain: list[str] = Field(default_factory=list)
@@ -91,7 +91,7 @@ class Study(Section):
         models: every run once for each of these models; default: the base's or the run's own.
         columns: what is printed: a task, or task#score.
         dense: the paper's row for the dense model.
-        finetune: every model is fine-tuned first, and the runs start from what comes of it.
+        finetune: every model is fine-tuned first, and the runs start from the fine-tuned ones.
     """
 
     title: str
@@ -116,9 +116,9 @@ class Study(Section):
     def at(self, scale: str = "paper", changes: Mapping[str, Any] | None = None) -> Study:
         """The study at a scale, with changes on top; "paper" is the study as it is written.
 
-        A scale's `base` is laid over the base and over every run; its `evaluate`, `columns` and `runs` replace the
-        study's, whose published numbers are then for something else and are dropped; its `limits` bound evaluations
-        and the scores of searches.
+        A scale's `base` overrides the base and every run; its `evaluate`, `columns` and `runs` replace the study's, and
+        the published numbers of other tasks or columns are dropped; its `limits` bound evaluations and the scores of
+        searches.
 
         Args:
             changes: {dotted recipe key: value}, such as {"model": "path", "calibration.samples": 64}; "models" is a
@@ -129,36 +129,36 @@ class Study(Section):
         """
         if scale != "paper" and scale not in self.scales:
             raise ValueError(f"no scale {scale!r} in this study; it has paper, {', '.join(self.scales)}")
-        chosen = self.scales.get(scale, Scale())
-        given: dict[str, Any] = {}
+        section = self.scales.get(scale, Scale())
+        overrides: dict[str, Any] = {}
         for key, value in (changes or {}).items():
-            _put(given, key.split("."), value)
-        finetune = self._finetune_at(chosen, given)
-        models = given.pop("models", None) or ([] if {"model"} & {*given, *chosen.base} else self.models)
-        over = merge(chosen.base, given)
-        replaced = bool(chosen.evaluate or chosen.columns)
-        base = merge(self.base, over)
-        if chosen.evaluate is not None:
-            base["evaluate"] = chosen.evaluate
-        base["evaluate"] = [_limited(item, chosen.limits) for item in base.get("evaluate", [])]
-        base = _limited_search(base, chosen.limits)
+            _put(overrides, key.split("."), value)
+        finetune = self._finetune_at(section, overrides)
+        models = overrides.pop("models", None) or ([] if {"model"} & {*overrides, *section.base} else self.models)
+        overlay = merge(section.base, overrides)
+        replaced = bool(section.evaluate or section.columns)
+        base = merge(self.base, overlay)
+        if section.evaluate is not None:
+            base["evaluate"] = section.evaluate
+        base["evaluate"] = [_limited(item, section.limits) for item in base.get("evaluate", [])]
+        base = _limited_search(base, section.limits)
         runs = []
-        for row in chosen.runs or self.runs:
-            recipe = _limited_search(merge(row.recipe, over), chosen.limits)
+        for row in section.runs or self.runs:
+            recipe = _limited_search(merge(row.recipe, overlay), section.limits)
             recipe.pop("evaluate", None) if replaced else None
             if "evaluate" in recipe:
-                recipe["evaluate"] = [_limited(item, chosen.limits) for item in recipe["evaluate"]]
+                recipe["evaluate"] = [_limited(item, section.limits) for item in recipe["evaluate"]]
             published = None if replaced else row.published
             runs.append(row.model_copy(update={"recipe": recipe, "published": published}))
-        columns = chosen.columns or (
-            [item if isinstance(item, str) else item["task"] for item in chosen.evaluate]
-            if chosen.evaluate
+        columns = section.columns or (
+            [item if isinstance(item, str) else item["task"] for item in section.evaluate]
+            if section.evaluate
             else self.columns
         )
-        compare = self.compare and self.compare.model_copy(update=chosen.compare)
+        compare = self.compare and self.compare.model_copy(update=section.compare)
         return self.model_copy(
             update={
-                "about": "\n\n".join(part.strip() for part in (chosen.note, self.about) if part.strip()),
+                "about": "\n\n".join(part.strip() for part in (section.note, self.about) if part.strip()),
                 "base": base,
                 "models": models,
                 "finetune": finetune,
@@ -170,10 +170,10 @@ class Study(Section):
             }
         )
 
-    def _finetune_at(self, scale: Scale, given: dict[str, Any]) -> FineTuningSection | None:
-        """The section at a scale, with the changes that are of it, which are taken out of `given`."""
+    def _finetune_at(self, scale: Scale, overrides: dict[str, Any]) -> FineTuningSection | None:
+        """The fine-tuning at a scale; its changes are taken out of `overrides`, in place."""
         own = self.finetune.model_dump() if self.finetune else {}
-        changes = given.pop("finetune", {})
+        changes = overrides.pop("finetune", {})
         if changes is None or not (own or scale.finetune or changes):
             return None  # "finetune=null": the models as they are
         if not isinstance(changes, Mapping):
@@ -191,7 +191,7 @@ class Study(Section):
         Raises:
             ValueError: as `parse_recipe`, with the run's name; or two different runs have one name.
         """
-        found: dict[str, tuple[str, Row, Recipe]] = {}
+        by_yaml: dict[str, tuple[str, Row, Recipe]] = {}
         several = len(self.models) > 1 or len({row.recipe.get("model") for row in self.runs}) > 1
         models: list[str | None] = [*self.models] or [None]
         for model in models:
@@ -201,25 +201,25 @@ class Study(Section):
                 if several:
                     label = f"{Path(str(data.get('model'))).name}, {label}"
                 recipe = parse_recipe(data, where=label)
-                found.setdefault(recipe.to_yaml(), (label, row, recipe))
-        names = [label for label, *_ in found.values()]
+                by_yaml.setdefault(recipe.to_yaml(), (label, row, recipe))
+        names = [label for label, *_ in by_yaml.values()]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"two different runs are both called {twice!r}: give each a label")
-        return list(found.values())
+        return list(by_yaml.values())
 
 
 def describe(recipe: Mapping[str, Any]) -> str:
-    """A run in a few words: method, what is said of things around it, size; "nsvd-i (share=0.9), pivoted, keep 0.7"."""
+    """A run in a few words: method, settings around it, size; "nsvd-i (share=0.9), pivoted, keep 0.7"."""
     words = [_entry(recipe.get("method", MethodSection().name))]
     if recipe.get("allocation") is not None:
         words.append(_entry(recipe["allocation"]))
     words += [str(recipe[key]) for key in ("layout", "order") if recipe.get(key) is not None]
     for key in ("joint", "refit", "refine", "distil", "recover"):
-        said = recipe.get(key)
-        if said is not None:
-            off = not said or (isinstance(said, Mapping) and said.get("steps") == 0)
-            words.append(f"no {key}" if off else key + (_options(said) if isinstance(said, Mapping) else ""))
+        value = recipe.get(key)
+        if value is not None:
+            off = not value or (isinstance(value, Mapping) and value.get("steps") == 0)
+            words.append(f"no {key}" if off else key + (_options(value) if isinstance(value, Mapping) else ""))
     words += [f"{key} {recipe[key]:.12g}" for key in ("keep", "keep_total", "max_bytes") if recipe.get(key) is not None]
     if recipe.get("rules"):
         words.append("; ".join(f"keep {rule['keep']:g} of {_places(rule) or 'all blocks'}" for rule in recipe["rules"]))
@@ -236,7 +236,7 @@ def _places(section: Mapping[str, Any]) -> str:
 
 
 def _entry(section: Any) -> str:
-    """A name, or a section's name with what else it says: "nsvd-i (share=0.9)". How much a score reads is left out."""
+    """A name, or a section's name with its other keys but `limit`: "nsvd-i (share=0.9)"."""
     if not isinstance(section, Mapping):
         return str(section)
     name = str(section.get("name", MethodSection().name))
@@ -280,7 +280,7 @@ def _problems(error: ValidationError) -> str:
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` laid over `below`, sections key by key, except a method, which is replaced whole."""
+    """`below` overridden by `above`, sections key by key, except a method, which is replaced whole."""
     merged = dict(below)
     for key, value in above.items():
         if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key != "method":

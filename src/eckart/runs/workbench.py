@@ -1,4 +1,4 @@
-"""Workbench: a recipe at work on its model: the calibration text, the ranks, the moments, each when it is asked for."""
+"""Workbench: what a recipe needs of its model (calibration text, ranks, moments), each computed when asked for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from eckart.runs.card import write_card
 from eckart.runs.engine.base import CalibrationRequest
 from eckart.runs.facts import FACTS, Facts
 from eckart.runs.how import How
-from eckart.runs.ranks import Bench, joint_groups, rank
+from eckart.runs.ranks import AllocationInputs, joint_groups, rank
 from eckart.runs.recipe import Recipe
 
 # Samples in a step of block refinement. It changes numbers, so it is not the batch size that a run is given.
@@ -33,10 +33,11 @@ REFINED_TOGETHER = 8
 
 
 class Workbench:
-    """A recipe at work on its model, in memory or out of core.
+    """A recipe and its model, in memory or out of core.
 
     Attributes:
         recipe: with its defaults filled in.
+        composition: of the recipe as it was written.
     """
 
     def __init__(self, recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: How) -> None:
@@ -45,7 +46,7 @@ class Workbench:
         self.composition = recipe.composition
 
     def check(self) -> None:
-        """Raises ValueError for what does not fit, before anything is computed."""
+        """Raises ValueError where the recovery's data do not fit, before anything is computed."""
         _ = self.recovery_samples
 
     @property
@@ -54,7 +55,7 @@ class Workbench:
         return self.recipe.model_dump(exclude_none=True, exclude={"evaluate"})
 
     def side_files(self, plan: RankPlan, facts: Facts) -> dict[str, str]:
-        """{name: text} of what stands beside the weights of a compressed model."""
+        """{file name: text} of the files that accompany the weights of a compressed model."""
         return {
             "README.md": write_card(self.recipe, facts),
             "plan.json": plan.to_json(),
@@ -65,14 +66,14 @@ class Workbench:
     @functools.cached_property
     def sites(self) -> tuple[Site, ...]:
         """The linears that the budget is shared among."""
-        chosen = self.recipe.sites
+        selection = self.recipe.sites
         return select_sites(
-            find_sites(self.model), include=chosen.include, exclude=chosen.exclude, blocks=chosen.blocks
+            find_sites(self.model), include=selection.include, exclude=selection.exclude, blocks=selection.blocks
         )
 
     @functools.cached_property
     def tokens(self) -> tuple[Tokens, Tokens | None]:
-        """The calibration samples, and those held out where something has to prove itself on them."""
+        """(calibration samples, held-out ones); None where no part of the composition is judged on held-out samples."""
         tokens = make_tokens(self.recipe, self.model, self.tokenizer, self.how.data)
         if not self.composition.holds_out:
             return tokens, None
@@ -80,7 +81,10 @@ class Workbench:
 
     @functools.cached_property
     def gradients(self) -> dict[str, GradientMoments]:
-        """Of the chosen sites, where the method needs them: gathered, or recorded while the model was fine-tuned."""
+        """{site name: gradient statistics} of the selected sites: gathered, or recorded while the model was fine-tuned.
+
+        Empty where the method needs none.
+        """
         if not self.composition.method.needs_gradients:
             return {}
         if self.recipe.calibration.fisher == "recorded":
@@ -89,7 +93,7 @@ class Workbench:
 
     @property
     def reads_text(self) -> bool:
-        """Whether the method's statistics of the dense model are taken from the calibration text."""
+        """Whether any of the method's statistics of the dense model come from the calibration text."""
         recorded = GRADIENT_STATISTICS if self.recipe.calibration.fisher == "recorded" else frozenset()
         return bool(self.composition.method.needs - recorded)
 
@@ -103,15 +107,15 @@ class Workbench:
             return Ranking(make_plan(self.model, recipe))
         return rank(composition, recipe.budget, self.bench(), rank_multiple=recipe.rank_multiple)
 
-    def bench(self) -> Bench:
-        """What the recipe's allocation works with."""
+    def allocation_inputs(self) -> AllocationInputs:
+        """The inputs of the recipe's allocation."""
         recipe, composition = self.recipe, self.composition
         needs = composition.method.needs if composition.allocation.row.needs != "sites" else frozenset()
         probes = composition.allocation.weights == "probes"
         journals = None if self.how.cache is None else self.how.cache / "searches"
         if journals is not None and recipe.calibration.fisher == "recorded":
-            journals /= "recorded"  # their identity is of the model and the text, and here other sums go with these
-        return Bench(
+            journals /= "recorded"  # a journal's identity has model and text alone, and would not tell these sums apart
+        return AllocationInputs(
             self.model,
             self.sites,
             blocks=self._one_shot if needs else None,
@@ -127,12 +131,13 @@ class Workbench:
         )
 
     def calibration(self, plan: RankPlan) -> Iterable[BlockCalibration] | None:
-        """What `compress` needs for the plan, in the composition's order."""
+        """The calibration that `compress` needs for the plan, in the composition's order; None where it needs none."""
         composition, sites = self.composition, [site for site in plan.sites if plan.rank(site) is not None]
         if not sites:
             return ()
         if composition.order == "one-shot" and not composition.holds_out:
-            # Where losses chose the ranks, the moments of all chosen sites are in the cache; else only these are made.
+            # Where losses decided the ranks, the moments of all selected sites are in the cache; else only the cut
+            # sites' are computed.
             measured = self.recipe.budget is not None and composition.allocation.row.needs != "sites"
             return self._one_shot(None if measured else sites) if composition.method.needs else None
         tokens, held_out = self.tokens
@@ -150,7 +155,7 @@ class Workbench:
         )
 
     def distil(self) -> list[PassReport]:
-        """What became of the composition's distillation, once the model is compressed; nothing where it has none."""
+        """Distil the compressed model, in place. Gives the report; nothing without a distillation."""
         distillation = self.composition.distillation
         if distillation is None:
             return []
@@ -162,20 +167,20 @@ class Workbench:
 
     @functools.cached_property
     def recovery_samples(self) -> Samples | None:
-        """What the compressed model is fine-tuned on; None where it is not."""
+        """The samples that the compressed model is fine-tuned on; None where it is not."""
         recovery = self.composition.recovery
         if recovery is None:
             return None
         return recovery.read_samples(self.model, self.tokenizer, lambda: self.tokens[0], self.how.data)
 
     def recover(self) -> list[PassReport]:
-        """What became of the composition's recovery, the last that is done to the model; nothing where it has none."""
+        """Fine-tune the compressed model, in place, as the last step. Gives the report; nothing without a recovery."""
         if self.composition.recovery is None or self.recovery_samples is None:
             return []
         return [self.composition.recovery(self.model, self.recovery_samples, self.how.track)]
 
     def _one_shot(self, sites: Sequence[Site] | None = None) -> Iterator[BlockCalibration]:
-        """The dense model's moments of these sites; default the chosen ones."""
+        """The dense model's moments of these sites; default: the selected ones."""
         sites = self.sites if sites is None else sites
         if not self.reads_text:
             for number in sorted({site.block for site in sites}):
@@ -186,7 +191,7 @@ class Workbench:
         yield from self.how.engine.calibrate_by_block(request)
 
     def _calibration_request(self, sites: Sequence[Site]) -> CalibrationRequest:
-        """The dense model, to be read for these sites."""
+        """The request to calibrate these sites of the dense model."""
         return CalibrationRequest(
             self.model,
             self.tokens[0],
@@ -199,22 +204,28 @@ class Workbench:
 
 
 def make_plan(model: PreTrainedModel, recipe: Recipe) -> RankPlan:
-    """The ranks that a recipe says outright: its plan, its rules, or the same share everywhere."""
+    """The ranks that a recipe fixes without measuring: by its plan, its rules, or the same share everywhere.
+
+    Raises:
+        ValueError: no file at the recipe's plan, or as `plan` raises it.
+    """
     if recipe.plan is not None:
         path = Path(recipe.plan)
         if not path.is_file():
             raise ValueError(f"no plan at {path}")
         return RankPlan.from_json(path.read_text(encoding="utf-8"), find_sites(model))
-    composition, chosen = recipe.composition, recipe.sites
+    composition, selection = recipe.composition, recipe.sites
     shared: dict[str, Any] = {"rank_multiple": recipe.rank_multiple, "layout": composition.layout}
     if composition.joint:
         sites = find_sites(model)
-        narrowed = select_sites(sites, include=chosen.include, exclude=chosen.exclude, blocks=chosen.blocks)
-        shared["joint"] = joint_groups(narrowed, sites)
+        selected = select_sites(sites, include=selection.include, exclude=selection.exclude, blocks=selection.blocks)
+        shared["joint"] = joint_groups(selected, sites)
     if recipe.rules is not None:
         rules = [Rule(r.keep, tuple(r.include), tuple(r.exclude), r.blocks) for r in recipe.rules]
         return plan(model, rules=rules, **shared)
-    return plan(model, recipe.keep, include=chosen.include, exclude=chosen.exclude, blocks=chosen.blocks, **shared)
+    return plan(
+        model, recipe.keep, include=selection.include, exclude=selection.exclude, blocks=selection.blocks, **shared
+    )
 
 
 def make_tokens(
@@ -236,7 +247,7 @@ def make_tokens(
 
 
 def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Recipe:
-    """The recipe with every default filled in: what a composition's name stands for, calibration length and cut.
+    """The recipe with every default filled in: the parts of a named composition, calibration length and cut.
 
     A model that does not generate and whose tokenizer has a mask token is an encoder, and reads whole documents.
     """

@@ -48,14 +48,14 @@ def test_a_probe_is_the_mean_divergence_of_the_predictions(model_type: str, head
         tiny_tokens(5, 12, padded=padded),
     )
     before, modules = logits_of(model), dict(model.named_modules())
-    found = probe_linears(model, spectra, tokens)
+    result = probe_linears(model, spectra, tokens)
     assert dict(model.named_modules()) == modules
     assert torch.equal(logits_of(model), before)
     log_p = log_probabilities(model, tokens)
     sites = find_sites(model)
-    assert [item.name for item in found.probes] == [site.name for site in sites]
-    assert found.evaluations == 1 + len(sites)
-    for item, site in zip(found.probes, sites, strict=True):
+    assert [item.name for item in result.probes] == [site.name for site in sites]
+    assert result.evaluations == 1 + len(sites)
+    for item, site in zip(result.probes, sites, strict=True):
         assert item.rank == rank_for(0.5, site.d_out, site.d_in)
         with swapped(model, low_rank(model, Unit((site,)), spectra[site.name], item.rank)):
             log_q = log_probabilities(model, tokens)
@@ -63,16 +63,16 @@ def test_a_probe_is_the_mean_divergence_of_the_predictions(model_type: str, head
         assert item.divergence == pytest.approx(expected, rel=1e-3, abs=1e-7)
         assert item.divergence > 0
         assert item.tail == spectra[site.name].tails()[item.rank]
-        assert found.weights[site.name] * item.tail == pytest.approx(item.divergence)
+        assert result.weights[site.name] * item.tail == pytest.approx(item.divergence)
 
 
 def test_it_is_the_divergence_that_the_evaluation_measures() -> None:
     model, reference, tokens = tiny_model("llama"), tiny_model("llama"), tiny_tokens(4, 16)
     site = find_sites(model)[3]
-    (found,) = probe_linears(model, spectra_of("llama"), tokens, sites=[site], keep=0.3).probes
-    with swapped(model, low_rank(model, Unit((site,)), spectra_of("llama")[site.name], found.rank)):
+    (probe,) = probe_linears(model, spectra_of("llama"), tokens, sites=[site], keep=0.3).probes
+    with swapped(model, low_rank(model, Unit((site,)), spectra_of("llama")[site.name], probe.rank)):
         measured = divergence(model, reference, tokens.ids.flatten(), length=16)
-    assert found.divergence == pytest.approx(measured.value, rel=1e-5)
+    assert probe.divergence == pytest.approx(measured.value, rel=1e-5)
 
 
 @pytest.mark.parametrize("memory", [0, 96 * 11 * 4 * 4, 2**31])
@@ -81,9 +81,9 @@ def test_memory_changes_nothing(memory: int, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("eckart.evals.windows.LOGITS_PER_BATCH", 2 * 12 * 96 * 4)
     model, tokens, passes = tiny_model("llama"), tiny_tokens(12, 12), []
     model.register_forward_hook(lambda *_: passes.append(bool(low_rank_modules(model))))
-    found = probe_linears(model, spectra_of("llama"), tokens, memory=memory)
-    assert found.weights == probe_linears(tiny_model("llama"), spectra_of("llama"), tokens).weights
-    sites = len(found.probes)
+    result = probe_linears(model, spectra_of("llama"), tokens, memory=memory)
+    assert result.weights == probe_linears(tiny_model("llama"), spectra_of("llama"), tokens).weights
+    sites = len(result.probes)
     assert sum(passes) == 3 * sites
     kept = {0: 0, 96 * 11 * 4 * 4: 1, 2**31: 3}[memory]
     assert len(passes) - sum(passes) == kept + (3 - kept) * sites
@@ -94,8 +94,8 @@ def test_a_cut_that_changes_nothing_is_nothing() -> None:
     (first, *_) = find_sites(model)
     model.get_submodule(first.name).weight.data.zero_()
     noop = factor(read_weight(model.get_submodule(first.name)))
-    found = probe_linears(model, {first.name: noop}, tiny_tokens(4, 12), sites=[first])
-    assert [(item.divergence, item.tail, item.weight) for item in found.probes] == [(0.0, 0.0, 0.0)]
+    result = probe_linears(model, {first.name: noop}, tiny_tokens(4, 12), sites=[first])
+    assert [(item.divergence, item.tail, item.weight) for item in result.probes] == [(0.0, 0.0, 0.0)]
 
 
 def test_a_linear_of_low_rank_is_probed_where_it_loses_something() -> None:
@@ -103,10 +103,10 @@ def test_a_linear_of_low_rank_is_probed_where_it_loses_something() -> None:
     site = find_sites(model)[0]
     module = model.get_submodule(site.name)
     module.weight.data = (torch.randn(32, 3) @ torch.randn(3, 32)) / 8
-    found = probe_linears(model, {site.name: factor(module.weight.detach())}, tiny_tokens(4, 12), sites=[site])
+    result = probe_linears(model, {site.name: factor(module.weight.detach())}, tiny_tokens(4, 12), sites=[site])
     assert rank_for(0.5, 32, 32) == 8
-    assert found.probes[0].rank == 2  # 8, 4, 2
-    assert found.probes[0].weight > 0
+    assert result.probes[0].rank == 2  # 8, 4, 2
+    assert result.probes[0].weight > 0
 
 
 def test_weights_do_not_depend_on_the_units_of_the_tail() -> None:
@@ -123,7 +123,7 @@ def test_weights_do_not_depend_on_the_units_of_the_tail() -> None:
 
 def same(first: ProbeResult, second: ProbeResult) -> bool:
     """But for the seconds."""
-    strip = lambda found: [(p.name, p.rank, p.divergence, p.tail) for p in found.probes]
+    strip = lambda result: [(p.name, p.rank, p.divergence, p.tail) for p in result.probes]
     return strip(first) == strip(second) and first.evaluations == second.evaluations
 
 
@@ -162,10 +162,10 @@ def test_joint_groups_are_probed_as_one() -> None:
     group = sites[0].input_group
     members = [site for site in sites if site.input_group == group]
     stack = factor(torch.cat([read_weight(model.get_submodule(site.name)) for site in members]))
-    found = probe_linears(
+    result = probe_linears(
         model, lambda name: stack, tokens, sites=members, joint=[group], layout="pivoted", rank_multiple=4
     )
-    (item,) = found.probes
+    (item,) = result.probes
     assert (item.name, item.tail) == (f"{group}+k_proj+v_proj", stack.tails()[item.rank])
     assert item.rank % 4 == 0
     assert item.divergence > 0

@@ -49,21 +49,21 @@ def measured(model_type: str = "llama", score: Any = None, **options: Any) -> Se
     return measure_sensitivity(tiny_model(model_type), spectra_of(model_type), score or TableScore(), **options)
 
 
-def plan_by_trying_all(found: Sensitivity, budget: int) -> RankPlan | None:
+def plan_by_trying_all(sensitivity: Sensitivity, budget: int) -> RankPlan | None:
     """The paper's order walked from its start, a pair at a time."""
-    sites = {site.name: site for site in found.sites}
-    sign = 1 if found.better == "lower" else -1
+    sites = {site.name: site for site in sensitivity.sites}
+    sign = 1 if sensitivity.better == "lower" else -1
 
     def saved(trial: Any) -> int:
         site = sites[trial.name]
         return site.num_params - (site.d_in + site.d_out) * trial.rank
 
-    pairs = sorted(found.trials, key=lambda t: (sign * t.score, -saved(t)))
+    pairs = sorted(sensitivity.trials, key=lambda t: (sign * t.score, -saved(t)))
     ranks: dict[str, int | None] = {}
     for trial in [None, *pairs]:
         if trial is not None:
             ranks[trial.name] = min(trial.rank, ranks.get(trial.name) or trial.rank)
-        plan = RankPlan(found.sites, dict(ranks))
+        plan = RankPlan(sensitivity.sites, dict(ranks))
         if plan.kept_params <= budget:
             return plan
     return None
@@ -73,7 +73,7 @@ def plan_by_trying_all(found: Sensitivity, budget: int) -> RankPlan | None:
 def test_each_linear_is_cut_alone_at_every_share(model_type: str) -> None:
     model, score = tiny_model(model_type), TableScore()
     before, modules = logits_of(model), dict(model.named_modules())
-    found = measure_sensitivity(model, spectra_of(model_type), score, better="lower")
+    sensitivity = measure_sensitivity(model, spectra_of(model_type), score, better="lower")
     sites = find_sites(model)
     expected = [
         {site.name: rank}
@@ -81,8 +81,8 @@ def test_each_linear_is_cut_alone_at_every_share(model_type: str) -> None:
         for rank in dict.fromkeys(rank_for(share / 10, site.d_out, site.d_in) for share in range(1, 10))
     ]
     assert score.seen == [{}, *expected]
-    assert [{trial.name: trial.rank} for trial in found.trials] == expected
-    assert found.evaluations == len(score.seen)
+    assert [{trial.name: trial.rank} for trial in sensitivity.trials] == expected
+    assert sensitivity.evaluations == len(score.seen)
     assert dict(model.named_modules()) == modules
     assert torch.equal(logits_of(model), before)
 
@@ -91,27 +91,27 @@ def test_each_linear_is_cut_alone_at_every_share(model_type: str) -> None:
 @given(seed=st.integers(0, 10**6), keep=st.floats(0.05, 1.2), better=st.sampled_from(["lower", "higher"]))
 def test_the_ranks_are_those_of_the_first_place_that_fits(seed: int, keep: float, better: Any) -> None:
     # Scores have one decimal, so many are equal.
-    found = measured(score=TableScore(seed), better=better)
-    total = sum(site.num_params for site in found.sites)
+    sensitivity = measured(score=TableScore(seed), better=better)
+    total = sum(site.num_params for site in sensitivity.sites)
     budget = int(keep * total)
-    expected = plan_by_trying_all(found, budget)
+    expected = plan_by_trying_all(sensitivity, budget)
     if expected is None:
         with pytest.raises(ValueError, match=f"more than {budget:,}"):
-            found.plan_within(budget)
+            sensitivity.plan_within(budget)
         return
-    plan = found.plan_within(budget)
+    plan = sensitivity.plan_within(budget)
     assert dict(plan.ranks) == dict(expected.ranks)
     assert plan.kept_params <= budget
 
 
 def test_the_whole_budget_leaves_all_dense_and_the_least_takes_the_smallest() -> None:
-    found = measured()
-    total = sum(site.num_params for site in found.sites)
-    assert dict(found.plan_within(total).ranks) == {}
-    smallest = {site.name: rank_for(0.2, site.d_out, site.d_in) for site in found.sites}
-    least = RankPlan(found.sites, smallest).kept_params
-    assert dict(found.plan_within(least).ranks) == smallest
-    assert found.plan_within(least).kept_params == least
+    sensitivity = measured()
+    total = sum(site.num_params for site in sensitivity.sites)
+    assert dict(sensitivity.plan_within(total).ranks) == {}
+    smallest = {site.name: rank_for(0.2, site.d_out, site.d_in) for site in sensitivity.sites}
+    least = RankPlan(sensitivity.sites, smallest).kept_params
+    assert dict(sensitivity.plan_within(least).ranks) == smallest
+    assert sensitivity.plan_within(least).kept_params == least
 
 
 def test_a_linear_that_costs_nothing_is_cut_first() -> None:
@@ -121,12 +121,12 @@ def test_a_linear_that_costs_nothing_is_cut_first() -> None:
         ranks = {name: module.rank for name, module in low_rank_modules(model).items()}
         return 1.0 + sum(0.0 if name == free else 1.0 / rank for name, rank in ranks.items())
 
-    found = measured(score=score)
-    total = sum(site.num_params for site in found.sites)
-    plan = found.plan_within(total - 1)
+    sensitivity = measured(score=score)
+    total = sum(site.num_params for site in sensitivity.sites)
+    plan = sensitivity.plan_within(total - 1)
     assert set(plan.ranks) == {free}
     # Of equal scores the one that saves most comes first.
-    (site,) = (site for site in found.sites if site.name == free)
+    (site,) = (site for site in sensitivity.sites if site.name == free)
     assert plan.ranks[free] == rank_for(0.2, site.d_out, site.d_in)
 
 
@@ -144,11 +144,11 @@ def test_a_killed_measurement_goes_on(tmp_path: Path, kill: int) -> None:
         return items
 
     for score in (rest, none):
-        found = measured(score=score, **options, track=track)
-        assert [(t.name, t.rank, t.share, t.score) for t in found.trials] == [
+        sensitivity = measured(score=score, **options, track=track)
+        assert [(t.name, t.rank, t.share, t.score) for t in sensitivity.trials] == [
             (t.name, t.rank, t.share, t.score) for t in expected.trials
         ]
-        assert (found.evaluations, found.dense_score) == (expected.evaluations, expected.dense_score)
+        assert (sensitivity.evaluations, sensitivity.dense_score) == (expected.evaluations, expected.dense_score)
     assert dying.seen + rest.seen == whole.seen
     assert none.seen == []
     assert shown == [("sensitivity", 63 - max(0, kill - 1)), ("sensitivity", 0)]
@@ -167,14 +167,17 @@ def test_joint_groups_and_the_pivoted_layout() -> None:
         return stack if name == joint else spectra_of("llama")[name]
 
     score = lambda scoring: 10.0 + len(low_rank_modules(scoring))
-    found = measure_sensitivity(
+    sensitivity = measure_sensitivity(
         model, spectrum, score, better="lower", shares=FEW, joint=[group], layout="pivoted", rank_multiple=2
     )
-    assert {trial.name for trial in found.trials} == {joint, *(site.name for site in sites if site not in members)}
-    plan = found.plan_within(int(0.6 * sum(site.num_params for site in sites)))
+    assert {trial.name for trial in sensitivity.trials} == {
+        joint,
+        *(site.name for site in sites if site not in members),
+    }
+    plan = sensitivity.plan_within(int(0.6 * sum(site.num_params for site in sites)))
     assert (plan.layout, plan.joint) == ("pivoted", frozenset([group]))
     assert len({plan.ranks.get(site.name) for site in members}) == 1
-    assert found.to_dict()["evaluations"] == 1 + len(found.trials)
+    assert sensitivity.to_dict()["evaluations"] == 1 + len(sensitivity.trials)
 
 
 def test_what_is_broken_is_named() -> None:

@@ -116,9 +116,9 @@ def test_it_is_algorithm_1(seed: int, amount: float, relative: bool, per_site: b
         return 10 * (1 + sign * amount) ** steps if relative else 10 + sign * steps * amount
 
     expected = algorithm_1(list(find_sites(model)), score.of, bar, better)
-    found = search(model, spectra_of("llama"), score, better=better, tolerance=Tolerance(amount, relative, per_site))
-    assert dict(found.plan.ranks) == expected
-    assert found.evaluations == len(score.seen) == 1 + len(found.trials)
+    result = search(model, spectra_of("llama"), score, better=better, tolerance=Tolerance(amount, relative, per_site))
+    assert dict(result.plan.ranks) == expected
+    assert result.evaluations == len(score.seen) == 1 + len(result.trials)
     assert not low_rank_modules(model)
 
 
@@ -159,24 +159,24 @@ def test_real_models_by_brute_force(model_type: str, bar: float) -> None:
                 break
     model = tiny_model(model_type)
     before, modules = logits_of(model), dict(model.named_modules())
-    found = search(model, spectra, distance, better="lower", tolerance=Tolerance(bar, relative=False), budgets=FEW)
+    result = search(model, spectra, distance, better="lower", tolerance=Tolerance(bar, relative=False), budgets=FEW)
     assert 0 < len(kept) < len(sites)
-    assert {name: rank for name, rank in found.plan.ranks.items() if rank is not None} == kept
-    assert found.curve[-1].score == pytest.approx(distance(overwritten(kept)), abs=1e-5)
+    assert {name: rank for name, rank in result.plan.ranks.items() if rank is not None} == kept
+    assert result.curve[-1].score == pytest.approx(distance(overwritten(kept)), abs=1e-5)
     assert dict(model.named_modules()) == modules
     assert torch.equal(logits_of(model), before)
 
 
 def test_the_plan_is_what_the_score_was_of() -> None:
     model, score = tiny_model("llama"), TableScore()
-    found = search(model, spectra_of("llama"), score, better="lower", tolerance=Tolerance(0.5, False))
+    result = search(model, spectra_of("llama"), score, better="lower", tolerance=Tolerance(0.5, False))
     method = build_method("sfsd")
-    with planned(model, found.plan, spectra_of("llama")):
-        assert score(model) == found.curve[-1].score
+    with planned(model, result.plan, spectra_of("llama")):
+        assert score(model) == result.curve[-1].score
         standing = logits_of(model)
-    assert score(model) == found.dense_score
-    compress(model, method, found.plan, calibrate(model, tiny_tokens(6, 16), method), spectra={})
-    assert score(model) == found.curve[-1].score
+    assert score(model) == result.dense_score
+    compress(model, method, result.plan, calibrate(model, tiny_tokens(6, 16), method), spectra={})
+    assert score(model) == result.curve[-1].score
     assert torch.equal(logits_of(model), standing)
 
 
@@ -194,31 +194,31 @@ def test_the_plan_is_what_the_score_was_of() -> None:
 def test_the_ends_of_tolerance(tolerance: Tolerance, better: Any, all_smallest: bool) -> None:
     model, score = tiny_model("llama"), TableScore()
     before, modules = logits_of(model), dict(model.named_modules())
-    found = search(model, spectra_of("llama"), score, better=better, tolerance=tolerance)
+    result = search(model, spectra_of("llama"), score, better=better, tolerance=tolerance)
     sites = find_sites(model)
     smallest = {site.name: rank_for(0.1, site.d_out, site.d_in) if all_smallest else None for site in sites}
-    assert dict(found.plan.ranks) == smallest
-    assert found.evaluations == 1 + len(sites) * (1 if all_smallest else 9)
+    assert dict(result.plan.ranks) == smallest
+    assert result.evaluations == 1 + len(sites) * (1 if all_smallest else 9)
     assert dict(model.named_modules()) == modules
     assert torch.equal(logits_of(model), before)
 
 
 def test_the_order_is_from_the_last_linear_to_the_first() -> None:
-    model, score, made = tiny_model("llama"), TableScore(), []
+    model, score, factored = tiny_model("llama"), TableScore(), []
 
     def spectrum(name: str) -> Factored:
-        made.append(name)
+        factored.append(name)
         return spectra_of("llama")[name]
 
-    found = search(model, spectrum, score, better="lower", tolerance=Tolerance(0.1, False))
+    result = search(model, spectrum, score, better="lower", tolerance=Tolerance(0.1, False))
     names = [site.name for site in reversed(find_sites(model))]
-    assert made == names  # each once
-    assert list(found.order) == names
+    assert factored == names  # each once
+    assert list(result.order) == names
     assert names[0] == "model.layers.2.mlp.down_proj"
     assert names[-1] == "model.layers.0.self_attn.q_proj"
 
 
-def same(found: SearchResult, expected: SearchResult) -> bool:
+def same(result: SearchResult, expected: SearchResult) -> bool:
     """But for the seconds."""
 
     def timeless(result: SearchResult) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def same(found: SearchResult, expected: SearchResult) -> bool:
             del trial["seconds"]
         return data
 
-    return timeless(found) == timeless(expected) and found.plan == expected.plan
+    return timeless(result) == timeless(expected) and result.plan == expected.plan
 
 
 @pytest.mark.parametrize("kill", [0, 1, 2, 9, 10, 11, 37, 80])
@@ -281,17 +281,17 @@ def test_a_target_ends_the_search_and_can_be_moved(tmp_path: Path) -> None:
     score, scored = TableScore(), []
     for keep in (1.0, 0.9, 0.75):
         stop = int(keep * whole.plan.dense_params)
-        found = search(
+        result = search(
             model, spectra_of("llama"), score, **options, stop=stop,
             journal=tmp_path / "journal.jsonl", identity={"model": "tiny"},
         )  # fmt: skip
-        assert found.plan.kept_params <= stop
-        assert len(found.curve) == 1 or found.curve[-2].kept_params > stop
-        assert found.curve == whole.curve[: len(found.curve)]
-        assert found.plan == plan_after(whole, found.curve[-1].sites)
+        assert result.plan.kept_params <= stop
+        assert len(result.curve) == 1 or result.curve[-2].kept_params > stop
+        assert result.curve == whole.curve[: len(result.curve)]
+        assert result.plan == plan_after(whole, result.curve[-1].sites)
         scored.append(len(score.seen))
     assert scored == sorted(set(scored))
-    assert len(score.seen) == found.evaluations  # none twice
+    assert len(score.seen) == result.evaluations  # none twice
 
 
 def plan_after(result: SearchResult, sites: int) -> RankPlan:
@@ -302,14 +302,14 @@ def plan_after(result: SearchResult, sites: int) -> RankPlan:
 
 def test_the_curve_is_what_was_walked() -> None:
     model, score = tiny_model("llama"), TableScore()
-    found = search(model, spectra_of("llama"), score, better="lower", tolerance=Tolerance(0.02, per_site=True))
+    result = search(model, spectra_of("llama"), score, better="lower", tolerance=Tolerance(0.02, per_site=True))
     sites = find_sites(model)
-    assert [point.sites for point in found.curve] == list(range(len(sites) + 1))
-    assert found.curve[0].keep == 1.0
-    assert found.curve[0].score == found.dense_score == 10.0
-    assert found.curve[-1].evaluations == found.evaluations
-    for point in found.curve:
-        plan = plan_after(found, point.sites)
+    assert [point.sites for point in result.curve] == list(range(len(sites) + 1))
+    assert result.curve[0].keep == 1.0
+    assert result.curve[0].score == result.dense_score == 10.0
+    assert result.curve[-1].evaluations == result.evaluations
+    for point in result.curve:
+        plan = plan_after(result, point.sites)
         assert plan.kept_params == point.kept_params
         assert plan.kept_params / plan.dense_params == pytest.approx(point.keep)
         assert score.of({name: rank for name, rank in plan.ranks.items() if rank is not None}) == point.score
@@ -319,14 +319,14 @@ def test_the_curve_is_what_was_walked() -> None:
 def test_some_sites_a_layout_and_a_multiple(layout: Any) -> None:
     model, score = tiny_model("llama"), TableScore()
     sites = find_sites(model)
-    found = search(
+    result = search(
         model, spectra_of("llama"), score, better="lower", tolerance=Tolerance(1e9), sites=sites[7:9], budgets=(0.4,),
         layout=layout, rank_multiple=4,
     )  # fmt: skip
-    assert set(found.plan.ranks) == {site.name for site in sites[7:9]}
-    assert all(rank % 4 == 0 for rank in found.plan.ranks.values())
-    assert found.plan.layout == layout
-    assert found.curve[-1].kept_params == found.plan.kept_params
+    assert set(result.plan.ranks) == {site.name for site in sites[7:9]}
+    assert all(rank % 4 == 0 for rank in result.plan.ranks.values())
+    assert result.plan.layout == layout
+    assert result.curve[-1].kept_params == result.plan.kept_params
 
 
 def test_joint_groups_are_decided_as_one() -> None:
@@ -339,17 +339,17 @@ def test_joint_groups_are_decided_as_one() -> None:
     def spectrum(name: str) -> Factored:
         return method.factor(units[name].weight(model))
 
-    found = search(model, spectrum, TableScore(), better="lower", tolerance=Tolerance(2.0, False), joint=joint)
-    assert found.plan.joint == frozenset(joint)
-    assert found.curve[-1].kept_params == found.plan.kept_params
-    assert any(rank is not None for rank in found.plan.ranks.values())
-    with planned(model, found.plan, spectrum):
+    result = search(model, spectrum, TableScore(), better="lower", tolerance=Tolerance(2.0, False), joint=joint)
+    assert result.plan.joint == frozenset(joint)
+    assert result.curve[-1].kept_params == result.plan.kept_params
+    assert any(rank is not None for rank in result.plan.ranks.values())
+    with planned(model, result.plan, spectrum):
         low = low_rank_modules(model)
     assert {name: module.rank for name, module in low.items()} == {
-        name: rank for name, rank in found.plan.ranks.items() if rank is not None
+        name: rank for name, rank in result.plan.ranks.items() if rank is not None
     }
     for name in joint:
-        assert len({found.plan.ranks[site.name] for site in groups[name]}) == 1
+        assert len({result.plan.ranks[site.name] for site in groups[name]}) == 1
 
 
 def test_what_is_left_is_shown(tmp_path: Path) -> None:
@@ -433,10 +433,10 @@ def test_perplexity_as_a_score() -> None:
     assert score.better == "lower"
     assert score.about != windows_criterion(task, rows.flip(0)).about
     json.dumps(score.about)
-    found = search(
+    result = search(
         model, spectra_of("llama"), score, better=score.better, tolerance=PERPLEXITY_TOLERANCE, budgets=(0.8,)
     )
-    assert found.dense_score == score(model)
+    assert result.dense_score == score(model)
 
 
 def test_tasks_as_scores(monkeypatch: pytest.MonkeyPatch) -> None:

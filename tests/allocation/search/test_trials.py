@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from eckart.allocation.search.trials import Bench, Cuts, choose_units, ladder_of, low_rank, measure, swapped
+from eckart.allocation.search.trials import Cuts, TrialScores, ladder_of, low_rank, measure, select_units, swapped
 from eckart.calibration.moments import calibrate
 from eckart.compression.cuts import moments_of
 from eckart.compression.spectra import spectra_on_demand
@@ -118,8 +118,8 @@ def test_a_joint_cut_is_the_stack_cut_and_shared_out(model_type: str, method: st
     modules = low_rank(model, unit, spectrum, 5)
     own = [model.get_submodule(site.name).bias for site in unit.sites]
     bias = torch.cat([torch.zeros(s.d_out) if b is None else b for s, b in zip(unit.sites, own, strict=True)])
-    found = torch.cat([modules[site.name](x) for site in unit.sites], dim=-1)
-    assert relative(found.detach(), factors(x.double()) + bias.detach()) < 1e-5
+    outputs = torch.cat([modules[site.name](x) for site in unit.sites], dim=-1)
+    assert relative(outputs.detach(), factors(x.double()) + bias.detach()) < 1e-5
     with swapped(model, modules):
         assert set(low_rank_modules(model)) == set(modules)
     assert not low_rank_modules(model)
@@ -131,19 +131,19 @@ def test_units_are_sites_or_whole_groups() -> None:
     model = tiny_model("llama")
     sites = find_sites(model)
     group = sites[7].input_group
-    every, units = choose_units(model, None, [group])
+    every, units = select_units(model, None, [group])
     assert every == sites
     assert [site.name for unit in units for site in unit.sites] == [site.name for site in sites]
-    _, some = choose_units(model, [sites[5], sites[2]], [])
+    _, some = select_units(model, [sites[5], sites[2]], [])
     assert [unit.name for unit in some] == [sites[2].name, sites[5].name]
     with pytest.raises(ValueError, match="no site reads 'nothing'"):
-        choose_units(model, None, ["nothing"])
+        select_units(model, None, ["nothing"])
     with pytest.raises(ValueError, match=f"{sites[8].name} is joint"):
-        choose_units(model, [sites[7], sites[9]], [group])
+        select_units(model, [sites[7], sites[9]], [group])
     with pytest.raises(ValueError, match="no site of this model"):
-        choose_units(model, [find_sites(tiny_model("gpt2"))[0]], [])
-    with pytest.raises(ValueError, match="no site is chosen"):
-        choose_units(model, [], [])
+        select_units(model, [find_sites(tiny_model("gpt2"))[0]], [])
+    with pytest.raises(ValueError, match="no site is selected"):
+        select_units(model, [], [])
 
 
 @pytest.mark.parametrize("layout", ["plain", "pivoted"])
@@ -183,12 +183,12 @@ def test_a_refusing_score_is_named_and_others_pass() -> None:
 
 
 def test_a_unit_is_factored_once_and_nothing_is_measured_twice() -> None:
-    model, made, scored = tiny_model("llama"), [], []
+    model, factored, scored = tiny_model("llama"), [], []
     units = units_of(find_sites(model))
     spectra = spectra_of(model)
 
     def spectrum(name: str) -> Factored:
-        made.append(name)
+        factored.append(name)
         return spectra[name]
 
     def score(scoring: nn.Module) -> float:
@@ -196,14 +196,14 @@ def test_a_unit_is_factored_once_and_nothing_is_measured_twice() -> None:
         return float(len(scored))
 
     with open_journal(None, "test", None) as journal:
-        bench = Bench(model, spectrum, score, journal)
-        assert bench.dense() == bench.dense() == 1.0
+        scores = TrialScores(model, spectrum, score, journal)
+        assert scores.dense() == scores.dense() == 1.0
         for unit in units[:2]:
             for rank in (1, 2, 2, 3):
-                bench.trial(unit, 0.1, rank)
-    assert made == [unit.name for unit in units[:2]]
+                scores.trial(unit, 0.1, rank)
+    assert factored == [unit.name for unit in units[:2]]
     assert scored == [[]] + [[unit.name] for unit in units[:2] for _ in range(3)]
-    assert bench.evaluations == 2 + 8
+    assert scores.evaluations == 2 + 8
 
 
 def test_a_missing_spectrum_is_named() -> None:
@@ -223,9 +223,9 @@ def test_spectra_on_demand_are_what_the_method_makes(method: str) -> None:
         block = blocks.get(site.block)
         moments = Moments(block.inputs.get(site.input_group), block.gradients.get(site.name)) if block else None
         expected = built.factor(read_weight(model.get_submodule(site.name)), moments).cut(3)
-        found = spectra(site.name).cut(3)
-        assert torch.equal(found.dense(), expected.dense())
-        assert (found.bias is None) == (expected.bias is None)
+        factors = spectra(site.name).cut(3)
+        assert torch.equal(factors.dense(), expected.dense())
+        assert (factors.bias is None) == (expected.bias is None)
 
 
 @pytest.mark.parametrize("method", ["asvd-i", "fwsvd"])
@@ -235,10 +235,10 @@ def test_joint_spectra_are_of_the_stack(method: str) -> None:
     calibration = calibrate(model, tiny_tokens(6, 16), built)
     (unit, *_) = units_of(find_sites(model), [group])
     expected = built.factor(unit.weight(model), moments_of(unit, calibration.blocks[0])).cut(4)
-    found = spectra_on_demand(model, built, calibration, joint=[group])
-    assert torch.equal(found(unit.name).cut(4).dense(), expected.dense())
+    spectra = spectra_on_demand(model, built, calibration, joint=[group])
+    assert torch.equal(spectra(unit.name).cut(4).dense(), expected.dense())
     with pytest.raises(ValueError, match=f"{group} is no site of this model, nor the name of a joint unit"):
-        found(group)
+        spectra(group)
 
 
 def test_spectra_on_demand_refuse_what_they_cannot_make() -> None:

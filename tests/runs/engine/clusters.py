@@ -34,7 +34,7 @@ def compressed(where: Any, path: Path, method: str, tokens: Tokens = TOKENS) -> 
     model, built = eckart.load_model(path), build_method(method)
     moments = list(where.calibrate_by_block(CalibrationRequest(model, tokens, built, batch_size=4)))
     if where is not HERE:
-        where.cluster.wanted = min(where.cluster.wanted, 2)
+        where.cluster.requested = min(where.cluster.requested, 2)
     eckart.compress(model, built, plan(model, 0.5), moments, cut=where.cut_units)
     return model
 
@@ -82,7 +82,7 @@ def dying_once(marks: Path, work: Callable[..., Any], call: int = 1) -> Callable
 def processes(nodes: Any, name: str) -> list[int]:
     """The workers of these nodes that are at something of this name."""
     ours = {process.process.pid for node in nodes.list_all_nodes() for process in node.all_processes["raylet"]}
-    found = []
+    numbers = []
     for folder in Path("/proc").iterdir():
         try:
             title = (folder / "cmdline").read_bytes().decode(errors="replace")
@@ -90,5 +90,5 @@ def processes(nodes: Any, name: str) -> list[int]:
         except (OSError, ValueError, IndexError):
             continue
         if folder.name.isdigit() and parent in ours and title.startswith(f"ray::{name}"):
-            found.append(int(folder.name))
-    return found
+            numbers.append(int(folder.name))
+    return numbers

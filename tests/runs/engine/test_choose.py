@@ -14,7 +14,7 @@ from torch import Tensor
 
 import eckart
 from eckart.allocation.search.loss_weights import Spread
-from eckart.allocation.search.trials import Score, Team
+from eckart.allocation.search.trials import ScoreModel, Team
 from eckart.calibration.moments import BlockCalibration
 from eckart.compression.cuts import Cut, CutRequest, FactorRequest
 from eckart.evals.result import EvalResult
@@ -90,7 +90,7 @@ class Noting(Engine):
         self.notes.append("losses")
         return HERE.losses(request)
 
-    def team(self, request: SearchRequest, score: Score) -> AbstractContextManager[Team | None]:
+    def team(self, request: SearchRequest, score: ScoreModel) -> AbstractContextManager[Team | None]:
         self.notes.append("team")
         return HERE.team(request, score)
 
@@ -141,15 +141,15 @@ def test_a_new_engine_is_a_class_and_a_row(run: Run, noting: None, place: Path, 
             "evaluate": [f"perplexity:{place / 'test.txt'}"],
         }
         (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-        made = []
+        contents = []
         for engine in (DEFAULT, "noting"):
             out = tmp_path / f"{name}-{engine}"
             options = ["--engine", engine, "--no-cache", *(["--address", "there"] if engine == "noting" else [])]
             status, printed = run("run", tmp_path / "recipe.yaml", "--out", out, *options)
             assert status == 0, printed
             files = [out / "model/plan.json", out / "model/model.safetensors"]
-            made.append([file.read_bytes() for file in files])
-        assert made[0] == made[1]
+            contents.append([file.read_bytes() for file in files])
+        assert contents[0] == contents[1]
     assert OPENED == [("there", None)] * 2
     assert set(NOTES) == Engine.__abstractmethods__
 

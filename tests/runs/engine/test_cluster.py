@@ -63,8 +63,8 @@ def test_a_worker_with_another_release_is_refused(nodes: Any, monkeypatch: pytes
 
 
 def test_an_engine_within_a_program_that_has_joined(nodes: Any) -> None:
-    with open_engine("ray", address=nodes.address, workers=2) as found:
-        assert isinstance(found, OnCluster)
+    with open_engine("ray", address=nodes.address, workers=2) as engine:
+        assert isinstance(engine, OnCluster)
     with pytest.raises(ClusterError, match="has joined the cluster at"), open_engine("ray", address="127.0.0.1:2"):
         pass
 

@@ -34,12 +34,12 @@ def test_a_killed_worker_is_replaced(nodes: Any, engine: OnCluster, place: Path)
     model, method = eckart.load_model(place / "deep"), build_method("asvd-i")
     whole = list(engine.calibrate_by_block(CalibrationRequest(model, TOKENS, method)))
     stream = engine.calibrate_by_block(CalibrationRequest(model, TOKENS, method))
-    found = [next(stream)]
+    streamed = [next(stream)]
     doomed = processes(nodes, "_stream")
     assert doomed
     os.kill(doomed[0], signal.SIGKILL)
-    found += stream
-    for block, other in zip(whole, found, strict=True):
+    streamed += stream
+    for block, other in zip(whole, streamed, strict=True):
         for group, moments in block.inputs.items():
             assert all(torch.equal(other.inputs[group].sums[key], value) for key, value in moments.sums.items())
 
@@ -128,7 +128,7 @@ def test_a_lost_machine_is_made_do_without(nodes: Any, place: Path) -> None:
     assert engine.cluster.workers == 3
     alone = list(HERE.calibrate_by_block(CalibrationRequest(model, TOKENS, method)))
     stream = engine.calibrate_by_block(CalibrationRequest(model, TOKENS, method))
-    found = [next(stream)]
+    streamed = [next(stream)]
     with engine.team(SearchRequest(model, method, lambda: alone), score()) as team:
         assert isinstance(team, ClusterTeam)
         dense, _ = team.score(None, "dense")
@@ -136,10 +136,10 @@ def test_a_lost_machine_is_made_do_without(nodes: Any, place: Path) -> None:
         deadline = time.monotonic() + 30
         while engine.cluster.workers == 3 and time.monotonic() < deadline:
             time.sleep(0.1)
-        found += stream
+        streamed += stream
         members = [team.crew.get(team.crew.ask(n, TrialRequest((), None, "dense"))) for n in range(3)]
     assert [value for value, _ in members] == [dense] * 3
-    for block, other in zip(alone, found, strict=True):
+    for block, other in zip(alone, streamed, strict=True):
         for group, moments in block.inputs.items():
             for key, value in moments.sums.items():
                 assert relative(other.inputs[group].sums[key], value) < 1e-5

@@ -43,26 +43,26 @@ def factors(model: PreTrainedModel) -> dict[str, Tensor]:
 )
 def test_any_number_of_workers_gives_the_same_factors(engine: OnCluster, place: Path, name: str, method: str) -> None:
     alone = compressed(HERE, place / name, method)
-    found = []
-    for engine.cluster.wanted in (4, 1, 2):
-        found.append(compressed(engine, place / name, method))
-    for other in found[1:]:
+    models = []
+    for engine.cluster.requested in (4, 1, 2):
+        models.append(compressed(engine, place / name, method))
+    for other in models[1:]:
         assert factors(other)
-        assert all(torch.equal(factors(other)[key], value) for key, value in factors(found[0]).items())
-    assert relative(logits_of(found[0]), logits_of(alone)) < (1e-4 if name == "llama" else 5e-2)
+        assert all(torch.equal(factors(other)[key], value) for key, value in factors(models[0]).items())
+    assert relative(logits_of(models[0]), logits_of(alone)) < (1e-4 if name == "llama" else 5e-2)
 
 
 @pytest.mark.parametrize("name", ["masked", "classifier"])
 def test_gradients_that_are_drawn_are_those_of_one_process(engine: OnCluster, place: Path, name: str) -> None:
     model = eckart.load_model(place / name)
-    alone, found = (
+    alone, clustered = (
         where.gather_gradients(CalibrationRequest(model, TOKENS, build_method("kfac"))) for where in (HERE, engine)
     )
-    assert list(found) == list(alone)
+    assert list(clustered) == list(alone)
     for site, moments in alone.items():
-        assert (found[site].examples, found[site].tokens) == (moments.examples, moments.tokens)
+        assert (clustered[site].examples, clustered[site].tokens) == (moments.examples, moments.tokens)
         for key, value in moments.sums.items():
-            assert relative(found[site].sums[key], value) < 1e-6
+            assert relative(clustered[site].sums[key], value) < 1e-6
 
 
 def test_every_method_goes_to_a_worker(engine: OnCluster, place: Path) -> None:
@@ -74,10 +74,10 @@ def test_every_method_goes_to_a_worker(engine: OnCluster, place: Path) -> None:
         ranks = plan(model, 0.5)
         units = [unit for unit in ranks.units if unit.sites[0].block == 1]
         request = CutRequest(FactorRequest(method, units, part, partial(Unit.weight, model=model)), ranks)
-        alone, found = (dict(where.cut_units(request)) for where in (HERE, engine))
-        assert list(found) == list(alone)
+        alone, clustered = (dict(where.cut_units(request)) for where in (HERE, engine))
+        assert list(clustered) == list(alone)
         for unit, cut in alone.items():
-            assert relative(found[unit].factors.dense(), cut.factors.dense()) < 1e-6, (name, unit.name)
+            assert relative(clustered[unit].factors.dense(), cut.factors.dense()) < 1e-6, (name, unit.name)
 
 
 def test_a_search_decides_as_it_would_alone(engine: OnCluster, place: Path, tmp_path: Path) -> None:
@@ -85,9 +85,9 @@ def test_a_search_decides_as_it_would_alone(engine: OnCluster, place: Path, tmp_
     assert 0.2 < alone.curve[-1].keep < 0.98
     # In the middle, so that the worker that stands in has to put in what was decided before.
     dying = dying_once(tmp_path / "marks", score(), alone.evaluations // 2)
-    found = searched(engine, place / "llama", dying, journal=tmp_path / "team", identity={"of": "test"})
+    clustered = searched(engine, place / "llama", dying, journal=tmp_path / "team", identity={"of": "test"})
     assert (tmp_path / "marks" / "died").exists()
-    assert told(found) == told(alone)
+    assert told(clustered) == told(alone)
     keys = [
         [json.loads(line).get("key") for line in (tmp_path / name).read_text().splitlines()]
         for name in ("alone", "team")
@@ -108,9 +108,9 @@ def test_sensitivity_and_probes_are_those_of_one_process(engine: OnCluster, plac
     with engine.team(SearchRequest(model, method, lambda: moments), score()) as team:
         results = [
             measure_sensitivity(
-                model, given, score(), better="lower", team=who, journal=tmp_path / name, shares=(0.2, 0.5), **shared
+                model, source, score(), better="lower", team=who, journal=tmp_path / name, shares=(0.2, 0.5), **shared
             )
-            for given, who, name in ((spectra, None, "alone"), ({}, team, "team"))
+            for source, who, name in ((spectra, None, "alone"), ({}, team, "team"))
         ]
     assert told(results[0]) == told(results[1])
     budget = sum(site.num_params for site in find_sites(model)) - sum(site.num_params for site in sites) // 3
@@ -118,9 +118,9 @@ def test_sensitivity_and_probes_are_those_of_one_process(engine: OnCluster, plac
 
     alone = probe_linears(model, spectra, TOKENS, sites=sites)
     with engine.probing(SearchRequest(model, method, lambda: moments)) as spread:
-        found = probe_linears(model, {}, TOKENS, sites=sites, spread=spread)
-    assert [probe.rank for probe in found.probes] == [probe.rank for probe in alone.probes]
-    for one, other in zip(alone.probes, found.probes, strict=True):
+        result = probe_linears(model, {}, TOKENS, sites=sites, spread=spread)
+    assert [probe.rank for probe in result.probes] == [probe.rank for probe in alone.probes]
+    for one, other in zip(alone.probes, result.probes, strict=True):
         assert other.divergence == pytest.approx(one.divergence, rel=1e-3, abs=1e-6)
 
 
@@ -130,11 +130,11 @@ def test_evaluations_come_in_order_and_a_refusal_names_its_task(engine: OnCluste
     divergence = Task(f"divergence:{place / 'test.txt'}", length=16)
     tasks = [Task(texts[0], length=16), Task("cost"), Task(texts[1], length=9999), divergence, Task(texts[1], length=8)]
     subject = Subject(model, tokenizer, reference=eckart.load_model(place / "llama"))
-    alone, found = (list(where.outcomes(EvaluationRequest(subject, tasks, Setup()))) for where in (HERE, engine))
-    assert [type(outcome) for outcome in found] == [type(outcome) for outcome in alone]
-    assert isinstance(found[2], ValueError)
-    assert str(found[2]).startswith(tasks[2].label)
-    for one, other in zip(alone, found, strict=True):
+    alone, clustered = (list(where.outcomes(EvaluationRequest(subject, tasks, Setup()))) for where in (HERE, engine))
+    assert [type(outcome) for outcome in clustered] == [type(outcome) for outcome in alone]
+    assert isinstance(clustered[2], ValueError)
+    assert str(clustered[2]).startswith(tasks[2].label)
+    for one, other in zip(alone, clustered, strict=True):
         if isinstance(one, EvalResult) and one.task != "cost":
             assert isinstance(other, EvalResult)
             assert other.task == one.task

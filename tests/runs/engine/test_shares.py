@@ -32,12 +32,12 @@ def test_what_workers_add_up_is_one_sum(count: int) -> None:
     whole = put_together(tree, single, lambda share: {"x": Noted(str(share.start))})["x"].text
     for workers in range(1, count + 1):
         cuts = [worker * count // workers for worker in range(workers + 1)]
-        made = {}
+        sums = {}
         for start, stop in pairwise(cuts):
             for branch in branches(tree, range(start, stop)):
-                made[branch] = put_together(branch, single, lambda share: {"x": Noted(str(share.start))})
-        assert sorted(n for branch in made for n in branch) == list(tree)
-        assert put_together(tree, made, made.pop)["x"].text == whole
+                sums[branch] = put_together(branch, single, lambda share: {"x": Noted(str(share.start))})
+        assert sorted(n for branch in sums for n in branch) == list(tree)
+        assert put_together(tree, sums, sums.pop)["x"].text == whole
 
 
 def test_shares_are_all_of_the_samples_once() -> None:

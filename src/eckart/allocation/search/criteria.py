@@ -20,12 +20,12 @@ from eckart.evals.tasks import Task, direction_of, evaluate, find_task, searched
 
 @dataclass(frozen=True)
 class Criterion:
-    """A score with what a search has to know about it. Calling it scores a model.
+    """A score and the facts that a search needs of it. Calling it scores a model.
 
     Attributes:
         measure: model -> number.
         better: which way is good.
-        about: what makes the number: task, data, settings. For the header of a journal.
+        about: task, data and settings behind the number, for the header of a journal.
     """
 
     measure: Callable[[PreTrainedModel], float]
@@ -51,20 +51,20 @@ def search_criterion(
 ) -> Criterion:
     """A task as the score of a search, on the part of its data that is for searching.
 
-    What is read, which of its scores, and which way that is good stand in the evaluation's row and, of a task of
-    lm-eval, in the harness's definition.
+    The evaluation's row says what is read, which score counts and which way it is good; for a task of lm-eval, the
+    harness's definition does.
 
     Args:
         name: "perplexity:wikitext2", "lm-eval:piqa", "stereoset", "probing:cola".
-        model: only its window is asked for, and its tokenizer is checked against it.
+        model: gives the length of a window; the tokenizer is checked against it.
         split: of a corpus of text: the split whose windows are divided between search and report; None is "test".
         limit: windows, documents or texts read at most, of the part that is read.
-        others: instead the part that no search reads, for the report on what it found.
+        others: read the part that no search reads instead, to report on the search's result.
         data, batch_size, workers, context: as in `evaluate`.
 
     Raises:
-        ValueError: no score to search by, one that is good neither way, a split of what is no text, too little data to
-            divide, and what reading it raises.
+        ValueError: no score to search by, one that is good neither way, a split of data that is not text, too little
+            data to divide, and what reading it raises.
     """
     searched = searched_by(name)
     part = searched.others if others else searched.split
@@ -87,7 +87,7 @@ def search_criterion(
 
 
 def check_split(name: str, split: str) -> None:
-    """Raises ValueError where a score has no splits of which a part could be searched on."""
+    """Raises ValueError for a split of an evaluation that does not read a corpus of text."""
     if find_task(name).argument != "corpus":
         raise ValueError(f"split {split!r} is of a corpus of text, and {name} has its own: leave it out")
 
@@ -124,7 +124,7 @@ def task_criterion(
 
     Args:
         better: which way the score is good.
-        score: of the result; None is its main value.
+        score: name of one of the result's scores; None is its main value.
         data, batch_size, workers, context: as in `evaluate`.
 
     Raises:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eckart.allocation.fitting import check_multiple
-from eckart.allocation.search.trials import Cuts, Spectra, choose_units, describe_units, seconds_since, swapped
+from eckart.allocation.search.trials import Cuts, Spectra, describe_units, seconds_since, select_units, swapped
 from eckart.data.tokens import Tokens, check_positions, check_vocabulary
 from eckart.evals.predictions import log_probabilities, summed_divergence
 from eckart.evals.windows import check_evaluating, windows_per_batch
@@ -30,14 +30,14 @@ KIND = "probe"
 # cost more than it says, shallower ones less.
 PROBE_KEEP = 0.5
 # The dense model's log-probabilities are kept on the model's device, in float32, up to this many bytes: 64 windows of
-# 256 tokens at a vocabulary of 32,000. Of the windows beyond that they are computed again at every probe.
+# 256 tokens at a vocabulary of 32,000. For the other windows they are computed again at every probe.
 MEMORY = 2**31
-# A tail below this share of the whole is rounding of a cut that loses nothing.
+# A tail below this share of the whole is the rounding error of a cut that loses nothing.
 NOTHING = 1e-12
 
 
 class MakeProber(Protocol):
-    """Makes what probes the units of a model."""
+    """Makes a function that probes units of a model."""
 
     def __call__(self, model: PreTrainedModel, spectra: Spectra, /) -> Callable[[Unit], Record]: ...
 
@@ -120,20 +120,20 @@ def probe_linears(
     proportional to the squared error of one linear, so weight = KL / tail at one depth makes weight x tail(r) an
     estimate in nats at every rank: what an allocation over all linears minimises.
 
-    Predictions are, of a causal model, the next-token distributions at every real token that has a next; of a masked
-    language model, the distribution at every real token; of a classifier, the one of each example. KL is taken in
-    float32 and summed in float64; rounding alone leaves about 1e-7, and less than nothing counts as nothing.
+    Predictions are, for a causal model, the next-token distributions at every real token that has a next; for a masked
+    language model, the distribution at every real token; for a classifier, the one of each example. KL is taken in
+    float32 and summed in float64; rounding alone gives about 1e-7, and a negative mean counts as 0.
 
     Where a cut at this depth loses nothing (a linear of low rank) half of its rank is tried, and so on.
 
     Args:
         model: dense, in eval mode; it is as it was after each probe.
-        spectra, sites, layout, joint, rank_multiple: as in `rank_search.search`.
+        spectra, sites, layout, joint, rank_multiple: as in `surgical.search`.
         tokens: text to measure on; padding does not count.
         keep: depth of the cut, as a share of the linear's numbers.
         memory: bytes for the dense model's log-probabilities, on the model's device.
-        journal, identity: as in `rank_search.search`; the tokens are in the header by their digest.
-        spread: carries out the probes on models elsewhere, the same as this one, several at the same time.
+        journal, identity: as in `surgical.search`; the tokens are in the header by their digest.
+        spread: carries out the probes on copies of the model elsewhere, several at the same time.
         track: shows the probes that remain.
 
     Raises:
@@ -141,15 +141,15 @@ def probe_linears(
             training mode or with fewer positions than the windows have, a journal of other probes, keep outside (0, 1).
         DecompositionError: a cut failed; names the site.
 
-    Cost: one pass over the tokens per linear and a dense one; another dense one per linear over the windows that are
-    beyond `memory`. One factorisation of each site.
+    Cost: one pass over the tokens per linear and a dense one; another dense one per linear over the windows for which
+    `memory` has no room. One factorisation of each site.
     """
     if not 0 < keep < 1:
         raise ValueError(f"keep {keep} is outside (0, 1): it is the share of the linear's numbers kept in a probe")
     check_multiple(rank_multiple)
     check_evaluating(model)
     check_positions(model, tokens.ids.shape[1])
-    _, units = choose_units(model, sites, joint)
+    _, units = select_units(model, sites, joint)
     settings = {
         "keep": keep,
         "layout": layout,
@@ -206,7 +206,7 @@ def _probe(unit: Unit, record: Mapping[str, Any]) -> Probe:
 
 
 def _depth(factored: Factored, rank: int) -> tuple[int, float]:
-    """The rank, or the first of its halves whose cut loses something; and its tail, 0 where none loses anything."""
+    """(rank, tail): the rank, halved until its cut loses something; the tail is 0 where no cut loses anything."""
     tails = factored.tails().tolist()
     nothing = NOTHING * tails[0]
     rank = min(rank, factored.max_rank)

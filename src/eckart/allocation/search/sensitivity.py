@@ -1,4 +1,4 @@
-"""Sensitivity: what each linear costs when it alone is cut, and ASVD's search for ranks in the order of that."""
+"""Sensitivity: the score with one linear cut, and ASVD's search, which cuts where the score suffers least."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from transformers import PreTrainedModel
 from eckart.allocation.rank_plan import Ranking, RankPlan
 from eckart.allocation.search.trials import (
     SHARES,
-    Bench,
     Better,
-    Score,
+    ScoreModel,
     SearchInputs,
     Spectra,
     Team,
     Trial,
+    TrialScores,
     check_shares,
-    choose_units,
     describe_units,
     ladder_of,
     make_plan,
+    select_units,
 )
 from eckart.lowrank import Layout
 from eckart.models.sites import Site
@@ -41,10 +41,10 @@ class Sensitivity:
 
     Attributes:
         sites: every compressible site of the model.
-        units: what was cut as one.
+        units: the selected sites, those that are cut together as one unit.
         trials: one for every unit and rank, in the model's order, smaller ranks first.
         dense_score: of the model without a cut.
-        better, layout: of the scores, and of the factors.
+        better: which way scores are good. layout: of the factors.
         evaluations: scores used, the dense one and those of the journal included.
     """
 
@@ -59,9 +59,9 @@ class Sensitivity:
     def plan_within(self, kept_params: int) -> RankPlan:
         """ASVD's truncation rank search: cut where it costs least, until the model's linears fit the budget.
 
-        All pairs of a linear and a rank stand in the order of their scores, the best first. With the first n pairs
-        accepted, a linear takes the smallest rank among its own, and one that has none stays dense. More pairs never
-        keep more numbers, so the least n that fits is found by bisection, without a further score.
+        All pairs of a linear and a rank are sorted by their scores, the best first. With the first n pairs accepted, a
+        linear takes the smallest rank among its pairs, and one without a pair stays dense. More pairs never keep more
+        numbers, so the least n that fits is found by bisection, without another score.
 
         Of equal scores the one that saves more comes first, then the earlier linear.
 
@@ -69,7 +69,7 @@ class Sensitivity:
             kept_params: numbers in the weights of all compressible linears, as `RankPlan.kept_params`.
 
         Raises:
-            ValueError: not even every pair together fits (the message has what they come to).
+            ValueError: all pairs together do not fit (the message has how many numbers they keep).
         """
         ranked = self._in_order()
         low, high = 0, len(ranked)
@@ -115,7 +115,7 @@ class Sensitivity:
 def measure_sensitivity(
     model: PreTrainedModel,
     spectra: Spectra,
-    score: Score,
+    score: ScoreModel,
     *,
     better: Better,
     shares: Sequence[float] = SHARES,
@@ -137,7 +137,7 @@ def measure_sensitivity(
     The model is as it was after each trial.
 
     Args:
-        as in `rank_search.search`; shares are its budgets. A team measures several linears at the same time.
+        as in `surgical.search`; shares are its budgets. A team measures several linears at the same time.
 
     Raises:
         ValueError: a score that is not finite or that refuses (names the site), a journal of another measurement,
@@ -146,7 +146,7 @@ def measure_sensitivity(
     Cost: sites x shares + 1 scores, one factorisation of each site.
     """
     shares = check_shares(shares, "shares")
-    every, units = choose_units(model, sites, joint)
+    every, units = select_units(model, sites, joint)
     rungs = [
         (unit, rank, share) for unit in units for rank, share in ladder_of(unit, shares, layout, rank_multiple).items()
     ]
@@ -158,22 +158,23 @@ def measure_sensitivity(
         "sites": describe_units(units),
     }
     with open_journal(journal, KIND, identity and {**identity, **settings}) as entries:
-        bench = Bench(model, spectra, score, entries, team)
-        dense = bench.dense()
+        scores = TrialScores(model, spectra, score, entries, team)
+        dense = scores.dense()
         taken: dict[tuple[str, int], Trial] = {}
-        left = []
+        remaining = []
         for unit, rank, share in rungs:
-            if bench.known(unit, rank) is None:
-                left.append((unit, rank, share))
+            if scores.known(unit, rank) is None:
+                remaining.append((unit, rank, share))
             else:
-                taken[unit.name, rank] = bench.trial(unit, share, rank)
-        bench.expect(
-            [(unit, share, rank) for unit, rank, share in bundle] for _, bundle in groupby(left, key=lambda one: one[0])
+                taken[unit.name, rank] = scores.trial(unit, share, rank)
+        scores.expect(
+            [(unit, share, rank) for unit, rank, share in bundle]
+            for _, bundle in groupby(remaining, key=lambda rung: rung[0])
         )
-        for unit, rank, share in track(left, "sensitivity", len(left)):
-            taken[unit.name, rank] = bench.trial(unit, share, rank)
+        for unit, rank, share in track(remaining, "sensitivity", len(remaining)):
+            taken[unit.name, rank] = scores.trial(unit, share, rank)
     trials = tuple(taken[unit.name, rank] for unit, rank, _ in rungs)
-    return Sensitivity(every, units, trials, dense, better, layout, bench.evaluations)
+    return Sensitivity(every, units, trials, dense, better, layout, scores.evaluations)
 
 
 def rank_by_sensitivity(

@@ -1,4 +1,4 @@
-"""Rank search: SFSD's surgical search, the smallest budget of one linear after another at which the score holds."""
+"""Surgical search (SFSD): for one linear after another, the smallest budget at which the model's score holds."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from transformers import PreTrainedModel
 from eckart.allocation.rank_plan import Ranking, RankPlan
 from eckart.allocation.search.trials import (
     SHARES,
-    Bench,
     Better,
-    Score,
+    ScoreModel,
     SearchInputs,
     Spectra,
     Team,
     Trial,
+    TrialScores,
     check_shares,
-    choose_units,
     describe_units,
     ladder_of,
     make_plan,
+    select_units,
 )
 from eckart.lowrank import Layout
 from eckart.models.sites import Site
@@ -46,8 +46,8 @@ class Tolerance:
         relative, lower is better:  s (1 + amount)^n        relative, higher is better:  s (1 - amount)^n
         absolute, lower is better:  s + n amount            absolute, higher is better:  s - n amount
 
-    with n = 1, or, `per_site`, the number of linears looked at so far with the one that is tried. A bar for the whole
-    model is spent on the first linears that are looked at; one that grows leaves something for every linear.
+    with n = 1, or, `per_site`, the number of linears looked at so far, the one that is tried included. A bar for the
+    whole model is used up by the first linears; one that grows has room for every linear.
 
     Attributes:
         amount: 0 lets nothing be lost; a negative one asks for a gain.
@@ -117,7 +117,7 @@ PERPLEXITY_TOLERANCE = Tolerance(0.005, relative=True, per_site=True)
 
 @dataclass(frozen=True)
 class Point:
-    """A place on the trade-off that a search walked: the model after one more linear was decided.
+    """A point on the trade-off between size and score: the model after one more linear was decided.
 
     Attributes:
         sites: linears decided so far.
@@ -136,7 +136,7 @@ class Point:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search decided, and the way there.
+    """The ranks that a search decided, and every step of it.
 
     Attributes:
         plan: the ranks. Linears that were looked at and stay dense are in it with None.
@@ -169,7 +169,7 @@ class SearchResult:
 def search(
     model: PreTrainedModel,
     spectra: Spectra,
-    score: Score,
+    score: ScoreModel,
     *,
     better: Better,
     tolerance: Tolerance,
@@ -215,20 +215,20 @@ def search(
         journal: a file of trials, a line each. The same search goes on after the last of them, and evaluates nothing
             twice; `stop` may differ, so that a target can be moved.
         identity: what makes the scores, for the journal's header: the model's name or digest, the method and its
-            settings, the calibration, the score's data. What this function is given besides is added.
-        team: measures instead of `score`, on models of its own: several budgets of a linear at the same time. Those
-            above the one that held are thrown away, so that the journal and the result are as without it.
-        track: shows the linears that are left, and the budgets of the one at hand.
+            settings, the calibration, the score's data. The other arguments of this function are added.
+        team: measures instead of `score`, on models of its own: several budgets of a linear at the same time. Scores of
+            budgets above the one that held are dropped, so that the journal and the result are as without a team.
+        track: shows the remaining linears, and the budgets of the current one.
 
     Raises:
         ValueError: a score that is not finite or that refuses (names the site), a journal of another search, budgets
             outside (0, 1), sites of another model.
 
-    Cost: up to sites x budgets + 1 scores; one factorisation of each site; memory for the kept factors beside the
-    dense weights.
+    Cost: up to sites x budgets + 1 scores; one factorisation of each site; memory for the kept factors in addition
+    to the dense weights.
     """
     budgets = check_shares(budgets)
-    every, units = choose_units(model, sites, joint)
+    every, units = select_units(model, sites, joint)
     units = tuple(reversed(units))
     settings = {
         "better": better,
@@ -240,34 +240,39 @@ def search(
     }
     ladders = {unit.name: ladder_of(unit, budgets, layout, rank_multiple) for unit in units}
     with open_journal(journal, KIND, identity and {**identity, **settings}) as entries, ExitStack() as kept:
-        bench = Bench(model, spectra, score, entries, team)
-        dense = bench.dense()
-        walk = _Walk(bench, ladders, _Bar(tolerance, dense, better), kept)
+        scores = TrialScores(model, spectra, score, entries, team)
+        dense = scores.dense()
+        decisions = _Decisions(scores, ladders, _Bar(tolerance, dense, better), kept)
         total = sum(site.num_params for site in every)
-        curve = [Point(0, total, 1.0, dense, bench.evaluations)]
+        curve = [Point(0, total, 1.0, dense, scores.evaluations)]
         trials: list[Trial] = []
 
         def decide(unit: Unit, shown: Track) -> None:
-            trial = walk.decide(unit, trials, shown)
+            trial = decisions.decide(unit, trials, shown)
             params, value = curve[-1].kept_params, curve[-1].score
             if trial is not None:
                 params, value = params + unit.num_stored(trial.rank, layout) - unit.num_params, trial.score
-            curve.append(Point(walk.looked_at, params, params / total, value, bench.evaluations))
+            curve.append(Point(decisions.looked_at, params, params / total, value, scores.evaluations))
 
-        def done() -> bool:
+        def small_enough() -> bool:
             return stop is not None and curve[-1].kept_params <= stop
 
-        left = list(units)
-        # What the journal answers takes no time. Among what is left it would make the time left look too short.
-        while left and not done() and walk.knows(left[0]):
-            decide(left.pop(0), silent)
-        if not done():
-            for unit in track(left, "rank search", len(left)):
+        remaining = list(units)
+        # What the journal answers takes no time: counted as progress, it would make the remaining time look too short.
+        while remaining and not small_enough() and decisions.knows(remaining[0]):
+            decide(remaining.pop(0), silent)
+        if not small_enough():
+            for unit in track(remaining, "rank search", len(remaining)):
                 decide(unit, track)
-                if done():
+                if small_enough():
                     break
     return SearchResult(
-        make_plan(every, units, walk.ranks, layout), tuple(curve), dense, bench.evaluations, tuple(trials), walk.order
+        make_plan(every, units, decisions.ranks, layout),
+        tuple(curve),
+        dense,
+        scores.evaluations,
+        tuple(trials),
+        decisions.order,
     )
 
 
@@ -325,7 +330,7 @@ def rank_surgically(
 
 @dataclass(frozen=True)
 class _Bar:
-    """Whether scores hold."""
+    """The tolerance for one dense score."""
 
     tolerance: Tolerance
     dense: float
@@ -335,14 +340,16 @@ class _Bar:
         return self.tolerance.holds(score, self.dense, self.better, looked_at)
 
 
-class _Walk:
-    """The decisions so far, and the model with what they kept.
+class _Decisions:
+    """The decisions so far, and the model with the cuts that they kept.
 
-    A cut that the journal answered for is put into the model only when something has to be measured after it.
+    A cut whose score came from the journal is put into the model only when something has to be measured after it.
     """
 
-    def __init__(self, bench: Bench, ladders: Mapping[str, Mapping[int, float]], bar: _Bar, kept: ExitStack) -> None:
-        self.bench, self.ladders, self.bar, self.kept = bench, ladders, bar, kept
+    def __init__(
+        self, scores: TrialScores, ladders: Mapping[str, Mapping[int, float]], bar: _Bar, kept: ExitStack
+    ) -> None:
+        self.scores, self.ladders, self.bar, self.kept = scores, ladders, bar, kept
         self.ranks: dict[str, int | None] = {}
         self.order: tuple[str, ...] = ()
         self._waiting: list[tuple[Unit, int]] = []
@@ -353,10 +360,10 @@ class _Walk:
         return len(self.order)
 
     def knows(self, unit: Unit) -> bool:
-        """Whether the journal answers all that has to be asked about the next unit."""
+        """Whether the journal has every score that the next unit's decision needs."""
         looked_at = self.looked_at + len(unit.sites)
         for rank in self.ladders[unit.name]:
-            score = self.bench.known(unit, rank)
+            score = self.scores.known(unit, rank)
             if score is None:
                 return False
             if self.bar.holds(score, looked_at):
@@ -364,20 +371,20 @@ class _Walk:
         return True
 
     def decide(self, unit: Unit, trials: list[Trial], track: Track) -> Trial | None:
-        """Ask about the next unit, budget after budget; the trial that held, or None where it stays dense.
+        """Try the next unit's budgets in turn; gives the trial that held, or None where it stays dense.
 
         Every trial is added to `trials`, in place.
         """
         looked_at = self.looked_at + len(unit.sites)
         ladder, held = self.ladders[unit.name], None
-        told = False
+        announced = False
         for rank in track(ladder, unit.name, len(ladder)):
-            if self.bench.known(unit, rank) is None and not told:
+            if self.scores.known(unit, rank) is None and not announced:
                 self._catch_up()
-                left = [each for each in ladder if each >= rank and self.bench.known(unit, each) is None]
-                self.bench.expect([[(unit, ladder[each], each)] for each in left])
-                told = True
-            trial = self.bench.trial(unit, ladder[rank], rank, lambda score: self.bar.holds(score, looked_at))
+                remaining = [each for each in ladder if each >= rank and self.scores.known(unit, each) is None]
+                self.scores.expect([[(unit, ladder[each], each)] for each in remaining])
+                announced = True
+            trial = self.scores.trial(unit, ladder[rank], rank, lambda score: self.bar.holds(score, looked_at))
             trials.append(trial)
             if self.bar.holds(trial.score, looked_at):
                 held = trial
@@ -389,5 +396,5 @@ class _Walk:
 
     def _catch_up(self) -> None:
         for unit, rank in self._waiting:
-            self.bench.keep(unit, rank, self.kept)
+            self.scores.keep(unit, rank, self.kept)
         self._waiting.clear()

@@ -22,11 +22,11 @@ from eckart.models.units import Unit, units_of
 from eckart.support.journal import Journal
 from eckart.support.progress import Track, silent
 
-# What a method made of each unit, by `Unit.name`. A callable may make it when it is asked for; searches ask for one
-# at a time and keep none.
+# The factorisation of each unit, by `Unit.name`. A callable computes it when asked; searches ask for one at a time and
+# keep none.
 Spectra = Mapping[str, Factored] | Callable[[str], Factored]
-# How good a model is, in one number.
-Score = Callable[[PreTrainedModel], float]
+# Gives how good a model is, in one number.
+ScoreModel = Callable[[PreTrainedModel], float]
 Better = Literal["lower", "higher"]
 # A unit and the rank that it is cut at.
 Placed = tuple[Unit, int]
@@ -37,11 +37,11 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 @contextmanager
 def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside, `modules` stand in place of those of the same names; afterwards those stand there again.
+    """Inside, `modules` replace the model's modules of the same names; afterwards the model's own are back.
 
-    Nothing is copied: the modules that stood there are remembered and put back, also when the block fails. A module
-    that somebody else put in one of the places meanwhile is left alone. To keep a trial that was good, enter it
-    again on an `ExitStack` that outlives the trial, or put it in for good with `replace_module`: both cost nothing.
+    Nothing is copied: the model's modules are remembered and put back, also when the block fails. A module that was
+    replaced again meanwhile is not touched. To keep a cut that was good, enter it again on an `ExitStack` that outlives
+    the trial, or put it in for good with `replace_module`: both cost nothing.
 
     Raises:
         AttributeError: the model has no module of such a name. Nothing was changed.
@@ -58,7 +58,7 @@ def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None
 
 
 def low_rank(model: nn.Module, unit: Unit, factored: Factored, rank: int) -> dict[str, nn.Module]:
-    """{site name: what stands there when the unit's spectrum is cut at `rank`}; the dense modules must stand in it.
+    """{site name: its module when the unit's spectrum is cut at `rank`}; the model must hold the dense modules.
 
     Two factors, whatever the layout of a plan: the pivoted layout computes the same.
 
@@ -90,7 +90,7 @@ def ladder_of(unit: Unit, shares: Sequence[float], layout: Layout = "plain", mul
     return ladder
 
 
-def measure(model: PreTrainedModel, score: Score, what: str) -> float:
+def measure(model: PreTrainedModel, score: ScoreModel, what: str) -> float:
     """The model's score.
 
     Args:
@@ -114,8 +114,8 @@ class Trial:
 
     Attributes:
         name: `Unit.name`.
-        share: of the unit's numbers that was asked for.
-        rank: what it came to.
+        share: of the unit's numbers, as asked for.
+        rank: the one that this share allows.
         score: of the model with this cut in it.
         seconds: that cut and score took.
     """
@@ -143,7 +143,7 @@ class Cuts:
         return self._last[1]
 
     def modules(self, unit: Unit, rank: int) -> dict[str, nn.Module]:
-        """What stands in the unit's places at this rank. The dense modules must stand in the model."""
+        """{site name: its module at this rank}. The model must hold the dense modules."""
         key = _key(unit, rank)
         if self._made is None or self._made[0] != key:
             self._made = None
@@ -153,7 +153,7 @@ class Cuts:
 
 
 class Team(Protocol):
-    """Models elsewhere, the same as the one at hand, that measure several trials at the same time."""
+    """Copies of the model elsewhere that measure several trials at the same time."""
 
     def expect(self, bundles: Iterable[Sequence[tuple[Placed, str]]]) -> None:
         """Trials that may be asked for next, with their names for messages, and no others: begin with the first.
@@ -162,22 +162,22 @@ class Team(Protocol):
         """
 
     def score(self, trial: Placed | None, what: str) -> tuple[float, float]:
-        """(score, seconds) of the model with all that is kept in it and the trial, or none."""
+        """(score, seconds) of the model with the kept cuts and the trial; None for the kept cuts alone."""
 
     def keep(self, trial: Placed) -> None:
-        """This cut stays in, of every trial that is expected or asked for from now on."""
+        """Leave this cut in the models for all trials from now on."""
 
 
 @dataclass(frozen=True)
 class SearchInputs:
-    """What a search for ranks works with.
+    """The inputs of a search for ranks.
 
     Attributes:
-        sites: those that share the budget. joint: input groups of theirs whose linears are cut as one.
-        outside: numbers in the compressible linears that are not among them.
+        sites: those that share the budget. joint: input groups among them whose linears are cut as one.
+        outside: numbers in the other compressible linears.
         score: measures a model. better: which way the score is good.
         identity: what makes the scores, for a journal's header.
-        journal: (kind of search, what tells this one from others of its kind) -> its file; None keeps none.
+        journal: (kind of search, settings of this one) -> its file; None keeps none.
         above: a search that ends above the budget gives its ranks, instead of refusing.
     """
 
@@ -186,7 +186,7 @@ class SearchInputs:
     joint: Collection[str]
     outside: int
     spectra: Spectra
-    score: Score
+    score: ScoreModel
     better: Better
     identity: Mapping[str, Any]
     journal: Callable[[str, Mapping[str, Any]], Path | None]
@@ -195,25 +195,25 @@ class SearchInputs:
     track: Track = silent
 
 
-class Bench:
-    """Scores of a model with one more cut in it, each written to a journal, which is asked first.
+class TrialScores:
+    """Scores of trials, i.e. of a model with one more cut; out of the journal, or measured and written there.
 
     Args:
-        team: measures instead of the model, to which nothing is done then; asked for what nobody expected as well.
+        team: measures instead of the model, which is not touched then; also trials that were not expected.
 
     Attributes:
-        evaluations: scores used so far, those that the journal answered included.
+        evaluations: scores used so far, those of the journal included.
     """
 
     def __init__(
-        self, model: PreTrainedModel, spectra: Spectra, score: Score, journal: Journal, team: Team | None = None
+        self, model: PreTrainedModel, spectra: Spectra, score: ScoreModel, journal: Journal, team: Team | None = None
     ) -> None:
         self.model, self.score, self.journal, self.team = model, score, journal, team
         self.cuts = Cuts(model, spectra)
         self.evaluations = 0
 
     def expect(self, bundles: Iterable[Sequence[tuple[Unit, float, int]]]) -> None:
-        """What may be asked for next, (unit, share, rank), by what needs the same factorisation: for a team to begin.
+        """Let a team begin with trials that may be asked for next: (unit, share, rank), bundled by factorisation.
 
         Without a team nothing is done.
         """
@@ -221,14 +221,14 @@ class Bench:
             self.team.expect([((unit, rank), _named(unit, share, rank)) for unit, share, rank in b] for b in bundles)
 
     def keep(self, unit: Unit, rank: int, kept: ExitStack) -> None:
-        """Leave a cut in the model, or the team's models, for the trials to come; the model's ends with `kept`."""
+        """Leave a cut in the model until `kept` closes, or in the team's models, for the trials to come."""
         if self.team is not None:
             self.team.keep((unit, rank))
         else:
             kept.enter_context(swapped(self.model, self.cuts.modules(unit, rank)))
 
     def dense(self) -> float:
-        """The score of the model as it stands before any trial."""
+        """The score of the model before any trial."""
         record = self.journal.find("dense")
         if record is None:
             score, seconds = self._measure(None, f"{type(self.model).__name__}, dense")
@@ -243,10 +243,10 @@ class Bench:
         return None if record is None else float(record["score"])
 
     def trial(self, unit: Unit, share: float, rank: int, holds: Callable[[float], bool] | None = None) -> Trial:
-        """The trial, out of the journal or measured. The model is as it was afterwards.
+        """The trial, from the journal or measured. The model is as it was afterwards.
 
         Args:
-            holds: whether a score is good enough, where something is decided by it; noted in the journal.
+            holds: whether a score is good enough, where that decides something; noted in the journal.
         """
         record = self.journal.find(_key(unit, rank))
         if record is None:
@@ -273,7 +273,7 @@ def planned(model: PreTrainedModel, plan: RankPlan, spectra: Spectra) -> Iterato
     """Inside, the model is cut as the plan says; afterwards it is as it was. For measuring a plan without a copy.
 
     Raises:
-        ValueError, DecompositionError: as `low_rank`; or there is no spectrum of a planned unit.
+        ValueError, DecompositionError: as `low_rank`; or a planned unit has no spectrum.
     """
     cuts, modules = Cuts(model, spectra), dict[str, nn.Module]()
     for unit in plan.units:
@@ -284,25 +284,27 @@ def planned(model: PreTrainedModel, plan: RankPlan, spectra: Spectra) -> Iterato
         yield
 
 
-def choose_units(
+def select_units(
     model: PreTrainedModel, sites: Sequence[Site] | None, joint: Collection[str]
 ) -> tuple[tuple[Site, ...], tuple[Unit, ...]]:
-    """Every site of the model, and the chosen ones as units, both in the model's order. None chooses all.
+    """Every site of the model, and the selected ones as units, both in the model's order. None selects all.
 
     Raises:
-        ValueError: a chosen site is none of the model's, only a part of a joint group is chosen, or none at all.
+        ValueError: a selected site is not the model's, a joint group is selected in part, or nothing is selected.
     """
     every = find_sites(model)
-    chosen = every if sites is None else tuple(site for site in every if site in set(sites))
-    strange = set(sites or ()) - set(every)
-    if strange:
-        raise ValueError(f"{min(site.name for site in strange)} is no site of this model")
-    if not chosen:
-        raise ValueError("no site is chosen: leave sites out for all")
+    selected = every if sites is None else tuple(site for site in every if site in set(sites))
+    unknown = set(sites or ()) - set(every)
+    if unknown:
+        raise ValueError(f"{min(site.name for site in unknown)} is no site of this model")
+    if not selected:
+        raise ValueError("no site is selected: leave sites out for all")
     for site in every:
-        if site not in chosen and any(site.input_group in joint and site.input_group == c.input_group for c in chosen):
-            raise ValueError(f"{site.name} is joint with sites that are chosen; choose it as well")
-    return every, units_of(chosen, joint)
+        if site not in selected and any(
+            site.input_group in joint and site.input_group == c.input_group for c in selected
+        ):
+            raise ValueError(f"{site.name} is joint with selected sites; select it as well")
+    return every, units_of(selected, joint)
 
 
 def describe_units(units: Sequence[Unit]) -> list[list[Any]]:
@@ -313,7 +315,7 @@ def describe_units(units: Sequence[Unit]) -> list[list[Any]]:
 def make_plan(
     sites: tuple[Site, ...], units: Sequence[Unit], ranks: Mapping[str, int | None], layout: Layout
 ) -> RankPlan:
-    """The plan in which every site of a unit has the unit's rank; units without an entry are left out, hence dense."""
+    """The plan in which every site of a unit has the unit's rank; units without an entry stay dense."""
     return RankPlan(
         sites,
         {site.name: ranks[unit.name] for unit in units if unit.name in ranks for site in unit.sites},
@@ -346,5 +348,5 @@ def _key(unit: Unit, rank: int) -> str:
 
 
 def seconds_since(start: float) -> float:
-    """Since a `time.perf_counter()`, in milliseconds' precision."""
+    """Seconds since a `time.perf_counter()`, rounded to milliseconds."""
     return round(time.perf_counter() - start, 3)

@@ -1,4 +1,4 @@
-"""Base: what an engine does, and the requests that it is given. An engine is where work runs.
+"""Base: what an engine does, and the requests to it. An engine is where work runs.
 
 Wherever that is, the numbers are the same. Each engine is a file of its own and a row of `choose.ENGINES`.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eckart.allocation.search.loss_weights import Spread
-from eckart.allocation.search.trials import Score, Team
+from eckart.allocation.search.trials import ScoreModel, Team
 from eckart.calibration.moments import BlockCalibration
 from eckart.compression.cuts import Cut, CutRequest, FactorRequest
 from eckart.data.tokens import Tokens
@@ -27,7 +27,7 @@ from eckart.models.sites import Site
 from eckart.models.units import Unit
 from eckart.support.progress import Track, silent
 
-# Makes the moments of a model's blocks anew each time it is called; None where none are needed.
+# Computes the moments of a model's blocks anew at each call; None where none are needed.
 Blocks = Callable[[], Iterable[BlockCalibration]] | None
 
 
@@ -72,8 +72,8 @@ class EvaluationRequest:
 
     Attributes:
         subject: the model, and what it is compared with.
-        tasks: in the order in which results are wanted.
-        setup: what changes no number.
+        tasks: in the order of the results.
+        setup: settings that change no number.
     """
 
     subject: Subject
@@ -101,12 +101,12 @@ class Engine(ABC):
         """Each unit, in order, and its `Factored.tails`, in main memory."""
 
     @abstractmethod
-    def team(self, request: SearchRequest, score: Score) -> AbstractContextManager[Team | None]:
-        """Who measures a search's trials, for the block; None is the search itself."""
+    def team(self, request: SearchRequest, score: ScoreModel) -> AbstractContextManager[Team | None]:
+        """A team that measures a search's trials, for the block; None: the search measures them itself."""
 
     @abstractmethod
     def probing(self, request: SearchRequest) -> AbstractContextManager[Spread | None]:
-        """Who carries out probes, for the block; None is `probe_linears` itself."""
+        """What carries out probes, for the block; None: `probe_linears` does it itself."""
 
     @abstractmethod
     def outcomes(self, request: EvaluationRequest) -> Iterator[EvalResult | ValueError]:

@@ -20,9 +20,9 @@ class Backend:
     """A place where work can run.
 
     Attributes:
-        about: that place, for the help of commands.
-        opener: "module:function". The function is given an address and a number of workers, both may be None, and
-            gives the engine, for a `with` block. It refuses what it cannot use with a ValueError.
+        about: the place in words, for the help of commands.
+        opener: "module:function". The function takes an address and a number of workers, either may be None, and gives
+            the engine, for a `with` block. It raises ValueError for what it cannot use.
     """
 
     about: str
@@ -33,7 +33,7 @@ ENGINES: dict[str, Backend] = {
     "local": Backend("this process", "eckart.runs.engine.local:open_here"),
     "ray": Backend("a worker for each core of a Ray cluster", "eckart.runs.engine.on_cluster:open_on_cluster"),
 }
-# Where work runs if nobody says.
+# Where work runs by default.
 DEFAULT = next(iter(ENGINES))
 
 

@@ -1,12 +1,12 @@
 """Cluster: functions run by the workers of a Ray cluster. The only file that knows Ray, which is an optional extra.
 
-Work is given out in three ways: `streams` (calls that give one answer after another, all at the same time), `crew`
+Work is distributed in three ways: `streams` (calls that give one answer after another, all at the same time), `crew`
 (workers that each hold something) and `spread` (a crew that holds a function). What a lost worker was at Ray runs
 again, on another machine where its own is gone. Every worker computes on one thread: there is one for each core, and
 several threads each would wait for each other. A worker takes seconds to start, so that those of crews stay.
 
-Streams and crews hold no core of Ray's. They are given their machines here, one for every core, and may wait for each
-other: where a machine is lost, those that were on it must find room on what is left, or the others wait for ever.
+Streams and crews hold no core of Ray's. They are assigned to machines here, one for every core, and may wait for each
+other: where a machine is lost, those that were on it must find room on the remaining ones, or the others wait for ever.
 """
 
 from __future__ import annotations
@@ -93,12 +93,12 @@ class Cluster:
     """The cluster that this process has joined.
 
     Attributes:
-        wanted: how many workers; None is one for each of its cores.
+        requested: how many workers; None is one for each of its cores.
     """
 
     def __init__(self, workers: int | None = None) -> None:
         self._ray = _ray()
-        self.wanted = workers
+        self.requested = workers
         self._known: dict[Callable[..., Any], Any] = {}
         self._members: list[Any] = []
         _let_tensors_travel()
@@ -148,7 +148,7 @@ class Cluster:
         """Workers that each hold what `make` makes, and answer with it.
 
         Args:
-            make: called by each worker when it is first asked, and again by the one that stands in for a lost one.
+            make: called by each worker when it is first asked, and again by one that replaces a lost worker.
             size: how many; None is all.
         """
         size = size or self.workers
@@ -233,8 +233,8 @@ class Cluster:
         )
         if not cores:
             raise ClusterError("the cluster has no core to work on: `ray status` shows what it has")
-        wanted = (self.wanted or len(cores)) if count is None else count
-        return [NodeAffinitySchedulingStrategy(cores[n % len(cores)][1], soft=True) for n in range(wanted)]
+        total = (self.requested or len(cores)) if count is None else count
+        return [NodeAffinitySchedulingStrategy(cores[n % len(cores)][1], soft=True) for n in range(total)]
 
 
 class Crew:
@@ -267,25 +267,25 @@ class Crew:
 
         An error is raised when its item's turn has come.
         """
-        free, given = list(range(self.size)), 0
+        free, sent = list(range(self.size)), 0
         tickets: dict[int, Any] = {}
         members: dict[Any, int] = {}
         for turn in range(len(items)):
             while turn not in tickets or tickets[turn] in members:
-                while free and given < len(items):
+                while free and sent < len(items):
                     member = free.pop(0)
-                    tickets[given] = self.ask(member, items[given])
-                    members[tickets[given]] = member
-                    given += 1
+                    tickets[sent] = self.ask(member, items[sent])
+                    members[tickets[sent]] = member
+                    sent += 1
                 for ticket in self.ready(list(members)):
                     free.append(members.pop(ticket))
             yield self.get(tickets.pop(turn))
 
     def dismiss(self) -> None:
         """Let the members go: they stay for the next crew, but for those that are still at what nobody waits for."""
-        done = self.cluster.ready(list(self._last.values()), within=GRACE)
+        answered = self.cluster.ready(list(self._last.values()), within=GRACE)
         for number, ticket in self._last.items():
-            if ticket in done:
+            if ticket in answered:
                 self._members[number].drop.remote()
             else:
                 self.cluster.dismiss(self._members[number])
@@ -329,7 +329,7 @@ class _Member:
         return self._answer(item)
 
     def drop(self) -> None:
-        """Let go of what was made."""
+        """Let go of the crew's function."""
         self._answer = self._make = None
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from eckart.allocation.search.loss_weights import Spread
-from eckart.allocation.search.trials import Score, Team
+from eckart.allocation.search.trials import ScoreModel, Team
 from eckart.calibration.moments import BlockCalibration, calibrate_by_block, gather_gradients
 from eckart.compression.cuts import Cut, CutRequest, FactorRequest, cut_units, factor_units
 from eckart.evals.result import EvalResult
@@ -47,7 +47,7 @@ class Here(Engine):
             yield unit, factored.tails().cpu()
 
     @contextmanager
-    def team(self, request: SearchRequest, score: Score) -> Iterator[Team | None]:
+    def team(self, request: SearchRequest, score: ScoreModel) -> Iterator[Team | None]:
         """See `Engine`."""
         yield None
 
@@ -70,7 +70,7 @@ def open_here(address: str | None = None, workers: int | None = None) -> Iterato
     """This process, for the block.
 
     Args:
-        workers: not taken up: what evaluations do at a time is said in their `Setup`.
+        workers: not used: an evaluation's `Setup` says how much it does at a time.
 
     Raises:
         ValueError: an address, which this process has not.

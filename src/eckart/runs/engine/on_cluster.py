@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from eckart.allocation import RankPlan
 from eckart.allocation.search.loss_weights import Spread
-from eckart.allocation.search.trials import Score, Spectra, Team
+from eckart.allocation.search.trials import ScoreModel, Spectra, Team
 from eckart.calibration.cache import Store
 from eckart.calibration.moments import BlockCalibration, calibration_digest, check_readable, gather_gradients
 from eckart.compression.cuts import Cut, CutRequest, FactorRequest, cut_units
@@ -100,7 +100,7 @@ class OnCluster(Engine):
             yield from losses
 
     @contextmanager
-    def team(self, request: SearchRequest, score: Score) -> Iterator[Team | None]:
+    def team(self, request: SearchRequest, score: ScoreModel) -> Iterator[Team | None]:
         """See `Engine`."""
         with self.cluster.crew(with_own_model(self.cluster, request, partial(Scorer, score=score))) as crew:
             yield ClusterTeam(crew)
@@ -126,17 +126,17 @@ class OnCluster(Engine):
         subject, tasks, setup = request.subject, request.tasks, request.setup
         places = [place for place, task in enumerate(tasks) if not find_task(task.name).alone]
         evaluator = _Evaluator.of(subject, replace(setup, workers=1, track=silent))
-        done: dict[int, EvalResult | ValueError] = {}
+        finished: dict[int, EvalResult | ValueError] = {}
         with self.cluster.crew(lambda: evaluator, min(self.cluster.workers, max(1, len(places)))) as crew:
             answers = crew.answers([tasks[place] for place in places])
             coming = zip(places, setup.track(answers, "evaluations", len(places)), strict=True)
             for place, task in enumerate(tasks):
                 if find_task(task.name).alone:
-                    done.update(coming)
-                    done[place] = outcome_of(subject, task, setup)
-                while place not in done:
-                    done.update([next(coming)])
-                yield done.pop(place)
+                    finished.update(coming)
+                    finished[place] = outcome_of(subject, task, setup)
+                while place not in finished:
+                    finished.update([next(coming)])
+                yield finished.pop(place)
 
 
 @contextmanager

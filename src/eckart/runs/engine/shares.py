@@ -31,7 +31,7 @@ S = TypeVar("S", InputMoments, GradientMoments)
 
 @dataclass(frozen=True)
 class Portion:
-    """What one worker is given of a calibration.
+    """One worker's part of a calibration.
 
     Attributes:
         source: the model.
@@ -112,7 +112,7 @@ def calibrate_on(
 
     Args:
         sites: those of the request, or all.
-        store: has the blocks that are there already, and gets the others.
+        store: blocks that are calibrated already are read from it, and the others written to it.
     """
     numbers = sorted({site.block for site in sites})
     missing = [number for number in numbers if not (store and store.holds(number))]
@@ -175,10 +175,10 @@ def gather_shares(portion: Portion) -> Iterator[dict[str, GradientMoments]]:
         return collect_gradients(model, rows, portion.sites, portion.needs, after=before)
 
     single = [range(number, number + 1) for number in portion.shares]
-    made = [put_together(branch, single, gather) for branch in portion.branches]
+    sums = [put_together(branch, single, gather) for branch in portion.branches]
     for block in portion.blocks:
         names = [site.name for site in portion.sites if site.block == block]
-        for branch in made:
+        for branch in sums:
             yield {name: branch.pop(name) for name in names}
 
 
@@ -191,7 +191,7 @@ def _portions(cluster: Cluster, whole: Portion) -> list[Portion]:
 
 
 def _collect(tokens: Tokens, portions: Sequence[Portion], streams: Sequence[Iterator[dict[str, S]]]) -> dict[str, S]:
-    """The next block's statistics, out of the branches that the workers made."""
+    """The next block's statistics, added up from the workers' branches."""
     makers: Mapping[range, Iterator[dict[str, S]]] = {
         branch: stream for portion, stream in zip(portions, streams, strict=True) for branch in portion.branches
     }

@@ -1,7 +1,7 @@
 """Teams: trials that several workers measure at the same time, each on a model of its own.
 
-A search asks for one trial after the other and says beforehand which it may ask for. The workers that have nothing to
-do take those, and what is not asked for in the end is thrown away. So the search decides as it would alone.
+A search asks for one trial after another and says beforehand which it may ask for. Free workers measure those, and
+scores that are not asked for in the end are dropped. So the search decides as it would alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from eckart.allocation.search.trials import Cuts, Placed, Score, Spectra, measure, seconds_since, swapped
+from eckart.allocation.search.trials import Cuts, Placed, ScoreModel, Spectra, measure, seconds_since, swapped
 from eckart.calibration.moments import BlockCalibration
 from eckart.compression.spectra import spectra_on_demand
 from eckart.lowrank import Method
@@ -31,7 +31,7 @@ class TrialRequest:
 
     Attributes:
         decided: cuts of which the search is sure; they stay in the worker's model.
-        trial: one more cut; None is the model as it stands.
+        trial: one more cut; None: the model with the decided cuts alone.
         what: names it in messages.
     """
 
@@ -41,12 +41,12 @@ class TrialRequest:
 
 
 class Scorer:
-    """What a worker does: it scores its model with cuts in it. Gives (score, seconds).
+    """Scores a worker's model with cuts in it; calling it gives (score, seconds).
 
-    A worker that stands in for a lost one puts in everything that was decided, when it is first asked.
+    A worker that replaces a lost one puts in every decided cut when it is first asked.
     """
 
-    def __init__(self, model: PreTrainedModel, spectra: Spectra, score: Score) -> None:
+    def __init__(self, model: PreTrainedModel, spectra: Spectra, score: ScoreModel) -> None:
         self.model, self.score = model, score
         self.cuts = Cuts(model, spectra)
         self._decided: tuple[Placed, ...] = ()
@@ -110,10 +110,10 @@ class ClusterTeam:
 
     def _wait(self, *tickets: Any) -> set[Any]:
         """Wait until a ticket or a member's last one is answered, and give those who are free more to do."""
-        done = self.crew.ready(list({*tickets, *(ticket for ticket in self._busy if ticket is not None)}))
-        self._busy = [None if ticket in done else ticket for ticket in self._busy]
+        answered = self.crew.ready(list({*tickets, *(ticket for ticket in self._busy if ticket is not None)}))
+        self._busy = [None if ticket in answered else ticket for ticket in self._busy]
         self._give_out()
-        return done
+        return answered
 
     def _give_out(self) -> None:
         for member in self._free():
