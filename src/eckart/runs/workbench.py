@@ -105,7 +105,7 @@ class Workbench:
         row = composition.allocation.row
         if row.same_share and recipe.keep is not None:
             return Ranking(make_plan(self.model, recipe))
-        return rank(composition, recipe.budget, self.bench(), rank_multiple=recipe.rank_multiple)
+        return rank(composition, recipe.budget, self.allocation_inputs(), rank_multiple=recipe.rank_multiple)
 
     def allocation_inputs(self) -> AllocationInputs:
         """The inputs of the recipe's allocation."""

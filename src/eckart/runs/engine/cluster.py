@@ -1,9 +1,9 @@
 """Cluster: functions run by the workers of a Ray cluster. The only file that knows Ray, which is an optional extra.
 
 Work is distributed in three ways: `streams` (calls that give one answer after another, all at the same time), `crew`
-(workers that each hold something) and `spread` (a crew that holds a function). What a lost worker was at Ray runs
-again, on another machine where its own is gone. Every worker computes on one thread: there is one for each core, and
-several threads each would wait for each other. A worker takes seconds to start, so that those of crews stay.
+(workers that each hold something) and `spread` (a crew that holds a function). Ray repeats the task of a lost
+worker, on another machine where its own is gone. Every worker computes on one thread: there is one for each core, and
+several threads each would wait for each other. A worker takes seconds to start, so a crew's are kept for the next.
 
 Streams and crews hold no core of Ray's. They are assigned to machines here, one for every core, and may wait for each
 other: where a machine is lost, those that were on it must find room on the remaining ones, or the others wait for ever.
@@ -31,13 +31,13 @@ T = TypeVar("T")
 # Makes what a worker answers with: called by each worker of a crew.
 Make = Callable[[], Callable[[Any], Any]]
 
-# How often what a lost worker was at is run again. A machine that is short of memory kills again and again.
+# How often a lost worker's task is repeated. A machine that is short of memory kills again and again.
 RETRIES = 3
 # Answers that a stream makes before they are asked for: the next one, while the last is worked on.
 AHEAD = 2
 # Seconds in which a cluster has to answer. Ray itself would try for two minutes, and then end the process.
 PATIENCE = 15.0
-# Seconds that a worker may go on with what nobody waits for any more: a new one takes as long to start.
+# Seconds that a worker may go on with a task that nobody waits for: a new worker takes as long to start.
 GRACE = 10.0
 ONE_THREAD = {"env_vars": dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")}
 # Numbers that numpy has no type for travel as integers of their size.
@@ -109,7 +109,7 @@ class Cluster:
         return len(self._places())
 
     def spread(self, function: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T]:
-        """function(item) of every item, in their order, each by whoever is free.
+        """function(item) of every item, in their order, each computed by a free worker.
 
         Raises:
             ClusterError: one lost its workers too often. What the function raises is raised as it is.
@@ -145,7 +145,7 @@ class Cluster:
 
     @contextmanager
     def crew(self, make: Make, size: int | None = None) -> Iterator[Crew]:
-        """Workers that each hold what `make` makes, and answer with it.
+        """Workers that each hold a function, made by `make`, and answer with it.
 
         Args:
             make: called by each worker when it is first asked, and again by one that replaces a lost worker.
@@ -263,7 +263,7 @@ class Crew:
         return self.cluster.ready(tickets)
 
     def answers(self, items: Sequence[Any]) -> Iterator[Any]:
-        """The answers to all items, in their order. Who has answered takes the next.
+        """The answers to all items, in their order. A member that has answered takes the next item.
 
         An error is raised when its item's turn has come.
         """
@@ -282,7 +282,7 @@ class Crew:
             yield self.get(tickets.pop(turn))
 
     def dismiss(self) -> None:
-        """Let the members go: they stay for the next crew, but for those that are still at what nobody waits for."""
+        """Release the members for the next crew, except those still busy with a task that nobody waits for."""
         answered = self.cluster.ready(list(self._last.values()), within=GRACE)
         for number, ticket in self._last.items():
             if ticket in answered:

@@ -86,7 +86,7 @@ class OnCluster(Engine):
         )
 
     def cut_units(self, request: CutRequest) -> Iterator[tuple[Unit, Cut]]:
-        """See `Engine`. Spectra that are kept are made here; so is a lone cut that an anchored walk waits for."""
+        """See `Engine`. Computed here: spectra to keep, and a single cut that an anchored walk waits for."""
         bundles = list(_bundles(request.factor))
         if request.spectra is not None or (request.factor.method.anchor is not None and len(bundles) == 1):
             yield from cut_units(request)
@@ -119,7 +119,7 @@ class OnCluster(Engine):
         yield spread
 
     def outcomes(self, request: EvaluationRequest) -> Iterator[EvalResult | ValueError]:
-        """See `Engine`. What times the model runs here, when all others are done: they would be timed with it.
+        """See `Engine`. A task that measures time runs in this process, alone, once the other tasks are finished.
 
         A refusal begins with the name of its task.
         """
@@ -147,9 +147,9 @@ def open_on_cluster(address: str | None = None, workers: int | None = None) -> I
 
 
 def _bundles(request: FactorRequest) -> Iterator[FactorRequest]:
-    """The units in order, by the root that they share; those of a method whose roots are no one else's, one by one.
+    """The units in order, grouped by the root that they share; one by one for a method whose roots are not shared.
 
-    Each with its own moments and weights alone, so that little travels.
+    Each bundle has its own moments and weights alone, so that little is sent.
     """
     method, part = request.method, request.part
     alone = method.needs_gradients or method.stage.root is None
@@ -180,7 +180,7 @@ def _losses(bundle: FactorRequest) -> list[tuple[Unit, Tensor]]:
 
 @dataclass(frozen=True)
 class _Evaluator:
-    """What a worker does with a task.
+    """Evaluates tasks on a worker.
 
     Attributes:
         model, reference: those of the subject, which the worker loads itself.

@@ -1,8 +1,8 @@
 """Shares: a calibration cut into shares of its samples that workers take, and put together in one fixed order.
 
-How many shares there are is decided by the samples, and never by the workers. Their statistics are added in the order
+The number of samples decides how many shares there are, never the workers. Their statistics are added in the order
 of a tree that halves the shares again and again, and a worker that has all of a branch adds it up itself. So the sums
-are the same to the last bit however many workers there are, and little travels.
+are the same to the last bit for any number of workers, and little is sent.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def gather_on(
 
 
 def walk_shares(portion: Portion) -> Iterator[dict[str, InputMoments]]:
-    """What a worker makes of its portion: of one block after another, the moments of one branch after another."""
+    """A worker's moments of its portion: block after block, and in each branch after branch."""
     model = portion.source.load()
     walks = {
         number: calibrate_by_block(
@@ -167,7 +167,7 @@ def walk_shares(portion: Portion) -> Iterator[dict[str, InputMoments]]:
 
 
 def gather_shares(portion: Portion) -> Iterator[dict[str, GradientMoments]]:
-    """What a worker makes of its portion: of one block after another, the gradients of one branch after another."""
+    """A worker's gradient statistics of its portion: block after block, and in each branch after branch."""
     model = portion.source.load()
 
     def gather(share: range) -> dict[str, GradientMoments]:

@@ -32,7 +32,7 @@ class Source:
         """Where this model was loaded from.
 
         Raises:
-            ValueError: nowhere: it was made in memory; or it is on a GPU, and workers compute on the CPU.
+            ValueError: it was made in memory, or is on a GPU, and workers compute on the CPU.
         """
         path = str(model.name_or_path)
         if not path:
