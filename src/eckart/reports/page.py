@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from eckart.reports.charts import Chart, View
 from eckart.reports.figures import all_figures
+from eckart.reports.formats import finite
 from eckart.reports.palette import DARK
 from eckart.reports.runs import Collection, Run, read_runs
 from eckart.reports.tables import Table, environments, incomplete, paper_table, summary
@@ -79,19 +80,10 @@ def render(collection: Collection, *, title: str | None = None, baseline: str | 
 
 def script_json(data: Any) -> str:
     """JSON that is safe inside a script element: null for NaN and infinity, nothing that ends the element."""
-    text = json.dumps(_finite(data), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(finite(data), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
-
-
-def _finite(value: Any) -> Any:
-    """Plain data with null for every number that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _chart_data(chart: Chart) -> dict[str, Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from eckart.evals.result import CHECK, Score
-from eckart.reports.formats import MISSING, percent, score, with_error
+from eckart.reports.formats import MISSING, finite, percent, score, with_error
 from eckart.reports.pitfalls import Answers, Difference, Relation, WonBack, answer
 from eckart.reports.profiles import probings
 from eckart.reports.resampling import Estimate
@@ -201,7 +200,7 @@ def _recovered(recoveries: Sequence[WonBack]) -> Section:
 
 def answers_data(answers: Answers) -> dict[str, Any]:
     """The answers as plain data: every number in full, null for what is not finite."""
-    return _plain(
+    return finite(
         {
             "baseline": answers.baseline,
             "relations": [
@@ -225,14 +224,6 @@ def answers_data(answers: Answers) -> dict[str, Any]:
             "sentences": {section.slug: section.sentences for section in sections(answers)},
         }
     )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _columns(name: str) -> tuple[Column, ...]:
