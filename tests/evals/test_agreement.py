@@ -31,13 +31,13 @@ def test_counts_by_hand() -> None:
     dense = result_of([0, 1, 2, 0, 1, 3, 0, 1], [1, 1, 0, 0, 0, 1, 1, 0])
     compressed = result_of([0, 2, 2, 1, 0, 3, 1, 3], [1, 0, 0, 1, 0, 1, 0, 0])
     # Answers differ at 1 (unlearned), 3 (learned), 4 (wrong both times), 6 (unlearned), 7 (wrong both times).
-    found = agreement(dense, compressed)
-    assert (found.task, found.metric, found.better, found.n) == ("agreement:boolq", "disagreement", "lower", 8)
-    assert found.value == 5 / 8
-    assert found.stderr == pytest.approx(math.sqrt(5 / 8 * 3 / 8 / 7))
-    assert found.examples == [0, 1, 0, 1, 1, 0, 1, 1]
-    assert found.details == {"learned": [3], "unlearned": [1, 6]}
-    values = {name: score.value for name, score in found.scores.items()}
+    result = agreement(dense, compressed)
+    assert (result.task, result.metric, result.better, result.n) == ("agreement:boolq", "disagreement", "lower", 8)
+    assert result.value == 5 / 8
+    assert result.stderr == pytest.approx(math.sqrt(5 / 8 * 3 / 8 / 7))
+    assert result.examples == [0, 1, 0, 1, 1, 0, 1, 1]
+    assert result.details == {"learned": [3], "unlearned": [1, 6]}
+    values = {name: score.value for name, score in result.scores.items()}
     assert values == pytest.approx(
         {
             "accuracy.dense": 4 / 8,
@@ -50,10 +50,10 @@ def test_counts_by_hand() -> None:
     )
     # The differences are -1 twice, 1 once, 0 five times, around a mean of -1/8.
     squares = 2 * (-1 + 1 / 8) ** 2 + (1 + 1 / 8) ** 2 + 5 * (1 / 8) ** 2
-    assert found.scores["delta"].stderr == pytest.approx(math.sqrt(squares / 7 / 8))
-    assert found.scores["accuracy.dense"].stderr == pytest.approx(math.sqrt(1 / 4 / 7))
-    assert found.settings == dense.settings
-    assert EvalResult.from_json(found.to_json()) == found
+    assert result.scores["delta"].stderr == pytest.approx(math.sqrt(squares / 7 / 8))
+    assert result.scores["accuracy.dense"].stderr == pytest.approx(math.sqrt(1 / 4 / 7))
+    assert result.settings == dense.settings
+    assert EvalResult.from_json(result.to_json()) == result
 
 
 @pytest.mark.parametrize(
@@ -63,19 +63,19 @@ def test_mcnemars_test_by_hand(learned: int, unlearned: int, expected: float) ->
     """Two-sided: twice the tail of the binomial with one half, at most 1."""
     before = [0.0] * learned + [1.0] * unlearned + [1.0]
     after = [1.0] * learned + [0.0] * unlearned + [1.0]
-    found = agreement(result_of(before, before), result_of(after, after))
-    assert found.read("p_value") == pytest.approx(expected)
-    assert found.scores["p_value"].n == learned + unlearned
+    result = agreement(result_of(before, before), result_of(after, after))
+    assert result.read("p_value") == pytest.approx(expected)
+    assert result.scores["p_value"].n == learned + unlearned
 
 
 @st.composite
 def pairs(draw: st.DrawFn) -> tuple[EvalResult, EvalResult]:
     golds = draw(st.lists(st.integers(0, 3), min_size=1, max_size=40))
-    found = []
+    results = []
     for _ in range(2):
         answers = [draw(st.integers(0, 3)) for _ in golds]
-        found.append(result_of(answers, [float(answer == gold) for answer, gold in zip(answers, golds, strict=True)]))
-    return found[0], found[1]
+        results.append(result_of(answers, [float(answer == gold) for answer, gold in zip(answers, golds, strict=True)]))
+    return results[0], results[1]
 
 
 @given(pairs())
@@ -101,14 +101,14 @@ def test_laws(pair: tuple[EvalResult, EvalResult]) -> None:
 
 @given(pairs())
 def test_a_result_agrees_with_itself(pair: tuple[EvalResult, EvalResult]) -> None:
-    found = agreement(pair[0], pair[0])
-    assert found.value == found.read("delta") == found.read("learned") == found.read("unlearned") == 0
-    assert found.read("p_value") == 1
+    result = agreement(pair[0], pair[0])
+    assert result.value == result.read("delta") == result.read("learned") == result.read("unlearned") == 0
+    assert result.read("p_value") == 1
 
 
 def test_answers_may_be_anything_that_json_holds() -> None:
-    found = agreement(result_of(["yes", [1, 2]], [1, 0]), result_of(["yes", [1, 3]], [1, 0]))
-    assert found.examples == [0, 1]
+    result = agreement(result_of(["yes", [1, 2]], [1, 0]), result_of(["yes", [1, 3]], [1, 0]))
+    assert result.examples == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,12 @@ def constant_model(logits: torch.Tensor) -> Any:
 @pytest.mark.parametrize("model_type", DECODERS)
 def test_a_model_does_not_diverge_from_itself(model_type: str) -> None:
     stream = stream_of(40)
-    found = divergence(tiny_model(model_type), tiny_model(model_type), stream, length=10)
-    assert (found.value, found.stderr) == (0, 0)
-    assert found.read("top1") == found.read("top5") == 1
-    assert found.read("log_perplexity.change") == 0
-    assert found.scores.get("top1_where_right") is None or found.read("top1_where_right") == 1
-    assert found.read("log_perplexity") == pytest.approx(
+    result = divergence(tiny_model(model_type), tiny_model(model_type), stream, length=10)
+    assert (result.value, result.stderr) == (0, 0)
+    assert result.read("top1") == result.read("top5") == 1
+    assert result.read("log_perplexity.change") == 0
+    assert result.scores.get("top1_where_right") is None or result.read("top1_where_right") == 1
+    assert result.read("log_perplexity") == pytest.approx(
         math.log(perplexity(tiny_model(model_type), stream, length=10).value)
     )
 
@@ -77,37 +77,37 @@ def test_equals_a_loop_by_hand(model_type: str) -> None:
             theirs_nll -= math.log(theirs[window[position]])
         rows.append([value / 8 for value in (kl, same, shared, right, both, ours_nll, theirs_nll)])
     kl, same, shared, right, both, ours_nll, theirs_nll = torch.tensor(rows, dtype=torch.float64).T
-    found = divergence(model, reference, stream, length=9)
-    assert found.examples == pytest.approx(kl.tolist(), abs=1e-5)
-    assert found.value == pytest.approx(float(kl.mean()), abs=1e-5)
-    assert found.value > 1e-3
-    assert found.stderr == pytest.approx(float(kl.std()) / 2, abs=1e-5)
-    assert found.read("top1") == pytest.approx(float(same.mean()))
-    assert found.read("top5") == pytest.approx(float(shared.mean()))
-    assert found.read("log_perplexity") == pytest.approx(float(ours_nll.mean()), abs=1e-5)
-    assert found.read("log_perplexity.reference") == pytest.approx(float(theirs_nll.mean()), abs=1e-5)
+    result = divergence(model, reference, stream, length=9)
+    assert result.examples == pytest.approx(kl.tolist(), abs=1e-5)
+    assert result.value == pytest.approx(float(kl.mean()), abs=1e-5)
+    assert result.value > 1e-3
+    assert result.stderr == pytest.approx(float(kl.std()) / 2, abs=1e-5)
+    assert result.read("top1") == pytest.approx(float(same.mean()))
+    assert result.read("top5") == pytest.approx(float(shared.mean()))
+    assert result.read("log_perplexity") == pytest.approx(float(ours_nll.mean()), abs=1e-5)
+    assert result.read("log_perplexity.reference") == pytest.approx(float(theirs_nll.mean()), abs=1e-5)
     change = ours_nll - theirs_nll
-    assert found.read("log_perplexity.change") == pytest.approx(float(change.mean()), abs=1e-5)
-    assert found.scores["log_perplexity.change"].stderr == pytest.approx(float(change.std()) / 2, abs=1e-5)
+    assert result.read("log_perplexity.change") == pytest.approx(float(change.mean()), abs=1e-5)
+    assert result.scores["log_perplexity.change"].stderr == pytest.approx(float(change.std()) / 2, abs=1e-5)
     if right.sum():
-        assert found.read("top1_where_right") == pytest.approx(float(both.sum() / right.sum()))
+        assert result.read("top1_where_right") == pytest.approx(float(both.sum() / right.sum()))
     else:
-        assert "top1_where_right" not in found.scores
+        assert "top1_where_right" not in result.scores
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_divergence_is_never_negative(seed: int) -> None:
-    found = divergence(tiny_model("llama", seed=seed), tiny_model("llama", seed=seed + 1), stream_of(60), length=12)
-    assert min(found.examples) > 0
+    result = divergence(tiny_model("llama", seed=seed), tiny_model("llama", seed=seed + 1), stream_of(60), length=12)
+    assert min(result.examples) > 0
     other = divergence(tiny_model("llama", seed=seed + 1), tiny_model("llama", seed=seed), stream_of(60), length=12)
-    assert other.value != pytest.approx(found.value, rel=1e-3)  # it has a direction
+    assert other.value != pytest.approx(result.value, rel=1e-3)  # it has a direction
 
 
 def test_a_shift_of_all_logits_is_no_divergence() -> None:
     logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(0))
-    found = divergence(constant_model(logits + 5), constant_model(logits), stream_of(40), length=10)
-    assert found.value == pytest.approx(0, abs=1e-6)
-    assert found.read("top1") == 1
+    result = divergence(constant_model(logits + 5), constant_model(logits), stream_of(40), length=10)
+    assert result.value == pytest.approx(0, abs=1e-6)
+    assert result.read("top1") == 1
 
 
 def test_one_certain_word_against_a_uniform_model() -> None:
@@ -115,8 +115,8 @@ def test_one_certain_word_against_a_uniform_model() -> None:
     certain = torch.zeros(VOCABULARY)
     certain[7] = 60.0
     uniform = torch.zeros(VOCABULARY)
-    found = divergence(constant_model(uniform), constant_model(certain), stream_of(40), length=10)
-    assert found.value == pytest.approx(math.log(VOCABULARY), rel=1e-6)
+    result = divergence(constant_model(uniform), constant_model(certain), stream_of(40), length=10)
+    assert result.value == pytest.approx(math.log(VOCABULARY), rel=1e-6)
     # Uniform p = 1/V; log q = -60 for the V - 1 others, 0 for the certain one, up to exp(-60) V.
     back = divergence(constant_model(certain), constant_model(uniform), stream_of(40), length=10)
     assert back.value == pytest.approx(-math.log(VOCABULARY) + 60 * (VOCABULARY - 1) / VOCABULARY, rel=1e-6)
@@ -139,14 +139,14 @@ def test_the_error_of_a_ratio_is_its_spread_over_draws_of_windows() -> None:
     generator = torch.Generator().manual_seed(0)
     bottom = torch.rand(300, generator=generator, dtype=torch.float64)
     top = bottom * torch.rand(300, generator=generator, dtype=torch.float64)
-    found = measured._ratio(top, bottom)
+    score = measured._ratio(top, bottom)
     draws = torch.randint(300, (20_000, 300), generator=generator)
-    assert found.value == pytest.approx(float(top.sum() / bottom.sum()))
-    assert found.stderr == pytest.approx(float((top[draws].sum(1) / bottom[draws].sum(1)).std()), rel=0.03)
+    assert score.value == pytest.approx(float(top.sum() / bottom.sum()))
+    assert score.stderr == pytest.approx(float((top[draws].sum(1) / bottom[draws].sum(1)).std()), rel=0.03)
 
 
 def test_settings_and_what_the_result_is() -> None:
-    found = divergence(
+    result = divergence(
         nearby("llama"),
         tiny_model("llama"),
         stream_of(47),
@@ -155,9 +155,9 @@ def test_settings_and_what_the_result_is() -> None:
         task="divergence:x",
         settings={"split": 1},
     )
-    assert (found.task, found.metric, found.better, found.n) == ("divergence:x", "kl", "lower", 3)
-    assert found.settings == {"length": 10, "windows": 3, "scored_tokens": 27, "split": 1}
-    assert EvalResult.from_json(found.to_json()) == found
+    assert (result.task, result.metric, result.better, result.n) == ("divergence:x", "kl", "lower", 3)
+    assert result.settings == {"length": 10, "windows": 3, "scored_tokens": 27, "split": 1}
+    assert EvalResult.from_json(result.to_json()) == result
     assert divergence(nearby("llama"), tiny_model("llama"), stream_of(10), length=10).stderr is None
 
 

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on loaded models: its numbers by hand, groups, what is left as it was, the hub."""
+"""lm-evaluation-harness on loaded models: its numbers by hand, groups, what stays as it was, the hub."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .harness_files import FILES, MEMBERS, ROWS, STOCK, corpus, likelihood, low_
 @pytest.mark.parametrize("make", [lambda: tiny_model("llama"), lambda: tiny_model("gpt2"), low_rank])
 def test_accuracy_by_hand(make: Callable[[], Any], tmp_path: Path) -> None:
     model, rows = make(), [ROWS["piqa"](n) for n in range(12)]
-    found = run(corpus(tmp_path, "piqa", 12), "piqa", model=model)
+    result = run(corpus(tmp_path, "piqa", 12), "piqa", model=model)
     likelihoods = [
         [likelihood(model, f"Question: {row['question']}\nAnswer:", choice)[0] for choice in row["choices"]]
         for row in rows
@@ -47,21 +47,21 @@ def test_accuracy_by_hand(make: Callable[[], Any], tmp_path: Path) -> None:
     ]
     right = [float(answer == row["answer"]) for answer, row in zip(answers, rows, strict=True)]
     assert 0 < sum(right) < 12
-    assert found.details == {"ids": list(range(12)), "answers": answers, "truncated": 0}
-    assert found.examples == right
+    assert result.details == {"ids": list(range(12)), "answers": answers, "truncated": 0}
+    assert result.examples == right
     value = sum(right) / 12
-    assert (found.task, found.metric, found.value, found.n, found.better) == (
+    assert (result.task, result.metric, result.value, result.n, result.better) == (
         "lm-eval:piqa",
         "acc",
         value,
         12,
         "higher",
     )
-    assert found.stderr == pytest.approx(math.sqrt(value * (1 - value) / 11))
+    assert result.stderr == pytest.approx(math.sqrt(value * (1 - value) / 11))
     value = sum(answer == row["answer"] for answer, row in zip(normed, rows, strict=True)) / 12
-    assert found.scores["acc_norm"].value == value
-    assert found.scores["acc_norm"].stderr == pytest.approx(math.sqrt(value * (1 - value) / 11))
-    assert found.settings == {
+    assert result.scores["acc_norm"].value == value
+    assert result.scores["acc_norm"].stderr == pytest.approx(math.sqrt(value * (1 - value) / 11))
+    assert result.settings == {
         "harness": f"lm_eval {version('lm_eval')}",
         "task_version": 1.0,
         "shots": 0,
@@ -73,7 +73,7 @@ def test_accuracy_by_hand(make: Callable[[], Any], tmp_path: Path) -> None:
         "chat_template": None,
         "max_length": POSITIONS,
     }
-    assert EvalResult.from_json(found.to_json()) == found
+    assert EvalResult.from_json(result.to_json()) == result
 
 
 def test_lambada_by_hand(tmp_path: Path) -> None:
@@ -83,42 +83,42 @@ def test_lambada_by_hand(tmp_path: Path) -> None:
     best = int(model(input_ids=torch.tensor([tiny_tokenizer()(context)["input_ids"]])).logits[0, -1].argmax())
     rows.append(f"{context} {tiny_tokenizer().convert_ids_to_tokens(best)}")
     write(tmp_path / "lambada/test.jsonl", ({"text": text} for text in rows))
-    found = run(tmp_path, "lambada_openai", task="x")
+    result = run(tmp_path, "lambada_openai", task="x")
     by_hand = [likelihood(model, *text.rsplit(" ", 1)) for text in rows]
     assert by_hand[-1][1]
-    assert found.details["answers"] == [int(greedy) for _, greedy in by_hand]
-    assert found.examples == [float(greedy) for _, greedy in by_hand]
-    assert (found.task, found.metric, found.value) == ("x", "acc", sum(found.examples) / 9)
+    assert result.details["answers"] == [int(greedy) for _, greedy in by_hand]
+    assert result.examples == [float(greedy) for _, greedy in by_hand]
+    assert (result.task, result.metric, result.value) == ("x", "acc", sum(result.examples) / 9)
     logs = [value for value, _ in by_hand]
-    perplexity = found.scores["perplexity"]
+    perplexity = result.scores["perplexity"]
     assert perplexity.value == pytest.approx(math.exp(-sum(logs) / 9), rel=1e-5)
     assert perplexity.stderr == pytest.approx(perplexity.value * np.std(logs, ddof=1) / 3, rel=1e-4)
 
 
 def test_a_continuation_of_nothing_starts_at_the_begin_token(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    found = run(corpus(tmp_path, "blimp", 10), "blimp_adjunct_island", model=model)
+    result = run(corpus(tmp_path, "blimp", 10), "blimp_adjunct_island", model=model)
     by_hand = []
     for row in (ROWS["blimp"](n) for n in range(10)):
         good, bad = (likelihood(model, "", row[key])[0] for key in ("good", "bad"))
         by_hand.append(float(good > bad))
-    assert found.examples == by_hand
+    assert result.examples == by_hand
     assert 0 < sum(by_hand) < 10
 
 
 def test_truthful_mass_by_hand(tmp_path: Path) -> None:
     model, rows = tiny_model("llama", max_position_embeddings=512), [ROWS["truthfulqa_mc2"](n) for n in range(3)]
-    found = run(corpus(tmp_path, "truthfulqa_mc2", 3), "truthfulqa_mc2", model=model)
+    result = run(corpus(tmp_path, "truthfulqa_mc2", 3), "truthfulqa_mc2", model=model)
     import lm_eval.utils
 
     template = yaml.safe_load((STOCK / "truthfulqa/truthfulqa_mc1.yaml").read_text())["doc_to_text"]
-    for row, example, answer in zip(rows, found.examples, found.details["answers"], strict=True):
+    for row, example, answer in zip(rows, result.examples, result.details["answers"], strict=True):
         context = lm_eval.utils.apply_template(template, row)
         mass = [math.exp(likelihood(model, context, choice)[0]) for choice in row["mc2_choices"]]
         true = sum(part for part, label in zip(mass, row["mc2_labels"], strict=True) if label)
         assert example == pytest.approx(true / sum(mass), rel=1e-4)
         assert answer == int(np.argmax(mass))
-    assert found.value == pytest.approx(sum(found.examples) / 3)
+    assert result.value == pytest.approx(sum(result.examples) / 3)
 
 
 # Groups
@@ -143,44 +143,44 @@ def family(data: Path, name: str, sizes: Callable[[int], int]) -> list[tuple[str
 def test_mmlu_is_weighted_by_size(tmp_path: Path) -> None:
     members = family(tmp_path, "mmlu", lambda number: 2 + number % 2)
     assert len(members) == 57
-    found = run(tmp_path, "mmlu", shots=0)
+    result = run(tmp_path, "mmlu", shots=0)
     size = sum(size for _, size in members)
-    assert found.n == len(found.examples) == len(found.details["answers"]) == size
-    assert found.value == pytest.approx(sum(found.examples) / size, rel=1e-12)
-    assert (found.metric, found.better, found.settings["task_version"]) == ("acc", "higher", "2")
+    assert result.n == len(result.examples) == len(result.details["answers"]) == size
+    assert result.value == pytest.approx(sum(result.examples) / size, rel=1e-12)
+    assert (result.metric, result.better, result.settings["task_version"]) == ("acc", "higher", "2")
     assert harness_direction("mmlu", data=tmp_path) == "higher"
-    assert set(found.scores) == {f"mmlu_{member}" for member, _ in members} | {
+    assert set(result.scores) == {f"mmlu_{member}" for member, _ in members} | {
         "mmlu_stem",
         "mmlu_other",
         "mmlu_social_sciences",
         "mmlu_humanities",
     }
     groups: dict[str, list[float]] = {}
-    for name, example in zip(found.details["ids"], found.examples, strict=True):
+    for name, example in zip(result.details["ids"], result.examples, strict=True):
         groups.setdefault(name.partition("/")[0], []).append(example)
     assert {name: len(values) for name, values in groups.items()} == {f"mmlu_{name}": n for name, n in members}
     for name, values in groups.items():
-        assert found.scores[name].value == pytest.approx(sum(values) / len(values))
-        assert found.scores[name].n == len(values)
+        assert result.scores[name].value == pytest.approx(sum(values) / len(values))
+        assert result.scores[name].n == len(values)
     within = sum(sum((v - sum(vs) / len(vs)) ** 2 for v in vs) for vs in groups.values())
-    assert found.stderr == pytest.approx(math.sqrt(within / (size - 57) / size))
+    assert result.stderr == pytest.approx(math.sqrt(within / (size - 57) / size))
     assert next(iter(groups)) == "mmlu_abstract_algebra"
     stem = run(tmp_path, "mmlu_stem", shots=0)
-    assert stem.value == found.scores["mmlu_stem"].value
-    assert stem.n == found.scores["mmlu_stem"].n < size
+    assert stem.value == result.scores["mmlu_stem"].value
+    assert stem.n == result.scores["mmlu_stem"].n < size
 
 
 def test_blimp_is_the_plain_mean_over_paradigms(tmp_path: Path) -> None:
     members = family(tmp_path, "blimp", lambda number: 1 + number % 3)
     assert len(members) == 67
-    found = run(tmp_path, "blimp", limit=2)
-    values = [found.scores[f"blimp_{member}"].value for member, _ in members]
-    assert found.value == pytest.approx(sum(values) / 67, rel=1e-12)
-    assert found.value != pytest.approx(sum(found.examples) / found.n, rel=1e-6)
-    assert found.n == sum(min(2, size) for _, size in members)
+    result = run(tmp_path, "blimp", limit=2)
+    values = [result.scores[f"blimp_{member}"].value for member, _ in members]
+    assert result.value == pytest.approx(sum(values) / 67, rel=1e-12)
+    assert result.value != pytest.approx(sum(result.examples) / result.n, rel=1e-6)
+    assert result.n == sum(min(2, size) for _, size in members)
     # A paradigm with one document has no standard error, so the harness gives the mean none.
-    assert found.stderr is None
-    assert found.scores["blimp_causative"].stderr is not None or found.scores["blimp_causative"].n == 1
+    assert result.stderr is None
+    assert result.scores["blimp_causative"].stderr is not None or result.scores["blimp_causative"].n == 1
 
 
 def test_a_group_with_a_member_missing(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_group_with_a_member_missing(tmp_path: Path) -> None:
         run(corpus(tmp_path, "mmlu"), "mmlu", shots=0)
 
 
-# What is left as it was
+# What stays as it was
 
 
 @pytest.fixture
@@ -281,14 +281,14 @@ def test_the_harness_reads_the_hub(hub: dict[str, Any], tmp_path: Path) -> None:
 
     rows = [LOCAL_TASKS["piqa"].convert(ROWS["piqa"](n)) for n in range(6)]
     hub["baber/piqa"] = DatasetDict(dict.fromkeys(("train", "validation"), Dataset.from_list(rows)))
-    found, local = run(None, "piqa", limit=5), run(corpus(tmp_path, "piqa"), "piqa", limit=5)
-    assert (found.value, found.examples, found.scores, found.details) == (
+    from_hub, local = run(None, "piqa", limit=5), run(corpus(tmp_path, "piqa"), "piqa", limit=5)
+    assert (from_hub.value, from_hub.examples, from_hub.scores, from_hub.details) == (
         local.value,
         local.examples,
         local.scores,
         local.details,
     )
-    assert found.settings == {**local.settings, "documents": "hub"}
+    assert from_hub.settings == {**local.settings, "documents": "hub"}
 
 
 def test_other_tasks_of_the_hub(hub: dict[str, Any]) -> None:
@@ -299,14 +299,14 @@ def test_other_tasks_of_the_hub(hub: dict[str, Any]) -> None:
     hub["EleutherAI/wikitext_document_level"] = DatasetDict(
         dict.fromkeys(("train", "validation", "test"), Dataset.from_list(rows))
     )
-    found = run(None, "wikitext")
-    assert (found.metric, found.better, found.n, found.stderr) == ("word_perplexity", "lower", 3, None)
+    result = run(None, "wikitext")
+    assert (result.metric, result.better, result.n, result.stderr) == ("word_perplexity", "lower", 3, None)
     model = tiny_model("llama")
     total = sum(likelihood(model, "", row["page"])[0] for row in rows)
-    assert found.value == pytest.approx(math.exp(-total / 27), rel=1e-5)
-    assert set(found.scores) == {"byte_perplexity", "bits_per_byte"}
-    assert found.examples == []
-    assert "answers" not in found.details
+    assert result.value == pytest.approx(math.exp(-total / 27), rel=1e-5)
+    assert set(result.scores) == {"byte_perplexity", "bits_per_byte"}
+    assert result.examples == []
+    assert "answers" not in result.details
 
 
 def test_a_search_by_a_perplexity_of_the_harness_wants_it_low(hub: dict[str, Any]) -> None:
@@ -323,7 +323,7 @@ def test_a_search_by_a_perplexity_of_the_harness_wants_it_low(hub: dict[str, Any
     searched = run(None, "wikitext", split="sfsd-search")
     assert searched.n == 2
     assert criterion(model) == searched.value
-    found = search(
+    outcome = search(
         model,
         spectra_on_demand(model, method, ()),
         criterion,
@@ -332,11 +332,11 @@ def test_a_search_by_a_perplexity_of_the_harness_wants_it_low(hub: dict[str, Any
         sites=find_sites(model)[-8:],
         budgets=(0.2, 0.6),
     )
-    assert found.dense_score == searched.value
-    worse = [trial.score > found.dense_score for trial in found.trials]
+    assert outcome.dense_score == searched.value
+    worse = [trial.score > outcome.dense_score for trial in outcome.trials]
     assert set(worse) == {True, False}
-    held = {trial.name: trial.rank for trial, is_worse in zip(found.trials, worse, strict=True) if not is_worse}
-    assert {name: rank for name, rank in found.plan.ranks.items() if rank is not None} == held
+    held = {trial.name: trial.rank for trial, is_worse in zip(outcome.trials, worse, strict=True) if not is_worse}
+    assert {name: rank for name, rank in outcome.plan.ranks.items() if rank is not None} == held
 
 
 @pytest.mark.parametrize("name", [name for name in (*ROWS, *MEMBERS.values()) if name not in MEMBERS])
@@ -352,9 +352,9 @@ def test_generated_text(hub: dict[str, Any]) -> None:
     rows = [{"question": words(n, 4), "answer": {"aliases": [f"w{n}"]}} for n in range(2)]
     hub["mandarjoshi/trivia_qa"] = DatasetDict(dict.fromkeys(("train", "validation"), Dataset.from_list(rows)))
     model = tiny_model("llama", max_position_embeddings=512)
-    found = run(None, "triviaqa", model=model)
-    assert (found.metric, found.n) == ("exact_match,remove_whitespace", 2)
-    assert all(isinstance(answer, str) for answer in found.details["answers"])
+    result = run(None, "triviaqa", model=model)
+    assert (result.metric, result.n) == ("exact_match,remove_whitespace", 2)
+    assert all(isinstance(answer, str) for answer in result.details["answers"])
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(ValueError, match="triviaqa: a logit is not finite"):

@@ -74,12 +74,12 @@ def stock_definitions(folder: Path, limit: int) -> None:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(definition))
 
 
-def assert_equal_to(found: EvalResult, table: dict[str, Any]) -> None:
-    assert found.value == table["acc,none"]
-    assert found.stderr == table["acc_stderr,none"]
+def assert_equal_to(result: EvalResult, table: dict[str, Any]) -> None:
+    assert result.value == table["acc,none"]
+    assert result.stderr == table["acc_stderr,none"]
     if "acc_norm,none" in table:
-        assert found.scores["acc_norm"].value == table["acc_norm,none"]
-        assert found.scores["acc_norm"].stderr == table["acc_norm_stderr,none"]
+        assert result.scores["acc_norm"].value == table["acc_norm,none"]
+        assert result.scores["acc_norm"].stderr == table["acc_norm_stderr,none"]
 
 
 @real
@@ -110,12 +110,12 @@ def test_the_harness_itself_finds_the_same(
         bootstrap_iters=1000,
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
     )
-    found = run_harness(model, tokenizer, name, limit=25, data=SHARED / "data")
+    result = run_harness(model, tokenizer, name, limit=25, data=SHARED / "data")
     assert stock is not None
-    assert_equal_to(found, stock["results"][name])
+    assert_equal_to(result, stock["results"][name])
     samples = sorted(stock["samples"][name], key=lambda sample: sample["doc_id"])
-    assert found.examples == [sample["acc"] for sample in samples]
-    assert found.details["answers"] == [
+    assert result.examples == [sample["acc"] for sample in samples]
+    assert result.details["answers"] == [
         int(np.argmax([likelihood for likelihood, _ in sample["filtered_resps"]])) for sample in samples
     ]
 

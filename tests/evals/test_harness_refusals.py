@@ -189,8 +189,8 @@ def test_another_tokenizer(tmp_path: Path) -> None:
 
 def test_without_a_start_token_only_prompts_are_continued(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(bos_token=None, eos_token=None)
-    found, usual = (run(corpus(tmp_path, "piqa"), "piqa", tokenizer=t) for t in (tokenizer, tiny_tokenizer()))
-    assert found.details["answers"] == usual.details["answers"]
+    startless, usual = (run(corpus(tmp_path, "piqa"), "piqa", tokenizer=t) for t in (tokenizer, tiny_tokenizer()))
+    assert startless.details["answers"] == usual.details["answers"]
     with pytest.raises(ValueError, match=r"blimp_\w+: document 0 has no prompt.*neither a begin nor an end token"):
         run(corpus(tmp_path, "blimp"), MEMBERS["blimp"], tokenizer=tokenizer)
 

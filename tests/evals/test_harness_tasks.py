@@ -21,19 +21,19 @@ from .harness_files import FILES, MEMBERS, ROWS, STOCK, corpus, run, write
 @pytest.mark.parametrize("name", LOCAL_TASKS)
 def test_every_local_task(name: str, tmp_path: Path) -> None:
     member = MEMBERS.get(name, name)
-    found = run(corpus(tmp_path, name), member)
-    assert found.metric == "acc"
-    assert 0 <= found.value <= 1
-    assert found.n == len(found.examples) == len(found.details["answers"]) == 6
-    assert found.value == pytest.approx(sum(found.examples) / 6)
-    assert found.settings["documents"] == FILES[name]
-    assert found.settings["shots"] == (5 if name == "mmlu" else 0)
-    assert found.settings.get("examples") == ("mmlu/dev.jsonl" if name == "mmlu" else None)
-    assert ("note" in found.settings) == (name == "hellaswag")
+    result = run(corpus(tmp_path, name), member)
+    assert result.metric == "acc"
+    assert 0 <= result.value <= 1
+    assert result.n == len(result.examples) == len(result.details["answers"]) == 6
+    assert result.value == pytest.approx(sum(result.examples) / 6)
+    assert result.settings["documents"] == FILES[name]
+    assert result.settings["shots"] == (5 if name == "mmlu" else 0)
+    assert result.settings.get("examples") == ("mmlu/dev.jsonl" if name == "mmlu" else None)
+    assert ("note" in result.settings) == (name == "hellaswag")
     rows = [ROWS[name](n) for n in range(6)]
     if name not in ("lambada_openai", "truthfulqa_mc2", "blimp"):
-        right = [float(row["answer"] == answer) for row, answer in zip(rows, found.details["answers"], strict=True)]
-        assert found.examples == right
+        right = [float(row["answer"] == answer) for row, answer in zip(rows, result.details["answers"], strict=True)]
+        assert result.examples == right
 
 
 @pytest.mark.parametrize(
@@ -78,10 +78,10 @@ def test_examples_follow_the_seed(tmp_path: Path, asked: list[tuple[str, str]]) 
     data, prompts = corpus(tmp_path, "arc_easy", 4), []
     for seed in (0, 0, 1):
         asked.clear()
-        found = run(data, "arc_easy", shots=3, seed=seed)
+        result = run(data, "arc_easy", shots=3, seed=seed)
         prompts.append([context for context, _ in asked])
-        assert found.settings["examples"] == "arc_easy/train.jsonl.gz"
-        assert (found.settings["shots"], found.settings["seed"]) == (3, seed)
+        assert result.settings["examples"] == "arc_easy/train.jsonl.gz"
+        assert (result.settings["shots"], result.settings["seed"]) == (3, seed)
     assert prompts[0] == prompts[1] != prompts[2]
     training = [ROWS["arc_easy"](n)["question"] for n in range(70, 77)]
     assert all(sum(question in prompt for question in training) == 3 for prompt in prompts[0])

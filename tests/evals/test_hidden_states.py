@@ -45,10 +45,10 @@ def test_states_are_those_of_each_text_alone(model_type: str, pooling: Pooling) 
         with pytest.raises(ValueError, match="its first token has seen no other"):
             states_of(model, pooling=pooling)
         return
-    found = states_of(model, pooling=pooling, batch_size=4)
-    assert found.shape == (BLOCKS + 1, len(TEXTS), 32)
-    assert found.dtype == np.float32
-    assert np.abs(found - expected(model, pooling)).max() < 2e-5
+    states = states_of(model, pooling=pooling, batch_size=4)
+    assert states.shape == (BLOCKS + 1, len(TEXTS), 32)
+    assert states.dtype == np.float32
+    assert np.abs(states - expected(model, pooling)).max() < 2e-5
 
 
 def test_the_batch_changes_nothing_but_rounding() -> None:
@@ -112,9 +112,9 @@ def test_a_killed_reading_goes_on_where_it_was(tmp_path: Path, monkeypatch: pyte
         asked.append(total)
         return items
 
-    found = states_of(model, cache=tmp_path, batch_size=1, track=counting)
+    resumed = states_of(model, cache=tmp_path, batch_size=1, track=counting)
     assert asked == [2]  # four of six were noted
-    assert np.array_equal(found, whole)
+    assert np.array_equal(resumed, whole)
     assert [file.suffix for file in tmp_path.iterdir()] == [".npy"]
 
 

@@ -35,7 +35,7 @@ def readings(states: NDArray[np.float32], rows: Labelled, seeds: int = 1, **opti
 
 
 def keyword_rows(count: int, seed: int = 0) -> Labelled:
-    """Texts of the tiny tokenizer whose class is whether a word stands in them."""
+    """Texts of the tiny tokenizer whose class is whether they contain a word."""
     texts = [f"{tiny_text(6, seed + n)} {'w1 w1' if n % 2 else 'w2 w2'}" for n in range(count)]
     return labelled([n % 2 for n in range(count)], texts)
 
@@ -71,9 +71,9 @@ def test_where_there_is_nothing_selectivity_is_zero_within_its_error(what: str, 
     if what == "shuffled labels":  # features that know the true labels are of no use for others
         states[:, 0] += 4 * labels
         labels = draw.permutation(labels)
-    found = np.array([reading.selectivity for reading in readings(states, labelled(labels), seeds=10)])
-    assert abs(found.mean()) < 3 * found.std(ddof=1) / np.sqrt(len(found))
-    assert found.std() > 0
+    selectivities = np.array([reading.selectivity for reading in readings(states, labelled(labels), seeds=10)])
+    assert abs(selectivities.mean()) < 3 * selectivities.std(ddof=1) / np.sqrt(len(selectivities))
+    assert selectivities.std() > 0
 
 
 def test_a_control_remembers_what_recurs_and_nothing_else() -> None:
@@ -186,10 +186,10 @@ def test_probing_is_an_evaluation_like_any_other(tmp_path: Path) -> None:
     write_rows(tmp_path / "cola" / "dev.jsonl", keyword_rows(60))
     write_rows(tmp_path / "cola" / "train.jsonl", keyword_rows(80, 1000))
     tasks = [Task("probing:cola"), Task("probing:cola", "train", limit=40, pooling="last", seeds=1)]
-    found = evaluate(tiny_model("llama"), tiny_tokenizer(), tasks, data=tmp_path, cache=tmp_path / "cache")
-    assert [result.task for result in found] == ["probing:cola", "probing:cola@train@last"]
-    assert [result.n for result in found] == [60, 40]
-    assert found[1].settings["pooling"] == "last"
+    results = evaluate(tiny_model("llama"), tiny_tokenizer(), tasks, data=tmp_path, cache=tmp_path / "cache")
+    assert [result.task for result in results] == ["probing:cola", "probing:cola@train@last"]
+    assert [result.n for result in results] == [60, 40]
+    assert results[1].settings["pooling"] == "last"
     assert Counter(file.suffix for file in (tmp_path / "cache" / "states").iterdir()) == {".npy": 2}
 
 

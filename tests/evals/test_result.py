@@ -1,4 +1,4 @@
-"""Results in files: what they carry, and what is made of older ones."""
+"""Results in files: what they carry, and how older ones are read."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def test_a_result_of_an_unknown_name_keeps_what_it_says() -> None:
 
 
 def test_what_a_result_says_itself_wins() -> None:
-    made = Traits("cost", "higher", None, quality=False, ratio=True, of="dense", shown=("a", "b"))
-    result = EvalResult("perplexity:x", "m", 1.0, None, 1, traits=made)
+    traits = Traits("cost", "higher", None, quality=False, ratio=True, of="dense", shown=("a", "b"))
+    result = EvalResult("perplexity:x", "m", 1.0, None, 1, traits=traits)
     assert (result.better, EvalResult.from_json(result.to_json())) == ("higher", result)
     assert EvalResult("perplexity:x", "m", 1.0, None, 1, "higher").better == "higher"
 

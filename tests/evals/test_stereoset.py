@@ -1,119 +1,21 @@
-"""StereoSet: its scores by hand and at their limits, and likelihoods against plain loops over one text at a time."""
+"""StereoSet on decoders: scores by hand and at their limits, likelihoods against loops over one text at a time."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForNextSentencePrediction, AutoModelForPreTraining, PreTrainedTokenizerFast
 
-from eckart.evals import stereoset as module
 from eckart.evals.icat import icat
-from eckart.evals.likelihoods import find_start, has_next_sentence_head, masked_rows
+from eckart.evals.likelihoods import find_start
 from eckart.evals.result import EvalResult
-from eckart.evals.stereoset import Cluster, StereoSet, find_word, read_stereoset, stereoset
-from places import SHARED
-from tiny import (
-    BOS,
-    CLS,
-    DECODERS,
-    EOS,
-    MASK,
-    POSITIONS,
-    SEP,
-    SPECIALS,
-    VOCABULARY,
-    tiny_config,
-    tiny_model,
-    tiny_tokenizer,
-)
+from eckart.evals.stereoset import StereoSet, stereoset
+from tiny import BOS, DECODERS, EOS, POSITIONS, SPECIALS, VOCABULARY, tiny_model, tiny_tokenizer
 
-WORDS = ("the", "man", "is", "table", "happy", "mean", "here", "un", "##believ", "##able", "s", "'", ".", "!", ",")
-
-
-def started_tokenizer() -> PreTrainedTokenizerFast:
-    """The tiny tokenizer, with the start token before every text."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return tokenizer
-
-
-def bert_tokenizer() -> PreTrainedTokenizerFast:
-    """Pieces of words, punctuation apart, and pairs: as BERT's."""
-    vocabulary = {word: number for number, word in enumerate([*SPECIALS, *WORDS])}
-    inner = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    inner.post_processor = TemplateProcessing(
-        single="<cls> $A <sep>", pair="<cls> $A <sep> $B:1 <sep>:1", special_tokens=[("<cls>", CLS), ("<sep>", SEP)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        mask_token="<mask>",
-        cls_token="<cls>",
-        sep_token="<sep>",
-    )
-
-
-def words_of(*tokens: str) -> list[int]:
-    return [[*SPECIALS, *WORDS].index(token) for token in tokens]
-
-
-def cluster_of(
-    part: str, number: int, context: str, *sentences: str, target: str = "t", domain: str = "race"
-) -> Cluster:
-    first, second, third = sentences
-    return Cluster(target, domain, context, (first, second, third), f"{part}[{number}]")
-
-
-def tiny_clusters() -> StereoSet:
-    """Sentences of one to nine words of the tiny tokenizer; two terms in two domains."""
-    inside = [
-        cluster_of("intrasentence", 0, "w1 BLANK w2", "w1 w3 w2", "w1 w4 w2", "w1 w5 w2", target="a"),
-        cluster_of("intrasentence", 1, "BLANK", "w7", "w8", "w9 w9", target="b", domain="gender"),
-        cluster_of("intrasentence", 2, "w1 BLANK", "w1 w2 w3 w4 w5 w6 w7 w8 w9", "w1 w3", "w1 w4 w5", target="a"),
-    ]
-    between = [
-        cluster_of("intersentence", 0, "w20 w21", "w1 w2 w3", "w4 w5 w6", "w8", target="a"),
-        cluster_of("intersentence", 1, "w30 .", "w1", "w11 w12 w13 w14 w15", "w8 w9", target="b", domain="gender"),
-    ]
-    return StereoSet(tuple(inside), tuple(between), {"file": "tiny"})
-
-
-def encoder_clusters() -> StereoSet:
-    inside = [
-        cluster_of("intrasentence", 0, "the BLANK man.", "the happy man.", "the unbelievable man.", "the table man."),
-        cluster_of("intrasentence", 1, "the man is BLANK!", "the man is mean!", "the man is here!", "the man is un!"),
-    ]
-    between = [cluster_of("intersentence", 0, "the man is here", "the man is mean.", "the man", "table table table")]
-    return StereoSet(tuple(inside), tuple(between))
-
-
-def tiny_bert(auto: Any, **changes: Any) -> Any:
-    torch.manual_seed(3)
-    model = auto.from_config(tiny_config("bert", type_vocab_size=2, **changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape) / 4)
-    return model
-
-
-def scores_of(result: EvalResult, part: str) -> list[list[float]]:
-    """(clusters, 3) log scores."""
-    kinds = ("stereotype", "anti-stereotype", "unrelated")
-    return [list(row) for row in zip(*(result.details[part][kind] for kind in kinds), strict=True)]
-
-
-# Decoders.
+from .stereoset_models import cluster_of, scores_of, started_tokenizer, tiny_clusters
 
 
 @torch.no_grad()
@@ -153,8 +55,7 @@ def test_decoders_equal_a_loop_by_hand(model_type: str, always: bool) -> None:
         ],
     }
     for part, scores in expected.items():
-        found = scores_of(result, part)
-        assert np.array(found) == pytest.approx(np.array(scores), abs=3e-5)
+        assert np.array(scores_of(result, part)) == pytest.approx(np.array(scores), abs=3e-5)
     assert result.settings["start"] == ("<s> before every text" if always else "<s> before the first token only")
 
 
@@ -243,27 +144,6 @@ def test_the_limits_of_whole_models(second: str, icat_expected: float) -> None:
     assert (result.value, result.read("lms")) == (icat_expected, 100)
 
 
-def test_search_and_evaluation_clusters_are_disjoint_and_all_there_are() -> None:
-    counts = {"intrasentence": 12, "intersentence": 7}
-    parts = {
-        part: tuple(cluster_of(part, n, "BLANK", "w1", "w2", "w3") for n in range(counts[part])) for part in counts
-    }
-    whole = StereoSet(**parts, source={"split": "dev"})
-    search, evaluation = whole.take("sfsd-search"), whole.take("sfsd-evaluation")
-    assert whole.take("test") is whole
-    for part, count in counts.items():
-        first, second = getattr(search, part), getattr(evaluation, part)
-        assert len(first) == count // 5
-        assert not set(first) & set(second)
-        assert sorted([*first, *second], key=parts[part].index) == list(parts[part])
-    assert search.source == {"split": "dev", "part": "sfsd-search", "split_seed": 0}
-    assert len({whole.digest, search.digest, evaluation.digest}) == 3
-    with pytest.raises(ValueError, match="stereoset: no split 'train'"):
-        whole.take("train")
-    with pytest.raises(ValueError, match="stereoset: 3 documents are too few"):
-        tiny_clusters().take("sfsd-search")
-
-
 def test_limit_reads_the_first_clusters_of_each_part() -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     whole, some = (stereoset(model, tokenizer, tiny_clusters(), limit=limit) for limit in (None, 1))
@@ -317,7 +197,7 @@ def test_another_models_tokenizer() -> None:
 
 
 def test_start_tokens() -> None:
-    assert find_start(tiny_tokenizer()) == module.find_start(tiny_tokenizer(eos_token="</s>"))
+    assert find_start(tiny_tokenizer()) == find_start(tiny_tokenizer(eos_token="</s>"))
     assert (find_start(tiny_tokenizer()).token, find_start(tiny_tokenizer()).always) == (BOS, False)
     assert find_start(started_tokenizer()).always
     without = tiny_tokenizer(bos_token=None)
@@ -327,11 +207,11 @@ def test_start_tokens() -> None:
     # Without any, the first token of a sentence has no probability; after a context it does not need one.
     model, clusters = tiny_model("gpt2"), tiny_clusters()
     longer = StereoSet(clusters.intrasentence[:1], clusters.intersentence)
-    found, started = (stereoset(model, tokenizer, longer) for tokenizer in (neither, tiny_tokenizer()))
-    assert found.settings["start"] == "none; the first token is not scored"
+    startless, started = (stereoset(model, tokenizer, longer) for tokenizer in (neither, tiny_tokenizer()))
+    assert startless.settings["start"] == "none; the first token is not scored"
     by_hand = [mean_log(model, [8, word, 9], 1, BOS) for word in (10, 11, 12)]
-    assert scores_of(found, "intrasentence")[0] == pytest.approx(by_hand, abs=3e-5)
-    assert scores_of(found, "intersentence") == scores_of(started, "intersentence")
+    assert scores_of(startless, "intrasentence")[0] == pytest.approx(by_hand, abs=3e-5)
+    assert scores_of(startless, "intersentence") == scores_of(started, "intersentence")
     with pytest.raises(ValueError, match=r"intrasentence\[1\]: the tokenizer leaves no token to score in 'w7'"):
         stereoset(model, neither, clusters)
 
@@ -342,230 +222,3 @@ def test_models_that_are_refused() -> None:
             stereoset(tiny_model(model_type, head), tiny_tokenizer(), tiny_clusters())
     with pytest.raises(ValueError, match=r"is in training mode.*call model\.eval\(\)"):
         stereoset(tiny_model("gpt2").train(), tiny_tokenizer(), tiny_clusters())
-
-
-# Encoders.
-
-
-@torch.no_grad()
-def masked_probability(model: Any, ids: list[int], target: str) -> float:
-    output = model(input_ids=torch.tensor([ids]))
-    logits = output.prediction_logits if "prediction_logits" in output else output.logits
-    return float(logits[0, ids.index(MASK)].double().softmax(-1)[words_of(target)[0]])
-
-
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "modernbert", "pretraining"])
-def test_masked_words_equal_a_loop_by_hand(model_type: str) -> None:
-    model = tiny_bert(AutoModelForPreTraining) if model_type == "pretraining" else tiny_model(model_type, "masked")
-    result = stereoset(model, bert_tokenizer(), encoder_clusters())
-
-    def asked(before: tuple[str, ...], target: str, after: tuple[str, ...]) -> float:
-        return masked_probability(model, words_of("<cls>", *before, "<mask>", *after, "<sep>"), target)
-
-    first, second = ("man", "."), ("!",)
-    pieces = [
-        asked(("the",), "un", first),
-        asked(("the", "un"), "##believ", first),
-        asked(("the", "un", "##believ"), "##able", first),
-    ]
-    expected = [
-        [asked(("the",), "happy", first), sum(pieces) / 3, asked(("the",), "table", first)],
-        [asked(("the", "man", "is"), word, second) for word in ("mean", "here", "un")],
-    ]
-    assert np.array(scores_of(result, "intrasentence")) == pytest.approx(np.log(expected), abs=3e-5)
-    assert result.settings["intrasentence"] == "mean probability of the blank's pieces"
-    if model_type != "pretraining":
-        assert result.settings["intersentence"] == "not scored: the model has no next-sentence head"
-        assert result.settings["clusters"] == {"intrasentence": 2, "intersentence": 0}
-        assert result.n == 2
-        assert not any(name.startswith("intersentence") for name in (*result.scores, *result.details))
-    assert "start" not in result.settings
-
-
-@pytest.mark.parametrize("auto", [AutoModelForPreTraining, AutoModelForNextSentencePrediction])
-def test_next_sentences_equal_a_loop_by_hand(auto: Any) -> None:
-    model = tiny_bert(auto)
-    assert has_next_sentence_head(model)
-    result = stereoset(model, bert_tokenizer(), encoder_clusters())
-    expected = []
-    for words in (("the", "man", "is", "mean", "."), ("the", "man"), ("table",) * 3):
-        ids = words_of("<cls>", "the", "man", "is", "here", "<sep>", *words, "<sep>")
-        types = torch.tensor([[0] * 6 + [1] * (len(words) + 1)])
-        with torch.no_grad():
-            output = model(input_ids=torch.tensor([ids]), token_type_ids=types)
-        logits = output.seq_relationship_logits if "seq_relationship_logits" in output else output.logits
-        expected.append(float(logits[0].double().log_softmax(-1)[0]))
-    assert scores_of(result, "intersentence")[0] == pytest.approx(expected, abs=3e-5)
-    assert result.settings["intersentence"] == "next-sentence head"
-    if auto is AutoModelForNextSentencePrediction:
-        assert result.settings["intrasentence"] == "not scored: the model has no masked-token head"
-        assert list(result.details) == ["intersentence"]
-    else:
-        assert result.n == 3
-
-
-@pytest.mark.parametrize("auto", [AutoModelForPreTraining, AutoModelForNextSentencePrediction])
-def test_batches_of_encoders_change_nothing(auto: Any) -> None:
-    model = tiny_bert(auto)
-    one, many = (stereoset(model, bert_tokenizer(), encoder_clusters(), batch_size=size) for size in (1, 50))
-    for part in one.details:
-        assert np.array(scores_of(one, part)) == pytest.approx(np.array(scores_of(many, part)), abs=1e-5)
-
-
-def test_a_broken_encoder_names_its_cluster() -> None:
-    model = tiny_bert(AutoModelForPreTraining, tie_word_embeddings=False)
-    with torch.no_grad():
-        model.bert.embeddings.word_embeddings.weight[words_of("!")] = math.nan
-    with pytest.raises(ValueError, match=r"a logit in intrasentence\[1\] is not finite"):
-        stereoset(model, bert_tokenizer(), encoder_clusters(), batch_size=4)
-    model = tiny_bert(AutoModelForNextSentencePrediction)
-    with torch.no_grad():
-        model.cls.seq_relationship.bias[1] = math.inf
-    with pytest.raises(ValueError, match=r"a logit in intersentence\[0\] is not finite"):
-        stereoset(model, bert_tokenizer(), encoder_clusters())
-
-
-def test_two_blanks_are_filled_alike_and_the_first_is_read() -> None:
-    rows = masked_rows(bert_tokenizer(), "BLANK is BLANK.", "unbelievable", "x")
-    assert [row.ids for row in rows[:2]] == [
-        words_of("<cls>", "<mask>", "is", "<mask>", ".", "<sep>"),
-        words_of("<cls>", "un", "<mask>", "is", "un", "<mask>", ".", "<sep>"),
-    ]
-    assert [(row.masked, row.target) for row in rows] == [
-        (1, words_of("un")[0]),
-        (2, words_of("##believ")[0]),
-        (3, words_of("##able")[0]),
-    ]
-
-
-def test_words_are_found_as_the_authors_do() -> None:
-    def word(context: str, sentence: str) -> str:
-        return find_word(cluster_of("intrasentence", 7, context, "", "", ""), sentence)
-
-    assert word("the BLANK, man", "the happy, man") == "happy"
-    assert word("a BLANK's hat", "a nurse's hat") == "nurses"
-    assert word("BLANK is BLANK", "one is two") == "two"
-    with pytest.raises(ValueError, match=r"intrasentence\[7\]: 'the' has no word for the blank of 'the BLANK'"):
-        word("the BLANK", "the")
-    with pytest.raises(ValueError, match="has no word for the blank"):
-        word("the BLANK", "the ...")
-
-
-def test_tokenizers_that_cannot_ask_for_a_word() -> None:
-    with pytest.raises(ValueError, match="no mask token"):
-        stereoset(tiny_model("bert"), tiny_tokenizer(mask_token=None), tiny_clusters())
-
-
-# Reading.
-
-
-def one(label: str | int, text: str = "x") -> dict[str, Any]:
-    return {"sentence": text, "gold_label": label}
-
-
-def content_of(**changes: Any) -> dict[str, Any]:
-    three = [one("unrelated", "u BLANK"), one("stereotype", "s"), one("anti-stereotype", "a")]
-    cluster = {"target": "t", "bias_type": "race", "context": "a BLANK", "sentences": three}
-    return {"version": "1", "data": {"intrasentence": [cluster, {**cluster, **changes}], "intersentence": [cluster]}}
-
-
-def write(folder: Path, content: Any) -> Path:
-    (folder / "dev.json").write_text(json.dumps(content))
-    return folder
-
-
-def test_reading_puts_sentences_in_order(tmp_path: Path) -> None:
-    read = read_stereoset(write(tmp_path, content_of()))
-    assert read.intrasentence[1] == Cluster("t", "race", "a BLANK", ("s", "a", "u BLANK"), "intrasentence[1]")
-    assert (len(read.intersentence), read.source) == (1, {"file": "dev.json", "split": "dev"})
-    inner = tmp_path / "data"
-    (inner / "stereoset").mkdir(parents=True)
-    with gzip.open(inner / "stereoset" / "dev.json.gz", "wt") as file:
-        json.dump(content_of(), file)
-    assert read_stereoset(inner).intrasentence == read.intrasentence
-    assert read_stereoset(inner).digest == read.digest
-    assert read_stereoset(write(tmp_path, content_of(context="b BLANK"))).digest != read.digest
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"target": None}, r"intrasentence\[1\] has no field 'target'"),
-        ({"context": " "}, r"intrasentence\[1\] has no field 'context', or no text"),
-        ({"bias_type": "age"}, r"intrasentence\[1\] has bias_type 'age'; known: gender"),
-        ({"context": "no gap"}, r"intrasentence\[1\] has no BLANK"),
-        ({"sentences": None}, r"intrasentence\[1\] has no field 'sentences'"),
-        (
-            {"sentences": [one("stereotype"), one("unrelated")]},
-            r"\[1\] has no sentence with gold_label 'anti-stereotype'",
-        ),
-        ({"sentences": [one("stereotype"), one("stereotype")]}, r"\[1\], sentence 1 is a second sentence"),
-        ({"sentences": [one("related")]}, r"\[1\], sentence 0 has gold_label 'related'"),
-        ({"sentences": [one(7)]}, r"\[1\], sentence 0 has gold_label 7"),
-        ({"sentences": ["x"]}, r"\[1\], sentence 0 has gold_label None"),
-        ({"sentences": [one("stereotype", "")]}, r"\[1\], sentence 0 has no field 'sentence'"),
-        ({"sentences": {"sentence": ["x"]}}, r"\[1\] has no field 'sentence' or 'gold_label'"),
-    ],
-)
-def test_fields_that_are_missing_or_wrong(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=rf"dev\.json: intrasentence.*{message.removeprefix('intrasentence')}"):
-        read_stereoset(write(tmp_path, content_of(**changes)))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "not readable as JSON"),
-        ("[]", "has no field 'data'"),
-        ('{"data": {}}', "no cluster in 'intrasentence'"),
-        ('{"data": {"intrasentence": []}}', "no cluster in 'intrasentence'"),
-        ('{"data": {"intrasentence": [3], "intersentence": []}}', r"intrasentence\[0\] has no field 'target'"),
-    ],
-)
-def test_files_that_hold_nothing(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "dev.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_stereoset(tmp_path)
-
-
-def test_no_file_and_no_archive(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no dev\.json or dev\.json\.gz in .*stereoset or "):
-        read_stereoset(tmp_path)
-    (tmp_path / "dev.json.gz").write_text("no archive")
-    with pytest.raises(ValueError, match="not readable as JSON"):
-        read_stereoset(tmp_path)
-
-
-def test_the_hub_gives_lists_and_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import datasets
-
-    asked: list[tuple[str, str, str]] = []
-    columns = {"sentence": ["u BLANK", "s", "a"], "gold_label": [2, 1, 0], "id": ["1", "2", "3"]}
-
-    def load(name: str, config: str, *, split: str) -> list[dict[str, Any]]:
-        asked.append((name, config, split))
-        return [{"id": "0", "target": "t", "bias_type": "race", "context": "a BLANK", "sentences": columns}]
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    read = read_stereoset(None)
-    local = read_stereoset(write(tmp_path, content_of()))
-    assert read.intersentence == local.intersentence
-    assert read.intrasentence == local.intrasentence[:1]
-    assert asked == [(module.HUB, part, "validation") for part in ("intrasentence", "intersentence")]
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(ValueError, match=r"the hub did not give McGill-NLP/stereoset .*no network.*local copy"):
-        read_stereoset(None)
-
-
-@pytest.mark.skipif(
-    not (SHARED / "data/stereoset").is_dir(), reason="needs ../shared/data, which is not part of the project"
-)
-def test_the_real_file() -> None:
-    read = read_stereoset(SHARED / "data")
-    assert (len(read.intrasentence), len(read.intersentence)) == (2106, 2123)
-    assert len({cluster.target for cluster in (*read.intrasentence, *read.intersentence)}) == 79
-    assert all(find_word(cluster, sentence) for cluster in read.intrasentence for sentence in cluster.sentences)

@@ -186,8 +186,8 @@ def probing_result(
     for layer in by_seed:
         layer["selectivity"] = [a - b for a, b in zip(layer["f1"], layer["control"], strict=True)]
 
-    def mean(chosen: list[dict[str, list[float]]], name: str) -> Score:
-        values = [sum(layer[name][seed] for layer in chosen) / len(chosen) for seed in range(seeds)]
+    def mean(probes: list[dict[str, list[float]]], name: str) -> Score:
+        values = [sum(layer[name][seed] for layer in probes) / len(probes) for seed in range(seeds)]
         error = statistics.stdev(values) / math.sqrt(seeds) if seeds > 1 else None
         return Score(sum(values) / seeds, error, 500)
 

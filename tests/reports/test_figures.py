@@ -30,7 +30,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Collection:
 
 def view(chart: Chart | None, *choices: str) -> View:
     assert chart is not None
-    return next(found for found in chart.views if found.choices == choices)
+    return next(view for view in chart.views if view.choices == choices)
 
 
 def test_every_section_has_its_figure(study: Collection) -> None:
@@ -43,8 +43,8 @@ def test_every_section_has_its_figure(study: Collection) -> None:
         assert chart.reading.endswith(".")
         assert chart.table.rows
         assert all(len(cells) == len(chart.table.columns) for cells in chart.table.rows), chart.slug
-        assert {found.choices[0] for found in chart.views} == {"heron-15M", "sable-60M"}, chart.slug
-        assert all(len(found.choices) == len(chart.selectors) for found in chart.views), chart.slug
+        assert {view.choices[0] for view in chart.views} == {"heron-15M", "sable-60M"}, chart.slug
+        assert all(len(view.choices) == len(chart.selectors) for view in chart.views), chart.slug
 
 
 def test_a_line_for_each_method_and_a_panel_for_each_corpus(study: Collection) -> None:
@@ -63,7 +63,7 @@ def test_a_line_for_each_method_and_a_panel_for_each_corpus(study: Collection) -
 def test_a_method_looks_the_same_in_every_figure(study: Collection) -> None:
     look = looks_of(study)["asvd-i"]
     for chart in (perplexity(study), divergence(study)):
-        traces = [t for found in chart.views for t in found.figure.data if t.name == "asvd-i"]
+        traces = [t for view in chart.views for t in view.figure.data if t.name == "asvd-i"]
         assert {trace.line.color for trace in traces} == {look.color}
     bars = view(tasks(study), "sable-60M", "keep 0.7", "acc").figure.data[0]
     assert bars.marker.color[list(bars.y).index("asvd-i")] == look.color
@@ -81,9 +81,9 @@ def test_an_infinite_perplexity_is_said_not_drawn(tmp_path: Path) -> None:
     make_run(tmp_path / "b", keep=0.5)
     change_result(run / "evals" / "perplexity-ptb.json", value=math.inf, stderr=None)
     chart = perplexity(read_runs([tmp_path]))
-    found = view(chart, "heron-15M")
-    assert found.notes == ("asvd-i, keep 0.7 is infinite on ptb and not drawn.",)
-    assert all(math.isfinite(y) for trace in found.figure.data for y in trace.y)
+    shown = view(chart, "heron-15M")
+    assert shown.notes == ("asvd-i, keep 0.7 is infinite on ptb and not drawn.",)
+    assert all(math.isfinite(y) for trace in shown.figure.data for y in trace.y)
     assert chart is not None
     assert "inf" in {cell.text for cells in chart.table.rows for cell in cells}
 
@@ -103,10 +103,10 @@ def test_the_heat_map_has_a_cell_for_every_linear(study: Collection) -> None:
 def test_methods_without_an_error_have_no_error_map(study: Collection) -> None:
     chart = kept_share(study)
     assert chart is not None
-    shown = {(found.choices[1], found.choices[3]) for found in chart.views}
+    shown = {(view.choices[1], view.choices[3]) for view in chart.views}
     assert ("asvd-i", "relative error") in shown
     assert ("svd", "relative error") not in shown
-    assert not any(found.choices[1] == "int8" for found in chart.views)
+    assert not any(view.choices[1] == "int8" for view in chart.views)
 
 
 def test_spectra_have_a_panel_for_each_role_and_a_line_for_each_block(study: Collection) -> None:
@@ -137,18 +137,18 @@ def test_parts_of_a_task_are_no_measures_of_their_own(tmp_path: Path) -> None:
         change_result(run / "evals" / f"lm-eval-piqa{end}.json", task="lm-eval:piqa@5-shot", scores=scores)
     chart = tasks(read_runs([run]))
     assert chart is not None
-    assert {found.choices[2] for found in chart.views} == {"acc", "acc_norm"}
+    assert {view.choices[2] for view in chart.views} == {"acc", "acc_norm"}
     assert chart.notes == ("piqa@5-shot has 2 parts; their scores are in its result files.",)
 
 
 def test_scores_fall_along_the_share_kept(study: Collection) -> None:
-    found = view(scores(study), "heron-15M")
-    assert [note.text for note in found.figure.layout.annotations] == [f"{task}: acc ↑" for task in TASKS]
-    line = next(trace for trace in found.figure.data if trace.name == "svd")
+    shown = view(scores(study), "heron-15M")
+    assert [note.text for note in shown.figure.layout.annotations] == [f"{task}: acc ↑" for task in TASKS]
+    line = next(trace for trace in shown.figure.data if trace.name == "svd")
     assert list(line.x) == [100 * keep for keep in sorted(KEEPS)]
     runs = {run.keep: run for run in study.of("heron-15M") if run.method == "svd"}
     assert list(line.y) == [runs[keep].compressed["lm-eval:boolq"].value for keep in sorted(KEEPS)]
-    assert any("int8 is without a share to keep on boolq" in note for note in found.notes)
+    assert any("int8 is without a share to keep on boolq" in note for note in shown.notes)
 
 
 def test_one_share_is_no_line_of_scores(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_classifier_is_a_task_among_others(tmp_path: Path) -> None:
         assert chart is not None
         assert "probing" not in {cells[3].text for cells in chart.table.rows}
         assert {cells[3].text for cells in chart.table.rows} == {"cola"}
-    assert {found.choices[2] for found in tasks(collection).views} == {"mcc", "accuracy", "f1"}
+    assert {view.choices[2] for view in tasks(collection).views} == {"mcc", "accuracy", "f1"}
 
 
 def test_stereoset_by_domain(study: Collection) -> None:
@@ -289,7 +289,7 @@ def test_every_colour_of_a_figure_has_a_dark_partner(study: Collection) -> None:
             return set().union(*(colors(inner) for inner in value))
         return {value} if isinstance(value, str) and value.startswith("#") else set()
 
-    used = {c for chart in all_figures(study) for found in chart.views for c in colors(found.figure.to_plotly_json())}
+    used = {c for chart in all_figures(study) for view in chart.views for c in colors(view.figure.to_plotly_json())}
     assert used <= set(DARK)
     assert used
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from eckart.reports.charts import Chart, View
-from eckart.reports.layers import BESIDE, SELECTIVITY, probing
+from eckart.reports.layers import F1_AND_CONTROL, SELECTIVITY, probing
 from eckart.reports.profiles import blocks_of, layers_of
 from eckart.reports.rows import looks_of
 from eckart.reports.runs import Collection, read_runs
@@ -22,7 +22,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Collection:
 
 def view(chart: Chart | None, *choices: str) -> View:
     assert chart is not None
-    return next(found for found in chart.views if found.choices == choices)
+    return next(view for view in chart.views if view.choices == choices)
 
 
 def test_a_profile_is_the_layers_from_the_embeddings_up() -> None:
@@ -47,8 +47,8 @@ def test_a_result_without_layers_is_refused() -> None:
         layers_of(result)
 
 
-def test_the_sizes_of_a_method_are_lines_beside_the_dense_one(study: Collection) -> None:
-    figure = view(probing(study), "heron-15M", "sizes of svd", BESIDE).figure
+def test_the_sizes_of_a_method_are_lines_next_to_the_dense_one(study: Collection) -> None:
+    figure = view(probing(study), "heron-15M", "sizes of svd", F1_AND_CONTROL).figure
     assert [note.text for note in figure.layout.annotations] == ["cola", "sst2"]
     lines = [trace for trace in figure.data if trace.meta != "control" and (trace.yaxis or "y") == "y"]
     assert [trace.name for trace in lines] == ["dense", "keep 0.9", "keep 0.7", "keep 0.5"]
@@ -80,13 +80,13 @@ def test_one_run_alone_has_a_figure_and_so_has_a_dense_model(tmp_path: Path) -> 
     run = make_probing_run(tmp_path / "run")
     chart = probing(read_runs([run]))
     assert chart is not None
-    assert {found.choices[1] for found in chart.views} == {"svd, keep 0.7"}
+    assert {view.choices[1] for view in chart.views} == {"svd, keep 0.7"}
     for file in (run / "evals").glob("probing-*"):
         if ".dense." not in file.name:
             file.unlink()
     chart = probing(read_runs([run]))
     assert chart is not None
-    assert {found.choices[1] for found in chart.views} == {"dense"}
+    assert {view.choices[1] for view in chart.views} == {"dense"}
 
 
 def test_the_table_has_every_number_of_every_layer(study: Collection) -> None:

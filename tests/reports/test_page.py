@@ -22,9 +22,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def stored(page: str) -> dict[str, object]:
-    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
-    assert found
-    return json.loads(found[1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    match = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
+    assert match
+    return json.loads(match[1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def without_plotly(page: str) -> str:

@@ -45,25 +45,29 @@ def correlated_runs(folder: Path, *, slope: float, noise: float, model: str = HE
 
 
 def test_planted_losses_go_together(tmp_path: Path) -> None:
-    (found,) = relate(correlated_runs(tmp_path, slope=0.5, noise=0.03))
-    assert (found.model, found.score, found.probing) == ("heron-15M", "classification:cola mcc", "probing:cola")
-    assert found.pearson.n == len(found.points) == 12
-    x, y = ([getattr(point, name) for point in found.points] for name in ("loss", "selectivity"))
+    (relation,) = relate(correlated_runs(tmp_path, slope=0.5, noise=0.03))
+    assert (relation.model, relation.score, relation.probing) == (
+        "heron-15M",
+        "classification:cola mcc",
+        "probing:cola",
+    )
+    assert relation.pearson.n == len(relation.points) == 12
+    x, y = ([getattr(point, name) for point in relation.points] for name in ("loss", "selectivity"))
     assert sorted(x) == pytest.approx(np.linspace(0.02, 0.5, 12))
-    assert found.pearson.value == pytest.approx(np.corrcoef(x, y)[0, 1])
+    assert relation.pearson.value == pytest.approx(np.corrcoef(x, y)[0, 1])
     truth = 0.5 * np.std(x) / math.hypot(0.5 * float(np.std(x)), 0.03)
-    assert found.pearson.interval is not None
-    assert found.pearson.interval[0] < truth < found.pearson.interval[1]
-    assert found.verdict == "go together"
-    assert found.together == [1, 2, 3, 4]
-    assert found.layers[3][0].value == pytest.approx(found.pearson.value)  # all layers lose the same here
+    assert relation.pearson.interval is not None
+    assert relation.pearson.interval[0] < truth < relation.pearson.interval[1]
+    assert relation.verdict == "go together"
+    assert relation.together == [1, 2, 3, 4]
+    assert relation.layers[3][0].value == pytest.approx(relation.pearson.value)  # all layers lose the same here
 
 
 def test_independent_losses_show_no_relation(tmp_path: Path) -> None:
-    (found,) = relate(correlated_runs(tmp_path, slope=0.0, noise=0.05))
-    assert found.pearson.interval is not None
-    assert found.pearson.interval[0] < 0 < found.pearson.interval[1]
-    assert (found.verdict, found.together) == ("no relation shown", [])
+    (relation,) = relate(correlated_runs(tmp_path, slope=0.0, noise=0.05))
+    assert relation.pearson.interval is not None
+    assert relation.pearson.interval[0] < 0 < relation.pearson.interval[1]
+    assert (relation.verdict, relation.together) == ("no relation shown", [])
 
 
 def test_models_are_also_taken_together(tmp_path: Path) -> None:
@@ -74,12 +78,12 @@ def test_models_are_also_taken_together(tmp_path: Path) -> None:
             "classification:cola": (classification_result(0.6), classification_result(0.6 - loss)),
         }
         make_probing_run(tmp_path / f"sable-{place}", SABLE, keep=0.9 - 0.1 * place, results=results)
-    found = {relation.model: relation for relation in relate(read_runs([tmp_path]))}
-    assert list(found) == ["heron-15M", "sable-60M", POOLED]
-    assert found["sable-60M"].verdict == "3 runs: too few for an interval"
-    assert found["sable-60M"].pearson.value == pytest.approx(1.0)
-    assert (found[POOLED].pearson.n, found[POOLED].layers) == (6, {})
-    assert found[POOLED].verdict == "go together"
+    by_model = {relation.model: relation for relation in relate(read_runs([tmp_path]))}
+    assert list(by_model) == ["heron-15M", "sable-60M", POOLED]
+    assert by_model["sable-60M"].verdict == "3 runs: too few for an interval"
+    assert by_model["sable-60M"].pearson.value == pytest.approx(1.0)
+    assert (by_model[POOLED].pearson.n, by_model[POOLED].layers) == (6, {})
+    assert by_model[POOLED].verdict == "go together"
 
 
 def test_perplexity_counts_in_nats_and_infinity_is_left_out(tmp_path: Path) -> None:
@@ -92,18 +96,18 @@ def test_perplexity_counts_in_nats_and_infinity_is_left_out(tmp_path: Path) -> N
             "perplexity:ptb": (text(10.0), text(value)),
         }
         make_probing_run(tmp_path / str(place), keep=0.9 - 0.1 * place, results=results)
-    (found,) = relate(read_runs([tmp_path]))
-    assert [point.loss for point in found.points] == pytest.approx([math.log(v / 10) for v in (12, 20, 40, 80)])
-    assert found.left_out == ("4",)
-    assert found.pearson.value == pytest.approx(1.0)
+    (relation,) = relate(read_runs([tmp_path]))
+    assert [point.loss for point in relation.points] == pytest.approx([math.log(v / 10) for v in (12, 20, 40, 80)])
+    assert relation.left_out == ("4",)
+    assert relation.pearson.value == pytest.approx(1.0)
     (section,) = [s for s in pitfalls_of(read_runs([tmp_path])) if s.slug == "pitfalls-relation"]
     assert "Left out, as their loss is infinite: 4." in section.sentences
 
 
 def test_pairs_of_one_set_come_first_and_fine_tuned_runs_do_not_count(tmp_path: Path) -> None:
-    found = list(relate(read_runs([make_probing_study(tmp_path)])))
-    assert [relation.probing for relation in found] == ["probing:cola", "probing:sst2"]
-    assert {relation.pearson.n for relation in found} == {6}
+    relations = list(relate(read_runs([make_probing_study(tmp_path)])))
+    assert [relation.probing for relation in relations] == ["probing:cola", "probing:sst2"]
+    assert {relation.pearson.n for relation in relations} == {6}
 
 
 def test_methods_differ_by_the_mean_over_cells(tmp_path: Path) -> None:
@@ -118,15 +122,15 @@ def test_methods_differ_by_the_mean_over_cells(tmp_path: Path) -> None:
             make_probing_run(tmp_path / f"{method}-{keep}", method=method, keep=keep, results=results)
     make_probing_run(tmp_path / "alone", method="asvd-0", keep=0.7)  # no svd of this size
     collection = read_runs([tmp_path])
-    (found,) = compare(collection)
-    assert (found.model, found.method, found.baseline) == ("heron-15M", "fwsvd", "svd")
-    differences = sorted(cell.selectivity for cell in found.cells)
+    (difference,) = compare(collection)
+    assert (difference.model, difference.method, difference.baseline) == ("heron-15M", "fwsvd", "svd")
+    differences = sorted(cell.selectivity for cell in difference.cells)
     assert differences == pytest.approx([0.02, 0.05, 0.10, 0.12])
-    assert found.selectivity.value == pytest.approx(0.0725)
-    assert found.f1.value == pytest.approx(0.0725)  # controls are alike here
-    assert found.selectivity.interval is not None
-    assert 0.02 <= found.selectivity.interval[0] < 0.0725 < found.selectivity.interval[1] <= 0.12
-    assert found.verdict == "keeps more"
+    assert difference.selectivity.value == pytest.approx(0.0725)
+    assert difference.f1.value == pytest.approx(0.0725)  # controls are alike here
+    assert difference.selectivity.interval is not None
+    assert 0.02 <= difference.selectivity.interval[0] < 0.0725 < difference.selectivity.interval[1] <= 0.12
+    assert difference.verdict == "keeps more"
     (other,) = compare(collection, baseline="fwsvd")
     assert (other.method, other.selectivity.value) == ("svd", pytest.approx(-0.0725))
     assert other.verdict == "keeps less"
@@ -135,10 +139,10 @@ def test_methods_differ_by_the_mean_over_cells(tmp_path: Path) -> None:
 def test_layers_that_fail_the_check_are_counted(tmp_path: Path) -> None:
     half = probing_result("probing:cola", [(0.9, 0.5), (0.8, 0.5), (0.75, 0.5), (0.6, 0.5), (0.5, 0.5)])
     make_probing_run(tmp_path / "a", results={"probing:cola": (flat(0.4), half)})
-    found = {row.method: row for row in fail(read_runs([tmp_path]))}
-    assert found["dense"].tasks == {"probing:cola": (0, 4)}
-    assert found["svd"].tasks == {"probing:cola": (2, 4)}  # the embeddings pass, and do not count
-    assert found["svd"].total == (2, 4)
+    by_method = {row.method: row for row in fail(read_runs([tmp_path]))}
+    assert by_method["dense"].tasks == {"probing:cola": (0, 4)}
+    assert by_method["svd"].tasks == {"probing:cola": (2, 4)}  # the embeddings pass, and do not count
+    assert by_method["svd"].total == (2, 4)
 
 
 def test_a_dense_model_that_knows_nothing_is_named(tmp_path: Path) -> None:
@@ -152,9 +156,9 @@ def test_what_a_fine_tuning_wins_back(tmp_path: Path) -> None:
     make_probing_run(tmp_path / "cut", results={"probing:cola": (dense, cut)})
     make_probing_run(tmp_path / "mended", steps=64, results={"probing:cola": (dense, mended)})
     make_probing_run(tmp_path / "other", keep=0.5, steps=64)  # its pair is missing
-    found = {row.measure: row for row in recover(read_runs([tmp_path]))}
-    assert set(found) == {"selectivity", "f1"}
-    row = found["selectivity"]
+    by_measure = {row.measure: row for row in recover(read_runs([tmp_path]))}
+    assert set(by_measure) == {"selectivity", "f1"}
+    row = by_measure["selectivity"]
     assert (row.model, row.method, row.size, row.settings) == ("heron-15M", "svd", "keep 0.7", {"steps": 64})
     error = dense.scores["selectivity"].stderr
     assert error == pytest.approx(0.02 / math.sqrt(3))  # seeds 0.02 apart, both up in F1 and down in the control
@@ -225,9 +229,9 @@ def test_a_dense_model_with_other_layers_is_refused(tmp_path: Path) -> None:
 
 def test_tables_fit_and_the_data_is_json(tmp_path: Path) -> None:
     answers = answer(read_runs([make_probing_study(tmp_path, models=2)]))
-    found = sections(answers)
-    assert [section.slug for section in found] == ["pitfalls-relation", "pitfalls-methods", "pitfalls-recovery"]
-    for section in found:
+    questions = sections(answers)
+    assert [section.slug for section in questions] == ["pitfalls-relation", "pitfalls-methods", "pitfalls-recovery"]
+    for section in questions:
         assert section.sentences
         for table in (*section.tables, *section.long):
             assert table.rows
@@ -238,4 +242,4 @@ def test_tables_fit_and_the_data_is_json(tmp_path: Path) -> None:
     assert data["relations"][0]["pearson"]["value"] == answers.relations[0].pearson.value
     assert data["relations"][0]["layers"]["1"][0]["n"] == 6
     assert data["recoveries"][0]["remains"]["value"] == answers.recoveries[0].remains.value
-    assert set(data["sentences"]) == {section.slug for section in found}
+    assert set(data["sentences"]) == {section.slug for section in questions}

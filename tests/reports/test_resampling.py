@@ -29,9 +29,9 @@ def test_the_values_are_numpys_and_scipys() -> None:
 
 
 def test_a_planted_correlation_is_in_its_interval_and_none_holds_zero() -> None:
-    found = [correlations(*planted(0.8, 30, seed))[0] for seed in range(40)]
-    assert sum(f.interval[0] <= 0.8 <= f.interval[1] for f in found if f.interval) >= 34
-    assert all(f.sign == 1 for f in found)
+    estimates = [correlations(*planted(0.8, 30, seed))[0] for seed in range(40)]
+    assert sum(f.interval[0] <= 0.8 <= f.interval[1] for f in estimates if f.interval) >= 34
+    assert all(f.sign == 1 for f in estimates)
     none = [correlations(*planted(0.0, 30, seed)) for seed in range(40)]
     for which in (0, 1):
         assert sum(pair[which].sign == 0 for pair in none) >= 34
@@ -50,11 +50,11 @@ def test_a_planted_correlation_is_in_its_interval_and_none_holds_zero() -> None:
     ],
 )
 def test_what_cannot_be_said_says_why(x: list[float], y: list[float], value: float | None, why: str) -> None:
-    for found in correlations(x, y):
-        assert found.interval is None
-        assert found.sign == 0
-        assert found.why == why
-        assert found.value == (None if value is None else pytest.approx(value))
+    for estimate in correlations(x, y):
+        assert estimate.interval is None
+        assert estimate.sign == 0
+        assert estimate.why == why
+        assert estimate.value == (None if value is None else pytest.approx(value))
 
 
 def test_resamples_that_do_not_vary_are_left_out() -> None:
@@ -68,12 +68,12 @@ def test_resamples_that_do_not_vary_are_left_out() -> None:
 
 def test_a_mean_and_its_interval() -> None:
     draw = np.random.default_rng(0).normal(0.1, 0.05, size=40)
-    found = mean_of(draw.tolist())
-    assert found.value == pytest.approx(draw.mean())
-    assert found.interval is not None
+    estimate = mean_of(draw.tolist())
+    assert estimate.value == pytest.approx(draw.mean())
+    assert estimate.interval is not None
     normal = 1.96 * draw.std(ddof=1) / np.sqrt(40)
-    assert found.interval == pytest.approx((draw.mean() - normal, draw.mean() + normal), abs=0.15 * normal)
-    assert found.sign == 1
+    assert estimate.interval == pytest.approx((draw.mean() - normal, draw.mean() + normal), abs=0.15 * normal)
+    assert estimate.sign == 1
     assert mean_of([0.5] * FEWEST).interval == (0.5, 0.5)
     few = mean_of([1.0, 2.0])
     assert (few.value, few.interval, few.why) == (1.5, None, "2 cells: too few for an interval")

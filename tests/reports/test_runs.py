@@ -15,13 +15,13 @@ from .make_runs import CORPORA, KEEPS, METHODS, change_result, make_probing_run,
 
 
 def test_a_study_is_read_whole_and_in_order(tmp_path: Path) -> None:
-    found = read_runs([make_study(tmp_path / "study")])
-    assert len(found.runs) == 2 * (len(METHODS) * len(KEEPS) + 1)
-    assert found.models == ["heron-15M", "sable-60M"]
-    first = [(run.series, run.keep) for run in found.of("heron-15M")]
+    collection = read_runs([make_study(tmp_path / "study")])
+    assert len(collection.runs) == 2 * (len(METHODS) * len(KEEPS) + 1)
+    assert collection.models == ["heron-15M", "sable-60M"]
+    first = [(run.series, run.keep) for run in collection.of("heron-15M")]
     assert first == [(method, keep) for method in sorted(METHODS) for keep in KEEPS] + [("int8", None)]
-    assert [study.title for study in found.studies] == ["NSVD, Table 1 (small)"]
-    assert all(not run.missing for run in found.runs)
+    assert [study.title for study in collection.studies] == ["NSVD, Table 1 (small)"]
+    assert all(not run.missing for run in collection.runs)
 
 
 def test_tasks_follow_the_recipe_not_the_alphabet(tmp_path: Path) -> None:
@@ -60,15 +60,15 @@ def test_a_killed_run_shows_what_it_has_and_says_what_it_lacks(tmp_path: Path) -
     (run / "evals" / "perplexity-ptb.json").unlink()
     (run / "evals" / "stereoset.dense.json").unlink()
     (run / "evals" / "perplexity-snips.partial").write_text("{")
-    found = read_runs([run]).runs[0]
-    assert found.missing == (
+    read = read_runs([run]).runs[0]
+    assert read.missing == (
         "environment.json",
         "the compressed model's compression.json",
         "perplexity:ptb (compressed)",
         "stereoset (dense)",
     )
-    assert "perplexity:ptb" in found.dense
-    assert found.share is None
+    assert "perplexity:ptb" in read.dense
+    assert read.share is None
 
 
 def test_refusals_are_passed_on(tmp_path: Path) -> None:
@@ -84,11 +84,11 @@ def test_a_run_that_keeps_everything_lacks_nothing(tmp_path: Path) -> None:
     for file in (run / "evals").glob("*.json"):
         if ".dense" not in file.name:
             file.unlink()
-    found = read_runs([run])
-    assert found.runs[0].is_dense
-    assert not found.runs[0].missing
-    assert found.of("heron-15M") == []
-    assert found.dense("heron-15M", "perplexity:ptb") is not None
+    collection = read_runs([run])
+    assert collection.runs[0].is_dense
+    assert not collection.runs[0].missing
+    assert collection.of("heron-15M") == []
+    assert collection.dense("heron-15M", "perplexity:ptb") is not None
 
 
 def test_one_task_at_two_lengths_is_two_tasks(tmp_path: Path) -> None:
@@ -97,19 +97,19 @@ def test_one_task_at_two_lengths_is_two_tasks(tmp_path: Path) -> None:
     file.rename(run / "evals" / "perplexity-ptb-256.json")
     shutil.copy(run / "evals" / "perplexity-ptb-256.json", run / "evals" / "perplexity-ptb-64.json")
     change_result(run / "evals" / "perplexity-ptb-64.json", value=77.0)
-    found = read_runs([run]).runs[0].compressed
-    assert found["perplexity:ptb@64"].value == 77
-    assert found["perplexity:ptb@256"].value != 77
-    assert "perplexity:ptb" not in found
+    results = read_runs([run]).runs[0].compressed
+    assert results["perplexity:ptb@64"].value == 77
+    assert results["perplexity:ptb@256"].value != 77
+    assert "perplexity:ptb" not in results
 
 
 def test_a_result_that_names_its_settings_is_the_task_that_was_asked_for(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     for end in ("", ".dense"):
         change_result(run / "evals" / f"lm-eval-piqa{end}.json", task="lm-eval:piqa@5-shot")
-    found = read_runs([run]).runs[0]
-    assert not found.missing
-    assert [task for task in found.compressed if task.startswith("lm-eval")] == [
+    read = read_runs([run]).runs[0]
+    assert not read.missing
+    assert [task for task in read.compressed if task.startswith("lm-eval")] == [
         *("lm-eval:boolq", "lm-eval:piqa@5-shot", "lm-eval:arc_easy")
     ]
 
@@ -121,8 +121,8 @@ def test_a_fine_tuned_run_is_a_series_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "c" / "recipe.yaml").open("a").write("recover: {steps: 0}\n")  # no steps, no fine-tuning
     assert {r.name: r.series for r in read_runs([tmp_path]).runs} == {"a": "svd", "b": "svd (recovered)", "c": "svd"}
     make_probing_run(tmp_path / "d", steps=8)
-    found = {run.name: run.series for run in read_runs([tmp_path]).runs}
-    assert (found["a"], found["d"]) == ("svd", "svd (recovered, steps 8)")
+    series = {run.name: run.series for run in read_runs([tmp_path]).runs}
+    assert (series["a"], series["d"]) == ("svd", "svd (recovered, steps 8)")
 
 
 def test_settings_that_differ_are_in_the_name(tmp_path: Path) -> None:
@@ -132,8 +132,8 @@ def test_settings_that_differ_are_in_the_name(tmp_path: Path) -> None:
     make_run(tmp_path / "d", method="asvd-i", keep=0.5)
     make_run(tmp_path / "e", method="svd", corpus="ptb")
     make_run(tmp_path / "f", method="svd")
-    found = {run.name: run.series for run in read_runs([tmp_path]).runs}
-    assert found == {
+    series = {run.name: run.series for run in read_runs([tmp_path]).runs}
+    assert series == {
         "a": "asvd-0 (alpha 0.5)",
         "b": "asvd-0 (alpha 1.0)",
         "c": "asvd-i",
@@ -146,9 +146,9 @@ def test_settings_that_differ_are_in_the_name(tmp_path: Path) -> None:
 def test_one_recipe_run_twice_is_told_apart_by_its_folder(tmp_path: Path) -> None:
     make_run(tmp_path / "one" / "run")
     make_run(tmp_path / "two" / "run")
-    found = read_runs([tmp_path / "one", tmp_path / "two"]).runs
-    assert [run.name for run in found] == ["one/run", "two/run"]
-    assert [run.series for run in found] == ["asvd-i [one/run]", "asvd-i [two/run]"]
+    runs = read_runs([tmp_path / "one", tmp_path / "two"]).runs
+    assert [run.name for run in runs] == ["one/run", "two/run"]
+    assert [run.series for run in runs] == ["asvd-i [one/run]", "asvd-i [two/run]"]
 
 
 def test_models_of_one_last_name_keep_their_whole_name(tmp_path: Path) -> None:

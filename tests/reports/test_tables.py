@@ -57,14 +57,14 @@ def test_other_formats() -> None:
     assert plain("<b>&") == "&lt;b&gt;&amp;"
 
 
-def test_selectivity_stands_beside_the_score_of_a_probing(tmp_path: Path) -> None:
+def test_selectivity_is_next_to_the_score_of_a_probing(tmp_path: Path) -> None:
     assert score(0.81234, "f1.12") == score(0.81234, "mcc") == score(0.81234, "selectivity.3") == "0.812"
     table = summary(read_runs([make_probing_study(tmp_path)]))
     labels = [column.label for column in table.columns if column.group == "Probing, mean of layers"]
     assert labels == ["cola ↑", "cola selectivity ↑", "sst2 ↑", "sst2 selectivity ↑"]
     cells = table.rows[row(table, method="fwsvd", keep="0.9")]
-    found = read_runs([tmp_path]).of("heron-15M")
-    result = next(run for run in found if run.series == "fwsvd" and run.keep == 0.9).compressed["probing:cola"]
+    runs = read_runs([tmp_path]).of("heron-15M")
+    result = next(run for run in runs if run.series == "fwsvd" and run.keep == 0.9).compressed["probing:cola"]
     at = column(table, "cola selectivity ↑")
     assert (cells[at - 1].value, cells[at].value) == (result.value, result.scores["selectivity"].value)
     assert cells[at].best
@@ -112,7 +112,7 @@ def test_another_baseline_and_one_that_is_not_there(tmp_path: Path) -> None:
         summary(runs, "asvd-i")
 
 
-def test_the_summary_puts_dense_beside_compressed(tmp_path: Path) -> None:
+def test_the_summary_has_dense_and_compressed(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     change_result(run / "evals" / "perplexity-ptb.dense.json", value=5.678)
     change_result(run / "evals" / "perplexity-ptb.json", value=math.inf, stderr=None)
@@ -138,7 +138,7 @@ def test_the_best_of_a_size_is_marked_and_int8_does_not_compete(tmp_path: Path) 
     assert not any(cells[at].best for cells in table.rows if cells[1].text == "int8")
 
 
-def test_the_papers_numbers_stand_beside_ours(tmp_path: Path) -> None:
+def test_the_papers_numbers_are_next_to_ours(tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "run")
     write_json(
         tmp_path / "study.json",
@@ -159,8 +159,8 @@ def test_the_papers_numbers_stand_beside_ours(tmp_path: Path) -> None:
             ],
         },
     )
-    found = read_runs([tmp_path])
-    table = paper_table(found.studies[0], 1)
+    collection = read_runs([tmp_path])
+    table = paper_table(collection.studies[0], 1)
     assert [name for name, _ in table.groups] == [
         "",
         "ptb",

@@ -1,4 +1,4 @@
-"""Cost: what a model takes: numbers, bytes, multiply-accumulates, and time beside another model."""
+"""Cost: what a model takes: numbers, bytes, multiply-accumulates, and time compared with another model's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from eckart.support.files import GRADIENTS
 from eckart.support.progress import Track, silent
 from eckart.support.sizes import num_params, tensor_bytes
 
-# SFSD Table 1 counts at 64 tokens; a model with fewer positions is counted at what is left of them.
+# SFSD Table 1 counts at 64 tokens; a model with fewer positions is counted at as many as fit.
 DEFAULT_PROMPT = 64
 # In order: the first kind that a directory has is the one that loaders read.
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
@@ -58,10 +58,10 @@ def cost(
     task: str = "cost",
     track: Track = silent,
 ) -> EvalResult:
-    """Parameters, bytes, multiply-accumulates per token, and speeds beside `reference`.
+    """Parameters, bytes, multiply-accumulates per token, and speeds relative to `reference`.
 
     Scores, the main one is `params`:
-        params: numbers stored, tied ones once; a quantised weight counts the numbers that it stands for.
+        params: numbers stored, tied ones once; a quantised weight counts the numbers that it represents.
         bytes.resident: of parameters and buffers as they lie in memory: a quantised weight counts its codes and scales.
         bytes.disk: of the weight files in `path`.
         macs, macs.linear, macs.attention: per token of a sequence of `prompt` tokens, see `count_macs`. SFSD Table 1
@@ -75,7 +75,7 @@ def cost(
         reference: the dense model. Without it there are no shares and no speeds.
         path: directory of the checkpoint.
         batch: sequences at a time, for the speeds.
-        prompt: tokens of context; None is 64, or what the model's positions leave beside `tokens`.
+        prompt: tokens of context; None is 64, or the model's positions less `tokens`, if fewer.
         tokens: generated in each round. rounds: of timing.
 
     Raises:
@@ -142,7 +142,7 @@ def disk_bytes(path: Path) -> int:
 def count_macs(model: PreTrainedModel, length: int) -> Macs:
     """Count the multiply-accumulates of one forward pass over one sequence of `length` tokens.
 
-    Linears are counted from their shapes and the rows that each is given, so a module that runs twice counts twice
+    Linears are counted from their shapes and the rows that each reads, so a module that runs twice counts twice
     and one that reads a single token counts once. The rest is what torch's FLOP counter sees outside of them, at two
     operations for each. The model may lie on the meta device.
 
@@ -154,7 +154,7 @@ def count_macs(model: PreTrainedModel, length: int) -> Macs:
         raise ValueError(f"attention {attention!r} cannot be counted; load the model with attn_implementation='sdpa'")
     ids = torch.ones(1, length, dtype=torch.int64, device=model.device)
     counter = FlopCounterMode(display=False)
-    # The plain kernel is made of products that the counter knows, on every device.
+    # The plain kernel consists of products that the counter knows, on every device.
     with counter, sdpa_kernel(SDPBackend.MATH), _counting_linears(model, counter) as linears:
         output = model(input_ids=ids)[0]
     if output.device.type != "meta" and not torch.isfinite(output).all():

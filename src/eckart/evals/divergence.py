@@ -1,4 +1,4 @@
-"""Divergence: how far a model's next-token distributions are from those of the model that it was made from."""
+"""Divergence: how far a model's next-token distributions are from those of the dense model that it came from."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def run_harness(
         member after member in the harness's order. details: "ids" = index of each document ("member/index" in a
         group), "answers" = index of the choice with the greatest likelihood (before length normalisation), or
         whether a continuation is the greedy one, or the text generated; "truncated" = requests whose prompt was cut
-        on the left to fit the model's positions.
+        at its start to fit the model's positions.
 
     Raises:
         ValueError: lm_eval is not installed; an unknown name (the message has the nearest known); a model that is
@@ -101,12 +101,12 @@ def run_harness(
         scorer = make_scorer(model, tokenizer, batch_size, rows, name, track)
         try:
             with np.errstate(all="ignore"):  # what is not a number is refused below
-                found = evaluate(scorer, loaded, limit=None if rows else limit, samples=rows, bootstrap_iters=0)
+                outputs = evaluate(scorer, loaded, limit=None if rows else limit, samples=rows, bootstrap_iters=0)
         except (AssertionError, OverflowError) as error:
             raise ValueError(f"{name}: the harness gave up ({type(error).__name__}: {error})") from error
-        tables = _with_errors(found, loaded)
+        tables = _with_errors(outputs, loaded)
     settings = {
-        **_describe(found, name, list(loaded["tasks"])),
+        **_describe(outputs, name, list(loaded["tasks"])),
         "seed": seed,
         "batch_size": batch_size,
         "split": split,
@@ -117,7 +117,7 @@ def run_harness(
         "max_length": scorer.max_length,
         **({"note": row.note} if row is not None and row.note and data is not None else {}),
     }
-    return _result(task or f"lm-eval:{name}", name, found, tables, loaded, settings, scorer.truncated)
+    return _result(task or f"lm-eval:{name}", name, outputs, tables, loaded, settings, scorer.truncated)
 
 
 def harness_direction(name: str, *, data: Path | None = None) -> Better | None:
@@ -273,18 +273,18 @@ def _rows(tasks: dict[str, Any], split: str, limit: int | None) -> dict[str, lis
     return rows
 
 
-def _with_errors(found: Any, loaded: Any) -> dict[str, dict[str, Any]]:
+def _with_errors(outputs: Any, loaded: Any) -> dict[str, dict[str, Any]]:
     """{task or group: its table of values}, with the standard errors that have a formula.
 
     The harness itself gives errors of means only together with bootstrapped ones of other metrics.
     """
     from lm_eval.api.metrics import mean, mean_stderr, perplexity
 
-    tables: dict[str, dict[str, Any]] = {name: dict(table) for name, table in found["results"].items()}
+    tables: dict[str, dict[str, Any]] = {name: dict(table) for name, table in outputs["results"].items()}
     for name, task in loaded["tasks"].items():
         for key in _keys(tables[name]):
             metric, _, which = key.partition(",")
-            kind, values = task.aggregation().get(metric), _values(found["samples"][name], key)
+            kind, values = task.aggregation().get(metric), _values(outputs["samples"][name], key)
             if kind not in (mean, perplexity) or len(values) < 2:
                 continue
             error = mean_stderr(values)
@@ -323,14 +323,14 @@ def _label(key: str) -> str:
     return key.removesuffix(",none")
 
 
-def _describe(found: Any, name: str, members: list[str]) -> dict[str, Any]:
+def _describe(outputs: Any, name: str, members: list[str]) -> dict[str, Any]:
     from lm_eval import __version__
 
-    shots = {member: found["n-shot"][member] for member in members}
+    shots = {member: outputs["n-shot"][member] for member in members}
     same = set(shots.values())
     return {
         "harness": f"lm_eval {__version__}",
-        "task_version": found["versions"][name],
+        "task_version": outputs["versions"][name],
         "shots": same.pop() if len(same) == 1 else shots,
     }
 
@@ -338,7 +338,7 @@ def _describe(found: Any, name: str, members: list[str]) -> dict[str, Any]:
 def _result(
     task: str,
     name: str,
-    found: Any,
+    outputs: Any,
     tables: dict[str, dict[str, Any]],
     loaded: Any,
     settings: dict[str, Any],
@@ -354,7 +354,7 @@ def _result(
     ids: list[int | str] = []
     answers: list[int | str] = []
     for member, definition in loaded["tasks"].items():
-        samples = [sample for sample in found["samples"][member] if sample["filter"] == main.partition(",")[2]]
+        samples = [sample for sample in outputs["samples"][member] if sample["filter"] == main.partition(",")[2]]
         ids += [sample["doc_id"] if member == name else f"{member}/{sample['doc_id']}" for sample in samples]
         answers += [answer for sample in samples if (answer := _answer(definition, sample)) is not None]
         values = _values(samples, main)

@@ -108,7 +108,7 @@ def make_scorer(
 
         @contextmanager
         def _followed(self, requests: list[Any]) -> Iterator[None]:
-            """Every answer is seen as it is made, so that a broken model ends the run at once."""
+            """Every answer is checked as it arrives, so that a broken model ends the run at once."""
             first = {request.args[:2]: request for request in reversed(requests) if isinstance(request.args[-1], str)}
             steps = iter(track(range(len(requests)), name, len(requests)))
             next(steps, None)

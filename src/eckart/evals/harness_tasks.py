@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-# All of a set, what rank searches read of it, and what is left to report on.
+# All of a set, what rank searches read of it, and what remains to report on.
 SPLITS = ("test", "sfsd-search", "sfsd-evaluation")
 # What the draw of SFSD's split starts from. It is no setting of a run: a search with one seed and an evaluation with
 # another would share documents.
@@ -31,7 +31,7 @@ TRAIN = ("train.json*",)
 
 
 def is_family(name: str) -> bool:
-    """Whether a task stands for many of one kind, as mmlu does for its subjects."""
+    """Whether a task is a group of many of one kind, as mmlu is of its subjects."""
     return name in LOCAL_TASKS and LOCAL_TASKS[name].member is not None
 
 
@@ -152,7 +152,7 @@ def _answer(row: Row) -> int:
 
 @dataclass(frozen=True)
 class LocalTask:
-    """A row of the table: a task of the harness, and how local files stand in for its data set.
+    """A row of the table: a task of the harness, and how local files replace its data set.
 
     Attributes:
         stock: the harness's definition, in its tasks folder: prompt, metrics, filters. Of a family, the folder with
@@ -288,7 +288,7 @@ def local_names(stock: Path) -> list[str]:
 def write_definitions(row: LocalTask, stock: Path, data: Path, folder: Path, *, shots: int) -> dict[str, str]:
     """Write definitions into `folder` that take everything from the stock ones but the documents.
 
-    Each is a YAML file that includes its stock file; the rows, in the columns of the stock data set, stand beside it.
+    Each is a YAML file that includes its stock file; the rows, in the stock data set's columns, are in a JSON file.
 
     Args:
         row: which tasks; of a family, all its groups and members are written.
@@ -351,14 +351,14 @@ def _definitions(row: LocalTask, stock: Path) -> dict[str, tuple[Path, str | Non
         raise ValueError(f"the installed harness has no definition {row.stock}: pip install 'eckart[tasks]' brings one")
     if row.member is None:
         return {row.stock: (path, "")}
-    found: dict[str, tuple[Path, str | None]] = {}
+    definitions: dict[str, tuple[Path, str | None]] = {}
     for file in sorted(path.glob("*.yaml")):
         definition = yaml.safe_load(file.read_text(encoding="utf-8"))
         if "group" in definition:
-            found[definition["group"]] = (file, None)
+            definitions[definition["group"]] = (file, None)
         else:
-            found[definition["task"]] = (file, definition["dataset_name"])
-    return found
+            definitions[definition["task"]] = (file, definition["dataset_name"])
+    return definitions
 
 
 def _find_file(row: LocalTask, patterns: tuple[str, ...], data: Path) -> Path:

@@ -100,7 +100,7 @@ def read_hidden_states(
     Raises:
         ValueError: no texts, one without tokens, "cls" of a causal model (its first token has seen nothing), a state
             that is not finite (names the layer), a token outside the vocabulary, or a model in training mode.
-        OSError: the disk has no room for the states; found before anything is read.
+        OSError: the disk has no room for the states; raised before anything is read.
 
     Cost: one forward pass of the model without its head over the texts; memory for the states of one batch.
     """
@@ -186,15 +186,15 @@ def _digest(model: PreTrainedModel, rows: TokenRows, pooling: Pooling) -> str:
 
 
 def _fill(model: PreTrainedModel, rows: TokenRows, pooling: Pooling, file: Path, batch_size: int, track: Track) -> None:
-    """Read all rows into `file`, which appears whole; from where a killed reading was."""
+    """Read all rows into `file`, which appears whole; continuing a killed reading."""
     order = rows.by_length
     partial, noted = file.with_suffix(".partial"), file.with_suffix(".rows")
     with noted.open("a+", encoding="ascii") as lock:
         _claim(lock, file)
         lock.seek(0)
-        done = int(lock.read() or 0) if partial.is_file() else 0
-        batches = [order[start : start + batch_size] for start in range(done, len(order), batch_size)]
-        values = np.load(partial, mmap_mode="r+") if done else None
+        finished = int(lock.read() or 0) if partial.is_file() else 0
+        batches = [order[start : start + batch_size] for start in range(finished, len(order), batch_size)]
+        values = np.load(partial, mmap_mode="r+") if finished else None
         for number, batch in enumerate(track(batches, "hidden states", len(batches)), 1):
             pooled = _pool(model, rows, batch, pooling)
             if values is None:
@@ -202,9 +202,9 @@ def _fill(model: PreTrainedModel, rows: TokenRows, pooling: Pooling, file: Path,
                 values = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
                 _take_room(partial)
             values[:, batch] = pooled.numpy()
-            done += len(batch)
+            finished += len(batch)
             if number % NOTED_EVERY == 0:
-                _note(lock, values, done)
+                _note(lock, values, finished)
         assert values is not None
         values.flush()
         del values
@@ -233,12 +233,12 @@ def _take_room(file: Path) -> None:
             os.posix_fallocate(room.fileno(), 0, file.stat().st_size)
 
 
-def _note(file: TextIO, values: np.memmap, done: int) -> None:
+def _note(file: TextIO, values: np.memmap, finished: int) -> None:
     """Put on disk what was read, and then how far that is."""
     values.flush()
     file.seek(0)
     file.truncate()
-    file.write(str(done))
+    file.write(str(finished))
     file.flush()
 
 

@@ -18,7 +18,7 @@ def average_improvement(
         in_domain: tasks left out of the mean.
 
     Raises:
-        ValueError: the baseline lacks a task, or no task is left.
+        ValueError: the baseline lacks a task, or no task remains.
     """
     tasks = [task for task in values if task not in in_domain]
     missing = [task for task in tasks if task not in baseline]

@@ -21,7 +21,7 @@ class Row:
 
     Attributes:
         ids: token ids.
-        name: stands in messages.
+        name: for messages.
         scored: first of the tokens that a decoder scores; 0 scores the first from the start token alone.
         masked, target: position that an encoder reads, and the token that it should find there.
         types: token types, where the input is a pair.
@@ -105,21 +105,21 @@ def mean_log_likelihoods(
         first = _read_logits(model, [begin]).logits[0, -1].float()
         _check_finite(first[None], torch.ones(1, 1, dtype=torch.bool), [begin], batching.task)
         first = first.log_softmax(-1)
-    found = [math.nan] * len(rows)
-    for chosen, batch in _batches(model, rows, batching):
+    means = [math.nan] * len(rows)
+    for numbers, batch in _batches(model, rows, batching):
         ids, mask = _pad(batch)
         logits = _read_logits(model, batch).logits.float()
         _check_finite(logits, mask, batch, batching.task)
         losses = torch.nn.functional.cross_entropy(
             logits[:, :-1].transpose(1, 2), ids[:, 1:].to(logits.device), reduction="none"
         )
-        for row, number, loss in zip(batch, chosen, losses.double(), strict=True):
+        for row, number, loss in zip(batch, numbers, losses.double(), strict=True):
             total = -float(loss[max(row.scored, 1) - 1 : len(row.ids) - 1].sum())
             if row.scored == 0:
                 assert first is not None
                 total += float(first[row.ids[0]])
-            found[number] = total / (len(row.ids) - row.scored)
-    return found
+            means[number] = total / (len(row.ids) - row.scored)
+    return means
 
 
 def masked_rows(
@@ -127,7 +127,7 @@ def masked_rows(
 ) -> list[Row]:
     """Rows that ask an encoder for a word piece by piece: one for each piece, with the pieces before it and one mask.
 
-    The pieces are those of the word where it stands in the template. Where the template has the blank more than once,
+    The pieces are those of the word where it is in the template. Where the template has the blank more than once,
     every blank is filled alike and the first is read.
 
     Raises:
@@ -156,11 +156,11 @@ def masked_rows(
     rows = []
     for step, target in enumerate(pieces[0]):
         filled: list[int] = []
-        done = 0
+        copied = 0
         for positions in pieces:
-            filled += ids[done : positions[0]] + [ids[p] for p in positions[:step]] + [tokenizer.mask_token_id]
-            done = positions[-1] + 1
-        rows.append(Row(filled + ids[done:], name, masked=pieces[0][0] + step, target=ids[target]))
+            filled += ids[copied : positions[0]] + [ids[p] for p in positions[:step]] + [tokenizer.mask_token_id]
+            copied = positions[-1] + 1
+        rows.append(Row(filled + ids[copied:], name, masked=pieces[0][0] + step, target=ids[target]))
     return rows
 
 
@@ -171,14 +171,14 @@ def masked_log_probabilities(model: PreTrainedModel, rows: Sequence[Row], batchi
     Raises:
         ValueError: as `mean_log_likelihoods`.
     """
-    found = [math.nan] * len(rows)
-    for chosen, batch in _batches(model, rows, batching):
+    logs = [math.nan] * len(rows)
+    for numbers, batch in _batches(model, rows, batching):
         output = _read_logits(model, batch)
         logits = (output.prediction_logits if "prediction_logits" in output else output.logits).float()
         _check_finite(logits, _pad(batch)[1], batch, batching.task)
-        for row, number, there in zip(batch, chosen, logits, strict=True):
-            found[number] = float(there[row.masked].log_softmax(-1)[row.target])
-    return found
+        for row, number, there in zip(batch, numbers, logits, strict=True):
+            logs[number] = float(there[row.masked].log_softmax(-1)[row.target])
+    return logs
 
 
 def pair_row(tokenizer: PreTrainedTokenizerBase, context: str, text: str, name: str) -> Row:
@@ -196,14 +196,14 @@ def following_log_probabilities(model: PreTrainedModel, rows: Sequence[Row], bat
     Raises:
         ValueError: as `mean_log_likelihoods`.
     """
-    found = [math.nan] * len(rows)
-    for chosen, batch in _batches(model, rows, batching):
+    logs = [math.nan] * len(rows)
+    for numbers, batch in _batches(model, rows, batching):
         output = _read_logits(model, batch)
         logits = (output.seq_relationship_logits if "seq_relationship_logits" in output else output.logits).float()
         _check_finite(logits[:, None], torch.ones(len(batch), 1, dtype=torch.bool), batch, batching.task)
-        for number, log in zip(chosen, logits.log_softmax(-1)[:, 0].tolist(), strict=True):
-            found[number] = log
-    return found
+        for number, log in zip(numbers, logits.log_softmax(-1)[:, 0].tolist(), strict=True):
+            logs[number] = log
+    return logs
 
 
 def has_next_sentence_head(model: PreTrainedModel) -> bool:
@@ -227,8 +227,8 @@ def _batches(model: PreTrainedModel, rows: Sequence[Row], batching: Batching) ->
     _check_rows(model, rows)
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number].ids))
     chunks = [order[at : at + batching.size] for at in range(0, len(order), batching.size)]
-    for chosen in batching.track(chunks, batching.task, len(chunks)):
-        yield chosen, [rows[number] for number in chosen]
+    for numbers in batching.track(chunks, batching.task, len(chunks)):
+        yield numbers, [rows[number] for number in numbers]
 
 
 def _check_rows(model: PreTrainedModel, rows: Sequence[Row]) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from eckart.evals.windows import is_causal
 
-# Predictions compared at a time, so that what is made in between stays far smaller than the predictions themselves.
+# Predictions compared at a time, so that the tensors in between stay far smaller than the predictions themselves.
 ROWS = 1024
 
 

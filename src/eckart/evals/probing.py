@@ -1,4 +1,4 @@
-"""Probing: what a small classifier reads off a model's hidden states, beside a control that says what is chance.
+"""Probing: what a small classifier reads off a model's hidden states, compared with a control that says what is chance.
 
 For every layer a two-layer network is trained on the pooled hidden states of four fifths of a labelled set, and scored
 on the rest (Belinkov 2021). The same network is trained on a control task (Hewitt & Liang 2019, arXiv 1909.03368):
@@ -83,7 +83,7 @@ def probe(
     settings: dict[str, Any] | None = None,
     track: Track = silent,
 ) -> EvalResult:
-    """What every layer knows of a labelled set: weighted F1 of a probe, beside that of its control.
+    """What every layer knows of a labelled set: weighted F1 of a probe, and of its control.
 
     Args:
         rows: texts with classes.
@@ -217,8 +217,8 @@ def train_probe(
     scaled, kinds = scaler.transform(states[train]), np.unique(labels[train])
     for _ in range(max(PASSES, math.ceil(LEAST_STEPS / math.ceil(len(train) / batch)))):
         network.partial_fit(scaled, labels[train], classes=kinds)
-    found: NDArray[np.intp] = network.predict(scaler.transform(states[test]))
-    return found
+    answers: NDArray[np.intp] = network.predict(scaler.transform(states[test]))
+    return answers
 
 
 def _read_layers(
@@ -234,13 +234,13 @@ def _read_layers(
     from threadpoolctl import threadpool_limits
 
     jobs = [(layer, drawn) for layer in range(len(values)) for drawn in draws]
-    # Threads: the products of matrices run side by side, and no process has to import the models' libraries again.
+    # Threads: the matrix products run in parallel, and no process has to import the models' libraries again.
     with threadpool_limits(1):
-        made = Parallel(workers, backend="threading", return_as="generator")(
+        probes = Parallel(workers, backend="threading", return_as="generator")(
             delayed(_read)(values[layer], labels, drawn) for layer, drawn in jobs
         )
-        found = list(track(made, task, len(jobs)))
-    return [found[start : start + len(draws)] for start in range(0, len(found), len(draws))]
+        readings = list(track(probes, task, len(jobs)))
+    return [readings[start : start + len(draws)] for start in range(0, len(readings), len(draws))]
 
 
 def _read(states: NDArray[np.float32], labels: NDArray[np.intp], drawn: Draw) -> Reading:

@@ -1,4 +1,4 @@
-"""EvalResult: what one evaluation found, on what it was measured, and how its number is to be read."""
+"""EvalResult: what one evaluation measured, on what it was measured, and how its number is to be read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Traits:
         quality: whether the value says how good a model is at something, and is lost by compression.
         ratio: two values are compared by their ratio, as perplexities are, and not by their difference.
         of: which models are measured: "both" the dense and the compressed one, or only one of them.
-        shown: further scores that stand beside the value wherever it is shown.
+        shown: further scores that are shown with the value.
     """
 
     section: SectionName = "tasks"
@@ -42,7 +42,7 @@ class Traits:
     shown: tuple[str, ...] = ()
 
 
-# By evaluation. They stand here, and not in its row, because results that were written before results carried them are
+# By evaluation. They are here, and not in its row, because results that were written before results carried them are
 # read by name. `evals.tasks` has the rows; a new evaluation says its traits there.
 TRAITS: dict[str, Traits] = {
     "perplexity": Traits("perplexity", "lower", "windows", ratio=True),
@@ -64,7 +64,7 @@ def traits_of(task: str) -> Traits:
 
 @dataclass(frozen=True)
 class Score:
-    """One number beside the main one.
+    """One number in addition to the main one.
 
     Attributes:
         value: the number.

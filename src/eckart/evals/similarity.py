@@ -147,17 +147,17 @@ def _means(
     model: PreTrainedModel, watched: Sequence[str], batches: Any, task: str
 ) -> dict[str, Float[Tensor, "rows width"]]:
     """{module: mean input over each row's tokens}, in float64 on the CPU."""
-    found: dict[str, list[Tensor]] = {name: [] for name in watched}
+    means: dict[str, list[Tensor]] = {name: [] for name in watched}
     with watch_inputs(model, watched) as seen:
         for ids, mask in batches:
             whole = bool(mask.all())
             model(input_ids=ids.to(model.device), attention_mask=None if whole else mask.to(model.device).long())
             for name in watched:
-                found[name].append(_masked_mean(seen[name], mask.to(seen[name].device)).cpu())
-                if not torch.isfinite(found[name][-1]).all():
+                means[name].append(_masked_mean(seen[name], mask.to(seen[name].device)).cpu())
+                if not torch.isfinite(means[name][-1]).all():
                     raise ValueError(f"{task}: an input of {name} is not finite; the model is broken")
             seen.clear()
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return {name: torch.cat(parts) for name, parts in means.items()}
 
 
 def _masked_mean(x: Float[Tensor, "*tokens width"], mask: Bool[Tensor, "rows tokens"]) -> Float[Tensor, "rows width"]:

@@ -85,7 +85,7 @@ class StereoSet:
         return hashlib.sha256(json.dumps(clusters).encode()).hexdigest()[:16]
 
     def take(self, split: str) -> StereoSet:
-        """The clusters of a split, in their order: "test" is all, the others are those of `split_rows`, of each part.
+        """The clusters of a split, in their order: "test" is all, other splits are those of `split_rows`, of each part.
 
         Raises:
             ValueError: an unknown split, or a part with fewer than 5 clusters.
@@ -146,7 +146,7 @@ def stereoset(
     A sentence is scored as the benchmark's authors do (github.com/moinnadeem/StereoSet), where that needs no training:
 
     * Decoder, intrasentence: the geometric mean of its tokens' probabilities. The first token is predicted from the
-      start token; as in the authors' code, the others do not see the start token, unless the tokenizer itself puts it
+      start token; as in the authors' code, later tokens do not see the start token, unless the tokenizer itself puts it
       before every text, as Llama's does. Where a tokenizer has no start token, the first token is not scored.
     * Decoder, intersentence: the geometric mean of the probabilities of its tokens after the context, which gets a
       full stop where it has no end. The authors train a next-sentence head on each model instead, which no checkpoint
@@ -177,7 +177,7 @@ def stereoset(
 
     Raises:
         ValueError: a model of another kind or in training mode, a logit that is not finite, an input past the model's
-            positions (the messages name the cluster), a token outside the vocabulary, no cluster left.
+            positions (the messages name the cluster), a token outside the vocabulary, no cluster that can be scored.
     """
     check_evaluating(model)
     if limit is not None and limit < 1:
@@ -321,15 +321,15 @@ def _describe_start(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _score_all(scored: dict[str, tuple[Sequence[Cluster], np.ndarray]]) -> dict[str, Score]:
     """Scores of both parts together, then of each; of all domains, then of each."""
-    found: dict[str, Score] = {}
+    scores: dict[str, Score] = {}
     both = [cluster for read, _ in scored.values() for cluster in read], np.concatenate([s for _, s in scored.values()])
     for prefix, (read, logs) in {"": both, **{f"{part}.": part_scored for part, part_scored in scored.items()}}.items():
         for domain in (None, *DOMAINS):
             inside = [number for number, cluster in enumerate(read) if domain in (None, cluster.domain)]
             if inside:
                 for name, score in icat([read[number].target for number in inside], logs[inside]).items():
-                    found[f"{prefix}{name}" if domain is None else f"{prefix}{name}.{domain}"] = score
-    return found
+                    scores[f"{prefix}{name}" if domain is None else f"{prefix}{name}.{domain}"] = score
+    return scores
 
 
 def _read_hub(part: str) -> list[Any]:
@@ -367,20 +367,20 @@ def _build_cluster(where: str, name: str, row: Any) -> Cluster:
         sentences = [{"sentence": text, "gold_label": label} for text, label in zip(*columns, strict=False)]
     if not isinstance(sentences, list):
         raise ValueError(f"{where}: {name} has no field 'sentences'")
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for number, sentence in enumerate(sentences):
         inner = f"{name}, sentence {number}"
         label = sentence.get("gold_label") if isinstance(sentence, dict) else None
         label = LABELS[label] if isinstance(label, int) and 0 <= label < len(LABELS) else label
         if label not in LABELS:
             raise ValueError(f"{where}: {inner} has gold_label {label!r}; known: {', '.join(LABELS)}")
-        if label in found:
+        if label in texts:
             raise ValueError(f"{where}: {inner} is a second sentence with gold_label {label!r}")
-        found[label] = _text(where, inner, sentence, "sentence")
-    missing = [label for label in LABELS if label not in found]
+        texts[label] = _text(where, inner, sentence, "sentence")
+    missing = [label for label in LABELS if label not in texts]
     if missing:
         raise ValueError(f"{where}: {name} has no sentence with gold_label {missing[0]!r}")
-    stereotype, anti, unrelated = (found[kind] for kind in KINDS)
+    stereotype, anti, unrelated = (texts[kind] for kind in KINDS)
     return Cluster(fields["target"], fields["bias_type"], fields["context"], (stereotype, anti, unrelated), name)
 
 

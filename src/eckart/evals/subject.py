@@ -16,9 +16,9 @@ class Subject:
     """A model under evaluation. Only evaluations that need more than the first two fields ask for it.
 
     Attributes:
-        model, tokenizer: the model and the tokenizer beside it.
+        model, tokenizer: the model and its tokenizer.
         path: the directory that it was loaded from, for its bytes on disk.
-        reference: the model that it was made from, for comparisons of one with the other.
+        reference: the dense model that it came from, for comparisons.
         activations: of the model on its calibration text; see `similarity.read_activations`.
         context: the window for text where a task names none; a model with fewer positions is read at its own.
     """
@@ -38,7 +38,7 @@ class Setup:
     Attributes:
         data: folder with local copies of known corpora and tasks; None asks the hub.
         batch_size: examples at a time, where an evaluation does not choose for itself.
-        workers: things done at a time by evaluations that have many small ones.
+        workers: jobs at a time, of evaluations that have many small ones.
         cache: folder for hidden states; None keeps none.
         track: shows progress.
     """

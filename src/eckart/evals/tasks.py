@@ -100,7 +100,7 @@ class Searched:
 
     Attributes:
         split: what the search reads.
-        others: what is left to report on.
+        others: what remains to report on.
         score: of the result; None is its main value.
         on_windows: (model, windows of token ids) -> number, where the windows can be read once for all trials.
     """
@@ -119,11 +119,11 @@ class Evaluation:
         run: (subject, task, setup) -> result.
         about: one line for people.
         traits: how its numbers are to be read. `evaluate` writes them into every result.
-        argument: what stands behind the colon: "corpus", "task" (of the harness), "labelled" (a set of texts with
+        argument: what follows the colon: "corpus", "task" (of the harness), "labelled" (a set of texts with
             classes), or "".
         needs: which optional fields of `Subject` it reads.
-        compares: it reads the model that this one was made from, where there is one.
-        alone: it times the machine, so nothing else may run beside it.
+        compares: it reads the dense model that this one came from, where there is one.
+        alone: it times the machine, so nothing else may run meanwhile.
         search: how a search reads it; None is no score to search by.
         direction: (task, setup) -> which way the value is good, where the traits cannot say.
     """
@@ -140,7 +140,7 @@ class Evaluation:
 
     @property
     def wants_reference(self) -> bool:
-        """Whether a compressed model is measured beside the one that it was made from."""
+        """Whether a compressed model is measured together with the dense one that it came from."""
         return self.compares or "reference" in self.needs
 
 
@@ -170,19 +170,19 @@ def evaluate(
 
     Raises:
         ValueError: an unknown evaluation or corpus, a tokenizer that is plainly another model's, something that an
-            evaluation needs and was not given, and what the evaluation itself raises. All names are checked before
+            evaluation needs and `Subject` lacks, and what the evaluation itself raises. All names are checked before
             anything runs.
     """
-    chosen = [task if isinstance(task, Task) else Task(task) for task in tasks]
+    to_run = [task if isinstance(task, Task) else Task(task) for task in tasks]
     subject = Subject(model, tokenizer, path, reference, activations, context)
-    for task in chosen:
+    for task in to_run:
         missing = [name for name in sorted(find_task(task.name).needs) if not getattr(subject, name)]
         if missing:
             raise ValueError(f"{task.name} needs {' and '.join(NEEDS[name] for name in missing)}")
     check_evaluating(model)
     check_tokenizer(model, tokenizer)
     setup = Setup(data, batch_size, workers, cache, track)
-    return [_run(subject, task, setup) for task in chosen]
+    return [_run(subject, task, setup) for task in to_run]
 
 
 def _run(subject: Subject, task: Task, setup: Setup) -> EvalResult:
@@ -431,7 +431,7 @@ EVALUATIONS: dict[str, Evaluation] = {
     ),
     "probing": Evaluation(
         _probing,
-        "what a probe reads off each layer, beside a control task: F1 and selectivity",
+        "what a probe reads off each layer, compared with a control task: F1 and selectivity",
         TRAITS["probing"],
         "labelled",
         search=Searched("train", "test", "selectivity"),

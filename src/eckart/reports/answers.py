@@ -58,10 +58,10 @@ def _flips(runs: Sequence[Run], names: Sequence[str]) -> go.Figure:
         [corpus_of(corpus_of(task)) for task in names], row=28 * len(order) + 8, least=270, shared_rows=True
     )
     for panel, task in enumerate(names):
-        found = {run.series: run.agreement[task] for run in runs if task in run.agreement}
+        results = {run.series: run.agreement[task] for run in runs if task in run.agreement}
         # Every row is named in every panel, so that rows line up.
         for name, sign, tone in (("learned", 1, GAIN), ("unlearned", -1, LOSS)):
-            shares = {series: _flip_share(result, name) for series, result in found.items()}
+            shares = {series: _flip_share(result, name) for series, result in results.items()}
             figure.add_trace(
                 go.Bar(
                     orientation="h",
@@ -70,7 +70,9 @@ def _flips(runs: Sequence[Run], names: Sequence[str]) -> go.Figure:
                     name=name,
                     legendgroup=name,
                     marker={"color": tone.light, "cornerradius": 2},
-                    hovertext=[_flip_hover(series, found[series], name) if series in found else "" for series in order],
+                    hovertext=[
+                        _flip_hover(series, results[series], name) if series in results else "" for series in order
+                    ],
                     hoverinfo="text",
                     showlegend=panel == 0,
                 ),
@@ -78,8 +80,8 @@ def _flips(runs: Sequence[Run], names: Sequence[str]) -> go.Figure:
             )
         figure.add_trace(
             go.Scatter(
-                y=[plain(series) for series in found],
-                x=[100 * result.value for result in found.values()],
+                y=[plain(series) for series in results],
+                x=[100 * result.value for result in results.values()],
                 mode="markers",
                 name="answers that differ",
                 legendgroup="differ",
@@ -91,12 +93,12 @@ def _flips(runs: Sequence[Run], names: Sequence[str]) -> go.Figure:
                 },
                 error_x={
                     "type": "data",
-                    "array": [100 * (result.stderr or 0) for result in found.values()],
+                    "array": [100 * (result.stderr or 0) for result in results.values()],
                     "color": QUIET.light,
                     "thickness": 1,
                     "width": 2,
                 },
-                hovertext=[_flip_hover(series, result, "disagreement") for series, result in found.items()],
+                hovertext=[_flip_hover(series, result, "disagreement") for series, result in results.items()],
                 hoverinfo="text",
                 showlegend=panel == 0,
             ),
@@ -111,8 +113,8 @@ def _flips(runs: Sequence[Run], names: Sequence[str]) -> go.Figure:
 
 def _flip_share(result: EvalResult, name: str) -> float | None:
     """Learned or unlearned examples as a share of all."""
-    found = result.scores.get(name)
-    return None if found is None else found.value / result.n
+    count = result.scores.get(name)
+    return None if count is None else count.value / result.n
 
 
 def _flip_hover(series: str, result: EvalResult, name: str) -> str:

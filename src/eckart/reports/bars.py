@@ -56,9 +56,9 @@ def tasks(collection: Collection) -> Chart | None:
         for task in names
     }
     notes = tuple(
-        f"{corpus_of(task)} has {len(found)} parts; their scores are in its result files."
-        for task, found in parts.items()
-        if found
+        f"{corpus_of(task)} has {len(scores)} parts; their scores are in its result files."
+        for task, scores in parts.items()
+        if scores
     )
     return None if chart is None else replace(chart, notes=(*chart.notes, *notes))
 
@@ -75,12 +75,12 @@ def stereoset(collection: Collection) -> Chart | None:
         return None
     choices: dict[str, list[tuple[str, str, str]]] = {}
     for measure, title in MEASURES.items():
-        wanted = [("overall", measure)]
-        wanted += [(domain, f"{measure}.{domain}") for domain in DOMAINS]
-        wanted += [(part, f"{part}.{measure}") for part in PARTS]
+        entries = [("overall", measure)]
+        entries += [(domain, f"{measure}.{domain}") for domain in DOMAINS]
+        entries += [(part, f"{part}.{measure}") for part in PARTS]
         several = len(names) > 1
         choices[title] = [
-            (f"{task}: {label}" if several else label, task, key) for task in names for label, key in wanted
+            (f"{task}: {label}" if several else label, task, key) for task in names for label, key in entries
         ]
     reading = (
         "icat is 100 for a model that always prefers sense to nonsense and has no preference between stereotype and "
@@ -99,8 +99,8 @@ def cost(collection: Collection) -> Chart | None:
         "and multiply-accumulates, long for speeds; speeds are those of the machine named at the end of the page."
     )
     formats = {title: show for _, title, show in COSTS}
-    wanted = [(title, task, key or "") for task in names for key, title, _ in COSTS]
-    return _bars(collection, "cost", "Cost", reading, {"": wanted}, formats=formats, extra=SHARES)
+    entries = [(title, task, key or "") for task in names for key, title, _ in COSTS]
+    return _bars(collection, "cost", "Cost", reading, {"": entries}, formats=formats, extra=SHARES)
 
 
 def _bars(
@@ -127,9 +127,9 @@ def _bars(
         for size in collection.sizes(model):
             runs = collection.at(model, size)
             colors = {"dense": DENSE.light, **{run.series: looks[run.series].color for run in runs}}
-            for choice, wanted in choices.items():
+            for choice, entries in choices.items():
                 panels = []
-                for label, task, key in wanted:
+                for label, task, key in entries:
                     show = formats.get(label)
                     dense = _bar(collection.dense(model, task), key, "dense", show)
                     bars = {run.series: _bar(run.compressed.get(task), key, name_run(run), show) for run in runs}
@@ -142,10 +142,10 @@ def _bars(
     if not views:
         return None
     rows = []
-    names = list(dict.fromkeys(task for wanted in choices.values() for _, task, _ in wanted))
-    found = {key for task in names for result in results_on(collection, task) for key in scores_of(result)}
-    asked = [key for wanted in choices.values() for _, _, key in wanted] + list(extra)
-    inner = [key for key in dict.fromkeys(asked) if key in found]
+    names = list(dict.fromkeys(task for entries in choices.values() for _, task, _ in entries))
+    measured = {key for task in names for result in results_on(collection, task) for key in scores_of(result)}
+    keys = [key for entries in choices.values() for _, _, key in entries] + list(extra)
+    inner = [key for key in dict.fromkeys(keys) if key in measured]
     for model in collection.models:
         for task in names:
             before = collection.dense(model, task)

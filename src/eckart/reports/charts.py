@@ -80,7 +80,7 @@ class BarPanel:
 
     Attributes:
         bars: {row: bar}; rows that another panel of the grid has stay empty.
-        line: where a vertical line stands for comparison.
+        line: where a vertical line is drawn, for comparison.
     """
 
     title: str
@@ -207,10 +207,10 @@ def line_figure(
     for number, panel in enumerate(panels):
         if panel.level is not None:
             x, y, text = panel.level
-            left = min([x, *(point.x for points in panel.lines.values() for point in points)])
+            start = min([x, *(point.x for points in panel.lines.values() for point in points)])
             figure.add_trace(
                 go.Scatter(
-                    x=[left, x],
+                    x=[start, x],
                     y=[y, y],
                     mode="lines+markers",
                     name="dense",

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from eckart.reports.palette import AXIS, GRID, INK, QUIET, SURFACE
 
-# Panels stand side by side up to this many.
+# Panels in a row, at most.
 COLUMNS = 3
 MARKS = {
     "circle": "o",
@@ -143,7 +143,7 @@ def _looks(trace: go.Scatter) -> dict[str, Any]:
 
 
 def _marked(trace: go.Scatter) -> dict[str, Any]:
-    """Where the marks stand, if some of their sizes are nothing."""
+    """Which points have a mark, if some marks have size 0."""
     size = trace.marker.size
     return {"markevery": [at for at, one in enumerate(size) if one]} if isinstance(size, tuple | list) else {}
 

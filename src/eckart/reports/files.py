@@ -22,7 +22,7 @@ T = TypeVar("T")
 def write_files(collection: Collection, folder: Path) -> list[Path]:
     """Write every table of a report as CSV, and its line figures as SVG where matplotlib is installed.
 
-    The tables: the summary, each study's beside its paper, the numbers of every chart, and the answers to the
+    The tables: the summary, each study's next to its paper's, the numbers of every chart, and the answers to the
     questions about probing. Values are in full, nothing is an empty field. Figures are those of the page, one file for
     each choice of its selectors. `drawings.why_no_drawings` says why there are none.
 

@@ -21,14 +21,14 @@ def similarity(collection: Collection) -> Chart | None:
     names = collection.tasks("similarity", where="dense")
     if not names:
         return None
-    views, rows, done = [], [], set()
+    views, rows, seen = [], [], set()
     for run in collection.runs:
-        found = {task: run.dense[task] for task in names if task in run.dense}
+        results = {task: run.dense[task] for task in names if task in run.dense}
         calibrated = run.corpus or "unknown"
-        if not found or (run.model, calibrated) in done:
+        if not results or (run.model, calibrated) in seen:
             continue
-        done.add((run.model, calibrated))
-        drawn = {task: result for task, result in found.items() if _histogram(result)}
+        seen.add((run.model, calibrated))
+        drawn = {task: result for task, result in results.items() if _histogram(result)}
         if drawn:
             views.append(View((run.model, calibrated), _histograms(drawn)))
         rows += [
@@ -39,7 +39,7 @@ def similarity(collection: Collection) -> Chart | None:
                 number_cell(result.value, score(result.value, "cosine")),
                 *score_cells(result, ("std", "calibration"), "cosine"),
             )
-            for task, result in found.items()
+            for task, result in results.items()
         ]
     columns = (
         Column("Model", False),
@@ -60,10 +60,10 @@ def similarity(collection: Collection) -> Chart | None:
 
 def _histogram(result: EvalResult) -> tuple[list[float], list[float]] | None:
     """(edges, counts), where the result has them."""
-    found = result.details.get("histogram")
-    if not isinstance(found, Mapping) or len(found.get("edges", ())) != len(found.get("counts", ())) + 1:
+    histogram = result.details.get("histogram")
+    if not isinstance(histogram, Mapping) or len(histogram.get("edges", ())) != len(histogram.get("counts", ())) + 1:
         return None
-    return list(found["edges"]), list(found["counts"])
+    return list(histogram["edges"]), list(histogram["counts"])
 
 
 def _histograms(results: Mapping[str, EvalResult]) -> go.Figure:
@@ -80,16 +80,16 @@ def _histograms(results: Mapping[str, EvalResult]) -> go.Figure:
         filled = [place_of for place_of, count in enumerate(counts) if count]
         if filled:
             lowest, highest = min(lowest, edges[filled[0]]), max(highest, edges[filled[-1] + 1])
-        widths = [right - left for left, right in pairwise(edges)]
+        widths = [high - low for low, high in pairwise(edges)]
         figure.add_trace(
             go.Bar(
-                x=[left + width / 2 for left, width in zip(edges[:-1], widths, strict=True)],
+                x=[low + width / 2 for low, width in zip(edges[:-1], widths, strict=True)],
                 y=[count / total for count in counts],
                 width=widths,
                 marker={"color": ramp(0.2 + 0.7 * max(result.value, 0.0)), "line": {"width": 0}},
                 hovertext=[
-                    f"{percent(count / total)}<br>cosine {left:.2f} to {right:.2f}"
-                    for count, (left, right) in zip(counts, pairwise(edges), strict=True)
+                    f"{percent(count / total)}<br>cosine {low:.2f} to {high:.2f}"
+                    for count, (low, high) in zip(counts, pairwise(edges), strict=True)
                 ],
                 hoverinfo="text",
             ),

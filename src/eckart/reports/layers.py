@@ -1,4 +1,4 @@
-"""Layers: what probes read off every layer, beside their control task (the probing paper's Figures 2 to 4)."""
+"""Layers: scores of probes of every layer and of their control task (the probing paper's Figures 2 to 4)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eckart.reports.rows import id_columns, looks_of, name_run
 from eckart.reports.runs import Collection, Run
 from eckart.reports.tables import Cell, Column, Table, clashes, corpus_of, number_cell, text_cell
 
-BESIDE, SELECTIVITY = "F1 and control", "selectivity"
+F1_AND_CONTROL, SELECTIVITY = "F1 and control", "selectivity"
 MARKS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "triangle-down")
 
 
@@ -37,10 +37,12 @@ def probing(collection: Collection) -> Chart | None:
     views = []
     for model in collection.models:
         for label, series in _groups(collection, model):
-            found = {task: _results(collection, model, task, series) for task in names}
-            drawn = {task: lines for task, lines in found.items() if lines}
+            results = {task: _results(collection, model, task, series) for task in names}
+            drawn = {task: lines for task, lines in results.items() if lines}
             if drawn:
-                views += [View((model, label, measure), _figure(drawn, measure)) for measure in (BESIDE, SELECTIVITY)]
+                views += [
+                    View((model, label, measure), _figure(drawn, measure)) for measure in (F1_AND_CONTROL, SELECTIVITY)
+                ]
     if not views:
         return None
     reading = (
@@ -64,8 +66,8 @@ def _groups(collection: Collection, model: str) -> list[tuple[str, list[Series]]
         size: [run for run in runs if run.size in (size, None)]
         for size in dict.fromkeys(run.size for run in runs if run.size is not None)
     } or {"all": runs}
-    sizes = {size: found for size, found in sizes.items() if len({run.series for run in found}) > 1}
-    shown = {run.name for found in sizes.values() for run in found}
+    sizes = {size: same_size for size, same_size in sizes.items() if len({run.series for run in same_size}) > 1}
+    shown = {run.name for same_size in sizes.values() for run in same_size}
     groups = []
     for name in dict.fromkeys(run.series for run in runs):
         own = [run for run in runs if run.series == name]
@@ -78,8 +80,8 @@ def _groups(collection: Collection, model: str) -> list[tuple[str, list[Series]]
             groups.append((f"sizes of {name}", [dense, *lines]))
         elif own[0].name not in shown:
             groups.append((name_run(own[0]), [dense, Series(name_run(own[0]), looks[name], own[0])]))
-    for size, found in sizes.items():
-        groups.append((f"methods, {size}", [dense, *(Series(run.series, looks[run.series], run) for run in found)]))
+    for size, same_size in sizes.items():
+        groups.append((f"methods, {size}", [dense, *(Series(run.series, looks[run.series], run) for run in same_size)]))
     return groups or [("dense", [dense])]
 
 
@@ -95,25 +97,25 @@ def _results(
 def _figure(panels: dict[str, list[tuple[Series, EvalResult]]], measure: str) -> go.Figure:
     figure = panel_grid([corpus_of(task) for task in panels], row=250, least=320)
     named: set[str] = set()
-    for number, found in enumerate(panels.values()):
-        for one, result in found:
+    for number, lines in enumerate(panels.values()):
+        for series, result in lines:
             layers = layers_of(result)
-            if measure == BESIDE:
-                control = _line(one, layers, lambda layer: layer.control, ["control " + _text(x) for x in layers])
+            if measure == F1_AND_CONTROL:
+                control = _line(series, layers, lambda layer: layer.control, ["control " + _text(x) for x in layers])
                 control.update(mode="lines", opacity=0.8, showlegend=False, meta="control")
                 control.line.update(width=1.4, dash="dot")
                 figure.add_trace(control, **place(number))
-            hovers = [_hover(one, layer) for layer in layers]
-            line = _line(one, layers, lambda x: x.f1 if measure == BESIDE else x.selectivity, hovers)
-            line.showlegend = one.name not in named
+            hovers = [_hover(series, layer) for layer in layers]
+            line = _line(series, layers, lambda x: x.f1 if measure == F1_AND_CONTROL else x.selectivity, hovers)
+            line.showlegend = series.name not in named
             figure.add_trace(line, **place(number))
-            named.add(one.name)
-        majorities = [result.details.get("majority") for _, result in found]
-        checks = [check_of(result) for _, result in found]
+            named.add(series.name)
+        majorities = [result.details.get("majority") for _, result in lines]
+        checks = [check_of(result) for _, result in lines]
         level = checks[0] if measure == SELECTIVITY else next((m for m in majorities if m is not None), None)
         if level is not None:
             figure.add_hline(y=level, line={"color": QUIET.light, "width": 1, "dash": "dash"}, **place(number))
-        title = "weighted F1" if measure == BESIDE else "selectivity"
+        title = "weighted F1" if measure == F1_AND_CONTROL else "selectivity"
         figure.update_xaxes(title={"text": "layer", "standoff": 6, "font": {"size": 12}}, **place(number))
         figure.update_yaxes(title={"text": title, "standoff": 8, "font": {"size": 12}}, **place(number))
     figure.update_xaxes(tickformat="d", nticks=8)
@@ -121,23 +123,25 @@ def _figure(panels: dict[str, list[tuple[Series, EvalResult]]], measure: str) ->
     return figure
 
 
-def _line(one: Series, layers: Sequence[Layer], value: Callable[[Layer], Score], hovers: Sequence[str]) -> go.Scatter:
+def _line(
+    series: Series, layers: Sequence[Layer], value: Callable[[Layer], Score], hovers: Sequence[str]
+) -> go.Scatter:
     scores = [value(layer) for layer in layers]
     return go.Scatter(
         x=[layer.number for layer in layers],
-        y=[found.value for found in scores],
+        y=[point.value for point in scores],
         mode="lines+markers",
-        name=plain(one.name),
-        legendgroup=plain(one.name),
-        line={"color": one.look.color, "width": 2, "dash": one.look.dash},
-        marker={"color": one.look.color, "size": 7, "symbol": one.look.mark},
+        name=plain(series.name),
+        legendgroup=plain(series.name),
+        line={"color": series.look.color, "width": 2, "dash": series.look.dash},
+        marker={"color": series.look.color, "size": 7, "symbol": series.look.mark},
         error_y={
             "type": "data",
-            "array": [found.stderr or 0 for found in scores],
-            "color": one.look.color,
+            "array": [point.stderr or 0 for point in scores],
+            "color": series.look.color,
             "thickness": 1,
             "width": 2,
-            "visible": any(found.stderr for found in scores),
+            "visible": any(point.stderr for point in scores),
         },
         hovertext=[plain(text).replace("\n", "<br>") for text in hovers],
         hoverinfo="text",
@@ -148,12 +152,12 @@ def _text(layer: Layer) -> str:
     return with_error(layer.control.value, layer.control.stderr, "control")
 
 
-def _hover(one: Series, layer: Layer) -> str:
+def _hover(series: Series, layer: Layer) -> str:
     where = "embeddings" if layer.number == 0 else f"layer {layer.number}"
     f1 = with_error(layer.f1.value, layer.f1.stderr, "f1")
     gap = with_error(layer.selectivity.value, layer.selectivity.stderr, "selectivity")
     verdict = "passes" if layer.passes else "fails"
-    return f"{one.name}, {where}\nF1 {f1}, control {_text(layer)}\nselectivity {gap}, {verdict}"
+    return f"{series.name}, {where}\nF1 {f1}, control {_text(layer)}\nselectivity {gap}, {verdict}"
 
 
 def _columns() -> tuple[Column, ...]:
@@ -167,13 +171,13 @@ def _rows(collection: Collection, names: Sequence[str]) -> list[tuple[Cell, ...]
     for model in collection.models:
         for task in names:
             before = collection.dense(model, task)
-            found = [] if before is None else [("dense", "", before)]
-            found += [
+            results = [] if before is None else [("dense", "", before)]
+            results += [
                 (run.series, run.size or "", run.compressed[task])
                 for run in collection.of(model)
                 if task in run.compressed
             ]
-            for series, size, result in found:
+            for series, size, result in results:
                 who = tuple(text_cell(text) for text in (model, series, size, corpus_of(task)))
                 rows += [(*who, *_cells(layer)) for layer in layers_of(result)]
     return rows
@@ -181,7 +185,7 @@ def _rows(collection: Collection, names: Sequence[str]) -> list[tuple[Cell, ...]
 
 def _cells(layer: Layer) -> tuple[Cell, ...]:
     pairs = (layer.f1, layer.control, layer.selectivity)
-    numbers = [value for found in pairs for value in (found.value, found.stderr)]
+    numbers = [value for measured in pairs for value in (measured.value, measured.stderr)]
     return (
         number_cell(layer.number, str(layer.number)),
         *(number_cell(value, score(value, "f1")) for value in numbers),

@@ -80,10 +80,10 @@ def _heat_map(
     hovers: list[list[str]] = []
     labels: list[list[str]] = []
     for role in roles:
-        found = [at.get((role, block)) for block in blocks]
-        values = [None if site is None else value(site) for site in found]
+        in_row = [at.get((role, block)) for block in blocks]
+        values = [None if site is None else value(site) for site in in_row]
         grid.append([v if v is None or math.isfinite(v) else None for v in values])
-        hovers.append(["" if site is None else _site_hover(site) for site in found])
+        hovers.append(["" if site is None else _site_hover(site) for site in in_row])
         labels.append([_short(v, show) for v in values])
     figure = panel_grid([""], row=max(34 * len(roles), 90), least=200)
     figure.add_trace(
@@ -159,13 +159,13 @@ def _site_hover(site: SiteFacts) -> str:
 
 
 def spectra(collection: Collection) -> Chart | None:
-    """Share of the loss left at every rank: a panel for each role, a line for each block."""
-    views, rows, done = [], [], set()
+    """Share of the loss that remains at every rank: a panel for each role, a line for each block."""
+    views, rows, seen = [], [], set()
     for run in collection.runs:
         sites = [site for site in run.sites if len(site.spectrum) > 1]
-        if not sites or (run.model, run.series) in done:  # a method's spectrum is the same at every size
+        if not sites or (run.model, run.series) in seen:  # a method's spectrum is the same at every size
             continue
-        done.add((run.model, run.series))
+        seen.add((run.model, run.series))
         views.append(View((run.model, run.series), _spectrum_figure(sites)))
         rows += [
             (
@@ -193,7 +193,7 @@ def spectra(collection: Collection) -> Chart | None:
 
 
 def _read_spectrum(site: SiteFacts, share: float) -> float:
-    """The loss left at a share of the ranks, between two known ranks in proportion."""
+    """The loss that remains at a share of the ranks, interpolated linearly between known ranks."""
     position = share * (len(site.spectrum) - 1)
     low = min(int(position), len(site.spectrum) - 2)
     return site.spectrum[low] + (site.spectrum[low + 1] - site.spectrum[low]) * (position - low)

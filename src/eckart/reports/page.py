@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from eckart.reports.charts import Chart, View
 from eckart.reports.figures import all_figures
+from eckart.reports.formats import finite
 from eckart.reports.palette import DARK
 from eckart.reports.runs import Collection, Run, read_runs
 from eckart.reports.tables import Table, environments, incomplete, paper_table, summary
@@ -33,7 +34,7 @@ def write_report(
 
     Args:
         directories: run directories, or folders of them (a study, perhaps with its study.json), in any mixture.
-        out: the HTML file; its folder is made. It appears whole or not at all.
+        out: the HTML file; its folder is created. It appears whole or not at all.
         title: of the page; None is the studies' titles, or the models' names.
         baseline: the method whose perplexity improvements are counted from (NSVD's "Avg. Impro."); None is asvd-i, and
             no improvement where there is none.
@@ -78,20 +79,11 @@ def render(collection: Collection, *, title: str | None = None, baseline: str | 
 
 
 def script_json(data: Any) -> str:
-    """JSON that may stand inside a script element: null for NaN and infinity, nothing that ends the element."""
-    text = json.dumps(_finite(data), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    """JSON that is safe inside a script element: null for NaN and infinity, nothing that ends the element."""
+    text = json.dumps(finite(data), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
-
-
-def _finite(value: Any) -> Any:
-    """Plain data with null for every number that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _chart_data(chart: Chart) -> dict[str, Any]:
@@ -100,7 +92,7 @@ def _chart_data(chart: Chart) -> dict[str, Any]:
     ]
     return {
         "title": chart.title,
-        "selectors": [{"name": name, "options": found} for name, found in zip(chart.selectors, options, strict=True)],
+        "selectors": [{"name": name, "options": values} for name, values in zip(chart.selectors, options, strict=True)],
         "start": _start(chart),
         "views": [_view_data(view) for view in chart.views],
         "table": _table_data(chart.table),
@@ -159,7 +151,7 @@ def _facts(collection: Collection) -> list[tuple[str, str, str]]:
     runs = [run for run in collection.runs if not run.is_dense]
     methods = list(dict.fromkeys(run.method for run in runs))
     sizes = [f"{keep:g}" for keep in sorted({run.keep for run in runs if run.keep is not None}, reverse=True)]
-    tasks = {task for run in collection.runs for found in (run.compressed, run.dense) for task in found}
+    tasks = {task for run in collection.runs for results in (run.compressed, run.dense) for task in results}
     facts = [
         (_count(collection.models, "model"), ", ".join(collection.models)),
         (_count(methods, "method"), ", ".join(dict.fromkeys(run.series for run in runs))),

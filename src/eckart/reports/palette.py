@@ -26,8 +26,8 @@ DENSE = Tone("#747c8a", "#98a1b0")
 GAIN = Tone("#127c72", "#4cc3b0")
 LOSS = Tone("#c4532a", "#ee8f66")
 
-# Methods, in the order in which they are given out. Every tone has at least 3:1 contrast to its page, and they stay
-# apart for the three kinds of colour blindness; marks and dashes tell methods apart as well.
+# Of methods, in this order. Every tone has at least 3:1 contrast to its page, and they stay apart for the three
+# kinds of colour blindness; marks and dashes tell methods apart as well.
 METHODS = (
     Tone("#3b6fca", "#73bdfd"),
     Tone("#be4f32", "#e37a37"),

@@ -1,6 +1,6 @@
 """Pitfalls: the probing paper's three research questions, answered from run directories.
 
-1. Does loss of quality go with loss of what the layers know? (`relate`)
+1. Does loss of quality correlate with loss of what the layers know? (`relate`)
 2. How do methods differ in it, at equal size? (`compare`, `fail`)
 3. What is lost for good, and what does a short fine-tuning win back? (`recover`)
 
@@ -48,7 +48,7 @@ class Relation:
     """Question 1 for one score and one probing task.
 
     Attributes:
-        model: "all models" for those of all together.
+        model: "all models" for all of them pooled.
         score: task and metric. probing: task.
         pearson, spearman: over the runs, intervals by resampling them.
         layers: {layer: (Pearson, Spearman)} with the selectivity lost at this layer; empty for all models together.
@@ -66,7 +66,7 @@ class Relation:
 
     @property
     def together(self) -> list[int]:
-        """The layers whose loss goes with the score's: the whole interval of Pearson's correlation is above 0."""
+        """The layers whose loss correlates with the score's: Pearson's whole interval is above 0."""
         return [layer for layer, (pearson, _) in self.layers.items() if pearson.sign > 0]
 
     @property
@@ -220,10 +220,10 @@ def relate(collection: Collection, *, seed: int = 0) -> Iterator[Relation]:
         points: list[Point] = []
         dropped: dict[str, list[str]] = {}
         for run in _compressed(collection):
-            found = _point(collection, run, score, probing)
-            if run.recovery is None and found is not None:
-                if math.isfinite(found.loss):
-                    points.append(found)
+            point = _point(collection, run, score, probing)
+            if run.recovery is None and point is not None:
+                if math.isfinite(point.loss):
+                    points.append(point)
                 else:
                     dropped.setdefault(run.model, []).append(run.name)
         metric = next(run.compressed[score].metric for run in _compressed(collection) if score in run.compressed)
@@ -239,8 +239,8 @@ def relate(collection: Collection, *, seed: int = 0) -> Iterator[Relation]:
             yield Relation(model, name, probing, *whole, layers, own, tuple(dropped.get(model, ())))
         if len(models) > 1:
             whole = _correlations(points, [point.selectivity for point in points], seed)
-            left = tuple(run for runs in dropped.values() for run in runs)
-            yield Relation(POOLED, name, probing, *whole, {}, tuple(points), left)
+            left_out = tuple(run for runs in dropped.values() for run in runs)
+            yield Relation(POOLED, name, probing, *whole, {}, tuple(points), left_out)
 
 
 def compare(collection: Collection, *, baseline: str = BASELINE, seed: int = 0) -> Iterator[Difference]:
@@ -273,7 +273,7 @@ def fail(collection: Collection) -> Iterator[Failing]:
     """How many layers fail the check, of every dense model and of every run; the embeddings do not count."""
     tasks = probings(collection)
     for model in collection.models:
-        dense = {task: found for task in tasks if (found := collection.dense(model, task)) is not None}
+        dense = {task: result for task in tasks if (result := collection.dense(model, task)) is not None}
         rows = [("dense", "", dense)]
         rows += [
             (run.series, run.size or "", {task: run.compressed[task] for task in tasks if task in run.compressed})

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-# Enough that the ends of a 95 % interval stand on 50 resamples each.
+# Enough that each end of a 95 % interval has 50 resamples beyond it.
 RESAMPLES = 2000
 # With fewer points a resample repeats the same two or three, and an interval from it would say nothing.
 FEWEST = 4
@@ -68,8 +68,9 @@ def correlations(
         return Estimate(values[0], None, n, why), Estimate(values[1], None, n, why)
     drawn = pairs[:, np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))]
     without = pairs[:, _all_but_one(n)]
-    found = (_correlate(*drawn), _correlate(*without)), (_rank_correlate(drawn), _rank_correlate(without))
-    return (_estimate(values[0], *found[0], n), _estimate(values[1], *found[1], n))
+    pearson = _estimate(values[0], _correlate(*drawn), _correlate(*without), n)
+    spearman = _estimate(values[1], _rank_correlate(drawn), _rank_correlate(without), n)
+    return pearson, spearman
 
 
 def mean_of(values: Sequence[float], *, seed: int = 0) -> Estimate:

@@ -23,7 +23,7 @@ def tasks_of(collection: Collection, section: SectionName | None = None) -> list
 
 def results_on(collection: Collection, task: str) -> list[EvalResult]:
     """Every result on a task, of dense and of compressed models."""
-    return [found[task] for run in collection.runs for found in (run.dense, run.compressed) if task in found]
+    return [results[task] for run in collection.runs for results in (run.dense, run.compressed) if task in results]
 
 
 def scores_of(result: EvalResult | None) -> list[str]:
@@ -39,9 +39,9 @@ def name_run(run: Run) -> str:
 def hover_text(run: Run, result: EvalResult) -> str:
     """What a mark of a run says: who, the value with its error, the size."""
     size, share = run.counted("bytes", 1), run.share
-    left = "" if share is None else f", {percent(share)} of the parameters"
+    kept = "" if share is None else f", {percent(share)} of the parameters"
     value = with_error(result.value, result.stderr, result.metric)
-    return f"{name_run(run)}\n{result.metric} {value}\n{amount(size, 'B')}{left}"
+    return f"{name_run(run)}\n{result.metric} {value}\n{amount(size, 'B')}{kept}"
 
 
 def id_columns(*, task: str) -> tuple[Column, ...]:
@@ -73,8 +73,8 @@ def score_cells(result: EvalResult, names: Iterable[str], metric: str | None = N
     """Scores of a result by name, written as `metric` is (None: as their own names say)."""
     cells = []
     for name in names:
-        found = result.scores.get(name)
-        value = None if found is None else found.value
+        entry = result.scores.get(name)
+        value = None if entry is None else entry.value
         cells.append(number_cell(value, score(value, metric or name)))
     return cells
 

@@ -16,7 +16,7 @@ import yaml
 
 from eckart.evals.result import EvalResult, SectionName, Traits, traits_of
 
-# Methods without a share to keep. They stand beside every share.
+# Methods without a share to keep. They are shown with the runs of every share.
 SIZELESS = ("int8", "int4")
 
 
@@ -25,11 +25,11 @@ class SiteFacts:
     """One compressible linear after compression.
 
     Attributes:
-        block, role, part: where it stands; "self_attn.q_proj" of the "attention" in block 3.
+        block, role, part: where it is; "self_attn.q_proj" of the "attention" in block 3.
         shape: (d_out, d_in).
         rank: of its factors; None is dense.
         relative_error, tail: what the cut lost, as compression.json has it.
-        spectrum: share of the loss left at evenly spaced ranks from 0 to min(d_out, d_in); empty where it was not kept.
+        spectrum: share of the loss that remains at evenly spaced ranks, 0 to min(d_out, d_in); empty if not stored.
     """
 
     name: str
@@ -125,14 +125,13 @@ class Run:
 
     @property
     def share(self) -> float | None:
-        """Share of the whole model's parameters that are left."""
+        """Share of the whole model's parameters that remain."""
         before, after = self.counted("params", 0), self.counted("params", 1)
         return None if before is None or after is None or before == 0 else after / before
 
     @property
     def sites(self) -> tuple[SiteFacts, ...]:
         """The sites whose place and shape are known."""
-        found = _sites_of(self.compression or {})
         return tuple(
             SiteFacts(
                 name,
@@ -145,14 +144,14 @@ class Run:
                 item.get("tail"),
                 tuple(item.get("spectrum") or ()),
             )
-            for name, item in found.items()
+            for name, item in _sites_of(self.compression or {}).items()
             if item.get("block") is not None and item.get("role") is not None and item.get("shape") is not None
         )
 
 
 @dataclass(frozen=True)
 class Study:
-    """study.json: the published numbers beside ours.
+    """study.json: the published numbers next to ours.
 
     Attributes:
         columns: what was measured, "perplexity:wikitext2" or "stereoset#icat.gender".
@@ -227,21 +226,21 @@ def read_runs(directories: Sequence[Path]) -> Collection:
     runs: list[Run] = []
     studies: list[Study] = []
     seen: set[Path] = set()
-    for given in directories:
-        given = Path(given)
-        if not given.is_dir():
-            raise ValueError(f"no folder at {given}")
-        found = list(_find(given))
-        if not found:
-            raise ValueError(f"{given} holds no run: a run directory has a recipe.yaml")
-        for folder in found:
+    for directory in directories:
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise ValueError(f"no folder at {directory}")
+        folders = list(_find(directory))
+        if not folders:
+            raise ValueError(f"{directory} holds no run: a run directory has a recipe.yaml")
+        for folder in folders:
             if folder.resolve() in seen:
                 continue
             seen.add(folder.resolve())
             runs.append(_read_run(folder))
-        if (given / "study.json").is_file() and (given / "study.json").resolve() not in seen:
-            seen.add((given / "study.json").resolve())
-            studies.append(_read_study(given / "study.json"))
+        if (directory / "study.json").is_file() and (directory / "study.json").resolve() not in seen:
+            seen.add((directory / "study.json").resolve())
+            studies.append(_read_study(directory / "study.json"))
     if not runs:
         raise ValueError("no run to report: give at least one run directory")
     return Collection(tuple(_order(_label(_name(runs)))), tuple(studies))
@@ -261,14 +260,14 @@ def _read_run(folder: Path) -> Run:
     environment = folder / "environment.json"
     machine = _read_object(environment) if environment.is_file() else {}
     facts = folder / "model" / "compression.json"
-    wanted = [item["task"] if isinstance(item, Mapping) else str(item) for item in recipe.get("evaluate") or []]
-    dense, compressed, agreement = _read_results(folder / "evals", wanted)
+    asked = [item["task"] if isinstance(item, Mapping) else str(item) for item in recipe.get("evaluate") or []]
+    dense, compressed, agreement = _read_results(folder / "evals", asked)
     traits = {base_of(task): result.traits for task, result in (*dense.items(), *compressed.items())}
     missing = [] if environment.is_file() else ["environment.json"]
     if recipe.get("keep") != 1:
         missing += [] if facts.is_file() else ["the compressed model's compression.json"]
-        missing += _lost(wanted, compressed, "compressed", traits)
-    missing += _lost(wanted, dense, "dense", traits)
+        missing += _lost(asked, compressed, "compressed", traits)
+    missing += _lost(asked, dense, "dense", traits)
     refused = folder / "refusals.json"
     for task, reasons in (_read_object(refused) if refused.is_file() else {}).items():
         missing += [f"{task} ({which}, refused: {why})" for which, why in dict(reasons).items()]
@@ -294,24 +293,24 @@ def _when(machine: Mapping[str, Any], file: Path) -> datetime | None:
 
 
 def _read_results(
-    folder: Path, wanted: Sequence[str]
+    folder: Path, asked: Sequence[str]
 ) -> tuple[dict[str, EvalResult], dict[str, EvalResult], dict[str, EvalResult]]:
     """Results of the dense model, of the compressed one, and of their agreement: {task: result} in the recipe's order.
 
     A task that was read twice, at two lengths say, is told apart by what its file's name has beyond the task's.
     """
-    found: dict[str, list[tuple[str, EvalResult]]] = {"dense": [], "": [], "agreement": []}
+    by_kind: dict[str, list[tuple[str, EvalResult]]] = {"dense": [], "": [], "agreement": []}
     for file in sorted(folder.glob("*.json")):
         stem, _, end = file.name.removesuffix(".json").rpartition(".")
         kind, name = (end, stem) if end in ("dense", "agreement") else ("", file.name.removesuffix(".json"))
-        found[kind].append((name, _read_result(file)))
+        by_kind[kind].append((name, _read_result(file)))
 
     def place(item: tuple[str, EvalResult]) -> int:
         task = base_of(item[1].task.removeprefix("agreement:"))
-        return wanted.index(task) if task in wanted else len(wanted)
+        return asked.index(task) if task in asked else len(asked)
 
     named: list[dict[str, EvalResult]] = []
-    for results in found.values():
+    for results in by_kind.values():
         tasks = [result.task for _, result in results]
         named.append({})
         for name, result in sorted(results, key=place):
@@ -323,7 +322,7 @@ def _read_results(
 
 
 def _lost(
-    wanted: Sequence[str], results: Mapping[str, EvalResult], which: str, traits: Mapping[str, Traits]
+    asked: Sequence[str], results: Mapping[str, EvalResult], which: str, traits: Mapping[str, Traits]
 ) -> list[str]:
     """The evaluations of a recipe that have no result of this model, and should.
 
@@ -333,8 +332,8 @@ def _lost(
     have = [base_of(result.task) for result in results.values()]
     return [
         f"{task} ({which})"
-        for task in dict.fromkeys(wanted)
-        if traits.get(task, traits_of(task)).of in ("both", which) and have.count(task) < wanted.count(task)
+        for task in dict.fromkeys(asked)
+        if traits.get(task, traits_of(task)).of in ("both", which) and have.count(task) < asked.count(task)
     ]
 
 
@@ -447,17 +446,17 @@ def _label(runs: list[Run]) -> list[Run]:
         words = [_words(key, own.get(key)) for key in keys]
         series = f"{run.method} ({', '.join(words)})" if words else run.method
         labelled.append(replace(run, model=models[str(run.recipe["model"])], series=series))
-    done: list[Run] = []
+    unique: list[Run] = []
     for group in _groups(labelled, lambda run: (run.model, run.series, run.size)):
-        done += [replace(run, series=f"{run.series} [{run.name}]") for run in group] if len(group) > 1 else group
-    return done
+        unique += [replace(run, series=f"{run.series} [{run.name}]") for run in group] if len(group) > 1 else group
+    return unique
 
 
 def _groups(runs: list[Run], key: Any) -> list[list[Run]]:
-    found: dict[Any, list[Run]] = {}
+    groups: dict[Any, list[Run]] = {}
     for run in runs:
-        found.setdefault(key(run), []).append(run)
-    return list(found.values())
+        groups.setdefault(key(run), []).append(run)
+    return list(groups.values())
 
 
 def _settings(run: Run) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Column:
     """A column.
 
     Attributes:
-        label: what stands above it. group: what stands above several.
+        label: its heading. group: a heading over several columns.
         numeric: it is aligned right and starts its sorting with the largest.
     """
 
@@ -70,13 +70,13 @@ class Table:
     @property
     def groups(self) -> list[tuple[str, int]]:
         """(group, columns under it) from left to right; empty where no column has a group."""
-        found: list[tuple[str, int]] = []
+        spans: list[tuple[str, int]] = []
         for column in self.columns:
-            if found and found[-1][0] == column.group:
-                found[-1] = (column.group, found[-1][1] + 1)
+            if spans and spans[-1][0] == column.group:
+                spans[-1] = (column.group, spans[-1][1] + 1)
             else:
-                found.append((column.group, 1))
-        return found if any(group for group, _ in found) else []
+                spans.append((column.group, 1))
+        return spans if any(group for group, _ in spans) else []
 
 
 def text_cell(text: object, hint: str = "") -> Cell:
@@ -114,7 +114,7 @@ def gain(run: Run, baseline: Run | None) -> float | None:
 
 
 def summary(collection: Collection, baseline: str | None = None) -> Table:
-    """One row for every model as it was and one for every run: what is left of it, and the main value of every task.
+    """One row for every model as it was and one for every run: what remains of it, and the main value of every task.
 
     Args:
         baseline: the method that improvements are counted from; None is asvd-i, where there is one.
@@ -125,25 +125,28 @@ def summary(collection: Collection, baseline: str | None = None) -> Table:
     methods = {run.method for run in collection.runs}
     if baseline is not None and baseline not in methods:
         raise ValueError(f"no run has the baseline {baseline!r}; there are {', '.join(sorted(methods))}")
-    chosen = baseline or BASELINE
+    baseline = baseline or BASELINE
     measured = list(dict.fromkeys([*collection.tasks(), *collection.tasks(where="dense")]))
     traits = {task: collection.traits(task) for task in measured}
     tasks = [task for section in TITLES for task in measured if traits[task].section == section]
     better = {
         task: next(
-            found[task].better for run in collection.runs for found in (run.compressed, run.dense) if task in found
+            results[task].better
+            for run in collection.runs
+            for results in (run.compressed, run.dense)
+            if task in results
         )
         for task in tasks
     }
     measures = [(task, name) for task in tasks for name in (None, *traits[task].shown)]
-    compared = chosen in methods and len(methods) > 1
+    compared = baseline in methods and len(methods) > 1
     columns = [
         Column("Model", False),
         Column("Method", False),
         Column("Keep"),
         Column("Parameters left"),
         Column("Bytes"),
-        *([Column(f"Gain on {chosen}")] if compared else []),
+        *([Column(f"Gain on {baseline}")] if compared else []),
         *(
             Column(
                 " ".join(filter(None, (corpus_of(task), name, ARROWS[better[task]]))),
@@ -158,7 +161,7 @@ def summary(collection: Collection, baseline: str | None = None) -> Table:
         runs = collection.of(model)
         counted = next((run for run in runs if run.compression), None)
         full = next(str(run.recipe["model"]) for run in collection.runs if run.model == model)
-        results = {task: found for task in tasks if (found := collection.dense(model, task)) is not None}
+        results = {task: result for task in tasks if (result := collection.dense(model, task)) is not None}
         rows.append(
             (
                 text_cell(model, full),
@@ -172,7 +175,7 @@ def summary(collection: Collection, baseline: str | None = None) -> Table:
         )
         best = _best(runs, measures, better)
         for run in runs:
-            base = _baseline(runs, run, chosen)
+            base = _baseline(runs, run, baseline)
             share = gain(run, base)
             rows.append(
                 (
@@ -198,7 +201,7 @@ def summary(collection: Collection, baseline: str | None = None) -> Table:
     notes = ["Bold: the best of a model at one share kept."]
     if compared:
         notes.append(
-            f"Gain: mean over corpora of 1 \u2212 perplexity ÷ {chosen}'s at the same share kept, "
+            f"Gain: mean over corpora of 1 \u2212 perplexity ÷ {baseline}'s at the same share kept, "
             "without the corpus of the calibration."
         )
     return Table(
@@ -224,16 +227,16 @@ def _counts(run: Run | None, moment: int) -> tuple[Cell, Cell]:
 
 
 def _value(result: EvalResult | None, name: str | None = None, dense: EvalResult | None = None) -> Cell:
-    """The main value of a result, or the score of a name, with what stood there before."""
-    found = None if result is None else _score(result, name)
-    if result is None or found is None:
+    """The main value of a result, or the score of a name, with the dense model's before it in the hint."""
+    measured = None if result is None else _score(result, name)
+    if result is None or measured is None:
         return Cell(MISSING)
     metric = name or result.metric
-    text = score(found.value, metric)
-    error = "" if found.stderr is None else f" ± {score(found.stderr, metric)}"
+    text = score(measured.value, metric)
+    error = "" if measured.stderr is None else f" ± {score(measured.stderr, metric)}"
     was = None if dense is None else _score(dense, name)
     before = "" if was is None else f"dense {score(was.value, metric)} → "
-    return number_cell(found.value, text, f"{before}{text}{error} {metric}, n = {result.n:,}")
+    return number_cell(measured.value, text, f"{before}{text}{error} {metric}, n = {result.n:,}")
 
 
 def _score(result: EvalResult, name: str | None) -> Score | None:
@@ -241,22 +244,22 @@ def _score(result: EvalResult, name: str | None) -> Score | None:
 
 
 def _reading(run: Run, task: str, name: str | None = None) -> float | None:
-    found = _score(run.compressed[task], name) if task in run.compressed else None
-    return None if found is None else found.value
+    measured = _score(run.compressed[task], name) if task in run.compressed else None
+    return None if measured is None else measured.value
 
 
 def _best(
     runs: Sequence[Run], measures: Sequence[tuple[str, str | None]], better: Mapping[str, str | None]
 ) -> dict[tuple[str | None, str, str | None], float]:
     """{(size, task, score): best value} where at least two runs of that size can be compared."""
-    found: dict[tuple[str | None, str, str | None], float] = {}
+    best: dict[tuple[str | None, str, str | None], float] = {}
     for task, name in measures:
         pick: Callable[[list[float]], float] = max if better[task] == "higher" else min
         for size in {run.size for run in runs if run.size is not None}:
             values = [v for run in runs if run.size == size and (v := _reading(run, task, name)) is not None]
             if len(values) > 1 and better[task] is not None and len(set(values)) > 1:
-                found[size, task, name] = pick(values)
-    return found
+                best[size, task, name] = pick(values)
+    return best
 
 
 def _baseline(runs: Sequence[Run], run: Run, method: str) -> Run | None:
@@ -267,7 +270,7 @@ def _baseline(runs: Sequence[Run], run: Run, method: str) -> Run | None:
 
 
 def paper_table(study: Study, place: int) -> Table:
-    """The published numbers of a study beside ours; ours alone where nothing was published.
+    """The published numbers of a study next to ours; ours alone where nothing was published.
 
     Args:
         place: of the study in the report, for its anchor.
@@ -281,8 +284,8 @@ def paper_table(study: Study, place: int) -> Table:
         for column, label in zip(study.columns, labels, strict=True)
     ]
     for label in [*labels, *(["average improvement"] if improved else [])]:
-        beside = [Column("ours", group=label), Column("published", group=label), Column("difference", group=label)]
-        columns += beside if published_any else [Column(label)]
+        comparison = [Column("ours", group=label), Column("published", group=label), Column("difference", group=label)]
+        columns += comparison if published_any else [Column(label)]
     rows = []
     for row in study.rows:
         cells = [text_cell(row.get("label", ""), str(row.get("run") or "no run"))]
@@ -326,10 +329,10 @@ def incomplete(collection: Collection) -> list[tuple[str, str]]:
 
 def environments(collection: Collection) -> list[tuple[str, list[str]]]:
     """(where and with what, names of the runs) for every environment that differs."""
-    found: dict[str, list[str]] = {}
+    by_environment: dict[str, list[str]] = {}
     for run in collection.runs:
-        found.setdefault(describe_environment(run.environment), []).append(run.name)
-    return list(found.items())
+        by_environment.setdefault(describe_environment(run.environment), []).append(run.name)
+    return list(by_environment.items())
 
 
 def describe_environment(environment: Mapping[str, Any]) -> str:
@@ -351,10 +354,10 @@ def clashes(collection: Collection, task: str) -> list[str]:
     warnings = []
     for model in collection.models:
         settings = [
-            found[task].settings
+            results[task].settings
             for run in collection.runs
-            for found in (run.dense, run.compressed)
-            if run.model == model and task in found
+            for results in (run.dense, run.compressed)
+            if run.model == model and task in results
         ]
         keys = sorted({key for setting in settings for key in setting})
         differ = [key for key in keys if len({repr(setting.get(key)) for setting in settings}) > 1]

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from eckart.evals.result import CHECK, Score
-from eckart.reports.formats import MISSING, percent, score, with_error
+from eckart.reports.formats import MISSING, finite, percent, score, with_error
 from eckart.reports.pitfalls import Answers, Difference, Relation, WonBack, answer
 from eckart.reports.profiles import probings
 from eckart.reports.resampling import Estimate
 from eckart.reports.runs import Collection
 from eckart.reports.tables import Cell, Column, Table, corpus_of, number_cell, text_cell
 
-# An estimate's columns: they stand under its name.
+# The columns of an estimate, in a group under its name.
 ESTIMATE = ("value", "from", "to")
 NOT_INDEPENDENT = (
     "Runs of one model are not independent: they share its weights and the splits of its probes. The intervals, which "
@@ -46,39 +45,39 @@ def pitfalls_of(collection: Collection) -> list[Section]:
 
 def sections(answers: Answers) -> list[Section]:
     """The questions that there is an answer to."""
-    found = []
+    questions = []
     if answers.relations:
-        found.append(_related(answers.relations))
+        questions.append(_related(answers.relations))
     if answers.differences or answers.failing:
-        found.append(_compared(answers))
+        questions.append(_compared(answers))
     if answers.recoveries:
-        found.append(_recovered(answers.recoveries))
-    return found
+        questions.append(_recovered(answers.recoveries))
+    return questions
 
 
 def _related(relations: Sequence[Relation]) -> Section:
     rows, layers = [], []
-    for found in relations:
-        who = tuple(map(text_cell, (found.model, found.score, found.probing)))
-        along = f"{_spans(found.together)} of {len(found.layers)}" if found.layers else MISSING
+    for relation in relations:
+        who = tuple(map(text_cell, (relation.model, relation.score, relation.probing)))
+        along = f"{_spans(relation.together)} of {len(relation.layers)}" if relation.layers else MISSING
         rows.append(
             (
                 *who,
-                number_cell(found.pearson.n, str(found.pearson.n)),
-                *_estimate(found.pearson),
-                *_estimate(found.spearman),
-                Cell(along, along if found.layers else None),
-                text_cell(found.verdict),
+                number_cell(relation.pearson.n, str(relation.pearson.n)),
+                *_estimate(relation.pearson),
+                *_estimate(relation.spearman),
+                Cell(along, along if relation.layers else None),
+                text_cell(relation.verdict),
             )
         )
         layers += [
             (*who, number_cell(number, str(number)), *_estimate(pearson), *_estimate(spearman))
-            for number, (pearson, spearman) in found.layers.items()
+            for number, (pearson, spearman) in relation.layers.items()
         ]
     who_columns = (Column("Model", False), Column("Score", False), Column("Probing", False))
     numbers = (*_columns("Pearson"), *_columns("Spearman"))
-    counts = Counter(found.verdict if found.pearson.interval else "too little to say" for found in relations)
-    left_out = sorted({name for found in relations for name in found.left_out})
+    counts = Counter(relation.verdict if relation.pearson.interval else "too little to say" for relation in relations)
+    left_out = sorted({name for relation in relations for name in relation.left_out})
     sentences = (
         f"Of {_count(len(relations), 'comparison')} of a score with a probing, {_list(counts)}.",
         "Compared is what each compressed run lost of a score (dense minus compressed; of perplexity the logarithm of "
@@ -99,7 +98,7 @@ def _related(relations: Sequence[Relation]) -> Section:
 def _compared(answers: Answers) -> Section:
     baseline = answers.baseline
     tables = []
-    sentences = [_difference_sentence(found) for found in answers.differences]
+    sentences = [_difference_sentence(difference) for difference in answers.differences]
     if not sentences:
         sentences = [f"No method can be compared with {baseline}: no run of it has the size of another's."]
     else:
@@ -108,35 +107,37 @@ def _compared(answers: Answers) -> Section:
         columns = (*words, Column("Cells"), *numbers, Column("Answer", False))
         rows = [
             (
-                text_cell(found.model),
-                text_cell(found.method),
-                text_cell(found.baseline),
-                number_cell(len(found.cells), str(len(found.cells))),
-                *_estimate(found.selectivity),
-                *_estimate(found.f1),
-                text_cell(found.verdict),
+                text_cell(difference.model),
+                text_cell(difference.method),
+                text_cell(difference.baseline),
+                number_cell(len(difference.cells), str(len(difference.cells))),
+                *_estimate(difference.selectivity),
+                *_estimate(difference.f1),
+                text_cell(difference.verdict),
             )
-            for found in answers.differences
+            for difference in answers.differences
         ]
         sentences += [
             "A cell is a task at a size, layers averaged; the numbers are means over cells, with 95 % intervals.",
             NOT_INDEPENDENT.format("cells"),
         ]
         tables.append(Table("compared", f"Methods minus {baseline}, at equal size", columns, tuple(rows)))
-    for found in answers.failing:
-        if found.method == "dense" and found.total[0] == found.total[1]:
-            sentences.append(f"{found.model}: the dense model fails the check in every layer; there is little to lose.")
+    for failing in answers.failing:
+        if failing.method == "dense" and failing.total[0] == failing.total[1]:
+            sentences.append(
+                f"{failing.model}: the dense model fails the check in every layer; there is little to lose."
+            )
     if answers.failing:
-        tasks = list(dict.fromkeys(task for found in answers.failing for task in found.tasks))
+        tasks = list(dict.fromkeys(task for failing in answers.failing for task in failing.tasks))
         words = (Column(name, False) for name in ("Model", "Method", "Size"))
         columns = (*words, *(Column(corpus_of(task)) for task in tasks), Column("all"))
         rows = [
             (
-                *(text_cell(text) for text in (found.model, found.method, found.size)),
-                *(_share(found.tasks.get(task)) for task in tasks),
-                _share(found.total),
+                *(text_cell(text) for text in (failing.model, failing.method, failing.size)),
+                *(_share(failing.tasks.get(task)) for task in tasks),
+                _share(failing.total),
             )
-            for found in answers.failing
+            for failing in answers.failing
         ]
         tables.append(
             Table("failing", f"Layers that fail the check (selectivity below {CHECK:g})", columns, tuple(rows))
@@ -145,13 +146,14 @@ def _compared(answers: Answers) -> Section:
     return Section("pitfalls-methods", title, tuple(sentences), tuple(tables))
 
 
-def _difference_sentence(found: Difference) -> str:
-    words = {"keeps more": "more", "keeps less": "less"}.get(found.verdict)
-    number = f"{_signed(found.selectivity.value)}{_range(found.selectivity)}"
+def _difference_sentence(difference: Difference) -> str:
+    words = {"keeps more": "more", "keeps less": "less"}.get(difference.verdict)
+    number = f"{_signed(difference.selectivity.value)}{_range(difference.selectivity)}"
     if words is None:
-        return f"{found.model}: {found.method} against {found.baseline}, {number}; {found.verdict}."
-    cells = _count(len(found.cells), "cell")
-    return f"{found.model}: {found.method} leaves {words} selectivity than {found.baseline}, {number} over {cells}."
+        return f"{difference.model}: {difference.method} against {difference.baseline}, {number}; {difference.verdict}."
+    cells = _count(len(difference.cells), "cell")
+    pair = f"{difference.method} leaves {words} selectivity than {difference.baseline}"
+    return f"{difference.model}: {pair}, {number} over {cells}."
 
 
 def _recovered(recoveries: Sequence[WonBack]) -> Section:
@@ -166,25 +168,30 @@ def _recovered(recoveries: Sequence[WonBack]) -> Section:
     )
     rows = [
         (
-            *(text_cell(text) for text in (found.model, found.method, found.size, found.task, found.measure)),
-            *(_with_error(value, found.measure) for value in (found.dense, found.cut, found.recovered)),
-            *_pair(found.lost),
-            number_cell(found.won_back, percent(found.won_back)),
-            *_pair(found.remains),
-            text_cell(" → ".join(map(str, found.failed))) if found.failed else Cell(MISSING),
-            text_cell(found.verdict),
+            *(
+                text_cell(text)
+                for text in (recovery.model, recovery.method, recovery.size, recovery.task, recovery.measure)
+            ),
+            *(_with_error(value, recovery.measure) for value in (recovery.dense, recovery.cut, recovery.recovered)),
+            *_pair(recovery.lost),
+            number_cell(recovery.won_back, percent(recovery.won_back)),
+            *_pair(recovery.remains),
+            text_cell(" → ".join(map(str, recovery.failed))) if recovery.failed else Cell(MISSING),
+            text_cell(recovery.verdict),
         )
-        for found in recoveries
+        for recovery in recoveries
     ]
-    counts = Counter(found.verdict for found in recoveries)
-    pairs = len({(found.model, found.method, found.size, json.dumps(found.settings)) for found in recoveries})
+    counts = Counter(recovery.verdict for recovery in recoveries)
+    pairs = len(
+        {(recovery.model, recovery.method, recovery.size, json.dumps(recovery.settings)) for recovery in recoveries}
+    )
     sentences = [
         f"Of {_count(len(recoveries), 'measure')} on {_count(pairs, 'pair')} of runs with and without a short "
         f"fine-tuning after the compression, {_list(counts)}.",
         "Errors of probes are over their seeds, and that of a difference is the root of the sum of both squares. A "
         "difference that is not larger than its error counts as none. The dense model had no further fine-tuning.",
     ]
-    if any(None in (found.dense.stderr, found.cut.stderr, found.recovered.stderr) for found in recoveries):
+    if any(None in (recovery.dense.stderr, recovery.cut.stderr, recovery.recovered.stderr) for recovery in recoveries):
         sentences.append("Where a value has no error, as of a single seed, every difference counts.")
     title = "What is lost for good?"
     table = Table("recovered", title, columns, tuple(rows))
@@ -193,61 +200,58 @@ def _recovered(recoveries: Sequence[WonBack]) -> Section:
 
 def answers_data(answers: Answers) -> dict[str, Any]:
     """The answers as plain data: every number in full, null for what is not finite."""
-    return _plain(
+    return finite(
         {
             "baseline": answers.baseline,
             "relations": [
-                {**asdict(found), "together": found.together, "verdict": found.verdict} for found in answers.relations
+                {**asdict(relation), "together": relation.together, "verdict": relation.verdict}
+                for relation in answers.relations
             ],
-            "differences": [{**asdict(found), "verdict": found.verdict} for found in answers.differences],
-            "failing": [{**asdict(found), "total": found.total} for found in answers.failing],
+            "differences": [
+                {**asdict(difference), "verdict": difference.verdict} for difference in answers.differences
+            ],
+            "failing": [{**asdict(failing), "total": failing.total} for failing in answers.failing],
             "recoveries": [
                 {
-                    **asdict(found),
-                    "lost": asdict(found.lost),
-                    "won_back": found.won_back,
-                    "remains": asdict(found.remains),
-                    "verdict": found.verdict,
+                    **asdict(recovery),
+                    "lost": asdict(recovery.lost),
+                    "won_back": recovery.won_back,
+                    "remains": asdict(recovery.remains),
+                    "verdict": recovery.verdict,
                 }
-                for found in answers.recoveries
+                for recovery in answers.recoveries
             ],
             "sentences": {section.slug: section.sentences for section in sections(answers)},
         }
     )
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _columns(name: str) -> tuple[Column, ...]:
     return tuple(Column(label, group=name) for label in ESTIMATE)
 
 
-def _estimate(found: Estimate) -> tuple[Cell, ...]:
-    ends = found.interval or (None, None)
-    return tuple(number_cell(value, score(value, "selectivity"), found.why) for value in (found.value, *ends))
+def _estimate(estimate: Estimate) -> tuple[Cell, ...]:
+    ends = estimate.interval or (None, None)
+    return tuple(number_cell(value, score(value, "selectivity"), estimate.why) for value in (estimate.value, *ends))
 
 
-def _pair(found: Score) -> tuple[Cell, Cell]:
-    values = (found.value, found.stderr)
+def _pair(measured: Score) -> tuple[Cell, Cell]:
+    values = (measured.value, measured.stderr)
     return number_cell(values[0], score(values[0], "f1")), number_cell(values[1], score(values[1], "f1"))
 
 
-def _with_error(found: Score, measure: str) -> Cell:
-    return number_cell(found.value, score(found.value, measure), with_error(found.value, found.stderr, measure))
+def _with_error(measured: Score, measure: str) -> Cell:
+    return number_cell(
+        measured.value, score(measured.value, measure), with_error(measured.value, measured.stderr, measure)
+    )
 
 
 def _share(counts: tuple[int, int] | None) -> Cell:
     return Cell(MISSING) if counts is None else number_cell(counts[0] / counts[1], f"{counts[0]} of {counts[1]}")
 
 
-def _range(found: Estimate) -> str:
-    ends = found.interval
+def _range(estimate: Estimate) -> str:
+    ends = estimate.interval
     return "" if ends is None else f" [{score(ends[0], 'selectivity')}, {score(ends[1], 'selectivity')}]"
 
 
