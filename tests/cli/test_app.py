@@ -25,7 +25,8 @@ def test_a_command_is_listed_as_it_says(name: str) -> None:
     command = load_command(name)
     assert command.name == name
     assert (command.help or "").splitlines()[0] == first_line(name)
-    assert all(parameter.help for parameter in command.params if parameter.name != "help"), name  # type: ignore[attr-defined]
+    options = [parameter for parameter in command.params if parameter.name != "help"]
+    assert all(getattr(option, "help", None) for option in options), name
 
 
 def test_the_help_and_the_version(run: Run) -> None:
