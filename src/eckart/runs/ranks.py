@@ -83,8 +83,8 @@ def rank(
     Raises:
         ValueError: as the allocation raises it.
 
-    Cost: of uniform and per-role, none. Of effective-rank and global, every site factored once; with probes, a pass
-    over some windows for each. Of the searches, see `surgical.search` and `sensitivity.measure_sensitivity`.
+    Cost: where losses are needed every site is factored once; with probes there is a pass over some windows for each. Of
+    searches, see `surgical.search` and `sensitivity.measure_sensitivity`.
     """
     allocation, method, every = composition.allocation, composition.method, find_sites(inputs.model)
     joint = joint_groups(inputs.sites, every) if composition.joint else frozenset()
