@@ -83,7 +83,7 @@ def rank(
     Raises:
         ValueError: as the allocation raises it.
 
-    Cost: where losses are needed every site is factored once; with probes there is a pass over some windows for each. Of
+    Cost: where losses are needed every site is factored once; with probes there is a pass over some windows each. Of
     searches, see `surgical.search` and `sensitivity.measure_sensitivity`.
     """
     allocation, method, every = composition.allocation, composition.method, find_sites(inputs.model)
