@@ -22,7 +22,7 @@ COMMANDS = [
 
 
 def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
-    (script,) = [block for language, block in BLOCKS if language == "python" and "builtin_model_path" in block]
+    (script,) = [block for language, block in BLOCKS if language == "python" and "eckart.compress(" in block]
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=600)
     load = next(block for language, block in BLOCKS if language == "python" and "from_pretrained" in block)
     subprocess.run([sys.executable, "-c", load.replace('"OUT"', '"out"')], cwd=tmp_path, check=True, timeout=600)
