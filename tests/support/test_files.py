@@ -55,6 +55,14 @@ def test_a_directory_is_staged(tmp_path: Path) -> None:
     assert [path.name for path in out.iterdir()] == ["done"]
 
 
+def test_what_is_put_in_place_can_be_read_as_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    with staged_directory(tmp_path / "out") as staging:
+        (staging / "weights").write_text("")
+        (staging / "weights").chmod(0o600)
+    assert (tmp_path / "out" / "weights").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
     check_free(tmp_path / "nothing")
     file = write_whole(tmp_path / "folder" / "file", "mine")

@@ -243,7 +243,7 @@ def _read_hub(name: str, corpus: Corpus, split: str, column: str | None) -> Text
     except Exception as error:
         raise ValueError(
             f"{name}: the hub did not give {corpus.hub} ({type(error).__name__}: {error}); "
-            "give a local file, or a folder with a local copy"
+            "give a local file, a folder with local copies (--data), or builtin/prose, which needs no network"
         ) from error
     source = {"corpus": name, "hub": corpus.hub, "config": corpus.config, "split": split, "rows": len(rows)}
     if corpus.compose is not None and column is None:

@@ -271,7 +271,7 @@ def _read_hub(name: str, hub: str, config: str | None, split: str) -> tuple[Iter
     except Exception as error:
         raise ValueError(
             f"{name}: the hub did not give {hub} ({type(error).__name__}: {error}); "
-            "give a local file, or a folder with a local copy"
+            "give a local file, or a folder with local copies (--data)"
         ) from error
     return ((f"row {n}", row) for n, row in enumerate(rows, 1)), {"corpus": name, "hub": hub, "config": config}
 

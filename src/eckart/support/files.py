@@ -58,7 +58,15 @@ def staged_directory(out: str | Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def put_in_place(complete: Path, out: Path) -> None:
-    """Rename a directory that is complete to `out`; an older `out` is removed afterwards."""
+    """Rename a directory that is complete to `out`; an older `out` is removed afterwards.
+
+    Its files get the permissions of newly created ones: safetensors writes files that only their owner can read.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in complete.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
     if not out.exists():
         complete.rename(out)
         return
