@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from eckart.allocation.search.surgical import PERPLEXITY_TOLERANCE, Tolerance, r
 from eckart.allocation.search.trials import check_shares
 from eckart.allocation.uniform import per_role, uniform
 from eckart.evals.tasks import find_task, searched_by
+from eckart.lowrank.entries import check_entry
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Allocation(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field("uniform", description="uniform, per-role, effective-rank, global, sensitivity or surgical")
+    name: str = Field("uniform", description=", ".join(ALLOCATIONS))
     shares: dict[str, float] = Field(
         default_factory=dict,
         description="per-role: {role, part or pattern: weight}",
@@ -148,10 +148,7 @@ class Allocation(BaseModel):
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in ALLOCATIONS:
-            near = difflib.get_close_matches(name, ALLOCATIONS, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"unknown allocation {name!r}; {hint}known: {', '.join(ALLOCATIONS)}")
+        check_entry(ALLOCATIONS, "allocation", name)
         return name
 
     @model_validator(mode="after")

@@ -10,6 +10,18 @@ from typing import Any, TypeVar
 Value = TypeVar("Value")
 
 
+def check_entry(table: Mapping[str, object], kind: str, name: str) -> None:
+    """Raises ValueError where the table has no `name`; the message has the nearest known one.
+
+    Args:
+        kind: what the table holds, for the message.
+    """
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown {kind} {name!r}; {hint}known: {', '.join(table)}")
+
+
 def entry_options(table: Mapping[str, Callable[..., object]], kind: str, name: str) -> dict[str, Any]:
     """{setting: default} of the entry `name`.
 
@@ -19,10 +31,7 @@ def entry_options(table: Mapping[str, Callable[..., object]], kind: str, name: s
     Raises:
         ValueError: an unknown name, with the nearest known one.
     """
-    if name not in table:
-        near = difflib.get_close_matches(name, table, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown {kind} {name!r}; {hint}known: {', '.join(table)}")
+    check_entry(table, kind, name)
     return {p.name: p.default for p in inspect.signature(table[name]).parameters.values()}
 
 

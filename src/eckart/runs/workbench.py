@@ -100,10 +100,8 @@ class Workbench:
     def rank(self) -> Ranking:
         """The recipe's ranks on this model."""
         recipe, composition = self.recipe, self.composition
-        if recipe.plan is not None or recipe.rules is not None:
-            return Ranking(make_plan(self.model, recipe))
-        row = composition.allocation.row
-        if row.same_share and recipe.keep is not None:
+        same_share = composition.allocation.row.same_share and recipe.keep is not None
+        if recipe.plan is not None or recipe.rules is not None or same_share:
             return Ranking(make_plan(self.model, recipe))
         return rank(composition, recipe.budget, self.allocation_inputs(), rank_multiple=recipe.rank_multiple)
 
