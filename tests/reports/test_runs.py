@@ -182,7 +182,7 @@ def test_folders_that_hold_no_run_are_refused(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, text: str) -> None:
     run = make_run(tmp_path / "run")
     (run / name).write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match=f"{name} (is not JSON|holds no JSON object)"):
+    with pytest.raises(ValueError, match=f"{name} (is not JSON|is not UTF-8 text|holds no JSON object)"):
         read_runs([run])
 
 
@@ -191,7 +191,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, text: st
     [
         ("model: [", "is not YAML"),
         ("keep: 1", "names no model"),
-        ("- a", "names no model"),
+        ("- a", "expected keys and values"),
+        ("", "names no model"),
         ("model: x\nevaluate: {a: 1}", "evaluate is not a list of tasks"),
     ],
 )

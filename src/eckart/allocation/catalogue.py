@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from eckart.allocation.effective_rank import effective_rank
 from eckart.allocation.global_loss import global_
@@ -18,6 +18,7 @@ from eckart.allocation.search.trials import check_shares
 from eckart.allocation.uniform import per_role, uniform
 from eckart.evals.tasks import find_task, searched_by
 from eckart.lowrank.entries import check_entry
+from eckart.support.section import Section
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,8 @@ ALLOCATIONS: dict[str, Allocator] = {
 }
 
 
-class Allocation(BaseModel):
+class Allocation(Section):
     """How a budget is shared out: a name of ALLOCATIONS, and the settings that it takes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field("uniform", description=", ".join(ALLOCATIONS))
     shares: dict[str, float] = Field(

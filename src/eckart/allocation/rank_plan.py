@@ -10,6 +10,7 @@ from typing import Any
 from eckart.lowrank import LAYOUTS, Layout
 from eckart.models.sites import Site
 from eckart.models.units import Unit, units_of
+from eckart.support.plain_data import parse_json
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,10 @@ class RankPlan:
                 1 ... min(d_out, d_in), or a joint group whose sites differ in rank.
         """
         try:
-            written = json.loads(text)
+            written = parse_json(text, "the text")
             items = dict(written["ranks"]).items()
             layout, joint = written.get("layout", "plain"), written.get("joint", [])
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a rank plan: {error}; expected JSON with a map 'ranks'") from error
         if not isinstance(joint, list) or not all(isinstance(group, str) for group in joint):
             raise ValueError(f"joint {joint!r} is not a list of input groups")

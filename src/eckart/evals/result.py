@@ -8,9 +8,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from eckart.support.files import write_whole
+from eckart.support.plain_data import parse_json, read_json
 
 Better = Literal["higher", "lower"]
 # The parts of a report. Results that have no part of their own are tasks.
@@ -98,6 +101,8 @@ class EvalResult:
         ValueError: a value that is not a number; a broken model has no result.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     task: str
     metric: str
     value: float
@@ -144,12 +149,33 @@ class EvalResult:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, text: str) -> EvalResult:
-        data = json.loads(text)
-        scores = {name: Score(**score) for name, score in data.pop("scores", {}).items()}
-        if (traits := data.pop("traits", None)) is not None:
-            data["traits"] = Traits(**{**traits, "shown": tuple(traits.get("shown", ()))})
-        return cls(**data, scores=scores)
+    def from_json(cls, text: str, where: str = "the text") -> EvalResult:
+        """The result that `to_json` wrote.
+
+        Args:
+            where: names the text in the message.
+
+        Raises:
+            ValueError: no JSON, or no result: a field is missing, unknown, or of another type.
+        """
+        return _result_of(parse_json(text, where), where)
+
+
+_STORED: Final = TypeAdapter(EvalResult)
+
+
+def _result_of(data: dict[str, Any], where: str) -> EvalResult:
+    try:
+        return _STORED.validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{where} is no result of an evaluation: {place}: {first['msg']}") from None
+
+
+def read_result(file: Path) -> EvalResult:
+    """The result in a file. Raises ValueError as `EvalResult.from_json` does, and OSError where there is none."""
+    return _result_of(read_json(file), str(file))
 
 
 def write_result(result: EvalResult, file: Path) -> None:

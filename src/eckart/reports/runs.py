@@ -12,9 +12,8 @@ from datetime import datetime
 from pathlib import Path, PurePath
 from typing import Any
 
-import yaml
-
-from eckart.evals.result import EvalResult, SectionName, Traits, traits_of
+from eckart.evals.result import EvalResult, SectionName, Traits, read_result, traits_of
+from eckart.support.plain_data import read_json, read_yaml
 
 # Methods without a share to keep. They are shown with the runs of every share.
 SIZELESS = ("int8", "int4")
@@ -258,7 +257,7 @@ def _find(folder: Path) -> Iterator[Path]:
 def _read_run(folder: Path) -> Run:
     recipe = _read_recipe(folder / "recipe.yaml")
     environment = folder / "environment.json"
-    machine = _read_object(environment) if environment.is_file() else {}
+    machine = read_json(environment) if environment.is_file() else {}
     facts = folder / "model" / "compression.json"
     asked = [item["task"] if isinstance(item, Mapping) else str(item) for item in recipe.get("evaluate") or []]
     dense, compressed, agreement = _read_results(folder / "evals", asked)
@@ -269,14 +268,14 @@ def _read_run(folder: Path) -> Run:
         missing += _lost(asked, compressed, "compressed", traits)
     missing += _lost(asked, dense, "dense", traits)
     refused = folder / "refusals.json"
-    for task, reasons in (_read_object(refused) if refused.is_file() else {}).items():
+    for task, reasons in (read_json(refused) if refused.is_file() else {}).items():
         missing += [f"{task} ({which}, refused: {why})" for which, why in dict(reasons).items()]
     return Run(
         directory=folder,
         name=folder.name,
         recipe=recipe,
         environment={key: value for key, value in machine.items() if key != "when"},
-        compression=_check_compression(_read_object(facts), facts) if facts.is_file() else None,
+        compression=_check_compression(read_json(facts), facts) if facts.is_file() else None,
         compressed=compressed,
         dense=dense,
         agreement=agreement,
@@ -303,7 +302,7 @@ def _read_results(
     for file in sorted(folder.glob("*.json")):
         stem, _, end = file.name.removesuffix(".json").rpartition(".")
         kind, name = (end, stem) if end in ("dense", "agreement") else ("", file.name.removesuffix(".json"))
-        by_kind[kind].append((name, _read_result(file)))
+        by_kind[kind].append((name, read_result(file)))
 
     def place(item: tuple[str, EvalResult]) -> int:
         task = base_of(item[1].task.removeprefix("agreement:"))
@@ -338,34 +337,13 @@ def _lost(
 
 
 def _read_recipe(file: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML: {error}") from error
-    if not isinstance(data, dict) or "model" not in data:
+    data = read_yaml(file)
+    if "model" not in data:
         raise ValueError(f"{file} is no recipe: it names no model")
     evaluate = data.get("evaluate") or []
     if not isinstance(evaluate, list) or any(isinstance(item, Mapping) and "task" not in item for item in evaluate):
         raise ValueError(f"{file}: evaluate is not a list of tasks")
     return data
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}; was its writer stopped? Delete it and run again") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return data
-
-
-def _read_result(file: Path) -> EvalResult:
-    _read_object(file)
-    try:
-        return EvalResult.from_json(file.read_text(encoding="utf-8"))
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file} is no result of an evaluation: {error}") from error
 
 
 def _check_compression(facts: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -394,7 +372,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _read_study(file: Path) -> Study:
-    data = _read_object(file)
+    data = read_json(file)
     columns = tuple(str(column) for column in data.get("columns") or ())
     # A study that was written without them has the evaluations of that time, which are known by name.
     sections = tuple(data.get("sections") or (traits_of(column.partition("#")[0]).section for column in columns))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from eckart.lowrank import Layout
 from eckart.models.loading import locate
 from eckart.runs.recipe import Recipe
 from eckart.support.files import GRADIENTS
+from eckart.support.plain_data import read_json
 
 # In a checkpoint's directory.
 FACTS = "compression.json"
@@ -88,7 +89,7 @@ class Facts:
         """
         file = folder / FACTS
         try:
-            data: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            data = read_json(file)
             known = {each.name for each in fields(cls)}
             return cls(**{key: value for key, value in data.items() if key in known})
         except (OSError, ValueError, AttributeError, TypeError) as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from eckart.allocation import Allocation, Budget
 from eckart.calibration.sequential import Order
@@ -27,6 +27,8 @@ from eckart.lowrank import Layout, build_method
 from eckart.lowrank.entries import build_entry
 from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.runs.composition import COMPOSITIONS, Composition, composition_options
+from eckart.support.plain_data import read_yaml
+from eckart.support.section import Section
 
 # Ways to say how large the result may be.
 BUDGETS = ("keep", "keep_total", "max_bytes", "rules", "plan")
@@ -46,12 +48,6 @@ STEPS = "of one batch each; 0 is none of it"
 RATE = "largest step of a number, relative to the root mean square of its tensor"
 BATCH = "samples in a step"
 OWN = "default: the method's own"
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are refused, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class MethodSection(Section):
@@ -374,13 +370,7 @@ def load_recipe(path: str | Path) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no recipe at {path}")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds no recipe: expected keys and values such as 'model: ...'")
-    return parse_recipe(data, where=str(path))
+    return parse_recipe(read_yaml(path), where=str(path))
 
 
 def parse_recipe(data: dict[str, Any], *, where: str = "recipe") -> Recipe:

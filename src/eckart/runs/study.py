@@ -8,12 +8,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from eckart.compression.tuning.finetuning import FineTuning
 from eckart.evals.tasks import counted_by
-from eckart.runs.recipe import MethodSection, Recipe, Section, parse_recipe
+from eckart.runs.recipe import MethodSection, Recipe, parse_recipe
+from eckart.support.plain_data import read_yaml
+from eckart.support.section import Section
 
 
 class Row(Section):
@@ -267,10 +268,7 @@ def load_study(name: str) -> Study:
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}, or a YAML file"
         raise ValueError(f"no study {name!r}; {hint}")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Study.model_validate(data)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        return Study.model_validate(read_yaml(path))
     except ValidationError as error:
         raise ValueError(f"{path}: {_problems(error)}") from None
 
