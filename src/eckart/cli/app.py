@@ -9,13 +9,14 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NoReturn
 
 import typer
 import wrapt
-from rich.console import Console
-from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
+
+from eckart.cli.ending import DEBUG, Stopped, stopping, tell
+from eckart.cli.terminal import errors
 
 # Each is the function `command` of the file of its name, and its docstring is the help. In the order of a first use.
 COMMANDS = (
@@ -35,6 +36,13 @@ COMMANDS = (
     "pitfalls",
 )
 STYLE: Final = "rich"
+# How a command that was stopped goes on. Of one that is not here, nothing is kept.
+GOES_ON = {
+    "compress": "the same command starts from the moments in the cache, and with --out-of-core goes on by --resume",
+    **dict.fromkeys(("eval", "run", "reproduce"), "the same command goes on with what is missing"),
+    **dict.fromkeys(("search", "probe", "finetune"), "the same command goes on where it was"),
+}
+NOTHING_KEPT = "nothing was changed"
 
 
 def load_command(name: str) -> TyperCommand:
@@ -95,24 +103,22 @@ def eckart(
 
 
 def main() -> None:
-    """Entry point: bad input ends with one line on stderr and status 2; ECKART_DEBUG=1 shows the traceback."""
+    """Entry point. What does not end well is told in one line on stderr, see `ending`; ECKART_DEBUG=1 raises it."""
     wrapt.when_imported("transformers.utils.logging")(_silence)
     try:
-        app()
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if os.environ.get("ECKART_DEBUG") or not _is_told_whole(error):
+        with stopping():
+            app()
+    except Exception as error:
+        if os.environ.get(DEBUG):
             raise
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _end(*tell(error))
+    except Stopped as signal:
+        _end(signal.status, f"stopped; {GOES_ON.get(sys.argv[1], NOTHING_KEPT)}")
 
 
-def _is_told_whole(error: Exception) -> bool:
-    """Whether the message says all; a RuntimeError other than of a decomposition is a mistake of ours, or torch's."""
-    if not isinstance(error, RuntimeError):
-        return True
-    from eckart.lowrank import DecompositionError  # not above: it imports torch, which takes seconds
-
-    return isinstance(error, DecompositionError)
+def _end(status: int, line: str) -> NoReturn:
+    errors.print(line, style="red", highlight=False, soft_wrap=True)
+    sys.exit(status)
 
 
 def _silence(logging: ModuleType) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table as Drawn
 
 from eckart.cli.options import Force
@@ -41,11 +40,11 @@ def command(
         raise FileExistsError(f"{out} exists; give another --out, or --force")
     answers = answer(read_runs(directories), baseline=baseline, seed=seed)
     for section in sections(answers):
-        console.print(f"[bold]{escape(section.title)}[/bold]", highlight=False)
+        console.print(section.title, style="bold", highlight=False)
         for part in section.tables:
             console.print(_drawn(part, "" if part.title == section.title else part.title))
         for sentence in section.sentences:
-            console.print(escape(sentence), highlight=False)
+            console.print(sentence, highlight=False)
         console.print()
     if not answers.relations:
         console.print("No run has both a probing and a score of a task: nothing to say on how they go together.")

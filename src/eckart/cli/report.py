@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from eckart.cli.options import Force
 from eckart.cli.terminal import console
@@ -37,4 +36,4 @@ def tell_files(directories: Sequence[Path], folder: Path) -> str:
     """Write a report's tables and figures as files; says where, and why there are no figures, in rich's markup."""
     count = len(write_files(read_runs(directories), folder))
     why = why_no_drawings()
-    return f"{count} files in {folder}" + (f"; {escape(why)}" if why else "")
+    return f"{count} files in {folder}" + (f"; {why}" if why else "")

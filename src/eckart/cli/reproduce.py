@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from eckart.cli.options import (
@@ -90,7 +89,7 @@ def command(
             refused.setdefault(why, []).append(f"{task} of {line.label}")
     for why, what in refused.items():
         others = f" and {len(what) - 1} more" if len(what) > 1 else ""
-        console.print(f"[yellow]not measured[/yellow] {what[0]}{others}: {escape(why)}", highlight=False)
+        console.print(f"not measured: {what[0]}{others}: {why}", style="yellow", highlight=False)
     page = write_report([out], out / "report.html")
     console.print(f"{out / 'study.json'}, {page}")
     console.print(tell_files([out], out / "files"))

@@ -22,6 +22,7 @@ from eckart.data.builtin import builtin_model_path
 from eckart.models.checkpoint import CheckpointError, describe
 from eckart.models.families import UnsupportedModelError
 from eckart.models.sites import low_rank_modules
+from eckart.support.device import check_device
 from eckart.support.files import staged_directory, write_whole
 
 BUILTIN = "builtin"
@@ -35,12 +36,13 @@ def load_model(path: str | Path, *, dtype: str = "auto", device: str = "cpu") ->
         dtype: "auto" keeps the stored type; else one of float32, bfloat16, float16.
 
     Raises:
-        ValueError: the dtype is none of DTYPES, or there is no model at `path`.
+        ValueError: the dtype is none of DTYPES, the device is not here, or there is no model at `path`.
         UnsupportedModelError: the config names no architecture that transformers has.
         CheckpointError: a compressed checkpoint does not match its own description.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    check_device(device)
     path = locate(path)
     config = _load(f"the model {path}", path, lambda: AutoConfig.from_pretrained(path))
     model_class = class_of(config, path)

@@ -29,6 +29,7 @@ from eckart.evals.result import EvalResult
 from eckart.lowrank import GradientMoments
 from eckart.models.loading import load_classifier, load_tokenizer
 from eckart.models.sites import find_sites
+from eckart.support.device import check_device
 from eckart.support.files import GRADIENTS, check_free, staged_directory, write_whole
 from eckart.support.fingerprint import describe_architecture, hash_weights
 from eckart.support.progress import Track, silent
@@ -382,7 +383,8 @@ def _write_card(facts: Mapping[str, Any]) -> str:
 
 
 def _check_device(device: str) -> None:
-    """Raises ValueError for a device that Trainer does not take, or takes together with others."""
+    """Raises ValueError for a device that is not here, that Trainer does not take, or takes together with others."""
+    check_device(device)
     if device in ("cpu", "mps"):
         return
     if device not in ("cuda", "cuda:0"):

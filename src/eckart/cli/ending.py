@@ -1,0 +1,105 @@
+"""Ending: what a command says, and which status it has, when it does not end well.
+
+Bad input and the accidents of a machine are one line that says what to do. What nobody foresaw is one line too, and the
+traceback goes into a file: a user has something to send, and the terminal stays readable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib.metadata
+import os
+import platform
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+BAD_INPUT, FAULT = 2, 1
+DEBUG = "ECKART_DEBUG"
+OUT_OF_MEMORY = (
+    "out of memory: give a smaller --batch-size, fewer --samples or a shorter --length, or, where the command has it, "
+    "--out-of-core"
+)
+# What torch says of memory in a RuntimeError that has no class of its own.
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+# What the libraries that write weights say of a full disk in errors of their own.
+NO_SPACE = ("No space left on device", "os error 28", "PytorchStreamWriter failed")
+
+
+class Stopped(BaseException):
+    """A signal asked the process to end. As KeyboardInterrupt, it is no error that a program handles and goes on.
+
+    Attributes:
+        status: as a shell reports a process that this signal ended, 128 and its number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.status = 128 + number
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM unwind the process: locks, staging folders and workers go with it."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def tell(error: Exception) -> tuple[int, str]:
+    """The status and the line of a command that ended by `error`."""
+    if _is(error, NO_SPACE) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        where = getattr(error, "filename", None)
+        return BAD_INPUT, f"error: the disk{f' of {where}' if where else ''} is full: make room, and run this again"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is(error, NO_MEMORY)):
+        return BAD_INPUT, f"error: {OUT_OF_MEMORY}"
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return BAD_INPUT, f"error: {place}{error.strerror}"
+    if isinstance(error, ValueError | OSError | ImportError) or _is_decomposition(error):
+        return BAD_INPUT, f"error: {error}"
+    return FAULT, (
+        f"error: {type(error).__name__}, which eckart did not expect: {_first_line(error)}. Please report it with "
+        f"{_write(error)}, which has the traceback ({DEBUG}=1 shows it here)"
+    )
+
+
+def _is(error: Exception, signs: tuple[str, ...]) -> bool:
+    return any(sign in str(error) for sign in signs)
+
+
+def _is_decomposition(error: Exception) -> bool:
+    """Whether a decomposition failed, which says what to do; looked up, because importing it takes torch's seconds."""
+    lowrank = sys.modules.get("eckart.lowrank")
+    return lowrank is not None and isinstance(error, lowrank.DecompositionError)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def _write(error: Exception) -> Path:
+    """A file with the traceback, the command and the versions."""
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("eckart", "torch", "transformers")]
+    lines = [
+        f"command: {' '.join(sys.argv)}",
+        f"versions: {', '.join(versions)}, Python {platform.python_version()}, {platform.platform()}",
+        "",
+        *traceback.format_exception(error),
+    ]
+    number, name = tempfile.mkstemp(prefix="eckart-", suffix=".txt")
+    with os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write("\n".join(lines))
+    return Path(name)

@@ -1,0 +1,94 @@
+"""How a command ends when it does not end well: one line, a status, and nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from eckart.cli.ending import BAD_INPUT, FAULT, tell
+from eckart.lowrank import DecompositionError
+from tiny import Run
+
+
+class SafetensorError(Exception):
+    """As the one of safetensors: its message is all that says what happened."""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("keep 2 is not in (0, 1]"), "error: keep 2 is not in (0, 1]"),
+        (DecompositionError("4 x 4: no"), "error: 4 x 4: no"),
+        (ModuleNotFoundError("No module named 'ray'"), "error: No module named 'ray'"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/out"), "error: /x/out: Permission denied"),
+        (OSError("no such place"), "error: no such place"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x/out"), "error: the disk of /x/out is full: make room"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "error: the disk is full: make room"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "error: the disk is full: make room"),
+        (MemoryError(), "error: out of memory: give a smaller --batch-size"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "error: out of memory: give a smaller"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: out of memory: give a smaller"),
+    ],
+)
+def test_what_is_told_in_one_line(error: Exception, line: str) -> None:
+    status, told = tell(error)
+    assert status == BAD_INPUT
+    assert told.startswith(line)
+    assert "\n" not in told
+
+
+def test_what_nobody_foresaw_is_kept_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["eckart", "compress", "lone \udc80 surrogate"])
+    try:
+        torch.zeros(2) @ torch.zeros(3)
+    except RuntimeError as error:
+        status, told = tell(error)
+    assert status == FAULT
+    (file,) = tmp_path.iterdir()
+    assert told.startswith("error: RuntimeError, which eckart did not expect: ")
+    assert str(file) in told
+    written = file.read_text()
+    assert "torch.zeros(2) @ torch.zeros(3)" in written
+    assert "command: eckart compress" in written
+    assert f"torch {torch.__version__.partition('+')[0]}" in written
+
+
+def test_names_are_printed_as_they_are(run: Run, tmp_path: Path) -> None:
+    place = tmp_path / "[red]out[/bold] :smile:"
+    arguments = ("--method", "svd", "--keep", "0.5", "--no-cache")
+    status, printed = run("compress", "builtin", place, *arguments)
+    assert status == 0, printed
+    assert "[red]out[/bold]:smile:" in "".join(printed.split())
+    status, printed = run("compress", "builtin", place, *arguments)
+    assert status == 2
+    assert "[red]out[/bold] :smile: exists" in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_with_one_line_and_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    code = "from eckart.cli import main; main()"
+    command = ["compress", "builtin", str(tmp_path / "out"), "--keep", "0.5", "--calibration", "builtin/prose"]
+    command += ["--samples", "400", "--cache", str(tmp_path / "cache")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, "-c", code, *command], stderr=subprocess.PIPE, env=environment) as process:
+        # Its first sign of work: moments of a calibration that takes minutes, or the folder they will be in.
+        limit = time.monotonic() + 120
+        while not list(tmp_path.iterdir()) and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.1)
+        assert process.poll() is None
+        process.send_signal(number)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert told.decode().splitlines()[-1].startswith("stopped; the same command starts from the moments in the cache")
+    assert b"Traceback" not in told
+    assert not [file for file in tmp_path.rglob("*") if "partial" in file.name or file.name == "out"]
