@@ -40,7 +40,7 @@ def make_study(folder: Path, *, models: int = 2, seed: int = 0) -> Path:
             for keep in KEEPS:
                 make_run(folder / "runs" / f"{model.split('/')[1]}-{method}-{keep}", model, method, keep, seed=seed)
         make_run(folder / "runs" / f"{model.split('/')[1]}-int8", model, "int8", None, seed=seed)
-    write_json(folder / "study.json", _study())
+    write_json(folder / "study.json", study_data())
     return folder
 
 
@@ -394,7 +394,7 @@ def _compression(model: str, method: str, keep: float | None, draw: random.Rando
     }
 
 
-def _study() -> dict[str, Any]:
+def study_data() -> dict[str, Any]:
     rows = []
     for method, published in (
         ("svd", [20083, 20436, None]),

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from eckart.reports.files import write_files
+from eckart.reports.page import render
 from eckart.reports.runs import read_runs
 
 from .make_runs import CORPORA, KEEPS, METHODS, change_result, make_probing_run, make_run, make_study, write_json
@@ -244,3 +248,28 @@ def test_the_time_of_a_run_is_what_it_noted(tmp_path: Path) -> None:
     write_json(folder / "environment.json", {**facts, "when": "yesterday"})
     with pytest.raises(ValueError, match=r"environment\.json: 'when' is no ISO 8601 time"):
         read_runs([folder])
+
+
+def test_details_of_a_wrong_form_are_one_error_that_names_the_run(tmp_path: Path) -> None:
+    """What each evaluation keeps in detail is taken as written; where it cannot be drawn, its run is named."""
+    make_run(tmp_path / "whole", keep=0.5)
+    make_run(tmp_path / "damaged", keep=0.9)
+    file = tmp_path / "damaged" / "evals" / "similarity-wikitext2.dense.json"
+    data = json.loads(file.read_text())
+    data["details"]["histogram"]["counts"][3] = "many"
+    file.write_text(json.dumps(data))
+    for draw in (render, partial(write_files, folder=tmp_path / "files")):
+        with pytest.raises(ValueError, match=r"damaged: a file there holds what no run writes \(\w+Error: "):
+            draw(read_runs([tmp_path]))
+
+
+@pytest.mark.parametrize("shape", [[0, 0], [0, 4], [2.5, 4], [-1, 4], [True, 4]])
+def test_a_linear_without_a_shape_is_named(tmp_path: Path, shape: list[float]) -> None:
+    run = make_run(tmp_path / "run")
+    file = run / "model" / "compression.json"
+    data = json.loads(file.read_text())
+    name = next(iter(data["sites"]))
+    data["sites"][name]["shape"] = shape
+    file.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=rf"compression\.json: site {re.escape(name)} has no shape \[d_out, d_in\]"):
+        read_runs([run])

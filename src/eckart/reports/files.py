@@ -11,7 +11,7 @@ from typing import TypeVar
 from eckart.reports.drawings import draw_lines, why_no_drawings
 from eckart.reports.figures import all_figures
 from eckart.reports.formats import MISSING
-from eckart.reports.runs import Collection
+from eckart.reports.runs import Collection, naming_damage
 from eckart.reports.tables import Cell, Table, paper_table, summary
 from eckart.reports.verdicts import pitfalls_of
 from eckart.support.files import write_whole
@@ -19,6 +19,7 @@ from eckart.support.files import write_whole
 T = TypeVar("T")
 
 
+@naming_damage
 def write_files(collection: Collection, folder: Path) -> list[Path]:
     """Write every table of a report as CSV, and its line figures as SVG where matplotlib is installed.
 

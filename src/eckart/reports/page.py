@@ -16,7 +16,7 @@ from eckart.reports.charts import Chart, View
 from eckart.reports.figures import all_figures
 from eckart.reports.formats import finite
 from eckart.reports.palette import DARK
-from eckart.reports.runs import Collection, Run, read_runs
+from eckart.reports.runs import Collection, Run, naming_damage, read_runs
 from eckart.reports.tables import Table, environments, incomplete, paper_table, summary
 from eckart.reports.verdicts import pitfalls_of
 from eckart.support.files import write_whole
@@ -49,6 +49,7 @@ def write_report(
     return write_whole(Path(out), render(read_runs(directories), title=title, baseline=baseline))
 
 
+@naming_damage
 def render(collection: Collection, *, title: str | None = None, baseline: str | None = None) -> str:
     """The page as text. Raises ValueError as `write_report` does."""
     charts = all_figures(collection)

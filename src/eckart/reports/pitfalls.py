@@ -19,7 +19,7 @@ from typing import Any, Literal
 from eckart.evals.result import EvalResult, Score
 from eckart.reports.profiles import blocks_of, probings
 from eckart.reports.resampling import Estimate, correlations, mean_of
-from eckart.reports.runs import Collection, Run, base_of
+from eckart.reports.runs import Collection, Run, base_of, naming_damage
 
 # Against which the other methods are compared: what everybody starts from.
 BASELINE = "svd"
@@ -184,6 +184,7 @@ class Answers:
     recoveries: tuple[WonBack, ...]
 
 
+@naming_damage
 def answer(collection: Collection, *, baseline: str = BASELINE, seed: int = 0) -> Answers:
     """Answer what the runs can answer.
 

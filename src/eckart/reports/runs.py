@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from eckart.evals.result import EvalResult, SectionName, Traits, read_result, traits_of
 from eckart.support.plain_data import read_json, read_yaml
 
 # Methods without a share to keep. They are shown with the runs of every share.
 SIZELESS = ("int8", "int4")
+# How data of a wrong form shows itself where it is drawn.
+DAMAGE = (TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
+P, T = ParamSpec("P"), TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -216,6 +220,36 @@ def base_of(task: str) -> str:
     return task.partition("@")[0]
 
 
+def naming_damage(draw: Callable[Concatenate[Collection, P], T]) -> Callable[Concatenate[Collection, P], T]:
+    """Of a function that draws a collection: files of a wrong form are one error that names their run.
+
+    What any file may hold is checked where it is read; the details of an evaluation have as many forms as there are
+    evaluations, and are taken as written. Where they do not fit, each run is drawn alone to find the one.
+    """
+
+    @functools.wraps(draw)
+    def named(collection: Collection, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return draw(collection, *args, **kwargs)
+        except DAMAGE as error:
+            for run in collection.runs:
+                try:
+                    draw(Collection((run,), ()), *args, **kwargs)
+                except DAMAGE:
+                    break
+                except ValueError:
+                    continue
+            else:
+                run = None
+            place = run.directory if run else ", ".join(str(run.directory) for run in collection.runs[:3])
+            raise ValueError(
+                f"{place}: a file there holds what no run writes ({type(error).__name__}: {error}); remove "
+                "the file and run again, or leave the run out"
+            ) from error
+
+    return named
+
+
 def read_runs(directories: Sequence[Path]) -> Collection:
     """The runs in run directories and in folders of run directories, in order.
 
@@ -354,7 +388,7 @@ def _check_compression(facts: dict[str, Any], file: Path) -> dict[str, Any]:
             raise ValueError(f"{file}: {what} is not a pair of numbers, before and after")
     for name, site in _sites_of(facts).items():
         shape = site.get("shape") if isinstance(site, Mapping) else ()
-        if shape is not None and not (isinstance(shape, list) and len(shape) == 2 and all(map(_is_number, shape))):
+        if shape is not None and not (isinstance(shape, list) and len(shape) == 2 and all(map(_is_width, shape))):
             raise ValueError(f"{file}: site {name} has no shape [d_out, d_in]")
         if site.get("block") is not None and not _is_number(site["block"]):
             raise ValueError(f"{file}: site {name} has block {site['block']!r}, not a number")
@@ -365,6 +399,10 @@ def _sites_of(facts: Mapping[str, Any]) -> Mapping[str, Any]:
     """The sites of a compression by name; none where it only counts them, as a baseline does."""
     sites = facts.get("sites")
     return sites if isinstance(sites, Mapping) else {}
+
+
+def _is_width(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _is_number(value: Any) -> bool:
