@@ -15,7 +15,7 @@ from eckart.calibration.moments import BlockCalibration, recorded_gradients
 from eckart.calibration.sequential import PassReport, SequentialCalibration
 from eckart.compression.tuning.recovery import Samples
 from eckart.data.corpora import parts_of, read_text
-from eckart.data.tokens import Tokens, sample_documents, sample_windows
+from eckart.data.tokens import Tokens, check_vocabulary, sample_documents, sample_windows, warn_of_tokenizer
 from eckart.evals.tasks import default_length
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.moments import GRADIENT_STATISTICS
@@ -230,6 +230,7 @@ def make_tokens(
     recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path | None
 ) -> Tokens:
     """The calibration tokens of a recipe; a mixture of corpora gives each an equal part of the samples."""
+    warn_of_tokenizer(model, tokenizer)
     section = resolve(recipe, model, tokenizer).calibration
     assert section.length is not None
     sample = sample_windows if section.cut == "windows" else sample_documents
@@ -241,7 +242,9 @@ def make_tokens(
         text = read_text(name, split=section.split, data=data, column=section.column)
         share = section.samples // len(corpora) + (index < section.samples % len(corpora))
         drawn.append(sample(text, tokenizer, samples=share, length=section.length, seed=section.seed))
-    return functools.reduce(Tokens.__add__, drawn)
+    tokens = functools.reduce(Tokens.__add__, drawn)
+    check_vocabulary(model, tokens.ids, tokenizer)
+    return tokens
 
 
 def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Recipe:
