@@ -149,10 +149,9 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
 def tower_modules(model: PreTrainedModel) -> set[nn.Module]:
     """Modules of the base model that read no tokens: all outside its language model, and models of images or sound."""
     language = language_model(model)
-    towers = [part for part in language.modules() if isinstance(part, PreTrainedModel) and part is not language]
-    inside = {
-        module for part in towers if part.main_input_name != language.main_input_name for module in part.modules()
-    }
+    parts = [part for part in language.modules() if isinstance(part, PreTrainedModel)]
+    towers = [part for part in parts if part.main_input_name != language.main_input_name]
+    inside = {module for tower in towers for module in tower.modules()}
     return inside | (set(model.base_model.modules()) - set(language.modules()))
 
 

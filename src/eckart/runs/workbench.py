@@ -25,6 +25,7 @@ from eckart.runs.card import write_card
 from eckart.runs.engine.base import CalibrationRequest
 from eckart.runs.facts import FACTS, Facts
 from eckart.runs.how import How
+from eckart.runs.notices import notices
 from eckart.runs.ranks import AllocationInputs, joint_groups, rank
 from eckart.runs.recipe import Recipe
 
@@ -48,6 +49,11 @@ class Workbench:
     def check(self) -> None:
         """Raises ValueError where the recovery's data do not fit, before anything is computed."""
         _ = self.recovery_samples
+
+    def announce(self) -> None:
+        """Say what to know before anything is computed."""
+        for line in notices(self.model, self.sites, self.composition):
+            self.how.say(line)
 
     @property
     def noted(self) -> dict[str, Any]:
