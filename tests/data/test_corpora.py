@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from eckart.data.corpora import CORPORA, MIXTURES, Text, parts_of, read_text
-from eckart.data.tokens import check_tokenizer, check_vocabulary, encode, sample_documents, sample_windows
+from eckart.data.tokens import check_vocabulary, encode, sample_documents, sample_windows, warn_of_tokenizer
 from tiny import BOS, EOS, PAD, VOCABULARY, tiny_model, tiny_text, tiny_tokenizer, tiny_tokens
 
 
@@ -327,6 +328,8 @@ def test_check_vocabulary() -> None:
     assert check_vocabulary(model, torch.tensor([[0, 9]])) == 10  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="token 10 is outside the model's vocabulary of 10"):
         check_vocabulary(model, torch.tensor([[0, 10]]))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"token 10 \('w3'\) is outside the model's vocabulary of 10"):
+        check_vocabulary(model, torch.tensor([[0, 10]]), tiny_tokenizer())  # type: ignore[arg-type]
 
 
 # Mixtures, and tokenizers
@@ -351,11 +354,13 @@ def test_tokens_add_and_the_shorter_are_padded() -> None:
     assert both.source == {"parts": [short.source, long.source, short.source]}
 
 
-@pytest.mark.parametrize(("vocabulary", "fits"), [(VOCABULARY, True), (112, True), (121, False), (90, False)])
-def test_a_tokenizer_fills_most_of_the_embedding(vocabulary: int, fits: bool) -> None:
+@pytest.mark.parametrize(("vocabulary", "fits"), [(VOCABULARY, True), (112, True), (121, False), (90, True)])
+def test_a_tokenizer_that_leaves_much_of_the_embedding_unused_is_warned_of(vocabulary: int, fits: bool) -> None:
     model = tiny_model("llama", vocab_size=vocabulary)
     if fits:
-        check_tokenizer(model, tiny_tokenizer())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warn_of_tokenizer(model, tiny_tokenizer())
     else:
-        with pytest.raises(ValueError, match=f"the tokenizer knows 96 tokens and LlamaForCausalLM {vocabulary}"):
-            check_tokenizer(model, tiny_tokenizer())
+        with pytest.warns(UserWarning, match=f"the tokenizer knows 96 tokens and LlamaForCausalLM {vocabulary}"):
+            warn_of_tokenizer(model, tiny_tokenizer())

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.allocation.file_size import weight_bytes
 from eckart.allocation.rank_plan import RankPlan
+from eckart.models.families import tower_modules
 from eckart.support.sizes import num_params
 
 
@@ -62,13 +63,15 @@ def summarise(plan: RankPlan, model: PreTrainedModel, *, bias: bool = False) -> 
 def linear_macs(model: PreTrainedModel) -> int:
     """Multiply-accumulates per token of the dense model's linears: those that read each token, the head included.
 
-    A pooler and what a classifier adds to the base model read one token of a text; they are not counted. Products
-    that are no linear's, such as attention scores, grow with the text and are not counted either.
+    A pooler and what a classifier adds to the base model read one token of a text, and towers for images or sound none;
+    they are not counted. Products that are no linear's, such as attention scores, grow with the text and are not
+    counted either.
     """
     base = model.base_model
     counted = [model] if model.get_output_embeddings() is not None else [base]
     pooler = getattr(base, "pooler", None)
     once = set(pooler.modules()) if isinstance(pooler, nn.Module) else set()
+    once |= tower_modules(model)
     return sum(
         module.weight.numel()
         for root in counted

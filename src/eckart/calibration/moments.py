@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from eckart.calibration.cache import Store, read_gradients
 from eckart.calibration.gradients import collect_gradients
 from eckart.calibration.walk import Walk
-from eckart.data.tokens import Tokens, check_positions, check_vocabulary
+from eckart.data.positions import check_positions
+from eckart.data.tokens import Tokens, check_vocabulary
 from eckart.lowrank import GradientMoments, InputMoments, Method
 from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
 from eckart.models.sites import Site, find_sites, first_readers

@@ -11,10 +11,11 @@ import typer
 from eckart.allocation import RankPlan, plan, summarise
 from eckart.cli.options import AnyModel, Blocks, Exclude, Include, RankMultiple
 from eckart.cli.tables import remarks, sizes_table
-from eckart.cli.terminal import console, megabytes, table
+from eckart.cli.terminal import console, megabytes, print_line, table
 from eckart.models.linear import LowRankLinear
 from eckart.models.loading import load_model
 from eckart.models.sites import find_sites, low_rank_modules
+from eckart.runs.notices import uncompressed_parts
 from eckart.support.files import write_whole
 from eckart.support.sizes import num_bytes, num_params
 
@@ -61,12 +62,14 @@ def command(
                 rank_multiple=rank_multiple,
                 layout=layout,  # type: ignore[arg-type]
             )
-        rows = []
-        for site in find_sites(loaded):
+        rows, sites = [], find_sites(loaded)
+        for site in sites:
             rank = ranks.rank(site) if ranks else None
             shown = "dense" if rank is None else str(rank)
             rows.append([site.name, site.part, f"{site.d_out} x {site.d_in}", str(site.break_even_rank), shown])
         console.print(table(model, ["linear", "part", "out x in", "break-even rank", "rank"], rows, text_columns=2))
+        for line in uncompressed_parts(loaded, sites):
+            print_line(line)
         if ranks is not None:
             console.print(sizes_table("The same share everywhere", summarise(ranks, loaded), ranks))
             for line in remarks(ranks):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eckart.cli.terminal import TerminalTrack, console
+from eckart.cli.terminal import TerminalTrack, console, print_line
 from eckart.runs.engine.choose import DEFAULT, describe_engines, open_engine
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def open_run(
 
     with open_engine(engine, address=address, workers=workers) as opened:
         kept = None if no_cache else cache
-        yield How(device, batch_size, kept, data, TerminalTrack(console), workers or CORES, opened)
+        yield How(device, batch_size, kept, data, TerminalTrack(console), workers or CORES, opened, print_line)
 
 
 def parse_options(method: str, pairs: list[str]) -> dict[str, object]:

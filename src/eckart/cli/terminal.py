@@ -72,6 +72,11 @@ class TerminalTrack:
             self.depth -= 1
 
 
+def print_line(line: str) -> None:
+    """Print a line as it is, brackets and all."""
+    console.print(line, markup=False, highlight=False)
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> Table:
     """A table whose first `text_columns` columns are words and the others numbers."""
     drawn = Table(title=title, title_justify="left")

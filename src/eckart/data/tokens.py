@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -145,41 +146,42 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "tokens
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def check_vocabulary(model: PreTrainedModel, ids: Tensor) -> int:
+def check_vocabulary(model: PreTrainedModel, ids: Tensor, tokenizer: PreTrainedTokenizerBase | None = None) -> int:
     """The number of tokens that the model knows; checks that `ids` are among them.
 
+    A tokenizer may know more, such as the image token of a model that was taken out of a larger one: what counts is
+    which ids occur.
+
+    Args:
+        tokenizer: for the message, which then has the token's text as well.
+
     Raises:
-        ValueError: an id is outside the model's embedding: the tokenizer is another model's.
+        ValueError: an id is outside the model's embedding: the tokenizer is another model's, or has tokens added.
     """
     vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     largest = int(ids.max())
     if largest >= vocabulary:
+        text = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(largest)!r})"
         raise ValueError(
-            f"token {largest} is outside the model's vocabulary of {vocabulary}; is it another model's tokenizer?"
+            f"token {largest}{text} is outside the model's vocabulary of {vocabulary}; is it another model's tokenizer?"
         )
     return vocabulary
 
 
-def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError where the tokenizer is plainly another model's.
+def warn_of_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warns where the tokenizer may be another model's.
 
-    Its ids must lie inside the embedding and fill most of it: embeddings are padded by a few percent at most, so one
-    of which a tokenizer uses less than four fifths was made for another tokenizer.
+    Most embeddings are padded by a few percent at most, so one of which the tokenizer uses less than four fifths may
+    have been made for another. Some were meant to be so large; nothing in the files tells the two apart.
     """
     vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     known = 1 + max(tokenizer.get_vocab().values())
-    if known > vocabulary or known < 0.8 * vocabulary:
-        raise ValueError(
-            f"the tokenizer knows {known} tokens and {type(model).__name__} {vocabulary}: they do not match; "
-            "put the model's own tokenizer into its directory"
+    if known < 0.8 * vocabulary:
+        warnings.warn(
+            f"the tokenizer knows {known} tokens and {type(model).__name__} {vocabulary}: if it is another model's, "
+            "every number is wrong; the model's own belongs into its directory",
+            stacklevel=2,
         )
-
-
-def check_positions(model: PreTrainedModel, length: int, what: str = "length") -> None:
-    """Raises ValueError where rows of `length` tokens are longer than the model reads."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise ValueError(f"{what} {length} is past the model's {positions} positions; lower it")
 
 
 def _positive(**values: int) -> None:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from eckart.data.positions import usable_positions
 from eckart.evals.result import TRAITS, EvalResult, Score
 from eckart.evals.speed import Timing, time_in_turns
 from eckart.support.files import GRADIENTS
@@ -215,7 +216,7 @@ def _check_length(model: PreTrainedModel, prompt: int | None, tokens: int) -> in
     for which, value in {"tokens": tokens, "prompt": prompt}.items():
         if value is not None and value < 1:
             raise ValueError(f"{which} {value} is not positive")
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = usable_positions(model)
     if prompt is None:
         prompt = DEFAULT_PROMPT if positions is None else min(DEFAULT_PROMPT, positions - tokens)
     needed = prompt + tokens if model.can_generate() else prompt

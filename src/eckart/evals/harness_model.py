@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eckart.data.positions import usable_positions
 from eckart.data.tokens import check_vocabulary
 from eckart.support.progress import Track
 
@@ -89,7 +90,7 @@ def make_scorer(
 
         def _check_tokens(self, largest: int) -> None:
             try:
-                check_vocabulary(self.model, torch.tensor([largest]))
+                check_vocabulary(self.model, torch.tensor([largest]), tokenizer)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
 
@@ -141,4 +142,5 @@ def make_scorer(
         backend="causal",
         batch_size=batch_size,
         prefix_token_id=start,
+        max_length=usable_positions(model),  # it would not look where all models have it
     )

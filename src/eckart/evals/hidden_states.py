@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eckart.data.positions import check_positions, usable_positions
 from eckart.data.tokens import check_vocabulary
 from eckart.evals.windows import check_evaluating, is_causal
 from eckart.support.fingerprint import describe_architecture, hash_weights
@@ -29,7 +30,7 @@ Pooling = Literal["mean", "last", "cls"]
 FORMAT = 1
 # Batches between two notes of how far a reading is: a killed one does these again at most.
 NOTED_EVERY = 64
-# The longest text of a model that names no limit.
+# A text is read so far at most, unless more is asked for.
 LONGEST = 2048
 
 
@@ -140,10 +141,9 @@ def tokenize_texts(
     """
     if not texts:
         raise ValueError("no texts to read")
-    positions = _positions(model)
-    if length is not None and length > positions:
-        raise ValueError(f"length {length} is past the model's {positions} positions; lower it")
-    length = length or min(LONGEST, positions)
+    if length is not None:
+        check_positions(model, length)
+    length = length or min(LONGEST, usable_positions(model) or LONGEST)
     rows: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
     empty = next((place for place, ids in enumerate(rows) if not ids), None)
     if empty is not None:
@@ -151,7 +151,7 @@ def tokenize_texts(
     long = [place for place, ids in enumerate(rows) if len(ids) > length]
     for place in long:  # by the tokenizer, which keeps the specials at the end
         rows[place] = tokenizer(texts[place], truncation=True, max_length=length, verbose=False)["input_ids"]
-    check_vocabulary(model, torch.tensor([max(map(max, rows))]))
+    check_vocabulary(model, torch.tensor([max(map(max, rows))]), tokenizer)
     return TokenRows(tuple(map(tuple, rows)), tokenizer.pad_token_id or 0, len(long), length)
 
 
@@ -165,15 +165,6 @@ def pad_rows(
     for place, row in enumerate(ids):
         filled[place, : len(row)] = torch.tensor(row)
     return filled, torch.arange(width) < lengths[:, None]
-
-
-def _positions(model: PreTrainedModel) -> int:
-    """Tokens that the model has positions for. RoBERTa's begin behind the padding token's id."""
-    positions = getattr(model.config, "max_position_embeddings", None) or LONGEST
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return int(positions) - module.padding_idx - 1
-    return int(positions)
 
 
 def _digest(model: PreTrainedModel, rows: TokenRows, pooling: Pooling) -> str:

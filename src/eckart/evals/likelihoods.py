@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eckart.data.positions import usable_positions
 from eckart.data.tokens import check_vocabulary
 from eckart.support.progress import Track, silent
 
@@ -211,12 +212,6 @@ def has_next_sentence_head(model: PreTrainedModel) -> bool:
     return any(name.rpartition(".")[2] == "seq_relationship" for name, _ in model.named_modules())
 
 
-def count_positions(model: PreTrainedModel) -> int | None:
-    """Tokens that the model reads at most; None where there is no bound."""
-    positions: int | None = getattr(model.config, "max_position_embeddings", None)
-    return positions
-
-
 def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
@@ -232,7 +227,7 @@ def _batches(model: PreTrainedModel, rows: Sequence[Row], batching: Batching) ->
 
 
 def _check_rows(model: PreTrainedModel, rows: Sequence[Row]) -> None:
-    positions = count_positions(model)
+    positions = usable_positions(model)
     for row in rows:
         if positions is not None and len(row.ids) > positions:
             raise ValueError(f"{row.name} has {len(row.ids)} tokens, past the model's {positions} positions")

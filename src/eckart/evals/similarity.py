@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eckart.data.tokens import Tokens, check_positions, check_vocabulary
+from eckart.data.positions import check_positions
+from eckart.data.tokens import Tokens, check_vocabulary
 from eckart.evals.result import TRAITS, EvalResult, Score
 from eckart.evals.windows import check_evaluating, cut_windows
 from eckart.support.progress import Track, silent

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eckart.data.positions import usable_positions
 from eckart.evals.harness_tasks import SPLIT_SEED, split_rows
 from eckart.evals.icat import icat
 from eckart.evals.likelihoods import (
     Batching,
     Row,
-    count_positions,
     decoder_row,
     find_start,
     following_log_probabilities,
@@ -307,7 +307,7 @@ def _log_mean(logs: list[float]) -> float:
 
 
 def _fits(model: PreTrainedModel, triple: Iterable[Iterable[Row]]) -> bool:
-    positions = count_positions(model)
+    positions = usable_positions(model)
     return positions is None or all(len(row.ids) <= positions for sentence in triple for row in sentence)
 
 

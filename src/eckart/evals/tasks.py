@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.data.corpora import read_text
 from eckart.data.labelled import Labelled, read_labelled
-from eckart.data.tokens import check_tokenizer, encode
+from eckart.data.positions import usable_positions
+from eckart.data.tokens import check_vocabulary, encode, warn_of_tokenizer
 from eckart.evals.classification import classification
 from eckart.evals.cost import cost
 from eckart.evals.divergence import divergence
@@ -169,9 +170,10 @@ def evaluate(
         workers, cache: see `Setup`.
 
     Raises:
-        ValueError: an unknown evaluation or corpus, a tokenizer that is plainly another model's, something that an
-            evaluation needs and `Subject` lacks, and what the evaluation itself raises. All names are checked before
-            anything runs.
+        ValueError: an unknown evaluation or corpus, something that an evaluation needs and `Subject` lacks, and what
+            the evaluation itself raises. All names are checked before anything runs.
+
+    Warns where the tokenizer may be another model's.
     """
     to_run = [task if isinstance(task, Task) else Task(task) for task in tasks]
     subject = Subject(model, tokenizer, path, reference, activations, context)
@@ -180,7 +182,7 @@ def evaluate(
         if missing:
             raise ValueError(f"{task.name} needs {' and '.join(NEEDS[name] for name in missing)}")
     check_evaluating(model)
-    check_tokenizer(model, tokenizer)
+    warn_of_tokenizer(model, tokenizer)
     setup = Setup(data, batch_size, workers, cache, track)
     return [_run(subject, task, setup) for task in to_run]
 
@@ -253,7 +255,7 @@ def windows_of(
     Raises:
         ValueError: as `evaluate`.
     """
-    check_tokenizer(model, tokenizer)
+    warn_of_tokenizer(model, tokenizer)
     subject = Subject(model, tokenizer, context=context)
     stream, _ = _text(subject, task, Setup(data))
     return cut_windows(model, stream, length=_length(subject, task), limit=task.limit)
@@ -262,7 +264,7 @@ def windows_of(
 def default_length(model: PreTrainedModel, context: int | None = None) -> int:
     """The window of a model where none is asked for: `context` (None is 2048) tokens, or its positions if fewer."""
     longest = context or DEFAULT_LENGTH
-    return min(longest, getattr(model.config, "max_position_embeddings", None) or longest)
+    return min(longest, usable_positions(model) or longest)
 
 
 def _text(subject: Subject, task: Task, setup: Setup) -> tuple[Tensor, dict[str, Any]]:
@@ -283,6 +285,9 @@ def _text(subject: Subject, task: Task, setup: Setup) -> tuple[Tensor, dict[str,
             stream = rows[split_rows(len(rows), part)].flatten()
         except ValueError as error:
             raise ValueError(f"{task.name}: of windows of {length} tokens, {error}") from error
+    read = stream if task.limit is None else stream[: task.limit * _length(subject, task)]
+    if len(read):
+        check_vocabulary(subject.model, read, subject.tokenizer)
     return stream, shared
 
 

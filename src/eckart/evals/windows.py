@@ -7,7 +7,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eckart.data.tokens import check_positions, check_vocabulary
+from eckart.data.positions import check_positions
+from eckart.data.tokens import check_vocabulary
 
 # Logits of one batch in float32 are the largest tensor of an evaluation; this bounds them at 256 MB.
 LOGITS_PER_BATCH = 2**26

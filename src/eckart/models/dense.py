@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from eckart.models.families import UnsupportedModelError, is_linear
+from eckart.models.families import UnsupportedModelError, is_linear, text_config
 from eckart.models.linear import LowRankLinear
 from eckart.models.sites import low_rank_modules, replace_module
 
@@ -30,32 +31,47 @@ def export_dense(model: PreTrainedModel) -> PreTrainedModel:
         UnsupportedModelError: the architecture has no place for an added bias. Nothing was changed.
     """
     biased = [name for name, module in low_rank_modules(model).items() if module.bias is not None]
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    skeleton = _skeleton(model, config)
-    if any(skeleton.get_submodule(name).bias is None for name in biased):
-        for switch in BIAS_SWITCHES:
-            if getattr(config, switch, None) is False:
-                setattr(config, switch, True)
-        skeleton = _skeleton(model, config)
-        homeless = [name for name in biased if skeleton.get_submodule(name).bias is None]
-        if homeless:
-            raise UnsupportedModelError(
-                f"{homeless[0]}: the method added a bias, and {type(model).__name__} has no place for one; "
-                "to export dense, compress with a method that adds none, such as feature-space"
-            )
+    skeleton = _biased_skeleton(model, biased)
+    lacking = _without_bias(skeleton, biased)
+    if lacking:
+        raise UnsupportedModelError(
+            f"{lacking[0]}: the method added a bias, and {type(model).__name__} has no place for one; "
+            "to export dense, compress with a method that adds none, such as feature-space"
+        )
     multiply_back(model)
     for name, module in model.named_modules():
         if is_linear(module) and module.bias is None and skeleton.get_submodule(name).bias is not None:
             module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
     for switch in BIAS_SWITCHES:
-        if hasattr(config, switch):
-            setattr(model.config, switch, getattr(config, switch))
+        if hasattr(text_config(skeleton), switch):
+            setattr(text_config(model), switch, getattr(text_config(skeleton), switch))
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
     return model
+
+
+def without_place_for_bias(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
+    """Those of the linears to which `export_dense` could not give a bias, as the architecture has no place for it."""
+    return _without_bias(_biased_skeleton(model, names), names) if names else []
+
+
+def _biased_skeleton(model: PreTrainedModel, names: Sequence[str]) -> PreTrainedModel:
+    """The dense model without memory for its weights, with biases asked for where one of these linears has none."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    skeleton = _skeleton(model, config)
+    if not _without_bias(skeleton, names):
+        return skeleton
+    for switch in BIAS_SWITCHES:
+        if getattr(text_config(skeleton), switch, None) is False:
+            setattr(text_config(skeleton), switch, True)
+    return _skeleton(model, skeleton.config)
+
+
+def _without_bias(skeleton: PreTrainedModel, names: Sequence[str]) -> list[str]:
+    return [name for name in names if skeleton.get_submodule(name).bias is None]
 
 
 def multiply_back(model: PreTrainedModel) -> None:

@@ -2,18 +2,22 @@
 
 One row per `config.model_type`. Paths of linears are inside a block; those in one inner tuple read the same tensor and
 share one calibration. A model without a row gets `default_family`: every linear of its blocks, each with its own input.
+Of a model that reads images or sound as well, all of this is its language model's.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 Inputs = tuple[tuple[str, ...], ...]
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
 class UnsupportedModelError(ValueError):
@@ -25,7 +29,7 @@ class Family:
     """A row of the table.
 
     Attributes:
-        blocks: path of the list of blocks, from the base model (`model.base_model`).
+        blocks: path of the list of blocks, from the `language_model`.
         parts: {part: linears by shared input}; a part ("attention", "mlp") can be selected by its name.
     """
 
@@ -102,8 +106,69 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """The model's row: by `config.model_type`, or from `default_family`."""
-    return FAMILIES.get(model.config.model_type) or default_family(model)
+    """The row of the language model: by its `config.model_type`, or from `default_family`."""
+    return FAMILIES.get(language_model(model).config.model_type) or default_family(model)
+
+
+def language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The part that reads and writes text: the base model, or the one inside it that has the config's text section.
+
+    Models that read images or sound too have towers for them next to their language model, often with more linears.
+
+    Raises:
+        UnsupportedModelError: the config has a text section, and no module reads tokens with it; or the model cannot
+            be called with text alone.
+    """
+    base, config = cast(PreTrainedModel, model.base_model), text_config(model)
+    if config is model.config:
+        return base
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model]
+    readers = [
+        part for part in parts if part.config.model_type == config.model_type and _tokens_of(model) in part.modules()
+    ]
+    if not readers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} joins parts of several kinds and has no language model among them that reads its "
+            "tokens; eckart compresses language models"
+        )
+    demanded = [
+        name
+        for name, parameter in inspect.signature(base.forward).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and name != "input_ids"
+    ]
+    if demanded:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be called with text alone, it demands {', '.join(demanded)}: neither "
+            "calibration nor evaluation on text is possible; give its language model as a model of its own"
+        )
+    return cast(PreTrainedModel, readers[0].base_model)
+
+
+def tower_modules(model: PreTrainedModel) -> set[nn.Module]:
+    """Modules of the base model that read no tokens: all outside its language model, and models of images or sound."""
+    language = language_model(model)
+    parts = [part for part in language.modules() if isinstance(part, PreTrainedModel)]
+    towers = [part for part in parts if part.main_input_name != language.main_input_name]
+    inside = {module for tower in towers for module in tower.modules()}
+    return inside | (set(model.base_model.modules()) - set(language.modules()))
+
+
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The text section of the model's config; the config itself where it has none, or several."""
+    try:
+        return model.config.get_text_config()
+    except ValueError:
+        return model.config
+
+
+def _tokens_of(model: PreTrainedModel) -> nn.Module | None:
+    """The embedding of the model's tokens; None where it has none."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 def default_family(model: PreTrainedModel) -> Family:
@@ -115,14 +180,16 @@ def default_family(model: PreTrainedModel) -> Family:
     Raises:
         UnsupportedModelError: no list of blocks with linears was found.
     """
+    language, elsewhere = language_model(model), tower_modules(model)
     candidates = [
         (_linear_params(blocks), name, blocks)
-        for name, blocks in model.base_model.named_modules()
+        for name, blocks in language.named_modules()
         if isinstance(blocks, nn.ModuleList) and len({type(block) for block in blocks}) == 1
+        if blocks not in elsewhere
     ]
     if not candidates or max(candidates, key=lambda c: c[0])[0] == 0:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: no list of blocks made of linears was found; "
+            f"{type(model).__name__}: no list of blocks of one kind, made of linears, was found; "
             "add a row to eckart.models.families.FAMILIES"
         )
     _, name, blocks = max(candidates, key=lambda c: c[0])
@@ -134,17 +201,44 @@ def default_family(model: PreTrainedModel) -> Family:
     return Family(blocks=name, parts=parts)
 
 
-def refuse_fused_experts(model: PreTrainedModel, blocks: nn.Module) -> None:
-    """Raises UnsupportedModelError where a mixture of experts keeps its experts as 3-D parameters.
+def refuse_other_weights(model: PreTrainedModel, blocks: nn.Module) -> None:
+    """Raises UnsupportedModelError where blocks compute with 3-D parameters: experts stored as one, convolutions,
+    recurrences, attention weights by head.
 
-    A walk over linears would leave most of such a model out and say nothing.
+    A walk over linears would leave most of a mixture of experts out and say nothing; the other kinds multiply with
+    their linears' weights themselves, past the modules that would take the linears' places.
     """
-    for name, parameter in blocks.named_parameters():
-        if parameter.ndim == 3:
+    for path, module in blocks.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if parameter.ndim != 3:
+                continue
+            kind, shape = type(model).__name__, tuple(parameter.shape)
+            if "experts" in f"{path} {type(module).__name__}".lower():
+                raise UnsupportedModelError(
+                    f"{kind}: {name} holds fused experts, a parameter of shape {shape}; "
+                    "mixtures of experts stored so are not supported yet"
+                )
+            what = "the kernel of a convolution" if isinstance(module, CONVOLUTIONS) else "no linear's weight"
             raise UnsupportedModelError(
-                f"{type(model).__name__}: {name} holds fused experts, a parameter of shape {tuple(parameter.shape)}; "
-                "mixtures of experts stored so are not supported yet"
+                f"{kind}: {name}, of shape {shape}, is {what}; blocks with state spaces, recurrences, convolutions or "
+                f"attention weights by head are not supported yet, and {model.config.model_type} has such blocks"
             )
+
+
+def parts_outside(model: PreTrainedModel, blocks: nn.Module) -> tuple[str, ...]:
+    """Names of the base model's largest parts with linears that are not in its blocks: towers, projectors, poolers."""
+    inside = set(blocks.modules())
+
+    def names(prefix: str, module: nn.Module) -> Iterator[str]:
+        linears = [child for child in module.modules() if is_linear(child)]
+        if linears and not any(child in inside for child in module.modules()):
+            yield prefix
+        elif module not in inside:
+            for name, child in module.named_children():
+                yield from names(f"{prefix}.{name}" if prefix else name, child)
+
+    base = model.base_model
+    return tuple(names(next(name for name, module in model.named_modules() if module is base), base))
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from eckart.models.families import UnsupportedModelError, family_of, is_linear, refuse_fused_experts
+from eckart.models.families import UnsupportedModelError, family_of, is_linear, language_model, refuse_other_weights
 from eckart.models.linear import LowRankLinear
 
 
@@ -57,11 +57,11 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     """
     path = family_of(model).blocks
     try:
-        return model.base_model.get_submodule(path)  # type: ignore[return-value]
+        return language_model(model).get_submodule(path)  # type: ignore[return-value]
     except AttributeError as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no blocks at {path!r} of its base model, as its family "
-            f"{model.config.model_type!r} should"
+            f"{type(model).__name__} has no blocks at {path!r} of its language model, as its family "
+            f"{language_model(model).config.model_type!r} should"
         ) from error
 
 
@@ -77,7 +77,7 @@ def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
     for name in low_rank_modules(model):
         raise UnsupportedModelError(f"{name} is low-rank already; start from the dense model, or export it first")
     family, blocks = family_of(model), blocks_of(model)
-    refuse_fused_experts(model, blocks)
+    refuse_other_weights(model, blocks)
     prefix = next(name for name, module in model.named_modules() if module is blocks)
     sites = []
     for index, block in enumerate(blocks):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from eckart.runs.engine.base import Engine
 from eckart.runs.engine.local import HERE
-from eckart.support.progress import Track, silent
+from eckart.support.progress import Track, mute, silent
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class How:
         workers: probes trained at a time.
         engine: where work runs; see `engine.choose.open_engine`.
         track: shows progress.
+        say: shows a line, before what it is about is computed.
     """
 
     device: str = "cpu"
@@ -31,3 +33,4 @@ class How:
     track: Track = silent
     workers: int = 1
     engine: Engine = HERE
+    say: Callable[[str], None] = mute

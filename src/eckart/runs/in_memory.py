@@ -39,6 +39,7 @@ def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False)
         tokenizer = load_tokenizer(recipe.model)
     work = Workbench(recipe, model, tokenizer, how)
     work.check()
+    work.announce()
     with timed(seconds, "allocate"):
         ranking = work.rank()
     composition = recipe.composition

@@ -101,6 +101,7 @@ class _Compression:
         self.model = self.skeleton.model
         self.tokenizer = load_tokenizer(recipe.model)
         self.workbench = workbench = Workbench(recipe, self.model, self.tokenizer, how)
+        workbench.announce()
         self.recipe = workbench.recipe
         self.method: Method = recipe.composition.in_order
         self.plan: RankPlan = workbench.rank().plan

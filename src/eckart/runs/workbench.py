@@ -15,7 +15,7 @@ from eckart.calibration.moments import BlockCalibration, recorded_gradients
 from eckart.calibration.sequential import PassReport, SequentialCalibration
 from eckart.compression.tuning.recovery import Samples
 from eckart.data.corpora import parts_of, read_text
-from eckart.data.tokens import Tokens, sample_documents, sample_windows
+from eckart.data.tokens import Tokens, check_vocabulary, sample_documents, sample_windows, warn_of_tokenizer
 from eckart.evals.tasks import default_length
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.moments import GRADIENT_STATISTICS
@@ -25,6 +25,7 @@ from eckart.runs.card import write_card
 from eckart.runs.engine.base import CalibrationRequest
 from eckart.runs.facts import FACTS, Facts
 from eckart.runs.how import How
+from eckart.runs.notices import notices
 from eckart.runs.ranks import AllocationInputs, joint_groups, rank
 from eckart.runs.recipe import Recipe
 
@@ -48,6 +49,11 @@ class Workbench:
     def check(self) -> None:
         """Raises ValueError where the recovery's data do not fit, before anything is computed."""
         _ = self.recovery_samples
+
+    def announce(self) -> None:
+        """Say what to know before anything is computed."""
+        for line in notices(self.model, self.sites, self.composition):
+            self.how.say(line)
 
     @property
     def noted(self) -> dict[str, Any]:
@@ -230,6 +236,7 @@ def make_tokens(
     recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path | None
 ) -> Tokens:
     """The calibration tokens of a recipe; a mixture of corpora gives each an equal part of the samples."""
+    warn_of_tokenizer(model, tokenizer)
     section = resolve(recipe, model, tokenizer).calibration
     assert section.length is not None
     sample = sample_windows if section.cut == "windows" else sample_documents
@@ -241,7 +248,9 @@ def make_tokens(
         text = read_text(name, split=section.split, data=data, column=section.column)
         share = section.samples // len(corpora) + (index < section.samples % len(corpora))
         drawn.append(sample(text, tokenizer, samples=share, length=section.length, seed=section.seed))
-    return functools.reduce(Tokens.__add__, drawn)
+    tokens = functools.reduce(Tokens.__add__, drawn)
+    check_vocabulary(model, tokens.ids, tokenizer)
+    return tokens
 
 
 def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Recipe:

@@ -1,4 +1,7 @@
-"""Progress: how long work is shown. The library takes a `Track`; the command line passes one that draws a bar."""
+"""Progress: how far work is, and what to know of it, is shown.
+
+The library takes a `Track` and a function that is called with a line; the command line passes ones that draw and print.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,10 @@ class Track(Protocol):
     """Iterates over `items` and shows how far it is: a description, and how many there will be."""
 
     def __call__(self, items: Iterable[T], description: str, total: int) -> Iterable[T]: ...
+
+
+def mute(line: str) -> None:
+    """Says nothing."""
 
 
 def silent(items: Iterable[T], description: str, total: int) -> Iterable[T]:

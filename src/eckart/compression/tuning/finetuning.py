@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 from eckart.calibration.cache import is_whole, read_gradients, write_gradients
 from eckart.calibration.gradients import record_squares
 from eckart.data.labelled import LABELLED, Labelled, read_labelled
-from eckart.data.tokens import check_tokenizer
+from eckart.data.tokens import warn_of_tokenizer
 from eckart.evals.classification import classification
 from eckart.evals.hidden_states import TokenRows, pad_rows, tokenize_texts
 from eckart.evals.result import EvalResult
@@ -143,7 +143,7 @@ def fine_tune(
         model, new = load_classifier(source, rows.classes)
         tokenizer = load_tokenizer(source)
         give_padding(model, tokenizer)
-        check_tokenizer(model, tokenizer)
+        warn_of_tokenizer(model, tokenizer)
         lacking = [site.name for site in find_sites(model) if f"{site.name}.weight" in new]
         if lacking:
             raise ValueError(f"{source}: its files lack {lacking[0]}.weight: is it a pretrained model?")
