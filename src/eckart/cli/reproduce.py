@@ -22,6 +22,7 @@ from eckart.cli.options import (
     EngineName,
     Force,
     NoCache,
+    TrustRemoteCode,
     Workers,
     open_run,
 )
@@ -56,6 +57,7 @@ def command(
     address: Address = None,
     cache: Cache = CACHE,
     no_cache: NoCache = False,
+    trust_remote_code: TrustRemoteCode = False,
     force: Force = False,
 ) -> None:
     """Run a table or figure of a paper again: its numbers next to ours, with the difference, and a report.
@@ -82,6 +84,7 @@ def command(
         data=data,
         cache=cache,
         no_cache=no_cache,
+        trust_remote_code=trust_remote_code,
     ) as how:
         lines = run_study(scaled, out, how, force=force, keep_weights=keep_models)
     console.print(study_table(scaled, lines))

@@ -22,6 +22,8 @@ class How:
         workers: probes trained at a time.
         engine: where work runs; see `engine.choose.open_engine`.
         track: shows progress.
+        trust_remote_code: run code that comes with a model's files; never asked for, and no part of a recipe, which
+            people take from others.
     """
 
     device: str = "cpu"
@@ -31,3 +33,4 @@ class How:
     track: Track = silent
     workers: int = 1
     engine: Engine = HERE
+    trust_remote_code: bool = False

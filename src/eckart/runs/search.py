@@ -57,7 +57,9 @@ def search_ranks(recipe: Recipe, how: How, *, journal: Path | None = None) -> Se
     allocation = recipe.composition.allocation
     if allocation.row.needs != "trials":
         raise ValueError(f"{allocation.name} measures nothing: nothing is searched")
-    model, tokenizer = load_model(recipe.model, dtype=recipe.dtype, device=how.device), load_tokenizer(recipe.model)
+    trust = how.trust_remote_code
+    model = load_model(recipe.model, dtype=recipe.dtype, device=how.device, trust_remote_code=trust)
+    tokenizer = load_tokenizer(recipe.model, trust_remote_code=trust)
     work = Workbench(recipe, model, tokenizer, how)
     composition, inputs = work.composition, work.allocation_inputs()
     others = make_score(allocation, inputs, others=True)
