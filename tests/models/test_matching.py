@@ -266,3 +266,21 @@ def test_commands_end_with_the_error(
 def test_a_config_that_is_none_is_one_error(llama: Path, entries: dict[str, Any], loader: str) -> None:
     with pytest.raises(ValueError, match=str(llama)):
         LOADERS[loader](rewrite(llama, **entries))
+
+
+# Numbers that are not finite are refused before anything is computed, wherever in the model they are.
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("name", [UP, "model.layers.1.input_layernorm.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("where", [(), ("--out-of-core",)])
+def test_a_model_with_numbers_that_are_not_finite_is_not_compressed(
+    run: Run, llama: Path, name: str, value: float, where: tuple[str, ...], tmp_path: Path
+) -> None:
+    tiny_tokenizer().save_pretrained(llama)
+    rewrite(llama, lambda t: t[name].view(-1)[3:4].fill_(value))
+    arguments = ("--method", "svd", "--keep", "0.5", "--exclude", "mlp", *where)
+    status, printed = run("compress", llama, tmp_path / "out", *arguments)
+    assert status == 2
+    assert f"error: {llama}: {name} has numbers that are not finite" in printed
+    assert not (tmp_path / "out").exists()

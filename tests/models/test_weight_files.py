@@ -257,5 +257,5 @@ def test_factors_that_are_not_finite_are_refused(checkpoint: Path, part: str, va
     name = next(name for name in tensors if name.endswith(f"mlp.down_proj.{part}"))
     tensors[name].view(-1)[3] = value
     save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"^{name} has numbers that are not finite"):
+    with pytest.raises(CheckpointError, match=rf"^the checkpoint: {name} has numbers that are not finite"):
         eckart.load_model(checkpoint)

@@ -22,7 +22,7 @@ from eckart.lowrank.pivoting import check_order
 from eckart.models.dense import export_dense
 from eckart.models.families import is_linear
 from eckart.models.linear import LowRankLinear
-from eckart.models.matching import is_head, refuse, stored_names, without_place, wrong_types
+from eckart.models.matching import check_finite, is_head, refuse, stored_names, without_place, wrong_types
 from eckart.models.registration import QUANT_METHOD
 from eckart.models.sites import low_rank_modules, read_weight, replace_module
 from eckart.models.weight_files import CheckpointError, read_headers
@@ -138,7 +138,8 @@ class LowRankQuantizer(HfQuantizer):
         # transformers forbids them while this is True. `hf_quantizer` stays, so that save_pretrained writes the rank
         # map again.
         check_orders(model)
-        check_finite(model)
+        for name, module in low_rank_modules(model).items():
+            check_finite("the checkpoint", module.named_parameters(prefix=name))
         model.is_quantized = False  # type: ignore[assignment]
         return model
 
@@ -276,14 +277,6 @@ def check_files(model: PreTrainedModel, names: list[str], files: Iterable[Any]) 
     ]
     complaints += wrong_types({key: expected[key] for key in both}, stored)
     refuse("the checkpoint", complaints, "what its rank map says")
-
-
-def check_finite(model: PreTrainedModel) -> None:
-    """Raises CheckpointError where a factor, as loaded, is not finite. Cost: one pass over the factors."""
-    for name, module in low_rank_modules(model).items():
-        for part, tensor in module.named_parameters(prefix=name):
-            if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
-                raise CheckpointError(f"{part} has numbers that are not finite. Save or download the checkpoint again")
 
 
 def _block_prefix(name: str) -> str:

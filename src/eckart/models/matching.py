@@ -127,6 +127,26 @@ def wrong_types(expected: Mapping[str, Tensor], stored: Mapping[str, Stored]) ->
     ]
 
 
+def check_finite(where: str, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse numbers that are not finite, of whatever part of a model: its answers are not finite sooner or later.
+
+    Args:
+        where: the model is, for the message.
+        parameters: names and tensors; those on the meta device have no numbers.
+
+    Raises:
+        CheckpointError: one has; the message names it.
+
+    Cost: one pass over the tensors, and a quarter of the largest one's memory in float32.
+    """
+    for name, tensor in parameters:
+        if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{where}: {name} has numbers that are not finite. Save or download it again; training that diverged "
+                "leaves such numbers, and so does a type too narrow for the model"
+            )
+
+
 def refuse(where: str, complaints: list[str], what: str) -> None:
     """Raises CheckpointError where there are complaints, one message with all of them."""
     if complaints:

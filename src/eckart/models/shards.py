@@ -29,7 +29,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from eckart.models.families import UnsupportedModelError
 from eckart.models.loading import check_weights, class_of, locate, read_config
-from eckart.models.matching import stored_names
+from eckart.models.matching import check_finite, stored_names
 from eckart.models.sites import blocks_of
 from eckart.models.weight_files import (
     CONFIG,
@@ -178,7 +178,8 @@ class Skeleton:
             raise UnsupportedModelError(f"{path} is compressed or quantised already; start from the dense model")
         check_weights(folder, model_class, trust_remote_code=trust_remote_code)
         verify(folder, {CONFIG, INDEX, *(file.name for file in self.shards.paths)})
-        self.dtype: torch.dtype = (config.dtype or self._stored_type()) if dtype == "auto" else getattr(torch, dtype)
+        as_stored: Any = config.dtype or self._stored_type()
+        self.dtype: torch.dtype = as_stored if dtype == "auto" else getattr(torch, dtype)
         self.device = torch.device(device)
         config.dtype = self.dtype
         with init_empty_weights(include_buffers=False), local_torch_dtype(self.dtype, model_class.__name__):
@@ -224,9 +225,14 @@ class Skeleton:
         return names
 
     def fill(self, names: Iterable[str]) -> None:
-        """Read these tensors of the model from the files."""
+        """Read these tensors of the model from the files.
+
+        Raises:
+            CheckpointError: a file cannot be read, or a tensor has numbers that are not finite.
+        """
         stored = {self.names[name]: name for name in names}
         for key, tensor in self.shards.read(list(stored)):
+            check_finite(str(self.shards.folder), [(stored[key], tensor)])
             kind = self.dtype if tensor.is_floating_point() else tensor.dtype
             set_module_tensor_to_device(self.model, stored[key], self.device, value=tensor, dtype=kind)
 

@@ -12,6 +12,7 @@ from eckart.calibration.sequential import SequentialCalibration
 from eckart.compression.baselines import build_baseline
 from eckart.compression.replace import compress
 from eckart.models.loading import load_model, load_tokenizer, own_memory, save
+from eckart.models.matching import check_finite
 from eckart.runs.facts import FACTS, Facts, Outcome
 from eckart.runs.how import How
 from eckart.runs.recipe import Recipe
@@ -36,6 +37,7 @@ def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False)
     with timed(seconds, "load"):
         model = load_model(recipe.model, dtype=recipe.dtype, device=how.device, trust_remote_code=how.trust_remote_code)
         own_memory(model)
+        check_finite(recipe.model, model.named_parameters())
         tokenizer = load_tokenizer(recipe.model, trust_remote_code=how.trust_remote_code)
     work = Workbench(recipe, model, tokenizer, how)
     work.check()
@@ -76,6 +78,7 @@ def make_baseline(recipe: Recipe, directory: Path, how: How) -> PreTrainedModel:
     """
     model = load_model(recipe.model, dtype=recipe.dtype, device=how.device, trust_remote_code=how.trust_remote_code)
     own_memory(model)
+    check_finite(recipe.model, model.named_parameters())
     baseline = build_baseline(recipe.method.name, recipe.method.options)
     tokens = None
     if baseline.needs_tokens:
