@@ -29,6 +29,7 @@ from eckart.cli.options import (
     NoCache,
     RankMultiple,
     TextColumn,
+    TrustRemoteCode,
     Workers,
     open_run,
     parse_options,
@@ -86,6 +87,7 @@ def command(
         bool, typer.Option("--out-of-core", help="One block in memory at a time: for models larger than memory")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="With --out-of-core: go on where a run was stopped")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     force: Force = False,
 ) -> None:
     """Factor a model's linears and write a checkpoint that stock transformers loads after `import eckart`.
@@ -140,6 +142,7 @@ def command(
         data=data,
         cache=cache,
         no_cache=no_cache,
+        trust_remote_code=trust_remote_code,
     ) as how:
         if out_of_core:
             outcome = compress_out_of_core(recipe, out, how, resume=resume, force=force)

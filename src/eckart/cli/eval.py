@@ -18,6 +18,7 @@ from eckart.cli.options import (
     EngineName,
     Force,
     TextColumn,
+    TrustRemoteCode,
     Workers,
     open_run,
 )
@@ -58,6 +59,7 @@ def command(
     workers: Workers = None,
     engine: EngineName = ENGINE,
     address: Address = None,
+    trust_remote_code: TrustRemoteCode = False,
     force: Force = False,
 ) -> None:
     """Measure a model.
@@ -72,8 +74,12 @@ def command(
         find_task(item.name)
         if out is not None and (out / f"{item.slug}.json").exists() and not force:
             raise FileExistsError(f"{out / f'{item.slug}.json'} exists; give another --out, or --force")
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device), load_tokenizer(model)
-    dense = None if reference is None else load_model(reference, dtype=dtype, device=device)
+    trust = trust_remote_code
+    loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust)
+    dense = None
+    if reference is not None:
+        dense = load_model(reference, dtype=dtype, device=device, trust_remote_code=trust)
     activations = None
     if calibration is not None:
         text = read_text(calibration, data=data)

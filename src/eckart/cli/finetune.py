@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eckart.cli.options import Data, Device, Force
+from eckart.cli.options import Data, Device, Force, TrustRemoteCode
 from eckart.cli.terminal import TerminalTrack, console, number, table
 from eckart.compression.tuning.finetuning import FineTuning, fine_tune
 from eckart.support.files import GRADIENTS
@@ -27,6 +27,7 @@ def command(
     length: Annotated[int | None, typer.Option(help="Tokens of a text read at most; default the model's limit")] = None,
     data: Data = None,
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     force: Force = False,
 ) -> None:
     """Fine-tune a model into a classifier, and record its squared gradients for FWSVD on the way.
@@ -39,7 +40,16 @@ def command(
     eckart eval SMALL --task classification:cola --data DIR
     """
     settings = FineTuning(task, epochs, batch, rate, warm_up, weight_decay, seed, limit, length)
-    facts = fine_tune(model, out, settings, data=data, device=device, force=force, track=TerminalTrack(console))
+    facts = fine_tune(
+        model,
+        out,
+        settings,
+        data=data,
+        device=device,
+        force=force,
+        trust_remote_code=trust_remote_code,
+        track=TerminalTrack(console),
+    )
     rows = [[f"loss, epoch {epoch}", number(loss)] for epoch, loss in enumerate(facts["losses"], 1)]
     dev = facts["dev"]
     if dev is not None:

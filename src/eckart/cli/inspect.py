@@ -9,12 +9,13 @@ from typing import Annotated
 import typer
 
 from eckart.allocation import RankPlan, plan, summarise
-from eckart.cli.options import AnyModel, Blocks, Exclude, Include, RankMultiple
+from eckart.cli.options import AnyModel, Blocks, Exclude, Include, RankMultiple, TrustRemoteCode
 from eckart.cli.tables import remarks, sizes_table
 from eckart.cli.terminal import console, megabytes, print_line, table
 from eckart.models.linear import LowRankLinear
-from eckart.models.loading import load_model
+from eckart.models.loading import load_model, locate
 from eckart.models.sites import find_sites, low_rank_modules
+from eckart.models.weight_files import DIGESTS, verify
 from eckart.runs.notices import uncompressed_parts
 from eckart.support.files import write_whole
 from eckart.support.sizes import num_bytes, num_params
@@ -29,11 +30,19 @@ def command(
     rank_multiple: RankMultiple = 1,
     layout: Annotated[str, typer.Option(help="plain or pivoted")] = "plain",
     save_plan: Annotated[Path | None, typer.Option(help="Write the plan as JSON, to edit and give to compress")] = None,
+    check: Annotated[
+        bool, typer.Option("--verify", help="Check every file by the digests that were written with it")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show a model's compressible linears, the ranks a plan would give them, or the ranks of a compressed model."""
     if save_plan is not None and save_plan.exists():
         raise FileExistsError(f"{save_plan} exists; give another place")
-    loaded = load_model(model)
+    if check:
+        checked = verify(locate(model))
+        message = f"{checked} files are as they were written" if checked else f"no {DIGESTS} to check the files by"
+        console.print(message)
+    loaded = load_model(model, trust_remote_code=trust_remote_code)
     low_rank = low_rank_modules(loaded)
     if save_plan is not None and (low_rank or keep is None):
         raise ValueError("--save-plan needs a dense model and --keep")

@@ -21,6 +21,9 @@ AnyModel = Annotated[str, typer.Argument(help="Dense or compressed: a Hugging Fa
 DenseModel = Annotated[str, typer.Argument(help="Dense: a Hugging Face directory, a hub name, or builtin")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with a model's files; read it before")
+]
 
 # Its linears, and their ranks
 MethodOptions = Annotated[
@@ -76,6 +79,7 @@ def open_run(
     data: Path | None,
     cache: Path | None = None,
     no_cache: bool = False,
+    trust_remote_code: bool = False,
 ) -> Iterator[How]:
     """The options of where and how fast as the `How` of a run; its engine is open for the `with` block.
 
@@ -87,7 +91,17 @@ def open_run(
 
     with open_engine(engine, address=address, workers=workers) as opened:
         kept = None if no_cache else cache
-        yield How(device, batch_size, kept, data, TerminalTrack(console), workers or CORES, opened, print_line)
+        yield How(
+            device,
+            batch_size,
+            kept,
+            data,
+            TerminalTrack(console),
+            workers or CORES,
+            opened,
+            say=print_line,
+            trust_remote_code=trust_remote_code,
+        )
 
 
 def parse_options(method: str, pairs: list[str]) -> dict[str, object]:

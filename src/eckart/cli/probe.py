@@ -20,6 +20,7 @@ from eckart.cli.options import (
     Dtype,
     Force,
     NoCache,
+    TrustRemoteCode,
     Workers,
 )
 from eckart.cli.terminal import TerminalTrack, console, table
@@ -59,6 +60,7 @@ def command(
     workers: Workers = None,
     cache: Cache = CACHE,
     no_cache: NoCache = False,
+    trust_remote_code: TrustRemoteCode = False,
     force: Force = False,
 ) -> None:
     """Probe every layer of a model: can its hidden states tell the classes of a task apart, beyond chance?
@@ -92,7 +94,8 @@ def command(
     names = [model] if reference is None else [reference, model]
     results: list[list[EvalResult]] = []
     for name in names:
-        loaded, tokenizer = load_model(name, dtype=dtype, device=device), load_tokenizer(name)
+        loaded = load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
         results.append(
             evaluate(
                 loaded,

@@ -20,6 +20,7 @@ from eckart.cli.options import (
     EngineName,
     Force,
     NoCache,
+    TrustRemoteCode,
     Workers,
     open_run,
 )
@@ -28,6 +29,7 @@ from eckart.cli.terminal import console, table
 from eckart.reports import write_report
 from eckart.runs.reproduction import Line, run_study
 from eckart.runs.study import Study, load_study, studies
+from eckart.support.plain_data import parse_yaml
 
 # Columns of a study that a terminal shows side by side.
 WIDEST = 10
@@ -54,6 +56,7 @@ def command(
     address: Address = None,
     cache: Cache = CACHE,
     no_cache: NoCache = False,
+    trust_remote_code: TrustRemoteCode = False,
     force: Force = False,
 ) -> None:
     """Run a table or figure of a paper again: its numbers next to ours, with the difference, and a report.
@@ -80,6 +83,7 @@ def command(
         data=data,
         cache=cache,
         no_cache=no_cache,
+        trust_remote_code=trust_remote_code,
     ) as how:
         lines = run_study(scaled, out, how, force=force, keep_weights=keep_models)
     console.print(study_table(scaled, lines))

@@ -18,6 +18,7 @@ from eckart.cli.options import (
     EngineName,
     Force,
     NoCache,
+    TrustRemoteCode,
     Workers,
     open_run,
 )
@@ -37,6 +38,7 @@ def command(
     address: Address = None,
     cache: Cache = CACHE,
     no_cache: NoCache = False,
+    trust_remote_code: TrustRemoteCode = False,
     force: Force = False,
 ) -> None:
     """Carry out a recipe: evaluate the dense model, compress it, evaluate the result.
@@ -58,6 +60,7 @@ def command(
         data=data,
         cache=cache,
         no_cache=no_cache,
+        trust_remote_code=trust_remote_code,
     ) as how:
         measured = run(whole, out, how, force=force)
     rows = []

@@ -22,6 +22,7 @@ from eckart.cli.options import (
     EngineName,
     Force,
     NoCache,
+    TrustRemoteCode,
     Workers,
     open_run,
     parse_options,
@@ -76,6 +77,7 @@ def command(
     address: Address = None,
     cache: Cache = CACHE,
     no_cache: NoCache = False,
+    trust_remote_code: TrustRemoteCode = False,
     force: Force = False,
 ) -> None:
     """Find the ranks by measuring: SFSD's surgical search, with any method.
@@ -129,6 +131,7 @@ def command(
         data=data,
         cache=cache,
         no_cache=no_cache,
+        trust_remote_code=trust_remote_code,
     ) as how:
         report = search_ranks(recipe, how, journal=plan.with_suffix(".trials.jsonl"))
     write_whole(plan.with_suffix(".search.json"), json.dumps(report.facts, indent=1))

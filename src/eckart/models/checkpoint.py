@@ -9,16 +9,12 @@ tensor of the one that lends it, on disk as in memory, so the model has no tied 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -26,15 +22,13 @@ from eckart.lowrank.pivoting import check_order
 from eckart.models.dense import export_dense
 from eckart.models.families import is_linear
 from eckart.models.linear import LowRankLinear
+from eckart.models.matching import check_finite, is_head, refuse, stored_names, without_place, wrong_types
 from eckart.models.registration import QUANT_METHOD
 from eckart.models.sites import low_rank_modules, read_weight, replace_module
+from eckart.models.weight_files import CheckpointError, read_headers
 
 # 1: plain factors, each linear with its own. 2: pivoted layouts and shared right factors as well.
 FORMATS = (1, 2)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint on disk does not fit its own description; the message names the tensor or the number."""
 
 
 class LowRankConfig(QuantizationConfigMixin):
@@ -144,6 +138,8 @@ class LowRankQuantizer(HfQuantizer):
         # transformers forbids them while this is True. `hf_quantizer` stays, so that save_pretrained writes the rank
         # map again.
         check_orders(model)
+        for name, module in low_rank_modules(model).items():
+            check_finite("the checkpoint", module.named_parameters(prefix=name))
         model.is_quantized = False  # type: ignore[assignment]
         return model
 
@@ -249,76 +245,38 @@ def check_files(model: PreTrainedModel, names: list[str], files: Iterable[Any]) 
     may bring a head of its own or leave one out).
 
     Raises:
-        CheckpointError: a damaged file; else a missing or extra tensor or a wrong shape, one message with all of them.
+        CheckpointError: a damaged file; else a missing or extra tensor, a wrong shape or type, one message with all of
+            them.
     """
     prefix = f"{model.base_model_prefix}."
-    shapes = {key: shape for file in files for key, shape in read_shapes(file).items()}
-    stored = {name: shapes[key] for name, key in stored_names(model, shapes).items()}
+    headers = read_headers([str(file) for file in files])
+    stored = {name: headers[key] for name, key in stored_names(model, headers).items()}
     if not stored:
         return  # the caller passed a state dict; the stock loader checks its shapes
     tied = {key.removeprefix(prefix) for key in getattr(model, "all_tied_weights_keys", None) or {}}
-    expected = {
-        key.removeprefix(prefix): tuple(value.shape)
-        for key, value in model.state_dict().items()
-        if key.removeprefix(prefix) not in tied
-    }
+    state = model.state_dict()
+    expected = {key.removeprefix(prefix): value for key, value in state.items() if key.removeprefix(prefix) not in tied}
+    heads = {key.removeprefix(prefix) for key in state if is_head(model, key)}
     same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or [])
     blocks = {_block_prefix(name.removeprefix(prefix)) for name in names}
 
-    def strict(key: str) -> bool:
-        return same_class or any(key.startswith(block) for block in blocks)
+    def has_to_be_there(key: str) -> bool:
+        return same_class or key not in heads
 
-    missing = {key for key in expected.keys() - stored.keys() if strict(key)}
-    extra = {key for key in stored.keys() - expected.keys() - tied if strict(key)}
+    missing = {key for key in expected.keys() - stored.keys() if has_to_be_there(key)}
+    unused = stored.keys() - expected.keys() - tied
+    extra = {key for key in unused if same_class or any(key.startswith(block) for block in blocks)}
+    extra.update(without_place(model, unused))
+    both = [key for key in sorted(expected.keys() & stored.keys()) if has_to_be_there(key)]
     complaints = [f"missing tensor {key}" for key in sorted(missing)]
     complaints += [f"unknown tensor {key}" for key in sorted(extra)]
     complaints += [
-        f"{key} has shape {stored[key]}, expected {expected[key]}"
-        for key in sorted(expected.keys() & stored.keys())
-        if strict(key) and stored[key] != expected[key]
+        f"{key} has shape {stored[key].shape}, expected {tuple(expected[key].shape)}"
+        for key in both
+        if stored[key].shape != tuple(expected[key].shape)
     ]
-    if complaints:
-        raise CheckpointError(
-            f"the checkpoint does not match its rank map: {some_of(complaints)}. Save or download it again"
-        )
-
-
-def stored_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """{name of a tensor in the model, without the base model's prefix: the key that it is stored under}."""
-    prefix = f"{model.base_model_prefix}."
-    # Releases rename tensors ("embed_out" is "lm_head" today, "gamma" is "weight"); the stock loader's table says how.
-    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    names: dict[str, str] = {}
-    for key in keys:
-        name = key
-        for renaming in renamings:
-            name = renaming.rename_source_key(name)[0]
-        names[name.removeprefix(prefix)] = key
-    return names
-
-
-def read_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
-    """{tensor: shape} of a safetensors file.
-
-    Raises:
-        CheckpointError: it is not there, or not as long as its header says.
-    """
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            names = tensors.keys()  # tensors are no mapping: they cannot be iterated themselves
-            return {key: tuple(tensors.get_slice(key).get_shape()) for key in names}
-    except (OSError, SafetensorError) as error:
-        raise damaged(file, error) from error
-
-
-def damaged(file: str | Path, error: Exception) -> CheckpointError:
-    """The error of a file that cannot be read."""
-    return CheckpointError(f"{file} is damaged or missing ({error}). Save or download it again")
-
-
-def some_of(complaints: Sequence[str]) -> str:
-    """The first five, and how many more there are."""
-    return "; ".join(complaints[:5]) + (f"; and {len(complaints) - 5} more" if len(complaints) > 5 else "")
+    complaints += wrong_types({key: expected[key] for key in both}, stored)
+    refuse("the checkpoint", complaints, "what its rank map says")
 
 
 def _block_prefix(name: str) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -17,72 +21,221 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from eckart.data.builtin import builtin_model_path
-from eckart.models.checkpoint import CheckpointError, describe
+from eckart.models.checkpoint import describe
 from eckart.models.families import UnsupportedModelError
+from eckart.models.matching import check_counts, complaints_about, is_head, refuse, stored_names, wrong_types
+from eckart.models.registration import QUANT_METHOD
 from eckart.models.sites import low_rank_modules
+from eckart.models.weight_files import (
+    CheckpointError,
+    Stored,
+    local_folder,
+    read_headers,
+    weight_files,
+    write_digests,
+)
 from eckart.support.device import check_device
 from eckart.support.files import staged_directory, write_whole
+from eckart.support.quiet import quiet
 
 BUILTIN = "builtin"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What configurations and files that are damaged, or of another making, end in while transformers reads them.
+FAULTS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    EOFError,
+    RecursionError,
+    pickle.UnpicklingError,
+    SafetensorError,
+    StrictDataclassError,
+)
+UNTRUSTED = (
+    "its files bring code of their own, which runs only where you allow it: read it, then give --trust-remote-code "
+    "(in Python trust_remote_code=True)"
+)
 
 
-def load_model(path: str | Path, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+def load_model(
+    path: str | Path, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model at `path` (a directory, a hub name, or "builtin") in the class that its config names, in eval mode.
 
     Args:
         dtype: "auto" keeps the stored type; else one of float32, bfloat16, float16.
+        trust_remote_code: run code that comes with the files, and take the classes that it has. Never asked for.
 
     Raises:
-        ValueError: the dtype is none of DTYPES, the device is not here, or there is no model at `path`.
+        ValueError: the dtype is none of DTYPES, the device is not here, or there is no model at `path`, or it needs
+            code of its own.
         UnsupportedModelError: the config names no architecture that transformers has.
-        CheckpointError: a compressed checkpoint does not match its own description.
+        CheckpointError: a file is damaged or outside the folder, or the files do not hold what the config describes:
+            a tensor is missing, unknown, or of another shape or kind of number. All of it in one message.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     check_device(device)
     path = locate(path)
-    config = _load(f"the model {path}", path, lambda: AutoConfig.from_pretrained(path))
-    model_class = class_of(config, path)
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    model_class = class_of(config, path, trust_remote_code=trust_remote_code)
+    check_weights(path, model_class, trust_remote_code=trust_remote_code)
     torch_dtype: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = _load(f"the model {path}", path, lambda: model_class.from_pretrained(path, dtype=torch_dtype))
+    model = _load(
+        f"the model {path}",
+        path,
+        lambda: model_class.from_pretrained(path, dtype=torch_dtype, trust_remote_code=trust_remote_code),
+    )
     return model.to(device).eval()
 
 
-def class_of(config: PreTrainedConfig, path: str | Path) -> type[PreTrainedModel]:
-    """The class of transformers that a configuration names.
-
-    Args:
-        path: of the model, for the message.
+def read_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of the model at `path`, with sizes that the files can have.
 
     Raises:
-        UnsupportedModelError: it names none that transformers has.
+        ValueError: there is none, or it is damaged, or it needs code of its own.
+        CheckpointError: a weights file is damaged or outside the folder; or there are more layers than tensors.
+    """
+    config = _load(
+        f"the model {path}", path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    )
+    stored = _read_stored(path)
+    check_counts(config, None if stored is None else len(stored))
+    return config
+
+
+def _read_stored(path: str | Path) -> dict[str, Stored] | None:
+    """What the headers of the model's files say; None where they are not on this machine, or nowhere.
+
+    Raises:
+        CheckpointError: a file is damaged, missing from the folder, or outside it.
+    """
+    folder = local_folder(path)
+    files = [] if folder is None else weight_files(folder)
+    is_whole = Path(path).is_dir() or all(file.is_file() for file in files)
+    return read_headers(files) if files and is_whole else None
+
+
+def check_weights(
+    path: str | Path,
+    model_class: Any,
+    *,
+    config: PreTrainedConfig | None = None,
+    may_be_new: Callable[[PreTrainedModel, str], bool] = lambda model, name: False,
+    trust_remote_code: bool = False,
+) -> tuple[str, ...]:
+    """Refuse files that do not hold the model; gives the names of tensors that they lack and that may be new.
+
+    The model is built and filled by transformers without memory for its numbers, and its report is read.
+
+    Args:
+        model_class: what builds it, by `from_pretrained`.
+        config: default, the one at `path`.
+        may_be_new: whether the files need not have this tensor of the model.
+
+    Raises:
+        CheckpointError: they do not; one message with all that is wrong.
+
+    Cost: a tenth of a second, more for thousands of tensors; no number is read from a safetensors file.
+    """
+    given = {} if config is None else {"config": config}
+    with _unheard():
+        model, info = _load(
+            f"the model {path}",
+            path,
+            lambda: model_class.from_pretrained(
+                path,
+                **given,
+                device_map="meta",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            ),
+            (*FAULTS, RuntimeError),
+        )
+    complaints = complaints_about(model, info, may_be_new=lambda name: may_be_new(model, name))
+    section = getattr(model.config, "quantization_config", None)
+    if section is None or getattr(section, "quant_method", None) == QUANT_METHOD:  # others store codes, on purpose
+        stored = _read_stored(path) or {}
+        prefix = f"{model.base_model_prefix}."
+        expected = {name.removeprefix(prefix): tensor for name, tensor in model.state_dict().items()}
+        complaints += wrong_types(expected, {name: stored[key] for name, key in stored_names(model, stored).items()})
+    refuse(str(path), complaints, f"the {type(model).__name__} that its config.json describes")
+    return tuple(sorted(info["missing_keys"]))
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Inside, transformers shows neither its report nor a bar, and draws no number from torch's generator."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with quiet("transformers.modeling_utils"), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def class_of(config: PreTrainedConfig, path: str | Path, *, trust_remote_code: bool = False) -> type[PreTrainedModel]:
+    """The class that a configuration names: of transformers, or of the code that comes with the files if trusted.
+
+    Args:
+        path: of the model, where such code is.
+
+    Raises:
+        UnsupportedModelError: it names none that there is.
     """
     names: Sequence[str | None] = config.architectures or [None]
     architecture = names[0]
+    own = {
+        str(reference).rpartition(".")[2]: (auto_class, str(reference))
+        for auto_class, reference in (getattr(config, "auto_map", None) or {}).items()
+    }
+    if trust_remote_code and architecture in own:
+        auto_class, reference = own[architecture]
+        remote: type[PreTrainedModel] = _load(
+            f"the code of {path}", path, lambda: get_class_from_dynamic_module(reference, str(path))
+        )
+        remote.register_for_auto_class(auto_class)  # so that saving the model writes its code as well
+        return remote
     model_class: type[PreTrainedModel] | None = getattr(transformers, architecture or "", None)
     if model_class is None:
-        raise UnsupportedModelError(f"{path}: its config names architecture {architecture!r}, which transformers lacks")
+        hint = f"; {UNTRUSTED}" if architecture in own else ""
+        raise UnsupportedModelError(
+            f"{path}: its config names architecture {architecture!r}, which transformers lacks{hint}"
+        )
     return model_class
 
 
-def load_classifier(path: str | Path, classes: Sequence[str]) -> tuple[PreTrainedModel, tuple[str, ...]]:
+def load_classifier(
+    path: str | Path, classes: Sequence[str], *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The model at `path` with a head that tells `classes` apart, in float32 and eval mode, and what in it is new.
 
     Args:
         path: as in `load_model`; a model with any head or none. An existing classification head is kept.
+        trust_remote_code: as in `load_model`.
 
     Returns:
-        the model, and the names of the parameters that the files lack and that were drawn at random, from torch's seed.
+        the model, and the names of the parameters that the files lack and that were drawn at random, from torch's
+        seed: of the head, and of the pooler that it reads.
 
     Raises:
         ValueError: no model at `path`, or a classifier of another number of classes.
         UnsupportedModelError: transformers has no classifier of this kind.
+        CheckpointError: as `load_model`.
     """
     path = locate(path)
-    config = _load(f"the model {path}", path, lambda: AutoConfig.from_pretrained(path))
+    config = read_config(path, trust_remote_code=trust_remote_code)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UnsupportedModelError(f"{path}: transformers has no classifier of the kind {config.model_type!r}")
     if "ForSequenceClassification" in (config.architectures or [""])[0] and config.num_labels != len(classes):
@@ -93,14 +246,14 @@ def load_classifier(path: str | Path, classes: Sequence[str]) -> tuple[PreTraine
     config.id2label = dict(enumerate(classes))
     config.label2id = {name: number for number, name in enumerate(classes)}
     config.problem_type = "single_label_classification"
-    model, info = _load(
+    auto = AutoModelForSequenceClassification
+    new = check_weights(path, auto, config=config, may_be_new=is_head, trust_remote_code=trust_remote_code)
+    model = _load(
         f"the model {path}",
         path,
-        lambda: AutoModelForSequenceClassification.from_pretrained(
-            path, config=config, dtype=torch.float32, output_loading_info=True
-        ),
+        lambda: auto.from_pretrained(path, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code),
     )
-    return model.eval(), tuple(sorted(info["missing_keys"]))
+    return model.eval(), new
 
 
 def own_memory(model: PreTrainedModel) -> None:
@@ -118,25 +271,42 @@ def locate(path: str | Path) -> str | Path:
     return builtin_model_path() if str(path) == BUILTIN else path
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of the model at `path`.
 
+    Args:
+        trust_remote_code: as in `load_model`.
+
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it needs code of its own.
     """
     path = locate(path)
-    return _load(f"the tokenizer of {path}", path, lambda: AutoTokenizer.from_pretrained(path))
+    return _load(
+        f"the tokenizer of {path}",
+        path,
+        lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code),
+    )
 
 
-def _load(what: str, path: str | Path, load: Callable[[], Any]) -> Any:
+def _load(what: str, path: str | Path, load: Callable[[], Any], faults: tuple[type[Exception], ...] = FAULTS) -> Any:
+    """What `load` gives; what is wrong with the files is one ValueError, or the CheckpointError that it was."""
     try:
         return load()
-    except CheckpointError:
+    except (CheckpointError, UnsupportedModelError):
         raise
-    except (OSError, ValueError) as error:
+    except faults as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(f"cannot load {what}: {UNTRUSTED}") from error
         local = Path(path).exists()
         hint = "is it a Hugging Face directory?" if local else "no such directory, and the hub did not give it"
-        raise ValueError(f"cannot load {what}: {hint} ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"cannot load {what}: {hint} ({_brief(error)})") from error
+
+
+def _brief(error: Exception) -> str:
+    """The first line of a message, and the second where the first announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"
 
 
 def save(
@@ -159,6 +329,8 @@ def save(
 
     Raises:
         FileExistsError: `out` exists and `force` is off. Nothing was changed.
+
+    Cost: what is written is read once more, for the digests that `weight_files.verify` checks.
     """
     with staged_directory(out, force=force) as staging:
         if low_rank_modules(model):
@@ -169,4 +341,5 @@ def save(
             tokenizer.save_pretrained(staging)
         for name, text in (files or {}).items():
             write_whole(staging / name, text)
+        write_digests(staging)
     return Path(out)

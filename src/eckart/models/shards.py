@@ -22,19 +22,30 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import local_torch_dtype
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from eckart.models.checkpoint import CheckpointError, damaged, read_shapes, some_of, stored_names
 from eckart.models.families import UnsupportedModelError
-from eckart.models.loading import class_of, locate
+from eckart.models.loading import check_weights, class_of, locate, read_config
+from eckart.models.matching import check_finite, stored_names
 from eckart.models.sites import blocks_of
+from eckart.models.weight_files import (
+    CONFIG,
+    INDEX,
+    CheckpointError,
+    damaged,
+    digest_of,
+    read_header,
+    read_index,
+    some_of,
+    verify,
+    weight_files,
+)
 from eckart.support.files import check_room, whole_file, write_whole
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-INDEX = "model.safetensors.index.json"
 # Files of a model on the hub that are not weights: configuration and tokenizer.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
 # Bytes of a file that its fingerprint reads, at as many places: weights that differ at all differ nearly everywhere.
@@ -63,7 +74,10 @@ class Shards:
             try:
                 folder = Path(snapshot_download(str(path), allow_patterns=list(COMPANIONS)))
                 # Only the files that the index names: there may be copies of the weights in other formats.
-                snapshot_download(str(path), allow_patterns=_names_of_files(folder) or ["model.safetensors"])
+                names = read_index(folder / INDEX) if (folder / INDEX).is_file() else [SAFE_WEIGHTS_NAME]
+                snapshot_download(str(path), allow_patterns=names)
+            except CheckpointError:
+                raise
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"cannot load the model {path}: no such directory, and the hub did not give it "
@@ -75,7 +89,7 @@ class Shards:
         self.types: dict[str, str] = {}
         self.spans: dict[str, tuple[int, int]] = {}
         for file in self.paths:
-            shapes = read_shapes(file)
+            shapes = {name: stored.shape for name, stored in read_header(file).items()}
             self.shapes |= shapes
             self.files |= dict.fromkeys(shapes, file)
             start, header = _read_header(file)
@@ -87,13 +101,12 @@ class Shards:
     @property
     def paths(self) -> list[Path]:
         """Every file, once."""
-        if names := _names_of_files(self.folder):
-            return [self.folder / name for name in names]
-        if (self.folder / "model.safetensors").is_file():
-            return [self.folder / "model.safetensors"]
+        files = weight_files(self.folder)
+        if files and files[0].suffix == ".safetensors":
+            return files
         others = sorted(file.name for file in self.folder.glob("*.bin"))
         hint = f"; {others[0]} is of an older format: load the model and save it again" if others else ""
-        raise ValueError(f"{self.folder} has neither model.safetensors nor {INDEX}{hint}")
+        raise ValueError(f"{self.folder} has neither {SAFE_WEIGHTS_NAME} nor {INDEX}{hint}")
 
     def fingerprint(self) -> str:
         """A digest of the configuration and the files: names, lengths, headers, and a sample of their bytes.
@@ -154,13 +167,19 @@ class Skeleton:
         UnsupportedModelError: the config names no architecture that transformers has, or the model is compressed.
     """
 
-    def __init__(self, path: str | Path, *, dtype: str = "auto", device: str = "cpu") -> None:
+    def __init__(
+        self, path: str | Path, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
+    ) -> None:
         self.shards = Shards(path)
-        config = AutoConfig.from_pretrained(self.shards.folder)
-        model_class = class_of(config, path)
+        folder = self.shards.folder
+        config = read_config(folder, trust_remote_code=trust_remote_code)
+        model_class = class_of(config, folder, trust_remote_code=trust_remote_code)
         if getattr(config, "quantization_config", None) is not None:
             raise UnsupportedModelError(f"{path} is compressed or quantised already; start from the dense model")
-        self.dtype: torch.dtype = (config.dtype or self._stored_type()) if dtype == "auto" else getattr(torch, dtype)
+        check_weights(folder, model_class, trust_remote_code=trust_remote_code)
+        verify(folder, {CONFIG, INDEX, *(file.name for file in self.shards.paths)})
+        as_stored: Any = config.dtype or self._stored_type()
+        self.dtype: torch.dtype = as_stored if dtype == "auto" else getattr(torch, dtype)
         self.device = torch.device(device)
         config.dtype = self.dtype
         with init_empty_weights(include_buffers=False), local_torch_dtype(self.dtype, model_class.__name__):
@@ -206,9 +225,14 @@ class Skeleton:
         return names
 
     def fill(self, names: Iterable[str]) -> None:
-        """Read these tensors of the model from the files."""
+        """Read these tensors of the model from the files.
+
+        Raises:
+            CheckpointError: a file cannot be read, or a tensor has numbers that are not finite.
+        """
         stored = {self.names[name]: name for name in names}
         for key, tensor in self.shards.read(list(stored)):
+            check_finite(str(self.shards.folder), [(stored[key], tensor)])
             kind = self.dtype if tensor.is_floating_point() else tensor.dtype
             set_module_tensor_to_device(self.model, stored[key], self.device, value=tensor, dtype=kind)
 
@@ -271,27 +295,6 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
             return digest_of(partial)
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {path}, {size:,} bytes ({error}); what was finished before is kept") from error
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _names_of_files(folder: Path) -> list[str]:
-    """The files that the index names; none where there is no index.
-
-    Raises:
-        CheckpointError: the index is damaged.
-    """
-    index = folder / INDEX
-    if not index.is_file():
-        return []
-    try:
-        return list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged ({error!r}). Save or download it again") from error
 
 
 def _read_header(file: Path) -> tuple[int, dict[str, Any]]:

@@ -20,7 +20,8 @@ from eckart.support.plain_data import read_json, read_yaml
 SIZELESS = ("int8", "int4")
 # How data of a wrong form shows itself where it is drawn.
 DAMAGE = (TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)

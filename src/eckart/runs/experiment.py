@@ -178,19 +178,22 @@ class _Models:
     def __init__(self, recipe: Recipe, directory: Path, how: How) -> None:
         self.recipe, self.directory, self.how = recipe, directory, how
         self.loaded: dict[str, PreTrainedModel] = {}
-        self.tokenizer = load_tokenizer(recipe.model)
+        self.tokenizer = load_tokenizer(recipe.model, trust_remote_code=how.trust_remote_code)
 
     def get(self, which: str) -> PreTrainedModel:
         """The "dense" or the "compressed" model."""
+        trust = self.how.trust_remote_code
         if which not in self.loaded:
             if which == "dense":
-                self.loaded[which] = load_model(self.recipe.model, dtype=self.recipe.dtype, device=self.how.device)
+                self.loaded[which] = load_model(
+                    self.recipe.model, dtype=self.recipe.dtype, device=self.how.device, trust_remote_code=trust
+                )
             elif self.recipe.is_baseline:
                 self.loaded[which] = make_baseline(self.recipe, self.directory, self.how)
             else:
                 if not any(self.directory.glob(WEIGHTS)):
                     make_checkpoint(self.recipe, self.directory, self.how, force=True)
-                self.loaded[which] = load_model(self.directory, device=self.how.device)
+                self.loaded[which] = load_model(self.directory, device=self.how.device, trust_remote_code=trust)
         return self.loaded[which]
 
     def compress(self) -> None:

@@ -24,6 +24,8 @@ class How:
         engine: where work runs; see `engine.choose.open_engine`.
         track: shows progress.
         say: shows a line, before what it is about is computed.
+        trust_remote_code: run code that comes with a model's files; never asked for, and no part of a recipe, which
+            people take from others.
     """
 
     device: str = "cpu"
@@ -34,3 +36,4 @@ class How:
     workers: int = 1
     engine: Engine = HERE
     say: Callable[[str], None] = mute
+    trust_remote_code: bool = False

@@ -12,6 +12,7 @@ from eckart.calibration.sequential import SequentialCalibration
 from eckart.compression.baselines import build_baseline
 from eckart.compression.replace import compress
 from eckart.models.loading import load_model, load_tokenizer, own_memory, save
+from eckart.models.matching import check_finite
 from eckart.runs.facts import FACTS, Facts, Outcome
 from eckart.runs.how import How
 from eckart.runs.recipe import Recipe
@@ -34,9 +35,10 @@ def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False)
     check_free(out, force=force)
     seconds: dict[str, float] = {}
     with timed(seconds, "load"):
-        model = load_model(recipe.model, dtype=recipe.dtype, device=how.device)
+        model = load_model(recipe.model, dtype=recipe.dtype, device=how.device, trust_remote_code=how.trust_remote_code)
         own_memory(model)
-        tokenizer = load_tokenizer(recipe.model)
+        check_finite(recipe.model, model.named_parameters())
+        tokenizer = load_tokenizer(recipe.model, trust_remote_code=how.trust_remote_code)
     work = Workbench(recipe, model, tokenizer, how)
     work.check()
     work.announce()
@@ -75,12 +77,13 @@ def make_baseline(recipe: Recipe, directory: Path, how: How) -> PreTrainedModel:
     Raises:
         ValueError, UnsupportedModelError: as the baseline raises them.
     """
-    model = load_model(recipe.model, dtype=recipe.dtype, device=how.device)
+    model = load_model(recipe.model, dtype=recipe.dtype, device=how.device, trust_remote_code=how.trust_remote_code)
     own_memory(model)
+    check_finite(recipe.model, model.named_parameters())
     baseline = build_baseline(recipe.method.name, recipe.method.options)
     tokens = None
     if baseline.needs_tokens:
-        tokenizer = load_tokenizer(recipe.model)
+        tokenizer = load_tokenizer(recipe.model, trust_remote_code=how.trust_remote_code)
         recipe = resolve(recipe, model, tokenizer)
         tokens = make_tokens(recipe, model, tokenizer, how.data)
     facts = baseline.apply(model, keep=recipe.keep, tokens=tokens, track=how.track)

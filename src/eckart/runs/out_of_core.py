@@ -33,9 +33,10 @@ from eckart.lowrank import GradientMoments, Method
 from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
 from eckart.models.checkpoint import attach, specs_of
 from eckart.models.loading import load_tokenizer, locate
-from eckart.models.shards import Skeleton, digest_of, write_index, write_shard
+from eckart.models.shards import Skeleton, write_index, write_shard
 from eckart.models.sites import Site, find_sites, first_readers
 from eckart.models.units import Unit, units_of
+from eckart.models.weight_files import digest_of, write_digests
 from eckart.runs.facts import Facts, Outcome
 from eckart.runs.how import How
 from eckart.runs.recipe import Recipe
@@ -97,9 +98,11 @@ class _Compression:
     def __init__(self, recipe: Recipe, work: Path, how: How) -> None:
         start = time.perf_counter()
         self.work, self.how, self.checkpoint = work, how, work / CHECKPOINT
-        self.skeleton = Skeleton(recipe.model, dtype=recipe.dtype, device=how.device)
+        self.skeleton = Skeleton(
+            recipe.model, dtype=recipe.dtype, device=how.device, trust_remote_code=how.trust_remote_code
+        )
         self.model = self.skeleton.model
-        self.tokenizer = load_tokenizer(recipe.model)
+        self.tokenizer = load_tokenizer(recipe.model, trust_remote_code=how.trust_remote_code)
         self.workbench = workbench = Workbench(recipe, self.model, self.tokenizer, how)
         workbench.announce()
         self.recipe = workbench.recipe
@@ -258,7 +261,8 @@ class _Compression:
         files = {self._file(number): record["tensors"] for number, record in enumerate(records)}
         around = self.skeleton.tensors_around()
         last = self._file(len(records))
-        write_shard(self.checkpoint / last, around)
+        digests = {self._file(number): record["sha256"] for number, record in enumerate(records)}
+        digests[last] = write_shard(self.checkpoint / last, around)
         files[last] = sorted(around)
         total = sum(record["bytes"] for record in records)
         total += sum(tensor.numel() * tensor.element_size() for tensor in around.values())
@@ -281,6 +285,7 @@ class _Compression:
         facts = Facts.of(self.recipe, self.plan, self.summary, report)
         for name, text in self.workbench.side_files(self.plan, facts).items():
             write_whole(self.checkpoint / name, text)
+        write_digests(self.checkpoint, digests)
         self.seconds["save"] += time.perf_counter() - start
         return Outcome(self.recipe, self.plan, self.summary, report, dict(self.seconds))
 

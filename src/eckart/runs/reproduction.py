@@ -120,7 +120,16 @@ def fine_tune_models(
                 shutil.rmtree(directory / folder, ignore_errors=True)
         missing.append(model)
     for model in how.track(missing, "models", len(missing)) if missing else ():
-        fine_tune(model, places[model], settings, data=how.data, device=how.device, force=force, track=how.track)
+        fine_tune(
+            model,
+            places[model],
+            settings,
+            data=how.data,
+            device=how.device,
+            force=force,
+            trust_remote_code=how.trust_remote_code,
+            track=how.track,
+        )
     return [
         (label, row, recipe.model_copy(update={"model": str(places[recipe.model])})) for label, row, recipe in planned
     ]

@@ -12,6 +12,7 @@ from eckart.allocation import RankPlan
 from eckart.allocation.search.trials import planned
 from eckart.calibration.moments import BlockCalibration, calibration_digest
 from eckart.models.loading import load_model, load_tokenizer
+from eckart.models.matching import check_finite
 from eckart.models.sites import find_sites
 from eckart.runs.how import How
 from eckart.runs.ranks import joint_groups, make_score, rank, spectra_of
@@ -57,7 +58,10 @@ def search_ranks(recipe: Recipe, how: How, *, journal: Path | None = None) -> Se
     allocation = recipe.composition.allocation
     if allocation.row.needs != "trials":
         raise ValueError(f"{allocation.name} measures nothing: nothing is searched")
-    model, tokenizer = load_model(recipe.model, dtype=recipe.dtype, device=how.device), load_tokenizer(recipe.model)
+    trust = how.trust_remote_code
+    model = load_model(recipe.model, dtype=recipe.dtype, device=how.device, trust_remote_code=trust)
+    check_finite(recipe.model, model.named_parameters())
+    tokenizer = load_tokenizer(recipe.model, trust_remote_code=trust)
     work = Workbench(recipe, model, tokenizer, how)
     composition, inputs = work.composition, work.allocation_inputs()
     others = make_score(allocation, inputs, others=True)

@@ -165,7 +165,12 @@ class Workbench:
             return []
         tokens, held_out = self.tokens
         assert held_out is not None
-        dense = load_model(self.recipe.model, dtype=self.recipe.dtype, device=self.how.device)
+        dense = load_model(
+            self.recipe.model,
+            dtype=self.recipe.dtype,
+            device=self.how.device,
+            trust_remote_code=self.how.trust_remote_code,
+        )
         report = distillation(self.model, dense, tokens, held_out, self.how.track)
         return [] if report is None else [report]
 

@@ -104,8 +104,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 class _UniqueKeys(yaml.SafeLoader):
     """Plain values only, and no key twice: of two, YAML's own loader drops the first without a word."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):

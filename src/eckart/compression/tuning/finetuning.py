@@ -29,6 +29,7 @@ from eckart.evals.result import EvalResult
 from eckart.lowrank import GradientMoments
 from eckart.models.loading import load_classifier, load_tokenizer
 from eckart.models.sites import find_sites
+from eckart.models.weight_files import write_digests
 from eckart.support.device import check_device
 from eckart.support.files import GRADIENTS, check_free, staged_directory, write_whole
 from eckart.support.fingerprint import describe_architecture, hash_weights
@@ -107,6 +108,7 @@ def fine_tune(
     data: Path | None = None,
     device: str = "cpu",
     force: bool = False,
+    trust_remote_code: bool = False,
     track: Track = silent,
 ) -> dict[str, Any]:
     """Fine-tune the model at `source` and write it to the directory `out`.
@@ -121,6 +123,7 @@ def fine_tune(
         data: folder with local copies of known sets.
         device: cpu, cuda or mps.
         force: replace what is at `out`, once the new one is complete.
+        trust_remote_code: as in `load_model`.
 
     Returns:
         plain data: model, settings, classes, rows, initialised (names of the parameters that were drawn at random),
@@ -140,13 +143,10 @@ def fine_tune(
     start = time.perf_counter()
     with _calm():
         transformers.set_seed(settings.seed)  # draws the head
-        model, new = load_classifier(source, rows.classes)
-        tokenizer = load_tokenizer(source)
+        model, new = load_classifier(source, rows.classes, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         give_padding(model, tokenizer)
         warn_of_tokenizer(model, tokenizer)
-        lacking = [site.name for site in find_sites(model) if f"{site.name}.weight" in new]
-        if lacking:
-            raise ValueError(f"{source}: its files lack {lacking[0]}.weight: is it a pretrained model?")
         progress = out.with_name(f".{out.name}.training")
         tuned = train(model, tokenizer, rows, settings, progress=progress, device=device, track=track)
         dev: EvalResult | None = None
@@ -176,6 +176,7 @@ def fine_tune(
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
             _write_records(staging, facts, tuned.recorded)
+            write_digests(staging)
     shutil.rmtree(progress, ignore_errors=True)
     return facts
 

@@ -21,11 +21,13 @@ class Source:
         path: a directory that every machine sees, or a hub name.
         dtype: of its weights.
         sketch: of the model, see `fingerprint.sketch`.
+        trust_remote_code: its class is of code that came with the files, which this process was told to run.
     """
 
     path: str
     dtype: str
     sketch: str
+    trust_remote_code: bool = False
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Source:
@@ -43,7 +45,7 @@ class Source:
             raise ValueError(f"the workers of a cluster compute on the CPU, and the model is on {model.device}")
         if Path(path).is_dir():
             path = str(Path(path).resolve())
-        return cls(path, str(model.dtype).removeprefix("torch."), sketch(model))
+        return cls(path, str(model.dtype).removeprefix("torch."), sketch(model), model.is_remote_code())
 
     def load(self) -> PreTrainedModel:
         """The model, for reading: a process that asks again gets the one that it has.
@@ -56,7 +58,7 @@ class Source:
     def load_own(self) -> PreTrainedModel:
         """The model, for changing. Raises ValueError as `load`."""
         try:
-            model = load_model(self.path, dtype=self.dtype)
+            model = load_model(self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
         except ValueError as error:
             raise ValueError(
                 f"{machine()}: {error}; every machine of the cluster has to find the model at {self.path}, in a folder "
