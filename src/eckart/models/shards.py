@@ -31,7 +31,7 @@ from eckart.models.checkpoint import CheckpointError, damaged, read_shapes, some
 from eckart.models.families import UnsupportedModelError
 from eckart.models.loading import class_of, locate
 from eckart.models.sites import blocks_of
-from eckart.support.files import check_room, whole_file, write_whole
+from eckart.support.files import check_room, digest_of, whole_file, write_whole
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 INDEX = "model.safetensors.index.json"
@@ -271,12 +271,6 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
             return digest_of(partial)
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {path}, {size:,} bytes ({error}); what was finished before is kept") from error
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _names_of_files(folder: Path) -> list[str]:
