@@ -9,14 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 import eckart.calibration.moments
 from eckart.allocation import plan
+from eckart.calibration.cache import CHECKSUM, is_sound, read_gradients, write_gradients
 from eckart.calibration.moments import Calibration, calibrate, calibrate_by_block, calibration_digest, gather_gradients
 from eckart.compression.replace import compress
 from eckart.data.tokens import Tokens
-from eckart.lowrank import Method, build_method
+from eckart.lowrank import GradientMoments, Method, build_method
 from eckart.models.sites import blocks_of, find_sites
 from tiny import BLOCKS, ENCODERS, HEADS, tiny_model, tiny_tokens
 from walks import Noted, alike, refuse_to_run
@@ -181,7 +186,8 @@ def test_a_truncated_file_is_not_read(killed: tuple[Path, Calibration], cut: int
     file = folder / "block-001.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-cut])
-    blocks = list(calibrate_by_block(tiny_model("llama"), tiny_tokens(), METHOD, cache=cache, batch_size=2))
+    with pytest.warns(UserWarning, match="is damaged"):
+        blocks = list(calibrate_by_block(tiny_model("llama"), tiny_tokens(), METHOD, cache=cache, batch_size=2))
     assert alike(blocks, expected)
     assert len(file.read_bytes()) == len(whole)
 
@@ -270,5 +276,52 @@ def test_truncated_gradients_are_gathered_again(tmp_path: Path, cut: int) -> Non
     (file,) = tmp_path.rglob("gradients.safetensors")
     whole = file.read_bytes()
     file.write_bytes(whole[:-cut])
-    assert alike(calibrate_by_block(model, tokens, KFAC, cache=tmp_path), expected)
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert alike(calibrate_by_block(model, tokens, KFAC, cache=tmp_path), expected)
     assert len(file.read_bytes()) == len(whole)
+
+
+# Integrity: what was written is what is read
+
+
+def flip(file: Path, bit: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_every_flipped_bit_is_caught(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.mktemp("flips") / "gradients.safetensors"
+    needs = frozenset({"fisher_in", "fisher_out"})
+    sums = {f"layers.{number}": GradientMoments(3, 2, needs) for number in range(2)}
+    write_gradients(file, sums, made_by={"steps": 3})
+    assert read_gradients(file).keys() == {"layers.0", "layers.1"}
+    flip(file, data.draw(st.integers(0, 8 * file.stat().st_size - 1)))
+    with pytest.raises(ValueError, match=r"gradients\.safetensors (is damaged|holds no gradient statistics)"):
+        read_gradients(file)
+    with pytest.warns(UserWarning, match=r"gradients\.safetensors is damaged: .* is computed again"):
+        assert not is_sound(file)
+    assert not file.exists()
+    assert file.with_name("gradients.safetensors.damaged").exists()
+
+
+def test_a_damaged_block_is_computed_again(killed: tuple[Path, Calibration]) -> None:
+    cache, expected = killed
+    (folder,) = cache.iterdir()
+    flip(folder / "block-001.safetensors", 8 * ((folder / "block-001.safetensors").stat().st_size - 100))
+    with pytest.warns(UserWarning, match=r"block-001\.safetensors is damaged"):
+        blocks = list(calibrate_by_block(tiny_model("llama"), tiny_tokens(), METHOD, cache=cache, batch_size=2))
+    assert alike(blocks, expected)
+
+
+def test_a_file_without_a_checksum_is_believed(tmp_path: Path) -> None:
+    file = tmp_path / "gradients.safetensors"
+    write_gradients(file, {"a": GradientMoments(3, 2, frozenset({"fisher_in"}))})
+    with safe_open(file, framework="pt") as opened:
+        metadata = {key: value for key, value in opened.metadata().items() if key != CHECKSUM}
+        tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
+    save_file(tensors, file, metadata=metadata)
+    assert is_sound(file)
+    assert read_gradients(file).keys() == {"a"}

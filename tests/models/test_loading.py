@@ -155,7 +155,11 @@ def test_leftovers_of_a_killed_run_do_no_harm(kept: Path) -> None:
     for name in (".out.partial", ".out.old"):
         (kept.parent / name).mkdir()
         (kept.parent / name / "junk").write_text("")
-    with staged_directory(kept.parent / "out") as staging:
+    # Killed between two renames: the older one is put back, and is not overwritten without being asked to.
+    with pytest.raises(FileExistsError, match="out exists"), staged_directory(kept.parent / "out"):
+        pass
+    assert contents(kept.parent / "out") == {"junk": b""}
+    with staged_directory(kept.parent / "out", force=True) as staging:
         assert list(staging.iterdir()) == []
         (staging / "done").write_text("")
     assert contents(kept.parent / "out") == {"done": b""}

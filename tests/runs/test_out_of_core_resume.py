@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from eckart.runs.how import How
 from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.out_of_core import compress_out_of_core
 from eckart.runs.recipe import Recipe
+from eckart.support.files import claimed
 from tiny import BLOCKS, Run, tiny_model
 
 from .from_files import BATCHED, check_same, recipe_of, tensors_of
@@ -186,8 +188,12 @@ def test_another_model_on_the_way_is_refused(own_place: Path, tmp_path: Path, mo
 
 
 def test_two_runs_do_not_share_a_place(place: Path, tmp_path: Path) -> None:
-    with out_of_core._locked(tmp_path / "out"), pytest.raises(ValueError, match="another run is making"):
-        compress_out_of_core(recipe_of(place), tmp_path / "out", BATCHED)
+    with (
+        ThreadPoolExecutor(1) as other,
+        claimed(tmp_path / "out"),
+        pytest.raises(ValueError, match="another run is making"),
+    ):
+        other.submit(compress_out_of_core, recipe_of(place), tmp_path / "out", BATCHED).result()
     compress_out_of_core(recipe_of(place), tmp_path / "out", BATCHED)
     assert not list(tmp_path.glob(".out*"))
 

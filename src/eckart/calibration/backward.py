@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from eckart.calibration.cache import is_whole, read_gradients, write_gradients
+from eckart.calibration.cache import is_sound, read_gradients, write_gradients
 from eckart.calibration.doors import Spill, whole_doors
 from eckart.calibration.gradients import sample_input, sample_loss, watching
 from eckart.calibration.walk import Walk, hidden_of, standing_in
@@ -65,7 +65,7 @@ class Sweep:
         Cost: two forward passes and a backward pass of each sample; the model's files are read twice.
         Disk: the hidden states of all samples at every door.
         """
-        if all(is_whole(self._file(number)) for number in {site.block for site in self.sites}):
+        if all(is_sound(self._file(number)) for number in {site.block for site in self.sites}):
             return
         above, doors = self.folder / "above", self.folder / "hidden"
         with in_float32(self.skeleton.model, FLOAT16):  # gradients in float16 would underflow to zero

@@ -1,21 +1,27 @@
-"""Cache: moments in safetensors files, which appear whole or not at all."""
+"""Cache: moments in safetensors files, which appear whole or not at all and carry a checksum of what they hold."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from eckart.lowrank import GradientMoments, InputMoments
-from eckart.support.files import GRADIENTS, whole_file
+from eckart.support.files import GRADIENTS, set_aside, whole_file
 
 # Metadata key of what made a file, among the counts of its entries; no site and no group has such a name.
 MADE_BY = "made by"
+# Metadata key of the checksum. A file of an older eckart has none, and is believed.
+CHECKSUM = "checksum"
+# Not the names of entries. safetensors itself may write the last one.
+RESERVED = (MADE_BY, CHECKSUM, "format")
 
 
 class Store:
@@ -29,8 +35,8 @@ class Store:
         return self.folder / f"block-{block:03d}.safetensors"
 
     def holds(self, block: int) -> bool:
-        """Whether a block's moments are in the folder."""
-        return is_whole(self._path(block))
+        """Whether a block's moments are in the folder, undamaged; a damaged file is set aside."""
+        return is_sound(self._path(block))
 
     def read(self, block: int) -> dict[str, InputMoments]:
         """{input group: moments} of a block."""
@@ -44,9 +50,9 @@ class Store:
         )
 
     def read_gradients(self) -> dict[str, GradientMoments] | None:
-        """{site name: gradient statistics}; None where there are none."""
+        """{site name: gradient statistics}; None where there are none. A damaged file is set aside."""
         path = self.folder / GRADIENTS
-        return read_gradients(path) if is_whole(path) else None
+        return read_gradients(path) if is_sound(path) else None
 
     def write_gradients(self, gradients: Mapping[str, GradientMoments]) -> None:
         """Write the gradient statistics of all sites."""
@@ -69,7 +75,7 @@ def read_gradients(path: Path) -> dict[str, GradientMoments]:
     """{site name: gradient statistics} of a file of `write_gradients`.
 
     Raises:
-        ValueError: it is no such file, or is cut short.
+        ValueError: it is no such file, is cut short, or its numbers are not those that were written.
     """
     try:
         return {
@@ -86,13 +92,41 @@ def read_making(path: Path) -> dict[str, Any]:
         return dict(json.loads((file.metadata() or {}).get(MADE_BY, "{}")))
 
 
-def is_whole(path: Path) -> bool:
-    """Whether the file exists and is as long as its header says."""
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (FileNotFoundError, SafetensorError):
+def is_sound(path: Path) -> bool:
+    """Whether the file exists and holds what was written; one that does not is set aside, see `set_aside`.
+
+    Cost: one read of the file.
+    """
+    if not path.exists():
         return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            _check(path, file)
+        return True
+    except (SafetensorError, ValueError):
+        set_aside(path)
+        return False
+
+
+def checksum_of(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A digest of a file's metadata and, in this order, of each tensor's name, type, shape and numbers."""
+    state = hashlib.sha256(json.dumps({k: v for k, v in metadata.items() if k != CHECKSUM}, sort_keys=True).encode())
+    for name, tensor in tensors:
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(memoryview(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return state.hexdigest()
+
+
+def _check(path: Path, file: Any) -> None:
+    """Raises ValueError where an open file does not hold what was written."""
+    metadata, names = file.metadata() or {}, sorted(file.keys())
+    entries = {name.rpartition("|")[0] for name in names}
+    # An older file has no checksum, and no entry without numbers: such a one is the checksum's own, with another name.
+    if set(metadata) - set(RESERVED) != entries or (
+        CHECKSUM in metadata
+        and metadata[CHECKSUM] != checksum_of(metadata, ((name, file.get_tensor(name)) for name in names))
+    ):
+        raise ValueError(f"{path} is damaged: its numbers are not those that were written")
 
 
 def _write_file(
@@ -106,16 +140,16 @@ def _write_file(
     metadata = {name: json.dumps(numbers) for name, (numbers, _) in entries.items()}
     if made_by is not None:
         metadata[MADE_BY] = json.dumps(made_by)
+    metadata[CHECKSUM] = checksum_of(metadata, sorted(tensors.items()))
     with whole_file(path) as partial:
         save_file(tensors, partial, metadata=metadata)
 
 
 def _read_file(path: Path) -> dict[str, tuple[list[int], dict[str, Tensor]]]:
     with safe_open(path, framework="pt") as file:
+        _check(path, file)
         entries: dict[str, tuple[list[int], dict[str, Tensor]]] = {
-            name: (json.loads(numbers), {})
-            for name, numbers in (file.metadata() or {}).items()
-            if name not in (MADE_BY, "format")
+            name: (json.loads(numbers), {}) for name, numbers in (file.metadata() or {}).items() if name not in RESERVED
         }
         for key in file.keys():  # noqa: SIM118 (not a mapping)
             name, _, statistic = key.rpartition("|")

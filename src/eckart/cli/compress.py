@@ -39,7 +39,7 @@ from eckart.cli.terminal import console
 from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.out_of_core import compress_out_of_core
 from eckart.runs.recipe import parse_recipe
-from eckart.support.files import check_free
+from eckart.support.files import check_free, claimed
 
 
 def command(
@@ -132,18 +132,21 @@ def command(
         raise ValueError("--resume is for --out-of-core; other runs keep their moments in the cache")
     if out_of_core and engine != ENGINE:
         raise ValueError("--out-of-core takes one block after another in this process: leave out --engine")
-    check_free(out, force=force)  # before a cluster is started
-    with open_run(
-        engine,
-        address=address,
-        workers=workers,
-        device=device,
-        batch_size=batch_size,
-        data=data,
-        cache=cache,
-        no_cache=no_cache,
-        trust_remote_code=trust_remote_code,
-    ) as how:
+    check_free(out, force=force)  # and claimed, before a cluster is started
+    with (
+        claimed(out),
+        open_run(
+            engine,
+            address=address,
+            workers=workers,
+            device=device,
+            batch_size=batch_size,
+            data=data,
+            cache=cache,
+            no_cache=no_cache,
+            trust_remote_code=trust_remote_code,
+        ) as how,
+    ):
         if out_of_core:
             outcome = compress_out_of_core(recipe, out, how, resume=resume, force=force)
         else:

@@ -12,7 +12,7 @@ from eckart.cli.terminal import console, megabytes
 from eckart.models.dense import export_dense
 from eckart.models.loading import load_model, load_tokenizer, save
 from eckart.models.sites import low_rank_modules
-from eckart.support.files import check_free
+from eckart.support.files import check_free, claimed
 from eckart.support.sizes import num_bytes, num_params
 
 
@@ -29,8 +29,9 @@ def command(
     if not dense:
         raise ValueError("say which form: --dense multiplies the factors back into an ordinary model")
     check_free(out, force=force)
-    loaded = load_model(model, trust_remote_code=trust_remote_code)
-    if not low_rank_modules(loaded):
-        raise ValueError(f"{model} holds no low-rank linear: it is dense already")
-    save(export_dense(loaded), out, load_tokenizer(model, trust_remote_code=trust_remote_code), force=force)
+    with claimed(out):
+        loaded = load_model(model, trust_remote_code=trust_remote_code)
+        if not low_rank_modules(loaded):
+            raise ValueError(f"{model} holds no low-rank linear: it is dense already")
+        save(export_dense(loaded), out, load_tokenizer(model, trust_remote_code=trust_remote_code), force=force)
     console.print(f"{out}: {num_params(loaded):,} parameters, {megabytes(num_bytes(loaded))}, loads without eckart")

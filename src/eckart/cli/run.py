@@ -25,6 +25,7 @@ from eckart.cli.options import (
 from eckart.cli.terminal import console, number, table
 from eckart.runs.experiment import run
 from eckart.runs.recipe import load_recipe
+from eckart.support.files import claimed
 
 
 def command(
@@ -51,17 +52,20 @@ def command(
     evaluate: ["perplexity:wikitext2", {task: "perplexity:c4", limit: 100}]
     """
     whole = load_recipe(recipe)
-    with open_run(
-        engine,
-        address=address,
-        workers=workers,
-        device=device,
-        batch_size=batch_size,
-        data=data,
-        cache=cache,
-        no_cache=no_cache,
-        trust_remote_code=trust_remote_code,
-    ) as how:
+    with (
+        claimed(out),
+        open_run(
+            engine,
+            address=address,
+            workers=workers,
+            device=device,
+            batch_size=batch_size,
+            data=data,
+            cache=cache,
+            no_cache=no_cache,
+            trust_remote_code=trust_remote_code,
+        ) as how,
+    ):
         measured = run(whole, out, how, force=force)
     rows = []
     for item in measured:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TextIO, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -22,12 +22,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eckart.data.positions import check_positions, usable_positions
 from eckart.data.tokens import check_vocabulary
 from eckart.evals.windows import check_evaluating, is_causal
+from eckart.support.files import claimed, set_aside, write_whole
 from eckart.support.fingerprint import describe_architecture, hash_weights
 from eckart.support.progress import Track, silent
 
 Pooling = Literal["mean", "last", "cls"]
 # Number of this layout and of the way states are pooled; part of every digest.
 FORMAT = 1
+# Bytes of the digest at a file's end.
+DIGEST = hashlib.sha256().digest_size
 # Batches between two notes of how far a reading is: a killed one does these again at most.
 NOTED_EVERY = 64
 # A text is read so far at most, unless more is asked for.
@@ -119,7 +122,7 @@ def read_hidden_states(
             cache = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="eckart-states-")))
         cache.mkdir(parents=True, exist_ok=True)
         file = cache / (f"{_digest(model, rows, pooling)}.npy" if kept else "states.npy")
-        if not file.is_file():
+        if not _is_sound(file):
             _fill(model, rows, pooling, file, batch_size, track)
         values = np.load(file, mmap_mode="r")
         try:
@@ -180,10 +183,10 @@ def _fill(model: PreTrainedModel, rows: TokenRows, pooling: Pooling, file: Path,
     """Read all rows into `file`, which appears whole; continuing a killed reading."""
     order = rows.by_length
     partial, noted = file.with_suffix(".partial"), file.with_suffix(".rows")
-    with noted.open("a+", encoding="ascii") as lock:
-        _claim(lock, file)
-        lock.seek(0)
-        finished = int(lock.read() or 0) if partial.is_file() else 0
+    with claimed(file):
+        if file.is_file():
+            return  # another process has read it meanwhile
+        finished = int(noted.read_text(encoding="ascii") or 0) if partial.is_file() and noted.is_file() else 0
         batches = [order[start : start + batch_size] for start in range(finished, len(order), batch_size)]
         values = np.load(partial, mmap_mode="r+") if finished else None
         for number, batch in enumerate(track(batches, "hidden states", len(batches)), 1):
@@ -195,26 +198,14 @@ def _fill(model: PreTrainedModel, rows: TokenRows, pooling: Pooling, file: Path,
             values[:, batch] = pooled.numpy()
             finished += len(batch)
             if number % NOTED_EVERY == 0:
-                _note(lock, values, finished)
+                _note(noted, values, finished)
         assert values is not None
         values.flush()
         del values
+        with partial.open("ab") as end:
+            end.write(_digest_of_bytes(partial))
         partial.rename(file)
-        noted.unlink()
-
-
-def _claim(lock: TextIO, file: Path) -> None:
-    """Raises ValueError where another process is reading into the same file. A kill lets go of the claim."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has none, and there two runs are not kept apart
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(
-            f"another run is reading the same hidden states into {file}; wait for it, or give another cache"
-        ) from error
+        noted.unlink(missing_ok=True)
 
 
 def _take_room(file: Path) -> None:
@@ -224,13 +215,41 @@ def _take_room(file: Path) -> None:
             os.posix_fallocate(room.fileno(), 0, file.stat().st_size)
 
 
-def _note(file: TextIO, values: np.memmap, finished: int) -> None:
+def _note(file: Path, values: np.memmap, finished: int) -> None:
     """Put on disk what was read, and then how far that is."""
     values.flush()
-    file.seek(0)
-    file.truncate()
-    file.write(str(finished))
-    file.flush()
+    write_whole(file, str(finished))
+
+
+def _is_sound(file: Path) -> bool:
+    """Whether there are states, and they are those that were written; otherwise they are set aside, with a warning.
+
+    After the numbers, where numpy does not look, is a digest of all before it. A file of an older eckart has none, and
+    is believed.
+    """
+    if not file.is_file():
+        return False
+    try:
+        values = np.load(file, mmap_mode="r")
+        end, size = values.offset + values.nbytes, file.stat().st_size
+    except (ValueError, EOFError, OSError):
+        end = size = -1
+    if 0 < end == size:
+        return True
+    if end < 0 or end + DIGEST != size or _last_bytes(file) != _digest_of_bytes(file, end):
+        set_aside(file)
+        return False
+    return True
+
+
+def _last_bytes(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        stream.seek(-DIGEST, os.SEEK_END)
+        return stream.read()
+
+
+def _digest_of_bytes(file: Path, end: int | None = None) -> bytes:
+    return hashlib.sha256(memoryview(np.memmap(file, dtype=np.uint8, mode="r")[:end])).digest()
 
 
 @torch.inference_mode()

@@ -36,14 +36,13 @@ from eckart.models.weight_files import (
     INDEX,
     CheckpointError,
     damaged,
-    digest_of,
     read_header,
     read_index,
     some_of,
     verify,
     weight_files,
 )
-from eckart.support.files import check_room, whole_file, write_whole
+from eckart.support.files import check_room, digest_of, whole_file, write_whole
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 # Files of a model on the hub that are not weights: configuration and tokenizer.

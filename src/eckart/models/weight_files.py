@@ -5,7 +5,6 @@ Every reader of ours looks here first, so that a damaged file, or an index that 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 from collections.abc import Collection, Mapping, Sequence
@@ -19,7 +18,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 
-from eckart.support.files import write_whole
+from eckart.support.files import digest_of, write_whole
 
 INDEX = SAFE_WEIGHTS_INDEX_NAME
 # In the order in which transformers takes them, where a folder has several.
@@ -144,12 +143,6 @@ def damaged(file: str | Path, error: Exception) -> CheckpointError:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_digests(folder: Path, known: Mapping[str, str] | None = None) -> None:

@@ -35,7 +35,7 @@ from eckart.runs.how import How
 from eckart.runs.in_memory import make_baseline, make_checkpoint
 from eckart.runs.recipe import Recipe, load_recipe
 from eckart.runs.workbench import make_tokens
-from eckart.support.files import write_whole
+from eckart.support.files import claimed, write_whole
 
 WEIGHTS = "*.safetensors"
 
@@ -82,6 +82,13 @@ def run(
         FileExistsError: the directory holds a run of another recipe and `force` is not given.
         ValueError: as the stages raise it; an unknown task is found before anything runs.
     """
+    with claimed(directory):
+        return _run(recipe, directory, how, force, shared, keep_going, keep_weights)
+
+
+def _run(
+    recipe: Recipe, directory: Path, how: How, force: bool, shared: Path | None, keep_going: bool, keep_weights: bool
+) -> list[Measured]:
     _claim(directory, recipe, force)
     write_whole(directory / "environment.json", json.dumps(environment(), indent=2))
     models = _Models(recipe, directory / "model", how)

@@ -17,7 +17,7 @@ from eckart.runs.facts import FACTS, Facts, Outcome
 from eckart.runs.how import How
 from eckart.runs.recipe import Recipe
 from eckart.runs.workbench import Workbench, make_tokens, resolve
-from eckart.support.files import check_free, write_whole
+from eckart.support.files import check_free, claimed, write_whole
 from eckart.support.timing import timed
 
 
@@ -29,10 +29,16 @@ def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False)
 
     Raises:
         FileExistsError: `out` exists and `force` is not given; nothing is read or computed then.
+        ValueError: another run is making `out`; nothing is read or computed then.
         ValueError, UnsupportedModelError, DecompositionError: as the stages raise them.
     """
     recipe.check_makes_checkpoint()
-    check_free(out, force=force)
+    with claimed(out):
+        check_free(out, force=force)
+        return _make(recipe, out, how, force)
+
+
+def _make(recipe: Recipe, out: Path, how: How, force: bool) -> Outcome:
     seconds: dict[str, float] = {}
     with timed(seconds, "load"):
         model = load_model(recipe.model, dtype=recipe.dtype, device=how.device, trust_remote_code=how.trust_remote_code)

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,12 +33,12 @@ from eckart.models.loading import load_tokenizer, locate
 from eckart.models.shards import Skeleton, write_index, write_shard
 from eckart.models.sites import Site, find_sites, first_readers
 from eckart.models.units import Unit, units_of
-from eckart.models.weight_files import digest_of, write_digests
+from eckart.models.weight_files import write_digests
 from eckart.runs.facts import Facts, Outcome
 from eckart.runs.how import How
 from eckart.runs.recipe import Recipe
 from eckart.runs.workbench import Workbench
-from eckart.support.files import check_free, put_in_place, write_whole
+from eckart.support.files import check_free, claimed, digest_of, put_in_place, write_whole
 from eckart.support.journal import Journal, open_journal
 from eckart.support.sizes import num_bytes, num_params
 
@@ -77,9 +74,8 @@ def compress_out_of_core(recipe: Recipe, out: Path, how: How, *, resume: bool = 
     the compressed model, and the hidden states at two doors, or with gradients at every door.
     """
     _check_recipe(recipe)
-    out = Path(out)
-    work = out.with_name(f".{out.name}.work")
-    with _locked(out):
+    with claimed(out) as out:
+        work = out.with_name(f".{out.name}.work")
         check_free(out, force=force)
         if (work / JOURNAL).exists() and not resume and not force:
             raise FileExistsError(f"{work} has an earlier run's work: go on with --resume, or --force to start anew")
@@ -310,42 +306,6 @@ def _check_recipe(recipe: Recipe) -> None:
             f"out of core, one block is in memory at a time, and {recipe.method.name} here has {', '.join(obstacles)}: "
             "change that, or give a method without these, such as --method asvd-i or --method kfac"
         )
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Inside, no other run makes `out`.
-
-    Raises:
-        ValueError: one does.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    path = out.with_name(f".{out.name}.lock")
-    with path.open("a", encoding="utf-8") as file:
-        if not _take(file.fileno(), path):
-            raise ValueError(f"another run is making {out}; wait for it, or give another place")
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # where a file cannot be removed while it is open
-                path.unlink()
-
-
-def _take(descriptor: int, path: Path) -> bool:
-    """Whether the lock on an open file is ours now; it ends with the process, however that ends."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # A run that ends removes the file: a lock on one that was opened before keeps nobody out.
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except OSError:
-        return False
 
 
 def _publish(work: Path, out: Path) -> None:

@@ -17,7 +17,7 @@ from eckart.runs.experiment import Measured, run
 from eckart.runs.how import How
 from eckart.runs.recipe import Recipe, parse_recipe
 from eckart.runs.study import Row, Study, merge
-from eckart.support.files import write_whole
+from eckart.support.files import claimed, write_whole
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,11 @@ def run_study(
             `force` is not given.
         ValueError: a recipe that does not fit, found before anything runs; and what compression raises.
     """
+    with claimed(directory):
+        return _run_study(study, directory, how, force, keep_weights)
+
+
+def _run_study(study: Study, directory: Path, how: How, force: bool, keep_weights: bool) -> list[Line]:
     planned = study.recipes()
     if study.finetune is not None:
         planned = fine_tune_models(planned, study.finetune.to_settings(), directory, how, force=force)

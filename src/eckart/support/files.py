@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import shutil
+import sys
+import threading
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+# (thread, path) of what this process has claimed, see `claimed`.
+_CLAIMS: set[tuple[int, Path]] = set()
 # Squared gradients: in a calibration's folder, and with the weights of a fine-tuned model, of which they are none.
 GRADIENTS = "gradients.safetensors"
 
@@ -39,28 +46,87 @@ def whole_file(file: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def claimed(out: str | Path) -> Iterator[Path]:
+    """Inside, nobody else writes `out`, a file or a directory; gives its real path. Who has it may claim it again.
+
+    The system takes the lock, on the file `.<name>.lock` next to `out`, back when the process ends, however it ends.
+    Where a killed process was replacing `out`, the older one is put back; what it had of a new one is removed.
+
+    Raises:
+        ValueError: another process or thread has claimed it.
+        OSError: no file can be made next to `out`, or its file system has no locks (NFS has them where its lock
+            service runs).
+    """
+    out = Path(os.path.realpath(out))
+    owner = (threading.get_ident(), out)
+    if owner in _CLAIMS:
+        yield out
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = _next_to(out, "lock")
+    with path.open("a", encoding="utf-8") as file:
+        if not _take(file.fileno(), path):
+            raise ValueError(f"another run is making {out}; wait for it, or give another place")
+        _CLAIMS.add(owner)
+        try:
+            _tidy(out)
+            yield out
+        finally:
+            _CLAIMS.remove(owner)
+            with suppress(OSError):  # where a file cannot be removed while it is open
+                path.unlink()
+
+
+def _take(descriptor: int, path: Path) -> bool:
+    """Whether the lock on an open file is ours now."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            raise OSError(
+                error.errno, f"the file system has no locks ({error.strerror}): give a place on another", str(path)
+            ) from error
+        return False
+    try:
+        # Who lets go removes the file: a lock on one that was opened before keeps nobody out.
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
 def staged_directory(out: str | Path, *, force: bool = False) -> Iterator[Path]:
     """A directory next to `out` that becomes `out` when the block ends well, and is removed when it fails.
 
+    It is claimed meanwhile. A caller that computes before it writes claims `out` itself, before it computes.
+
     Raises:
         FileExistsError: `out` exists, is not an empty directory, and `force` is not given.
+        ValueError, OSError: as `claimed`.
     """
-    out = Path(out)
-    check_free(out, force=force)
-    staging = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        put_in_place(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with claimed(out) as place:
+        check_free(out, force=force)
+        staging = _next_to(place, "partial")
+        staging.mkdir()
+        try:
+            yield staging
+            put_in_place(staging, place)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def put_in_place(complete: Path, out: Path) -> None:
-    """Rename a directory that is complete to `out`; an older `out` is removed afterwards.
+    """Rename a directory that is complete to `out`, which is claimed; an older `out` is removed afterwards.
 
-    Its files get the permissions of newly created ones: safetensors writes files that only their owner can read.
+    Its files get the permissions of newly created ones: safetensors writes files that only their owner can read. A kill
+    between the two renames leaves the older one as `.<name>.old`; `claimed` puts it back.
     """
     umask = os.umask(0)
     os.umask(umask)
@@ -70,11 +136,44 @@ def put_in_place(complete: Path, out: Path) -> None:
     if not out.exists():
         complete.rename(out)
         return
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _next_to(out, "old")
     out.rename(old)
     complete.rename(out)
-    shutil.rmtree(old)
+    _tidy(out)
+
+
+def _next_to(out: Path, what: str) -> Path:
+    """The path of what belongs to `out` while it is claimed: its lock, its partial one, the old one."""
+    return out.with_name(f".{out.name}.{what}")
+
+
+def _tidy(out: Path) -> None:
+    """Put back an older `out` that a killed process was replacing, and remove what is of no use any more."""
+    old, partial = _next_to(out, "old"), _next_to(out, "partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    if old.exists() and not out.exists():
+        old.rename(out)
+    elif old.exists():
+        old.rename(partial)  # what is called old is whole: it may have to be put back
+        shutil.rmtree(partial)
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged file of a cache, with a warning that names it: what it held is computed again."""
+    damaged = path.with_name(f"{path.name}.damaged")
+    path.replace(damaged)
+    warnings.warn(
+        f"{path} is damaged: its bytes are not those that were written. It is {damaged.name} now, and what it held is "
+        "computed again; is the disk failing?",
+        stacklevel=3,
+    )
 
 
 def check_free(out: str | Path, *, force: bool = False) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from eckart.calibration.cache import is_whole, read_gradients, write_gradients
+from eckart.calibration.cache import is_sound, read_gradients, write_gradients
 from eckart.calibration.gradients import record_squares
 from eckart.data.labelled import LABELLED, Labelled, read_labelled
 from eckart.data.tokens import warn_of_tokenizer
@@ -31,7 +31,7 @@ from eckart.models.loading import load_classifier, load_tokenizer
 from eckart.models.sites import find_sites
 from eckart.models.weight_files import write_digests
 from eckart.support.device import check_device
-from eckart.support.files import GRADIENTS, check_free, staged_directory, write_whole
+from eckart.support.files import GRADIENTS, check_free, claimed, staged_directory, write_whole
 from eckart.support.fingerprint import describe_architecture, hash_weights
 from eckart.support.progress import Track, silent
 from eckart.support.quiet import quiet
@@ -131,11 +131,36 @@ def fine_tune(
 
     Raises:
         FileExistsError: `out` exists and `force` is off; nothing is read then.
+        ValueError: another run is making `out`; nothing is read then either.
         ValueError: as `load_classifier`, `read_labelled` and `train` raise it.
 
     Cost: epochs x rows / batch steps, and memory of the model, three times that for AdamW, and one batch.
     """
-    check_free(out, force=force)
+    with claimed(out):
+        check_free(out, force=force)
+        return _fine_tune(
+            source,
+            out,
+            settings,
+            data=data,
+            device=device,
+            force=force,
+            trust_remote_code=trust_remote_code,
+            track=track,
+        )
+
+
+def _fine_tune(
+    source: str | Path,
+    out: Path,
+    settings: FineTuning,
+    *,
+    data: Path | None,
+    device: str,
+    force: bool,
+    trust_remote_code: bool,
+    track: Track,
+) -> dict[str, Any]:
     _check_device(device)
     rows = read_labelled(settings.task, split="train", data=data).draw(settings.limit, settings.seed)
     # A file and a hub set have one split: to score on it would be to score on the rows that were trained on.
@@ -329,7 +354,7 @@ def _claim(progress: Path, identity: str) -> Path | None:
     """Make the folder this training's; returns the checkpoint that it resumes from, if there is one."""
     mark = progress / "identity"
     if mark.is_file() and mark.read_text(encoding="utf-8") == identity:
-        whole = [folder for folder in progress.glob("checkpoint-*") if is_whole(folder / GRADIENTS)]
+        whole = [folder for folder in progress.glob("checkpoint-*") if is_sound(folder / GRADIENTS)]
         return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
     shutil.rmtree(progress, ignore_errors=True)
     progress.mkdir(parents=True)
