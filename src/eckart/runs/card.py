@@ -57,9 +57,10 @@ def write_card(recipe: Recipe, facts: Facts, results: Sequence[tuple[EvalResult,
         "",
         f"{facts.sites_low_rank} linears are low-rank, {facts.sites_dense} compressible ones stay dense.",
     ]
+    when = " before gradient steps," if any(report["kept"] for report in facts.passes) else ""
     if errors:
         lines.append(
-            "Relative squared error at their outputs, on the calibration tokens: "
+            f"Relative squared error of the stored factors at their outputs,{when} on the calibration tokens: "
             f"mean {sum(errors) / len(errors):.4g}, largest {max(errors):.4g}."
         )
     undone = [report["place"] for report in facts.passes if not report["kept"]]
