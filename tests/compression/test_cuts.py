@@ -82,7 +82,7 @@ def test_the_relative_error_is_that_of_the_stored_factors(
         low = model.get_submodule(each.name)
         assert isinstance(low, LowRankLinear)
         error, energy = loss_of(low, *before[each.name], inputs)
-        # Moments are kept in float32, so that a form of a moment may be below zero by rounding: then it is reported as 0.
+        # Moments are kept in float32: a loss of nothing may come out below zero by rounding, and is reported as 0.
         assert each.relative_error == pytest.approx(max(error, 0.0) / energy, rel=1e-5, abs=1e-14), each.name
         if each.tail is not None and built.exact and not joint:
             exceeded += each.relative_error > 2 * each.tail / energy

@@ -93,7 +93,7 @@ class Unit:
         return replace(whole.to(dtype), bias=whole.bias)
 
     def modules(self, model: nn.Module, factors: Factors, layout: Layout = "plain") -> dict[str, nn.Module]:
-        """{site name: module for its part of the factors}; see `stored` and `modules_of`, which raise what this does."""
+        """{site name: module for its part of the factors}; see `stored` and `modules_of`, which raise the errors."""
         dtypes = (read_weight(model.get_submodule(site.name)).dtype for site in self.sites)
         return self.modules_of(model, self.stored(factors, layout, reduce(torch.promote_types, dtypes)))
 
