@@ -47,6 +47,8 @@ def test_added_biases_are_counted() -> None:
     assert biased.params[1] - plain.params[1] == outputs
     assert biased.keep_of_model > plain.keep_of_model
     assert biased.keep_of_linears == plain.keep_of_linears
+    # keep is of what was chosen; the share of all linears, attention included, is another number.
+    assert plain.keep_of_planned == biased.keep_of_planned == made.keep <= 0.5 < plain.keep_of_linears
     assert biased.file_bytes[1] > plain.file_bytes[1] + 4 * outputs
     assert biased.macs_per_token == plain.macs_per_token
 

@@ -149,6 +149,11 @@ def test_the_pivoted_layout_has_more_rank_for_the_same_share(run: Run, place: Pa
         assert plans[layout]["layout"] == layout
         assert plans[layout]["keep"] <= 0.5
     assert all(plans["pivoted"]["ranks"][name] > rank for name, rank in plans["plain"]["ranks"].items())
+    assert "numbers in all linears" not in printed
+    status, printed = run("inspect", place / "model", "--keep", "0.5", "--include", "mlp")
+    share = next(float(line.rstrip(" │|").split()[-1].rstrip("%")) for line in printed.splitlines() if "(keep)" in line)
+    assert 40 < share <= 50
+    assert "numbers in all linears" in printed
     status, printed = run("inspect", place / "model", "--keep", "0.5", "--layout", "round")
     assert status == 2
     assert "layout 'round' is none of plain, pivoted" in printed

@@ -93,7 +93,7 @@ def test_ranks_are_chosen_by_what_layers_know(run: Run, place: Path, tmp_path: P
     header = json.loads((tmp_path / "plan.trials.jsonl").read_text().splitlines()[0])["of"]["score"]
     assert (header["task"]["name"], header["task"]["split"], header["score"]) == (
         "probing:sst2",
-        "train",
+        "train-without-test",
         "selectivity",
     )
     assert json.loads((tmp_path / "plan.search.json").read_text())["evaluations"] == 2

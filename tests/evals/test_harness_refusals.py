@@ -224,3 +224,12 @@ def test_a_harness_without_the_definition(tmp_path: Path) -> None:
         write_definitions(LOCAL_TASKS["piqa"], tmp_path, corpus(tmp_path, "piqa"), tmp_path, shots=0)
     with pytest.raises(ValueError, match=r"the installed harness has no definition mmlu/default"):
         find_local_task("mmlu_anatomy", tmp_path)
+
+
+def test_examples_are_not_drawn_from_what_is_divided(tmp_path: Path) -> None:
+    """Lambada has no split but the one that is asked: a search's prompts would hold what its report asks."""
+    corpus(tmp_path, "lambada_openai", 12)
+    assert run(tmp_path, "lambada_openai", split="sfsd-search").n == 2
+    with pytest.raises(ValueError, match="drawn from the documents themselves"):
+        run(tmp_path, "lambada_openai", split="sfsd-search", shots=1)
+    assert run(corpus(tmp_path, "boolq", 12), "boolq", split="sfsd-search", shots=1).n == 2

@@ -102,6 +102,14 @@ def test_no_improvement_on_another_size_or_an_infinite_baseline(tmp_path: Path) 
     assert table.rows[row(table, method="nsvd-i", keep="0.7")][gain].value is None
 
 
+def test_no_improvement_over_other_corpora_than_the_baselines(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", method="asvd-i", keep=0.7)
+    ours = make_run(tmp_path / "b", method="nsvd-i", keep=0.7)
+    (ours / "evals" / "perplexity-ptb.json").unlink()
+    table = summary(read_runs([tmp_path]))
+    assert table.rows[row(table, method="nsvd-i", keep="0.7")][column(table, "Gain on asvd-i")].value is None
+
+
 def test_another_baseline_and_one_that_is_not_there(tmp_path: Path) -> None:
     make_run(tmp_path / "a", method="svd")
     make_run(tmp_path / "b", method="nsvd-i")

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 import eckart
+from eckart.cli.reproduce import study_notes
 from eckart.evals.result import EvalResult
 from eckart.evals.tasks import Task
 from eckart.reports import write_report
+from eckart.reports.runs import read_runs
+from eckart.reports.tables import paper_table
 from eckart.runs import experiment
 from eckart.runs.how import How
 from eckart.runs.recipe import parse_recipe
@@ -171,6 +174,25 @@ def test_what_is_refused_is_a_gap_with_its_reason(place: Path, tmp_path: Path) -
     assert (tmp_path / "out" / "runs" / svd.run / "refusals.json").is_file()
 
 
+def test_an_average_over_fewer_corpora_than_the_papers_is_none(place: Path, tmp_path: Path) -> None:
+    """The paper's improvement is a mean over all of its corpora; one that cannot be read leaves the cell empty."""
+    missing = "perplexity:nowhere.txt"
+    base = at_place(place).base
+    base["evaluate"].append(missing)
+    columns = [*at_place(place).columns, missing]
+    runs = [{"method": "asvd-i", "keep": 0.5}, {"method": "nsvd-i", "keep": 0.5}]
+    study = at_place(place, base=base, columns=columns, runs=runs, dense=None)
+    _, asvd, nsvd = run_study(study, tmp_path / "out", How())
+    assert (asvd.improvement, nsvd.improvement) == (None, None)
+    assert (asvd.unmeasured, nsvd.unmeasured) == ([], [missing])
+    rows = json.loads((tmp_path / "out" / "study.json").read_text())["rows"]
+    assert [row.get("unmeasured") for row in rows] == [None, None, [missing]]
+    table = paper_table(read_runs([tmp_path / "out"]).studies[0], 1)
+    assert (table.rows[2][-1].text, table.rows[2][-1].hint) == ("incomplete", "not measured: nowhere.txt")
+    told = study_notes([asvd, nsvd])
+    assert told == [f"{nsvd.label}: no average improvement, for {missing} was not measured"]
+
+
 def test_a_compressed_model_without_a_result_does_not_get_the_dense_one_s(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,7 +331,13 @@ def test_limits_bound_the_scores_of_searches() -> None:
 def test_a_search_that_stays_above_its_size_is_a_gap_with_its_reason(place: Path, tmp_path: Path) -> None:
     search = {"name": "surgical", "score": f"perplexity:{place / 'text.txt'}", "tolerance": "-90%", "limit": 1}
     runs = [{"method": "svd", "keep": 0.5}, {"method": "svd", "allocation": search, "keep": 0.5}]
-    _, uniform, searched = run_study(at_place(place, runs=runs), tmp_path / "out", How(cache=tmp_path / "cache"))
+    with pytest.raises(ValueError, match="give it the split sfsd-evaluation"):
+        run_study(at_place(place, runs=runs), tmp_path / "out", How())
+    assert not (tmp_path / "out").exists()
+    base = at_place(place).base
+    base["evaluate"][0] = {**base["evaluate"][0], "split": "sfsd-evaluation"}
+    study = at_place(place, base=base, runs=runs)
+    _, uniform, searched = run_study(study, tmp_path / "out", How(cache=tmp_path / "cache"))
     assert None not in uniform.ours
     assert searched.ours == [None, None]
     assert "raise the tolerance" in next(iter((searched.refusals or {}).values()))

@@ -58,13 +58,25 @@ class RankPlan:
         """Numbers in them after: those of the factors, a shared one counted once, or d_out d_in where dense."""
         return sum(unit.num_stored(self.rank(unit.sites[0]), self.layout) for unit in self.units)
 
+    @property
+    def planned_params(self) -> int:
+        """Numbers in the weights of the sites that the plan names, before: what a budget's keep is a share of."""
+        return sum(site.num_params for site in self.sites if site.name in self.ranks)
+
+    @property
+    def keep(self) -> float:
+        """Share of these numbers kept; 1 where the plan names no site."""
+        planned = self.planned_params
+        return 1 - (self.dense_params - self.kept_params) / planned if planned else 1.0
+
     def to_json(self) -> str:
         """plan.json: meant to be read and edited by hand, and read back by `RankPlan.from_json`."""
         return json.dumps(
             {
                 "dense_params": self.dense_params,
                 "kept_params": self.kept_params,
-                "keep": round(self.kept_params / self.dense_params, 6),
+                "planned_params": self.planned_params,
+                "keep": round(self.keep, 6),
                 "layout": self.layout,
                 "joint": sorted(self.joint),
                 "ranks": dict(self.ranks),

@@ -20,11 +20,13 @@ class PlanSummary:
 
     Attributes:
         sites_low_rank, sites_dense: how many linears.
-        keep_of_linears: share of the compressible linears' numbers.
+        keep_of_linears: share of the compressible linears' numbers, planned or not.
         keep_of_model: share of the whole model's; embeddings, heads and norms are counted.
         params: [before, after], numbers of the whole model.
         file_bytes: [before, after], of the weight files, see `weight_bytes`.
         macs_per_token: [before, after], multiply-accumulates in linears, see `linear_macs`.
+        keep_of_planned: share of the numbers of the linears that the plan names: what `keep` asks for. None in a file
+            that an older eckart wrote.
     """
 
     sites_low_rank: int
@@ -34,13 +36,15 @@ class PlanSummary:
     params: list[int]
     file_bytes: list[int]
     macs_per_token: list[int]
+    keep_of_planned: float | None = None
 
 
 def summarise(plan: RankPlan, model: PreTrainedModel, *, bias: bool = False) -> PlanSummary:
     """Shares kept, counted both ways people count, and sizes before and after. Call before compressing.
 
     Args:
-        bias: the method adds a bias to every low-rank site that has none. It counts in all but keep_of_linears.
+        bias: the method adds a bias to every low-rank site that has none. It counts in neither
+            keep_of_linears nor keep_of_planned.
     """
     whole = num_params(model)
     low_rank = [site for site in plan.sites if plan.rank(site) is not None]
@@ -57,6 +61,7 @@ def summarise(plan: RankPlan, model: PreTrainedModel, *, bias: bool = False) -> 
         # Factors take a multiply-accumulate for each number that they store: the layouts and a shared right factor save
         # as many of the one as of the other.
         macs_per_token=[macs, macs - removed],
+        keep_of_planned=plan.keep,
     )
 
 

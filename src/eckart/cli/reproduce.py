@@ -91,6 +91,8 @@ def command(
     ):
         lines = run_study(scaled, out, how, force=force, keep_weights=keep_models)
     console.print(study_table(scaled, lines))
+    for note in study_notes(lines):
+        console.print(note, highlight=False)
     refused: dict[str, list[str]] = {}
     for line in lines:
         for task, why in (line.refusals or {}).items():
@@ -122,6 +124,15 @@ def study_table(study: Study, lines: Sequence[Line]) -> Table:
     if len(heads) > WIDEST:
         grid = [list(column) for column in zip(*grid, strict=True)]
     return table(study.title, grid[0], grid[1:])
+
+
+def study_notes(lines: Sequence[Line]) -> list[str]:
+    """What a table does not say: which numbers a line's average improvement lacks."""
+    return [
+        f"{line.label}: no average improvement, for {', '.join(line.unmeasured)} was not measured"
+        for line in lines
+        if line.unmeasured
+    ]
 
 
 def _cell(value: float | None) -> str:

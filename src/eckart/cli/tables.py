@@ -14,14 +14,17 @@ def sizes_table(title: str, summary: PlanSummary, plan: RankPlan) -> Table:
     """A model's size before and after a plan, in every measure of a budget."""
 
     def row(what: str, before: float, after: float) -> list[str]:
-        return [what, f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.1%}"]
+        return [what, f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.1%}" if before else ""]
 
+    everything = (plan.dense_params, plan.kept_params)
+    removed = plan.dense_params - plan.kept_params
     files = [size / 1e6 for size in summary.file_bytes]
     return table(
         title,
         ["", "dense", "compressed", "kept"],
         [
-            row("numbers in the linears (keep)", plan.dense_params, plan.kept_params),
+            row("numbers in the linears (keep)", plan.planned_params, plan.planned_params - removed),
+            *([] if plan.planned_params == plan.dense_params else [row("numbers in all linears", *everything)]),
             row("numbers in the model (keep_total)", *summary.params),
             ["weight files in MB (max_bytes)", *(f"{size:,.2f}" for size in files), f"{files[1] / files[0]:.1%}"],
             row("multiply-accumulates per token, in linears", *summary.macs_per_token),

@@ -18,6 +18,7 @@ from eckart.lowrank import (
     InputMoments,
     Method,
     Moments,
+    Pivoted,
     output_error,
     refit_left,
 )
@@ -34,18 +35,24 @@ class Cut:
     """A unit's factors at one rank, and their losses.
 
     Attributes:
-        tail: the method's own loss at this rank, in its own metric; None for a nested method, whose loss is the error.
+        factors: as they are stored, see `Unit.stored`.
+        tail: the method's own loss at this rank, in its own metric, before anything is rounded; None for a nested
+            method, whose loss is the error.
         losses: the method's own loss at CURVE ranks from 0 to full, as shares of the loss at rank 0.
-        relative_errors: of each of its sites, E||W x - M xh - d||^2 / E||W x||^2 on the calibration tokens; None
-            without second moments.
+        relative_errors: of each of its sites, E||W x - M xh - d||^2 / E||W x||^2 on the calibration tokens, M and d as
+            they are stored; None without second moments.
         refit: whether the left factor was refit and was better on the held-out tokens; None where no refit was tried.
     """
 
-    factors: Factors
+    factors: Factors | Pivoted
     tail: float | None
     losses: tuple[float, ...]
     relative_errors: tuple[float | None, ...]
     refit: bool | None = None
+
+
+def _no_bias(_unit: Unit) -> None:
+    """Of a linear without one."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +62,16 @@ class FactorRequest:
     Attributes:
         units: of one block, those of one input group after each other, so that its root is made once.
         part: the moments of these units.
-        weight_of: a unit's dense weight (d_out, d_in), called when its turn comes.
+        weight_of: a unit's dense weight (d_out, d_in), called when its turn comes. It has the type that factors are
+            stored in.
+        bias_of: its dense bias (d_out,), or None; a cut with a bias is stored as the sum of the two.
     """
 
     method: Method
     units: Sequence[Unit]
     part: BlockCalibration
     weight_of: Callable[[Unit], Tensor]
+    bias_of: Callable[[Unit], Tensor | None] = _no_bias
 
 
 @dataclass(frozen=True)
@@ -107,16 +117,19 @@ def cut_units(request: CutRequest) -> Iterator[tuple[Unit, Cut]]:
                 if inputs is None or "second_moment" not in inputs.sums:
                     raise ValueError(f"a refit needs second moments, and {method.name}'s calibration has none")
                 factors, took = _refit(weight, factors, inputs, held_out)
+            stored = unit.stored(factors, plan.layout, weight.dtype)
         except (ValueError, DecompositionError) as error:
-            raise type(error)(f"{unit.name}: {error}") from error
+            named = str(error).startswith(f"{unit.name}: ")
+            raise type(error)(str(error) if named else f"{unit.name}: {error}") from error
         tail = None if method.residual is not None else factored.tail(rank)
-        exact = tail if method.exact and not took and len(unit.sites) == 1 else None
+        energy = _energy(method, factored, weight, inputs) if len(unit.sites) == 1 else None
         rows = weight.split([site.d_out for site in unit.sites])
+        as_read = replace(stored, bias=_read_bias(stored.bias, request.factor.bias_of(unit), weight.dtype))
         errors = tuple(
-            _relative_error(method, factored, exact, each, member, inputs)
-            for each, member in zip(rows, unit.split(factors), strict=True)
+            _relative_error(each, member, inputs, energy)
+            for each, member in zip(rows, unit.split(as_read), strict=True)
         )
-        yield unit, Cut(factors, tail, tuple(factored.losses(CURVE)), errors, took)
+        yield unit, Cut(stored, tail, tuple(factored.losses(CURVE)), errors, took)
 
 
 def factor_units(request: FactorRequest, plan: RankPlan | None = None) -> Iterator[tuple[Unit, Factored]]:
@@ -182,21 +195,27 @@ def _refit(
     return refitted, True
 
 
+def _read_bias(bias: Tensor | None, own: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """(d_out,) in float64: what a stored bias adds to the dense linear's own, with which it is rounded in one sum."""
+    if bias is None:
+        return None
+    own = torch.zeros_like(bias, dtype=torch.float64) if own is None else own.to(bias.device).double()
+    return (bias.double() + own).to(dtype).double() - own
+
+
+def _energy(method: Method, factored: Factored, weight: Tensor, inputs: InputMoments | None) -> float | None:
+    """E||W x||^2 where the spectrum has it already, which saves a large product; None elsewhere."""
+    if inputs is None or not method.exact:
+        return None
+    mean = float((weight.double() @ inputs.mean).square().sum()) if method.centred else 0.0
+    return factored.tail(0) + mean
+
+
 def _relative_error(
-    method: Method,
-    factored: Factored,
-    tail: float | None,
-    weight: Tensor,
-    factors: Factors,
-    inputs: InputMoments | None,
+    weight: Tensor, stored: Factors | Pivoted, inputs: InputMoments | None, energy: float | None
 ) -> float | None:
-    """E||W x - M xh - d||^2 / E||W x||^2, from the spectrum's tail where that is it (it saves two large products)."""
+    """E||W x - M xh - d||^2 / E||W x||^2. The spectrum's tail is not it: rounded factors lose more than exact ones."""
     if inputs is None or "second_moment" not in inputs.sums:
         return None
-    if tail is not None:
-        error, energy = tail, factored.tail(0)
-        if method.centred:
-            energy += float((weight.double() @ inputs.mean).square().sum())
-    else:
-        error, energy = output_error(weight, factors, Moments(inputs))
+    error, energy = output_error(weight, stored, Moments(inputs), energy=energy)
     return error / energy if energy > 0 else 0.0

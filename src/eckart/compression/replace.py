@@ -30,8 +30,10 @@ class SiteReport:
     Attributes:
         rank: of its factors.
         losses: the method's own loss at `cuts.CURVE` ranks from 0 to full, as shares of the loss at rank 0.
-        relative_error: E||W x - M xh - d||^2 / E||W x||^2 on the calibration tokens; None without second moments.
-        tail: the method's own loss at this rank, in its own metric; None for a nested method, whose loss is the error.
+        relative_error: E||W x - M xh - d||^2 / E||W x||^2 on the calibration tokens, M and d as they are stored, laid
+            out and rounded; None without second moments.
+        tail: the method's own loss at this rank, in its own metric, before anything is rounded; None for a nested
+            method, whose loss is the error.
             Of linears that share a right factor it is that of all of them.
         refit: whether the left factor was refit and was better on the held-out tokens; None where no refit was tried.
     """
@@ -154,8 +156,9 @@ def compress(
             units = [unit for unit in pending if _is_of(unit, part, method)]
             pending[:] = [unit for unit in pending if unit not in units]
             start = time.perf_counter()
-            weight_of = partial(Unit.weight, model=model)
-            for unit, result in cut(CutRequest(FactorRequest(method, units, part, weight_of), plan, spectra, refit)):
+            weight_of, bias_of = partial(Unit.weight, model=model), partial(Unit.own_bias, model=model)
+            request = FactorRequest(method, units, part, weight_of, bias_of)
+            for unit, result in cut(CutRequest(request, plan, spectra, refit)):
                 yield place(model, unit, result, plan)
             seconds["factor"] += time.perf_counter() - start
             del part  # these moments end here, before the next ones are made
@@ -210,7 +213,7 @@ def place(model: PreTrainedModel, unit: Unit, cut: Cut, plan: RankPlan) -> list[
         ValueError: as `Unit.modules`; the message names the unit or its site.
     """
     try:
-        modules = unit.modules(model, cut.factors, plan.layout)
+        modules = unit.modules_of(model, cut.factors)
     except (ValueError, DecompositionError) as error:
         named = any(str(error).startswith(f"{name}: ") for name in (unit.name, *(site.name for site in unit.sites)))
         raise type(error)(str(error) if named else f"{unit.name}: {error}") from error

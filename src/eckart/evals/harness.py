@@ -270,7 +270,17 @@ def _rows(tasks: dict[str, Any], split: str, limit: int | None) -> dict[str, lis
             rows[name] = split_rows(len(task.eval_docs), split)[:limit]
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        if task.get_config("num_fewshot") and hasattr(task, "sampler") and _same_rows(task.sampler.df, task.eval_docs):
+            raise ValueError(
+                f"{name}: its examples are drawn from the documents themselves, so that what is divided for {split} "
+                "would be read all the same: ask for 0 shots"
+            )
     return rows
+
+
+def _same_rows(one: Any, other: Any) -> bool:
+    """Whether two sets of documents are one split of the data; its length and its first row tell."""
+    return len(one) == len(other) > 0 and one[0] == other[0]
 
 
 def _with_errors(outputs: Any, loaded: Any) -> dict[str, dict[str, Any]]:

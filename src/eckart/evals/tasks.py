@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.data.corpora import read_text
-from eckart.data.labelled import Labelled, read_labelled
+from eckart.data.labelled import LABELLED, Labelled, read_labelled
 from eckart.data.positions import usable_positions
 from eckart.data.tokens import check_vocabulary, encode, warn_of_tokenizer
 from eckart.evals.classification import classification
@@ -44,7 +44,7 @@ class Task:
         name: "<evaluation>:<corpus or task>", or "<evaluation>" for one that reads neither.
         split: of the corpus. Also "sfsd-search" (20 %) and "sfsd-evaluation" (the other 80 %): of a harness task's
             documents, of StereoSet's clusters, or of the windows of a corpus's test split; of those of another split
-            "sfsd-search of validation".
+            "sfsd-search of validation". Of a labelled set also "train-without-test", what a search reads.
         column: field of the corpus that holds the text.
         length: window; None is the subject's context, 2048 by default, or the model's positions if fewer. Of `cost`:
             the length of the prompt.
@@ -224,8 +224,12 @@ def searched_by(name: str) -> Searched:
             kind + (each.argument and f":{PLACES[each.argument]}") for kind, each in EVALUATIONS.items() if each.search
         ]
         raise ValueError(f"{name!r} is no score to search by; there are {', '.join(known)}")
-    if row.argument == "labelled" and Path(task.argument).is_file():
-        raise ValueError(f"{task.argument} has one split, which would be searched and reported on; give a known set")
+    if row.argument == "labelled":
+        labelled = LABELLED.get(task.argument)
+        if Path(task.argument).is_file() or (labelled is not None and "train" not in labelled.splits):
+            raise ValueError(
+                f"{task.argument} has one split, which would be searched and reported on; give another set"
+            )
     return row.search
 
 
@@ -352,9 +356,25 @@ def _stereoset(subject: Subject, task: Task, setup: Setup) -> EvalResult:
 
 def _labelled(task: Task, setup: Setup) -> tuple[Labelled, dict[str, Any]]:
     """The task's rows, and the arguments that every evaluation on a labelled set takes."""
-    rows = read_labelled(task.argument, split=task.split, data=setup.data, column=task.column)
+    rows = _labelled_rows(task, setup)
     shared = {"length": task.length, "batch_size": setup.batch_size, "task": task.label, "track": setup.track}
     return rows.draw(task.limit, task.seed), {**shared, "settings": {"limit": task.limit}}
+
+
+def _labelled_rows(task: Task, setup: Setup) -> Labelled:
+    """The rows of the task's split. A search reads those of train whose text is not in test, where a report reads it.
+
+    CoLA has 16 sentences in both.
+    """
+
+    def read(split: str) -> Labelled:
+        return read_labelled(task.argument, split=split, data=setup.data, column=task.column)
+
+    if task.split != UNREAD:
+        return read(task.split)
+    rows, reported = read("train"), set(read("test").texts)
+    unread = rows.take([place for place, text in enumerate(rows.texts) if text not in reported])
+    return replace(unread, source={**rows.source, "split": task.split, "rows": len(unread)})
 
 
 def _probing(subject: Subject, task: Task, setup: Setup) -> EvalResult:
@@ -397,6 +417,8 @@ NEEDS = {
     "activations": "the model's activations on the calibration text",
 }
 
+# Of a labelled set: the rows to train on whose text is in no row of test.
+UNREAD = "train-without-test"
 # What SFSD searches on, and what it reports on.
 _FIFTH = Searched("sfsd-search", "sfsd-evaluation")
 
@@ -439,14 +461,14 @@ EVALUATIONS: dict[str, Evaluation] = {
         "what a probe reads off each layer, compared with a control task: F1 and selectivity",
         TRAITS["probing"],
         "labelled",
-        search=Searched("train", "test", "selectivity"),
+        search=Searched(UNREAD, "test", "selectivity"),
     ),
     "classification": Evaluation(
         _classification,
         "a fine-tuned classifier: Matthews' correlation, accuracy, F1",
         TRAITS["classification"],
         "labelled",
-        search=Searched("train", "test"),
+        search=Searched(UNREAD, "test"),
     ),
     "cost": Evaluation(
         _cost,

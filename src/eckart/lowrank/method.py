@@ -12,7 +12,8 @@ from torch import Tensor
 
 from eckart.lowrank.factors import Factors
 from eckart.lowrank.metrics import BlockDiagonal, Metric, Root, Whitening, anchored_target
-from eckart.lowrank.moments import GRADIENT_STATISTICS, Moments
+from eckart.lowrank.moments import GRADIENT_STATISTICS, InputMoments, Moments
+from eckart.lowrank.pivoting import Pivoted
 from eckart.lowrank.truncation import Spectrum, check_rank, factor, interpolate, weigh
 
 InputRoot = Callable[[Moments], Tensor | Whitening]
@@ -225,27 +226,39 @@ def first_rank(rank: int, share: float) -> int:
     return max(1, round(share * rank))
 
 
-def output_error(weight: Float[Tensor, "out in"], factors: Factors, moments: Moments) -> tuple[float, float]:
+def output_error(
+    weight: Float[Tensor, "out in"], factors: Factors | Pivoted, moments: Moments, *, energy: float | None = None
+) -> tuple[float, float]:
     """(E||W x - M xh - d||^2, E||W x||^2) per token, from the second moments: what a replacement costs at the output.
 
     xh is x itself where the moments are of one stream. For a method whose root is that of the second moment (or,
-    centred, of the covariance) the first then equals its tail.
+    centred, of the covariance) the first then equals its tail. The factors are taken as they are: of rounded ones it is
+    the error of what is stored.
 
-    Cost: two products of 2 d_out d_in^2 operations for each second moment there is.
+    Args:
+        energy: E||W x||^2, where the caller has it.
+
+    Cost: in float64, one product of 2 d_out d_in^2 operations for each second moment there is, and one more for the
+    energy.
     """
     inputs = moments.require_inputs()
-    weight, kept, second = weight.double(), factors.dense().double(), inputs.second_moment
+    weight = weight.double()
+    kept = factors.to(torch.float64).dense()
     if "cross_moment" in inputs.sums:
-        reference = inputs.reference_second_moment
+        reference, second = inputs.reference_second_moment, inputs.second_moment
         energy = float(((weight @ reference) * weight).sum())
         error = (
             energy - 2 * float(((weight @ inputs.cross_moment) * kept).sum()) + float(((kept @ second) * kept).sum())
         )
     else:
-        lost = weight - kept
-        energy = float(((weight @ second) * weight).sum())
-        error = float(((lost @ second) * lost).sum())
+        energy = _of_moment(weight, inputs) if energy is None else energy
+        error = _of_moment(weight - kept, inputs)
     if factors.bias is not None:
         bias = factors.bias.double()
         error += float(bias @ bias - 2 * bias @ (weight @ inputs.reference_mean - kept @ inputs.mean))
     return max(error, 0.0), energy
+
+
+def _of_moment(matrix: Float[Tensor, "out in"], inputs: InputMoments) -> float:
+    """E||A x||^2 = trace(A G A^T)."""
+    return float((matrix.mT * inputs.apply_moment(matrix.mT)).sum())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -60,19 +61,28 @@ class Unit:
         weights = [read_weight(model.get_submodule(site.name)) for site in self.sites]
         return weights[0] if len(weights) == 1 else torch.cat(weights)
 
-    def split(self, factors: Factors) -> list[Factors]:
-        """The factors of each site, left: its rows of the stack's left factor; right: the stack's, shared by all."""
-        members = split(factors, [site.d_out for site in self.sites])
-        assert all(isinstance(member, Factors) for member in members)
-        return members  # type: ignore[return-value]
+    def own_bias(self, model: nn.Module) -> Tensor | None:
+        """(d_out,): the dense bias in the model, zero where one of several sites has none; None where none has one."""
+        if not any(site.has_bias for site in self.sites):
+            return None
+        modules = [model.get_submodule(site.name) for site in self.sites]
+        biases = [
+            module.bias.detach() if site.has_bias else read_weight(module).new_zeros(site.d_out)  # type: ignore[operator]
+            for site, module in zip(self.sites, modules, strict=True)
+        ]
+        return torch.cat(biases)
 
-    def modules(self, model: nn.Module, factors: Factors, layout: Layout = "plain") -> dict[str, nn.Module]:
-        """{site name: module for its part of the factors}, in the dense modules' type and on their device, with
-        their own biases added. The dense modules must be in the model.
+    def split(self, factors: Factors | Pivoted) -> Sequence[Factors | Pivoted]:
+        """The factors of each site, left: its rows of the stack's left factor; right: the stack's, shared by all."""
+        return split(factors, [site.d_out for site in self.sites])
+
+    def stored(self, factors: Factors, layout: Layout, dtype: torch.dtype) -> Factors | Pivoted:
+        """The factors as a checkpoint holds them: laid out, and rounded to `dtype`.
+
+        A bias stays as it is: it is rounded once the linear's own is added to it.
 
         Raises:
-            ValueError: the factors are of another shape, or one is not finite in the dense type (attention kernels are
-                known to make a finite output of one); names the unit.
+            ValueError: the factors are of another shape, or of a higher rank than the layout stores; names the unit.
         """
         if (factors.d_out, factors.d_in) != (self.d_out, self.d_in):
             raise ValueError(
@@ -80,9 +90,23 @@ class Unit:
                 f"{self.d_out} x {self.d_in}"
             )
         whole: Factors | Pivoted = pivot(factors) if layout == "pivoted" else factors.balanced()
-        members: Sequence[Factors | Pivoted] = split(whole, [site.d_out for site in self.sites])
+        return replace(whole.to(dtype), bias=whole.bias)
+
+    def modules(self, model: nn.Module, factors: Factors, layout: Layout = "plain") -> dict[str, nn.Module]:
+        """{site name: module for its part of the factors}; see `stored` and `modules_of`, which raise the errors."""
+        dtypes = (read_weight(model.get_submodule(site.name)).dtype for site in self.sites)
+        return self.modules_of(model, self.stored(factors, layout, reduce(torch.promote_types, dtypes)))
+
+    def modules_of(self, model: nn.Module, stored: Factors | Pivoted) -> dict[str, nn.Module]:
+        """{site name: module for its part of factors as they are stored}, in the dense modules' type and on their
+        device, with their own biases added. The dense modules must be in the model.
+
+        Raises:
+            ValueError: a factor is not finite in the dense type (attention kernels are known to make a finite output
+                of one); names the site.
+        """
         modules: dict[str, LowRankLinear] = {}
-        for site, member in zip(self.sites, members, strict=True):
+        for site, member in zip(self.sites, self.split(stored), strict=True):
             dense = model.get_submodule(site.name)
             weight = read_weight(dense)
             module = LowRankLinear.from_factors(

@@ -60,7 +60,7 @@ def kept_share(collection: Collection) -> Chart | None:
     reading = (
         "Each cell is one linear of the model: its block from left to right, its role from top to bottom. The further "
         "its colour is from the page's, the more of its numbers it keeps; 100 % is left dense. Relative error is the "
-        "share of the layer's output energy that is lost on the calibration text."
+        "share of the layer's output energy that the stored factors lose on the calibration text, before any steps."
     )
     table = Table("kept-numbers", "Kept share of every linear", columns, tuple(rows))
     title = "Where the parameters stay"

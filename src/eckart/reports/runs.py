@@ -161,7 +161,8 @@ class Study:
         columns: what was measured, "perplexity:wikitext2" or "stereoset#icat.gender".
         sections: of the report, to which the columns' tasks belong.
         rows: {"label", "run", "ours", "published", "difference"}, each list as long as `columns`; perhaps
-            "improvement" and "published_improvement", shares, and "refusals", {task: why}.
+            "improvement" and "published_improvement", shares, "unmeasured", the columns for want of which there is no
+            improvement, and "refusals", {task: why}.
     """
 
     title: str

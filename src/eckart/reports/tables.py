@@ -97,18 +97,21 @@ def corpus_of(task: str) -> str:
 def gain(run: Run, baseline: Run | None) -> float | None:
     """The average improvement in perplexity over the baseline's run, on the corpora that were not calibrated on.
 
-    None where the two share no such corpus, or a perplexity of the baseline is infinite.
+    None where there is no such corpus, where one of the two lacks a corpus of the other (a mean over the rest is
+    another number), or a perplexity of the baseline is infinite.
     """
     if baseline is None:
         return None
     own = re.split(r"[+,]", run.corpus or "")
-    values = {
-        task: result.value
-        for task, result in run.compressed.items()
-        if result.traits.ratio and task in baseline.compressed and corpus_of(base_of(task)) not in own
-    }
-    bases = {task: baseline.compressed[task].value for task in values}
-    if not values or any(math.isinf(base) for base in bases.values()):
+    values, bases = (
+        {
+            task: result.value
+            for task, result in measured.items()
+            if result.traits.ratio and corpus_of(base_of(task)) not in own
+        }
+        for measured in (run.compressed, baseline.compressed)
+    )
+    if not values or values.keys() != bases.keys() or any(math.isinf(base) for base in bases.values()):
         return None
     return average_improvement(values, bases)
 
@@ -277,7 +280,8 @@ def paper_table(study: Study, place: int) -> Table:
     """
     columns = [Column("", False)]
     published_any = any(value is not None for row in study.rows for value in row.get("published") or ())
-    improved = any(row.get(key) is not None for row in study.rows for key in ("improvement", "published_improvement"))
+    improvements = ("improvement", "published_improvement")
+    improved = any(row.get(key) is not None or row.get("unmeasured") for row in study.rows for key in improvements)
     labels = [_label(column) for column in study.columns]
     labels = [  # two evaluations of one corpus
         f"{kind_of(column)} {label}" if labels.count(label) > 1 else label
@@ -305,6 +309,9 @@ def paper_table(study: Study, place: int) -> Table:
             apart = None if ours is None or published is None else ours - published
             shown = (ours, published, apart) if published_any else (ours,)
             cells += [number_cell(value, percent(value, signed=True)) for value in shown]
+            if ours is None and row.get("unmeasured"):
+                lacking = ", ".join(_label(str(column)) for column in row["unmeasured"])
+                cells[-len(shown)] = Cell("incomplete", None, f"not measured: {lacking}")
         rows.append(tuple(cells))
     return Table(f"paper-{place}", study.title, tuple(columns), tuple(rows), study.about, study.notes)
 

@@ -45,8 +45,9 @@ def write_card(recipe: Recipe, facts: Facts, results: Sequence[tuple[EvalResult,
         "|---|---|---|",
         f"| parameters | {params[0]:,} | {params[1]:,} |",
         f"| bytes | {size[0]:,} | {size[1]:,} |",
-        f"| share of the planned linears kept | 1 | {facts.keep_of_linears:.4f} |",
-        f"| share of the whole model kept | 1 | {params[1] / params[0]:.4f} |",
+        *([] if facts.keep_of_planned is None else [_share("planned linears", facts.keep_of_planned)]),
+        _share("compressible linears", facts.keep_of_linears),
+        _share("whole model", params[1] / params[0]),
     ]
     for before, after in results:
         lines.append(
@@ -57,9 +58,10 @@ def write_card(recipe: Recipe, facts: Facts, results: Sequence[tuple[EvalResult,
         "",
         f"{facts.sites_low_rank} linears are low-rank, {facts.sites_dense} compressible ones stay dense.",
     ]
+    when = " before gradient steps," if any(report["kept"] for report in facts.passes) else ""
     if errors:
         lines.append(
-            "Relative squared error at their outputs, on the calibration tokens: "
+            f"Relative squared error of the stored factors at their outputs,{when} on the calibration tokens: "
             f"mean {sum(errors) / len(errors):.4g}, largest {max(errors):.4g}."
         )
     undone = [report["place"] for report in facts.passes if not report["kept"]]
@@ -67,3 +69,8 @@ def write_card(recipe: Recipe, facts: Facts, results: Sequence[tuple[EvalResult,
         lines.append(f"Gradient steps were undone where they did not help on held-out samples: {', '.join(undone)}.")
     lines += ["", "## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def _share(whole: str, kept: float) -> str:
+    """A row of the table of sizes."""
+    return f"| share of the {whole} kept | 1 | {kept:.4f} |"

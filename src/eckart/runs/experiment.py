@@ -80,8 +80,10 @@ def run(
 
     Raises:
         FileExistsError: the directory holds a run of another recipe and `force` is not given.
-        ValueError: as the stages raise it; an unknown task is found before anything runs.
+        ValueError: as the stages raise it; an unknown task, and one that would be measured on what the recipe's search
+            reads, are found before anything runs.
     """
+    recipe.check_apart()
     with claimed(directory):
         return _run(recipe, directory, how, force, shared, keep_going, keep_weights)
 

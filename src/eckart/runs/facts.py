@@ -29,7 +29,8 @@ class Facts:
     Attributes:
         layout: how factors are stored. joint: input groups whose linears share a right factor.
         slow: the plan's settings that are expected to be no faster than dense, in words.
-        sites_low_rank, sites_dense, keep_of_linears, keep_of_model, file_bytes, macs_per_token: see `PlanSummary`.
+        sites_low_rank, sites_dense, keep_of_linears, keep_of_planned, keep_of_model, file_bytes, macs_per_token: see
+            `PlanSummary`.
         params, bytes: [before, after], of the models in memory.
         seconds: {stage: seconds}.
         sites: {linear: its place, rank and losses}, see `CompressionReport.to_dict`.
@@ -52,6 +53,7 @@ class Facts:
     sites: dict[str, dict[str, Any]]
     passes: list[dict[str, Any]] = field(default_factory=list)
     fisher: dict[str, Any] | None = None
+    keep_of_planned: float | None = None
 
     @classmethod
     def of(

@@ -228,9 +228,9 @@ class _Compression:
     def _factor(self, sites: list[Site], part: BlockCalibration) -> list[SiteReport]:
         """Cut the block's units and put the cuts in place."""
         groups = [group for group in self.plan.joint if any(site.input_group == group for site in sites)]
-        weight_of = partial(Unit.weight, model=self.model)
+        weight_of, bias_of = partial(Unit.weight, model=self.model), partial(Unit.own_bias, model=self.model)
         reports: list[SiteReport] = []
-        request = FactorRequest(self.method, units_of(sites, groups), part, weight_of)
+        request = FactorRequest(self.method, units_of(sites, groups), part, weight_of, bias_of)
         for unit, cut in self.how.engine.cut_units(CutRequest(request, self.plan)):
             reports += place(self.model, unit, cut, self.plan)
         return reports

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from eckart.allocation import Allocation, Budget
+from eckart.allocation.search.criteria import check_apart
 from eckart.calibration.sequential import Order
 from eckart.compression.baselines import BASELINES, build_baseline
 from eckart.compression.tuning.distillation import Distillation
@@ -297,6 +298,12 @@ class Recipe(Section):
         """Raises ValueError for a baseline, which is made and measured in memory."""
         if self.is_baseline:
             raise ValueError(f"{self.method.name} is a baseline: `eckart run` measures it; it makes no checkpoint")
+
+    def check_apart(self) -> None:
+        """Raises ValueError for an evaluation of what the recipe's search reads: no result is on what it was fit to."""
+        allocation = None if self.is_baseline or self.keep == 1 else self.composition.allocation
+        if allocation is not None and allocation.score is not None:
+            check_apart(allocation.score, allocation.split, self.tasks, context=self.context)
 
     @property
     def composition(self) -> Composition:

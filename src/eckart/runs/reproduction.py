@@ -11,7 +11,7 @@ from pathlib import Path
 
 from eckart.compression.tuning.finetuning import NOTES, FineTuning, fine_tune
 from eckart.evals.improvement import average_improvement
-from eckart.evals.result import EvalResult, SectionName, traits_of
+from eckart.evals.result import EvalResult, SectionName, Traits, traits_of
 from eckart.evals.tasks import EVALUATIONS, find_task
 from eckart.runs.experiment import Measured, run
 from eckart.runs.how import How
@@ -29,6 +29,7 @@ class Line:
         run: name of its run directory; None for the dense model's row.
         ours, published: numbers.
         improvement, published_improvement: average improvement over the baseline, as a share.
+        unmeasured: columns that the improvement is a mean over and that lack a number, so that there is none.
         refusals: {task: why it was not measured}.
     """
 
@@ -39,6 +40,7 @@ class Line:
     improvement: float | None = None
     published_improvement: float | None = None
     refusals: dict[str, str] | None = None
+    unmeasured: list[str] | None = None
 
     @property
     def difference(self) -> list[float | None]:
@@ -70,6 +72,8 @@ def run_study(
 
 def _run_study(study: Study, directory: Path, how: How, force: bool, keep_weights: bool) -> list[Line]:
     planned = study.recipes()
+    for _, _, recipe in planned:
+        recipe.check_apart()
     if study.finetune is not None:
         planned = fine_tune_models(planned, study.finetune.to_settings(), directory, how, force=force)
     measured: dict[str, list[Measured]] = {}
@@ -166,15 +170,17 @@ def tabulate(
             for item in measured[name]
             if item.refusals
         }
+        improvement, unmeasured = _improvement(study, label, recipe, planned, measured)
         lines.append(
             Line(
                 label,
                 name,
                 [read(measured[name], column) for column in study.columns],
                 row.published or nothing,
-                _improvement(study, label, recipe, planned, measured),
+                improvement,
                 row.improvement if row.published else None,
                 refusals,
+                unmeasured,
             )
         )
     return lines
@@ -205,29 +211,36 @@ def _improvement(
     recipe: Recipe,
     planned: Sequence[tuple[str, Row, Recipe]],
     measured: Mapping[str, Sequence[Measured]],
-) -> float | None:
+) -> tuple[float | None, list[str]]:
     """This run's average improvement over the study's baseline at the same size, in scores that are compared by ratio.
 
-    None for the baseline itself, for a run without a counterpart, and where no such score out of domain was measured.
+    It is a mean over all columns of such scores out of domain, as the paper's is. Where some were not measured, of the
+    run or of its baseline, there is none, and they are named: a mean over the others is another number.
+
+    None for the baseline itself, for a run without a counterpart, and for a study without such a column.
     """
     if study.compare is None:
-        return None
+        return None, []
     try:
         baseline = parse_recipe(merge(recipe.model_dump(exclude_none=True), study.compare.baseline))
     except ValueError:
-        return None  # a rival of one size has no keep, which the baseline needs
+        return None, []  # a rival of one size has no keep, which the baseline needs
     counterpart = next(
         (other for other, _, candidate in planned if candidate == baseline and slug(other) in measured), None
     )
     if counterpart is None or counterpart == label:
-        return None
-    outside = [c for c in study.columns if "#" not in c and c not in study.compare.in_domain]
+        return None, []
+    outside = [
+        column
+        for column in study.columns
+        if "#" not in column and column not in study.compare.in_domain and traits_at(column).ratio
+    ]
     ours, theirs = (
-        {c: result.value for c in outside if (result := result_of(measured[slug(name)], c)) and result.traits.ratio}
+        {column: value for column in outside if (value := read(measured[slug(name)], column)) is not None}
         for name in (label, counterpart)
     )
-    shared = [c for c in outside if c in ours and c in theirs]
-    return average_improvement({c: ours[c] for c in shared}, {c: theirs[c] for c in shared}) if shared else None
+    unmeasured = [column for column in outside if column not in ours or column not in theirs]
+    return (average_improvement(ours, theirs) if outside and not unmeasured else None), unmeasured
 
 
 def write_study(study: Study, lines: Sequence[Line], directory: Path) -> None:
@@ -249,6 +262,7 @@ def write_study(study: Study, lines: Sequence[Line], directory: Path) -> None:
                 "improvement": line.improvement,
                 "published_improvement": line.published_improvement,
                 "refusals": line.refusals or {},
+                **({"unmeasured": line.unmeasured} if line.unmeasured else {}),
             }
             for line in lines
         ],
@@ -258,9 +272,14 @@ def write_study(study: Study, lines: Sequence[Line], directory: Path) -> None:
 
 def _section(column: str) -> SectionName:
     """The part of the report that a column's task belongs to."""
+    return traits_at(column).section
+
+
+def traits_at(column: str) -> Traits:
+    """How the numbers of a column's task are to be read."""
     task = column.partition("#")[0]
     kind = task.partition(":")[0]
-    return EVALUATIONS[kind].traits.section if kind in EVALUATIONS else traits_of(task).section
+    return EVALUATIONS[kind].traits if kind in EVALUATIONS else traits_of(task)
 
 
 def slug(label: str) -> str:

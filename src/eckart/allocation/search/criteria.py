@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.allocation.search.trials import Better
+from eckart.data.corpora import BUILTIN
+from eckart.data.labelled import LABELLED
+from eckart.evals.harness_tasks import LOCAL_TASKS, SPLITS
 from eckart.evals.subject import Setup
 from eckart.evals.tasks import Task, direction_of, evaluate, find_task, searched_by, windows_of
 
@@ -90,6 +93,69 @@ def check_split(name: str, split: str) -> None:
     """Raises ValueError for a split of an evaluation that does not read a corpus of text."""
     if find_task(name).argument != "corpus":
         raise ValueError(f"split {split!r} is of a corpus of text, and {name} has its own: leave it out")
+
+
+def check_apart(score: str, split: str | None, tasks: Iterable[Task], *, context: int | None = None) -> None:
+    """Refuses a report on what a search has read.
+
+    Args:
+        score, split: of the search, as `search_criterion` takes them.
+        tasks: what the searched model will be measured on.
+        context: the window of the search, and of tasks that name none.
+
+    Raises:
+        ValueError: a task may read documents or windows that the search reads; the message has the split that does not.
+    """
+    searched, read = searched_by(score), Task(score)
+    others = searched.others if split is None else f"{searched.others} of {split}"
+    for task in tasks:
+        row = find_task(task.name)
+        if row.traits.counts is None or row.traits.of == "dense" or not _is_same_data(read, task):
+            continue
+        if find_task(score).argument == "labelled":
+            # Its search reads rows to train on, and only another evaluation of a labelled set reads those.
+            apart = row.argument != "labelled" or task.split == searched.others
+        elif find_task(score).argument == "corpus":
+            part, _, of = task.split.partition(" of ")
+            same_windows = task.argument == read.argument and task.length in (None, context)
+            other_text = _is_other_part(read, split or "test", of or ("test" if part in SPLITS else part))
+            apart = row.argument == "corpus" and (other_text or (part == searched.others and same_windows))
+        else:
+            apart = row.argument == find_task(score).argument and task.split == searched.others
+        if not apart:
+            raise ValueError(
+                f"{task.label} would be measured on what the search by {score} reads: give it the split {others}"
+                + (", and no length of its own" if task.length not in (None, context) else "")
+                + (f", of {read.argument} itself" if task.argument != read.argument else "")
+            )
+
+
+def _is_same_data(one: Task, other: Task) -> bool:
+    """Whether two tasks read one data set, or may. The built-in text has parts, and its bare name is all of them."""
+    first, second = sorted((_data_of(one), _data_of(other)), key=len)
+    return first == second or (first == BUILTIN and second.startswith(f"{BUILTIN}/"))
+
+
+def _data_of(task: Task) -> str:
+    """What tells a data set from others: its file, or the folder where local copies of it lie."""
+    row, name = find_task(task.name), task.argument or task.kind
+    if Path(name).is_file():
+        return str(Path(name).resolve())
+    if row.argument == "labelled" and name in LABELLED:
+        return LABELLED[name].folder or name
+    if row.argument == "task":
+        family = next((known for known in LOCAL_TASKS if name == known or name.startswith(f"{known}_")), None)
+        return name if family is None else LOCAL_TASKS[family].folder
+    return name
+
+
+def _is_other_part(corpus: Task, one: str, other: str) -> bool:
+    """Whether two splits of a corpus are of different text. A file has one; of the built-in text all but train are."""
+    if Path(corpus.argument).is_file():
+        return False
+    if corpus.argument.partition("/")[0] == BUILTIN:
+        return (one == "train") != (other == "train")
+    return one != other
 
 
 def windows_criterion(task: Task, windows: Int[Tensor, "windows length"]) -> Criterion:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ from eckart.runs.engine.source import Source
 from eckart.runs.engine.teams import ClusterTeam, Scorer, with_own_model
 from eckart.support.journal import Record
 from eckart.support.progress import Track, silent
+
+T = TypeVar("T")
 
 
 class OnCluster(Engine):
@@ -162,11 +164,12 @@ def _bundles(request: FactorRequest) -> Iterator[FactorRequest]:
         gradients = {name: moments for name, moments in part.gradients.items() if name in names}
         weights = {unit.name: request.weight_of(unit) for unit in units}
         own = replace(part, inputs=inputs, gradients=gradients, held_out=held_out)
-        yield FactorRequest(method, units, own, partial(_weight, weights))
+        biases = {unit.name: request.bias_of(unit) for unit in units}
+        yield FactorRequest(method, units, own, partial(_of, weights), partial(_of, biases))
 
 
-def _weight(weights: dict[str, Tensor], unit: Unit) -> Tensor:
-    return weights[unit.name]
+def _of(tensors: dict[str, T], unit: Unit) -> T:
+    return tensors[unit.name]
 
 
 def _cut(plan: RankPlan, refit: bool, bundle: FactorRequest) -> list[tuple[Unit, Cut]]:
