@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
-import eckart.data.labelled
 from eckart.data.labelled import LABELLED, Labelled, read_labelled
 
 
@@ -65,7 +65,7 @@ def test_the_hub_and_a_folder_have_the_same_rows(tmp_path: Path, monkeypatch: py
         asked.append((hub, config, split))
         return rows[hub]
 
-    monkeypatch.setattr(eckart.data.labelled, "open_hub", open_hub)
+    monkeypatch.setattr("eckart.data.corpora.open_hub", open_hub)
     assert read_labelled("cola", split="test").texts == ("a", "b")
     write_rows(tmp_path / "mc.v0.jsonl", [question(0, 6), question(1, 5)])
     local = read_labelled("truthfulqa", split="test", data=tmp_path)
@@ -76,11 +76,16 @@ def test_the_hub_and_a_folder_have_the_same_rows(tmp_path: Path, monkeypatch: py
     ]
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.csv", "rows.tsv"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.csv", "rows.tsv", "rows.parquet"])
 def test_files_of_every_kind_give_the_same_rows(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
+    said = [{"said": "x, y", "kind": "b"}, {"said": "z", "kind": "a"}, {"said": "x, y", "kind": "b"}]
     if ".jsonl" in name:
-        write_rows(file, [{"said": "x, y", "kind": "b"}, {"said": "z", "kind": "a"}, {"said": "x, y", "kind": "b"}])
+        write_rows(file, said)
+    elif name.endswith(".json"):
+        file.write_text(json.dumps(said))
+    elif name.endswith(".parquet"):
+        Dataset.from_list(said).to_parquet(file)
     else:
         mark = "," if name.endswith("csv") else "\t"
         file.write_text(f'said{mark}kind\n"x, y"{mark}b\nz{mark}a\n"x, y"{mark}b\n')
@@ -88,6 +93,15 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path: Path, name: str) -> No
     assert rows.texts == ("x, y", "z", "x, y")
     assert (rows.labels, rows.classes) == ((1, 0, 1), ("a", "b"))
     assert rows.groups == (0, 1, 0)  # the same text is one group
+
+
+def test_rows_without_a_text_or_a_label_are_left_out_and_counted(tmp_path: Path) -> None:
+    labels: list[dict[str, Any]] = [{"text": "a", "label": 1}, {"text": None, "label": 0}, {"text": "c", "label": None}]
+    file = write_rows(tmp_path / "rows.jsonl", [*labels, {"text": "d", "label": 0}])
+    with pytest.warns(UserWarning, match="2 of 4 rows have no text or no label and are left out"):
+        rows = read_labelled(str(file))
+    assert rows.texts == ("a", "d")
+    assert rows.source == {"corpus": "rows.jsonl", "rows": 2, "skipped": 2}
 
 
 def test_labels_that_are_numbers_are_in_their_order(tmp_path: Path) -> None:
@@ -114,8 +128,9 @@ def test_a_draw_takes_whole_groups_and_keeps_their_order() -> None:
     ("rows", "message"),
     [
         ([{"text": "a", "label": 1}], "fewer than two classes"),
-        ([{"text": "a", "label": 1}, {"txt": "b", "label": 0}], "line 2 has no text 'text'"),
-        ([{"text": "a", "label": 1}, {"text": "b"}], "line 2 has no text 'text' with a 'label'"),
+        ([{"txt": "a", "label": 1}, {"txt": "b", "label": 0}], "row 1 has no text 'text'.*it has txt, label; choose"),
+        ([{"text": "a"}, {"text": "b"}], "row 1 has no text 'text' with a 'label'"),
+        ([{"text": "a", "label": 1}, {"text": 3, "label": 0}], "row 2: field 'text' holds no text but int"),
         ([{"text": "a", "label": 1}, {"text": "b", "label": 7}], r"labels \[7\] are none of 0 ... 1"),
         ([{"text": "a", "label": 1}, {"text": "b", "label": "no"}], "a label is no number"),
     ],
@@ -128,16 +143,19 @@ def test_rows_that_do_not_fit_are_named(tmp_path: Path, rows: list[dict[str, Any
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "torn.jsonl").write_text('{"text": "a", "label": 1}\n{"text"')
+    (tmp_path / "plain.txt").write_text("text")
     (tmp_path / "list.jsonl").write_text("[1, 2]\n")
     write_rows(tmp_path / "truthfulqa" / "mc.v0.jsonl", [{"question": "Why?"}])
     for name, split, message in (
         ("colla", "train", "no labelled set 'colla'"),
         ("cola", "validation", "cola has no split 'validation'; it has train, test"),
         ("truthfulqa", "train", "truthfulqa has no split 'train'; it has test"),
-        ("truthfulqa", "test", "line 1: no question with mc2 choices"),
+        ("truthfulqa", "test", "row 1: no question with mc2 choices"),
         ("sst2", "test", r"sst2: no file for split 'test' in .*; looked for dev.jsonl\*"),
         (str(tmp_path / "torn.jsonl"), "train", "line 2 is not JSON"),
-        (str(tmp_path / "list.jsonl"), "train", "line 1 holds no row of fields"),
+        (str(tmp_path / "list.jsonl"), "train", "row 1 has no text 'text' with a 'label'; it has text"),
+        (str(tmp_path), "train", "is a folder; name a file in it"),
+        (str(tmp_path / "plain.txt"), "train", "is no table of texts with labels; give one of .jsonl"),
     ):
         with pytest.raises(ValueError, match=message):
             read_labelled(name, split=split, data=tmp_path)

@@ -51,5 +51,5 @@ def test_a_mixture_is_made_of_rows_of_the_table() -> None:
 
 def test_a_question_without_its_answer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(json.dumps({"question": "Which?", "choices": ["x"]}))
-    with pytest.raises(ValueError, match=r"line 1 has no text field 'text'.*it has question, choices"):
+    with pytest.raises(ValueError, match=r"train\.jsonl has no text field 'text'.*it has question, choices"):
         read_text("arc_easy", data=tmp_path)

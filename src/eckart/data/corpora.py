@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
-import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eckart.data import questions
 from eckart.data.builtin import builtin_texts
+from eckart.data.files import Row, check_length, read_lines, read_rows, table_kind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What the file of a corpus that is not known has its text in: prose, or a conversation.
+COLUMNS = ("text", "messages")
+# The branch on which the hub keeps a copy, in parquet files, of every data set.
+CONVERTED = "refs/convert/parquet"
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:.+)?")
 
 
 @dataclass(frozen=True)
 class Text:
-    """Documents, and how they are joined into one stream."""
+    """Documents, and how they are joined into one stream.
+
+    Attributes:
+        templated: the documents are conversations, written out by a chat template, special tokens and all.
+    """
 
     documents: tuple[str, ...]
     joiner: str
     source: dict[str, Any]
+    templated: bool = False
 
     @property
     def joined(self) -> str:
@@ -90,7 +104,7 @@ CORPORA: dict[str, Corpus] = {
         "penn_treebank",
         {"train": "train", "validation": "validation", "test": "test"},
         "sentence",
-        " ",
+        "\n\n",
         {"train": ("*train.txt*",), "validation": ("*valid.txt*",), "test": ("*test.txt*",)},
         str.strip,
     ),
@@ -131,10 +145,10 @@ CORPORA: dict[str, Corpus] = {
     "cmrc2018": Corpus(
         "hfl/cmrc2018",
         None,
-        {"train": "train", "test": "validation"},
+        {"train": "train", "validation": "validation", "test": "test"},
         "context",
         "\n\n",
-        {"test": ("*dev*.jsonl*", "trial.jsonl*")},
+        {"validation": ("*dev*.jsonl*",), "test": ("*test*.jsonl*", "*dev*.jsonl*", "trial.jsonl*")},
         distinct=True,
     ),
     # The hub's set is the NSVD paper's, 805 translated instructions; it has one split, called train.
@@ -167,21 +181,34 @@ MIXTURES: dict[str, tuple[str, ...]] = {
 BUILTIN = "builtin"
 
 
-def read_text(name: str, *, split: str = "train", data: Path | None = None, column: str | None = None) -> Text:
+def read_text(
+    name: str,
+    *,
+    split: str = "train",
+    data: Path | None = None,
+    column: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Text:
     """The documents of a corpus.
+
+    Rows whose text is missing are left out: a warning says how many, and `source` has the number as "skipped".
 
     Args:
         name: one of
             "builtin", "builtin/prose", "builtin/code": the text that every Python carries ("builtin" is both);
-            a file: .txt (one document; a row a line for a known corpus) or .jsonl / .json lines, plain or .gz;
+            a file: JSON lines, a JSON array, CSV, TSV, parquet (a row is a document), or anything else in UTF-8 (one
+            document; a row a line for a known corpus), plain or .gz;
             a row of CORPORA, read from `data` when given, else from the hub;
             any hub data set "owner/name" or "owner/name:config".
         split: "train", "validation" or "test". For "builtin" anything but train is the held-out part.
         data: folder with local copies of known corpora, DATA/<name>/..., or the folder of this one.
-        column: field with the text; default "text", or the known corpus's own.
+        column: field with the text, or with a conversation: a list of messages with "role" and "content". Default: the
+            known corpus's own; "text"; "messages".
+        tokenizer: its chat template writes conversations out.
 
     Raises:
-        ValueError: an unknown name, a missing file or field, an empty corpus.
+        ValueError: an unknown name, a missing file or field, a conversation without a chat template, an empty corpus,
+            or more text than `text_limit` allows.
     """
     path = Path(name)
     if name == BUILTIN or name.startswith(f"{BUILTIN}/"):
@@ -190,23 +217,35 @@ def read_text(name: str, *, split: str = "train", data: Path | None = None, colu
         documents = [text for domain in domains for text in builtin_texts(domain, part)]
         text = Text(tuple(documents), "\n\n", {"corpus": name, "split": part})
     elif path.is_file():
-        text = Text(tuple(_read_file(path, column or "text")), "\n\n", {"corpus": path.name})
+        text = _read_file(path, (column,) if column else COLUMNS, {"corpus": path.name}, tokenizer)
     elif name in CORPORA and data is not None:
-        text = _read_known_file(name, split, data, column)
+        text = _read_known_file(name, split, data, column, tokenizer)
     elif name in CORPORA:
-        text = _read_hub(name, CORPORA[name], split, column)
-    elif "/" in name and not path.suffix:
+        text = _read_hub(name, CORPORA[name], split, column, tokenizer)
+    elif path.is_dir():
+        raise ValueError(
+            f"corpus {name!r} is a folder: name a file in it, several joined by +, "
+            f"or a known corpus ({', '.join(CORPORA)}) with the folder as --data"
+        )
+    elif is_hub_name(name):
         hub, _, config = name.partition(":")
-        row = Corpus(hub, config or None, {split: split}, column or "text", "\n\n", {})
-        text = _read_hub(name, row, split, column)
+        row = Corpus(hub, config or None, {split: split}, column or COLUMNS[0], "\n\n", {})
+        text = _read_hub(name, row, split, column, tokenizer)
     else:
         raise ValueError(
             f"no corpus {name!r}: it is no file here, and known names are builtin, {', '.join(CORPORA)}; "
             "a hub data set is given as owner/name"
         )
+    check_length(name, sum(map(len, text.documents)))
     if not any(document.strip() for document in text.documents):
         raise ValueError(f"corpus {name!r} ({split}) holds no text")
     return text
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name that is no file can be "owner/name" or "owner/name:config" of the hub, and no mistyped path."""
+    hub = name.partition(":")[0]
+    return HUB_NAME.fullmatch(name) is not None and table_kind(Path(hub)) is None and not hub.endswith((".txt", ".gz"))
 
 
 def parts_of(name: str) -> tuple[str, ...]:
@@ -214,92 +253,183 @@ def parts_of(name: str) -> tuple[str, ...]:
     return MIXTURES.get(name) or ((name,) if Path(name).is_file() else tuple(name.split("+")))
 
 
-def _read_known_file(name: str, split: str, data: Path, column: str | None) -> Text:
+def _read_known_file(
+    name: str, split: str, data: Path, column: str | None, tokenizer: PreTrainedTokenizerBase | None
+) -> Text:
     corpus = CORPORA[name]
     patterns = corpus.files.get(split, ())
     folder = data / name if (data / name).is_dir() else data
     for pattern in patterns:
         for file in sorted(folder.glob(pattern)):
-            documents = (
-                read_lines(file)
-                if ".txt" in file.suffixes or ".raw" in file.suffixes
-                else _read_file(file, column or "text", corpus.column, answered=corpus.compose is not None)
-            )
             source = {"corpus": name, "split": split, "file": file.name}
-            return Text(tuple(corpus.row(d) for d in documents), corpus.joiner, source)
+            if table_kind(file) is None:
+                return Text(tuple(map(corpus.row, read_lines(file))), corpus.joiner, source)
+            columns = (column,) if column else ("text", corpus.column)
+            text = _read_file(file, columns, source, tokenizer, answered=corpus.compose is not None)
+            return Text(tuple(map(corpus.row, text.documents)), corpus.joiner, text.source, text.templated)
     raise ValueError(
         f"{name}: no file for split {split!r} in {folder}; "
         f"looked for {', '.join(patterns) or 'nothing, the corpus has no such split'}"
     )
 
 
-def _read_hub(name: str, corpus: Corpus, split: str, column: str | None) -> Text:
+def _read_hub(
+    name: str, corpus: Corpus, split: str, column: str | None, tokenizer: PreTrainedTokenizerBase | None
+) -> Text:
     if corpus.hub is None or split not in corpus.splits:
         raise ValueError(f"{name}: no split {split!r} on the hub; give a folder with a local copy")
-    try:
-        rows: list[dict[str, Any]] = list(
-            itertools.islice(open_hub(corpus.hub, corpus.config, corpus.splits[split]), corpus.rows)
-        )
-    except Exception as error:
-        raise ValueError(
-            f"{name}: the hub did not give {corpus.hub} ({type(error).__name__}: {error}); "
-            "give a local file, a folder with local copies (--data), or builtin/prose, which needs no network"
-        ) from error
+    rows = read_hub_rows(name, corpus.hub, corpus.config, corpus.splits[split], corpus.rows)
     source = {"corpus": name, "hub": corpus.hub, "config": corpus.config, "split": split, "rows": len(rows)}
     if corpus.compose is not None and column is None:
-        return Text(tuple(corpus.compose(row) for row in rows), corpus.joiner, source)
-    field_name = column or corpus.column
-    if not rows or not isinstance(rows[0].get(field_name), str):
-        raise ValueError(f"{name}: no text field {field_name!r}; it has {', '.join(rows[0]) if rows else 'no rows'}")
-    documents = [corpus.row(row[field_name]) for row in rows]
-    return Text(tuple(dict.fromkeys(documents) if corpus.distinct else documents), corpus.joiner, source)
+        return Text(tuple(corpus.compose(dict(row)) for _, row in rows), corpus.joiner, source)
+    known = COLUMNS if corpus.column in COLUMNS else (corpus.column,)
+    text = _gather(name, rows, (column,) if column else known, source, tokenizer)
+    documents = [corpus.row(document) for document in text.documents]
+    unique = tuple(dict.fromkeys(documents) if corpus.distinct else documents)
+    return Text(unique, text.joiner if text.templated else corpus.joiner, text.source, text.templated)
 
 
-def open_hub(hub: str, config: str | None, split: str) -> Iterable[Any]:
+def read_hub_rows(name: str, hub: str, config: str | None, split: str, limit: int) -> list[tuple[str, Row]]:
+    """("NAME: row 3", row) of a hub data set's split, `limit` rows at most.
+
+    Raises:
+        ValueError: the hub does not give it; says what to do.
+    """
+    try:
+        rows = list(itertools.islice(open_hub(hub, config, split), limit))
+    except Exception as error:
+        gated = (
+            f"it is gated: accept its terms on https://huggingface.co/datasets/{hub}, then log in (hf auth login, or a "
+            "token in HF_TOKEN); or "
+            if re.search("gated|401|403", str(error))
+            else ""
+        )
+        raise ValueError(
+            f"{name}: the hub did not give {hub} ({type(error).__name__}: {error}); "
+            f"{gated}give a local file, a folder with local copies (--data), or builtin/prose, which needs no network"
+        ) from error
+    return [(f"{name}: row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def open_hub(hub: str, config: str | None, split: str) -> Iterable[Row]:
     """The rows of a hub data set's split, streamed."""
     import datasets  # slow to import, and needed only here
 
     try:
-        return datasets.load_dataset(hub, config, split=split, streaming=True)
+        rows: Iterable[Row] = datasets.load_dataset(hub, config, split=split, streaming=True)
+        return rows
     except RuntimeError as error:
         if "script" not in str(error):
             raise
         # Older sets come with a loading script, which datasets no longer runs; the hub keeps a converted copy of each.
-        return datasets.load_dataset(hub, config, split=split, streaming=True, revision="refs/convert/parquet")
+        return open_converted(f"hf://datasets/{hub}@{CONVERTED}", config, split)
 
 
-def _read_file(path: Path, *columns: str, answered: bool = False) -> list[str]:
-    """Its documents: the first of `columns` that a row has, or (answered) its question with the right answer."""
-    if ".jsonl" not in path.suffixes and ".json" not in path.suffixes:
-        return ["".join(read_lines(path))]
-    documents = []
-    for number, row in read_json_lines(path):
-        if answered and isinstance(row, dict) and {"choices", "answer"} <= set(row):
-            documents.append(questions.answered(row))
+def open_converted(root: str, config: str | None, split: str) -> Iterable[Row]:
+    """The rows of a split in a folder laid out as the hub's branch of converted copies, streamed.
+
+    It has a folder for each configuration and in it one for each split, CONFIG/SPLIT/0000.parquet; a split of which
+    only the first 5 GB were converted is CONFIG/partial-SPLIT. The branch has no list of configurations, so that
+    `load_dataset` does not know them by name, and would take a split "eval" for "test".
+
+    Args:
+        root: a path or URL that fsspec knows.
+        config: None is the only one, or "default".
+        split: the data set's own name for it.
+
+    Raises:
+        ValueError: there is no such configuration or split; names those that there are.
+    """
+    import datasets
+    import fsspec
+
+    system, base = fsspec.core.url_to_fs(root)
+    files: dict[str, dict[str, list[str]]] = {}
+    for file in sorted(system.find(base)):
+        parts = file.removeprefix(base).strip("/").split("/")
+        if len(parts) == 3 and parts[2].endswith(".parquet"):
+            folder = files.setdefault(parts[0], {})
+            folder.setdefault(parts[1].removeprefix("partial-"), []).append(system.unstrip_protocol(file))
+    named = config or (next(iter(files)) if len(files) == 1 else "default")
+    if named not in files:
+        raise ValueError(f"{root} has no configuration {config or 'default'!r}; it has {', '.join(files) or 'none'}")
+    if split not in files[named]:
+        raise ValueError(f"{root} has no split {split!r} in {named}; it has {', '.join(files[named])}")
+    rows: Iterable[Row] = datasets.load_dataset(
+        "parquet", data_files={split: files[named][split]}, split=split, streaming=True
+    )
+    return rows
+
+
+def _read_file(
+    path: Path,
+    columns: tuple[str, ...],
+    source: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    answered: bool = False,
+) -> Text:
+    """Its documents: see `_gather`; a file of plain text is one."""
+    if table_kind(path) is None:
+        return Text(("".join(read_lines(path)),), "\n\n", source)
+    return _gather(str(path), read_rows(path), columns, source, tokenizer, answered=answered)
+
+
+def _gather(
+    name: str,
+    rows: Sequence[tuple[str, Row]],
+    columns: tuple[str, ...],
+    source: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    answered: bool = False,
+) -> Text:
+    """The first of `columns` that a row has, or (answered) its question with the right answer, from every row."""
+    documents: list[str] = []
+    kinds: set[str] = set()
+    for place, row in rows:
+        if answered and row.get("choices") is not None and row.get("answer") is not None:
+            documents.append(questions.answered(dict(row)))
+            kinds.add("texts")
             continue
-        present = [c for c in columns if isinstance(row, dict) and isinstance(row.get(c), str)]
+        present = [column for column in columns if row.get(column) is not None]
         if not present:
-            has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(f"{path}: line {number} has no text field {' or '.join(map(repr, columns))}; it has {has}")
-        documents.append(row[present[0]])
-    return documents
-
-
-def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number, value) of every line of a .jsonl file that is not empty. Raises ValueError where one is not JSON."""
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
             continue
-        try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
+        value = row[present[0]]
+        if isinstance(value, list):
+            documents.append(_write_out(place, present[0], value, tokenizer))
+            kinds.add("conversations")
+        elif isinstance(value, str):
+            documents.append(value)
+            kinds.add("texts")
+        else:
+            raise ValueError(f"{place}: field {present[0]!r} holds no text but {type(value).__name__}: {value!r:.60}")
+    if not rows:
+        raise ValueError(f"{name} holds no text: it has no rows")
+    if not documents:
+        fields = list(rows[0][1])
+        raise ValueError(
+            f"{name} has no text {'in' if set(columns) & set(fields) else 'field'} {' or '.join(map(repr, columns))}; "
+            f"it has {', '.join(fields)}; choose a field by `column` (--column)"
+        )
+    if len(kinds) > 1:
+        raise ValueError(f"{name} holds texts and conversations; choose a field by `column` (--column)")
+    templated = kinds == {"conversations"}
+    skipped = len(rows) - len(documents)
+    if skipped:
+        warnings.warn(f"{name}: {skipped} of {len(rows)} rows have no text and are left out", stacklevel=2)
+        source = {**source, "skipped": skipped}
+    return Text(tuple(documents), "" if templated else "\n\n", source, templated)
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, plain or .gz. Raises ValueError where it is not UTF-8."""
+def _write_out(place: str, column: str, messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """A conversation as one text, by the tokenizer's chat template."""
+    if not all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages):
+        raise ValueError(f"{place}: field {column!r} is no conversation: a list of messages with role and content")
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{place}: field {column!r} is a conversation, and the tokenizer has no chat template to write it out: "
+            "give a chat model's tokenizer, or a field that holds text (column)"
+        )
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            return list(file)
-    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} is not readable as UTF-8 text: {error}") from error
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
+    except Exception as error:
+        raise ValueError(f"{place}: the tokenizer's chat template refuses it: {error}") from error

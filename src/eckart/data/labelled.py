@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eckart.data.corpora import open_hub, read_json_lines, read_lines
-
-Row = Mapping[str, Any]
+from eckart.data.corpora import is_hub_name, read_hub_rows
+from eckart.data.files import TABLES, Row, read_rows, table_kind
 
 # Wrong answers for each right one, as the probing paper pairs them.
 WRONG_PER_RIGHT = 4
@@ -158,10 +157,12 @@ def read_labelled(
 ) -> Labelled:
     """The rows of a labelled set.
 
+    Rows without a text or a label are left out: a warning says how many, and `source` has the number as "skipped".
+
     Args:
         name: one of
             a row of LABELLED, read from `data` when given, else from the hub;
-            a file of rows with a text and a label: .jsonl, .csv or .tsv, plain or .gz;
+            a file of rows with a text and a label: JSON lines, a JSON array, CSV, TSV (plain or .gz) or parquet;
             any hub data set "owner/name" or "owner/name:config".
         split: "train", or "test": the part that is not trained on (GLUE's dev set, as its test labels are not public).
         data: folder with local copies, DATA/<name>/..., or the folder of this one.
@@ -180,7 +181,9 @@ def read_labelled(
             raise ValueError(f"{name} has no split {split!r}; it has {', '.join(row.splits)}")
         rows, source = _read_known(name, row, split, data)
         labelled = _gather(name, rows, column or row.text, label_column or "label", row.classes, source)
-    elif "/" in name and not path.suffix:
+    elif path.is_dir():
+        raise ValueError(f"labelled set {name!r} is a folder; name a file in it")
+    elif is_hub_name(name):
         hub, _, config = name.partition(":")
         rows, source = _read_hub(name, hub, config or None, split)
         labelled = _gather(name, rows, column or "text", label_column or "label", None, {**source, "split": split})
@@ -196,7 +199,7 @@ def read_labelled(
 
 def _gather(
     name: str,
-    rows: Iterable[tuple[str, Row]],
+    rows: Sequence[tuple[str, Row]],
     text: str | Callable[[Row, random.Random], list[tuple[str, int]]],
     label: str,
     classes: tuple[str, ...] | None,
@@ -207,13 +210,13 @@ def _gather(
     labels: list[Any] = []
     groups: list[int] = []
     known: dict[str, int] = {}
-    draw, left_out = random.Random(PAIRING_SEED), 0
+    draw, left_out, skipped = random.Random(PAIRING_SEED), 0, 0
     for place, row in rows:
         if callable(text):
             try:
                 pairs = text(row, draw)
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{name}: {place}: {error}") from error
+                raise ValueError(f"{place}: {error}") from error
             if not pairs:
                 left_out += 1
                 continue
@@ -223,14 +226,25 @@ def _gather(
             continue
         # The hub's GLUE calls the field "sentence", local copies "text".
         field = text if text in row else "text"
-        if not isinstance(row.get(field), str) or row.get(label) in (None, ""):
+        if field not in row or label not in row:
             has = ", ".join(map(str, row))
-            raise ValueError(f"{name}: {place} has no text {field!r} with a {label!r}; it has {has}")
+            raise ValueError(
+                f"{place} has no text {field!r} with a {label!r}; it has {has}; "
+                "choose fields by `column` and `label_column`"
+            )
+        if row[field] is None or row[label] in (None, ""):
+            skipped += 1
+            continue
+        if not isinstance(row[field], str):
+            raise ValueError(f"{place}: field {field!r} holds no text but {type(row[field]).__name__}")
         texts.append(row[field])
         labels.append(row[label])
         groups.append(known.setdefault(row[field], len(known)))
     names, numbers = _number(name, labels, classes)
-    facts = {**source, "rows": len(texts), **({"left_out": left_out} if left_out else {})}
+    if skipped:
+        warnings.warn(f"{name}: {skipped} of {len(rows)} rows have no text or no label and are left out", stacklevel=2)
+    counts = {"left_out": left_out, "skipped": skipped}
+    facts = {**source, "rows": len(texts), **{key: count for key, count in counts.items() if count}}
     return Labelled(tuple(texts), tuple(numbers), names, tuple(groups), facts)
 
 
@@ -253,7 +267,7 @@ def _number(name: str, labels: Sequence[Any], classes: tuple[str, ...] | None) -
 
 def _read_known(
     name: str, row: LabelledSet, split: str, data: Path | None
-) -> tuple[Iterable[tuple[str, Row]], dict[str, Any]]:
+) -> tuple[Sequence[tuple[str, Row]], dict[str, Any]]:
     if data is None:
         rows, source = _read_hub(name, row.hub, row.config, row.splits[split])
         return rows, {**source, "corpus": name, "split": split}
@@ -265,25 +279,12 @@ def _read_known(
     raise ValueError(f"{name}: no file for split {split!r} in {folder}; looked for {', '.join(row.files[split])}")
 
 
-def _read_hub(name: str, hub: str, config: str | None, split: str) -> tuple[Iterable[tuple[str, Row]], dict[str, Any]]:
-    try:
-        rows = list(itertools.islice(open_hub(hub, config, split), HUB_ROWS))
-    except Exception as error:
-        raise ValueError(
-            f"{name}: the hub did not give {hub} ({type(error).__name__}: {error}); "
-            "give a local file, or a folder with local copies (--data)"
-        ) from error
-    return ((f"row {n}", row) for n, row in enumerate(rows, 1)), {"corpus": name, "hub": hub, "config": config}
+def _read_hub(name: str, hub: str, config: str | None, split: str) -> tuple[Sequence[tuple[str, Row]], dict[str, Any]]:
+    return read_hub_rows(name, hub, config, split, HUB_ROWS), {"corpus": name, "hub": hub, "config": config}
 
 
-def _read_file(path: Path) -> Iterable[tuple[str, Row]]:
-    """("FILE: line 3", row) of a .jsonl, .csv or .tsv file."""
-    if ".csv" in path.suffixes or ".tsv" in path.suffixes:
-        reader = csv.DictReader(read_lines(path), delimiter="\t" if ".tsv" in path.suffixes else ",")
-        return [(f"{path}: line {reader.line_num}", row) for row in reader]
-    rows = []
-    for number, row in read_json_lines(path):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}: line {number} holds no row of fields")
-        rows.append((f"{path}: line {number}", row))
-    return rows
+def _read_file(path: Path) -> Sequence[tuple[str, Row]]:
+    """("FILE: row 3", row) of a table."""
+    if table_kind(path) is None:
+        raise ValueError(f"{path} is no table of texts with labels; give one of {', '.join(TABLES)}")
+    return read_rows(path)
