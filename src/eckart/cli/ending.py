@@ -27,8 +27,10 @@ OUT_OF_MEMORY = (
 )
 # What torch says of memory in a RuntimeError that has no class of its own.
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-# What the libraries that write weights say of a full disk in errors of their own.
-NO_SPACE = ("No space left on device", "os error 28", "PytorchStreamWriter failed")
+# A disk that is full, a quota, a limit on the size of files; and what libraries that write weights say of them in
+# errors of their own.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (*map(os.strerror, FULL), "PytorchStreamWriter failed")
 
 
 class Stopped(BaseException):
@@ -60,7 +62,7 @@ def stopping() -> Iterator[None]:
 
 def tell(error: Exception) -> tuple[int, str]:
     """The status and the line of a command that ended by `error`."""
-    if _is(error, NO_SPACE) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+    if _is(error, NO_SPACE) or (isinstance(error, OSError) and error.errno in FULL):
         where = getattr(error, "filename", None)
         return BAD_INPUT, f"error: the disk{f' of {where}' if where else ''} is full: make room, and run this again"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is(error, NO_MEMORY)):
