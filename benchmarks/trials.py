@@ -7,10 +7,10 @@ trials, and how many of them ended as promised. Others are printed with what hap
 promised, and has the counts of one day; the tests try each kind a few times.
 
 kills      `eckart run`, and `eckart compress --out-of-core`, get SIGKILL after a random part of the time that they take
-           when nothing stops them. The same command, given again, has to end well, with the bytes of weights and the
-           numbers of evaluations of the run that was not stopped.
-pairs      Two `eckart compress --force` of different seeds start on one OUT that has an older checkpoint. Every one that
-           ends well has to have been alone; what is there has to be whole, and of one of those that ended well.
+           when nothing stops them. The same command, given again, has to end well, with the weights and the numbers of
+           the run that was not stopped.
+pairs      Two `eckart compress --force` of different seeds start on one OUT that has an older checkpoint. At least one
+           has to end well; what is there has to be whole, and of one of those that ended well.
 flips      One random bit of a file of the cache, or of a checkpoint, is turned over. The cache's has to be noticed and
            computed again, with the same weights as before; the checkpoint's has to be told by `inspect --verify`.
 full       Files may not grow past a random size (RLIMIT_FSIZE, as a full disk, without needing one). The command has to
@@ -46,7 +46,9 @@ model: builtin
 method: {name: asvd-i}
 keep: 0.6
 calibration: {corpus: builtin/prose, samples: 8, length: 128}
-evaluate: [{task: "perplexity:builtin/prose", length: 128, limit: 8}, {task: "perplexity:builtin/code", length: 128, limit: 8}]
+evaluate:
+  - {task: "perplexity:builtin/prose", length: 128, limit: 8}
+  - {task: "perplexity:builtin/code", length: 128, limit: 8}
 """
 
 
