@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import eckart
 from eckart.compression.tuning.finetuning import NOTES
@@ -155,3 +157,13 @@ def test_models_of_one_name_get_folders_of_their_own(place: Path, tmp_path: Path
     run_study(study, tmp_path / "out", How(data=place))
     sources = {json.loads(file.read_text())["model"] for file in (tmp_path / "out/finetuned").glob(f"*/{NOTES}")}
     assert sources == set(models.values())
+
+
+def test_a_source_that_changed_is_not_taken_for_the_one_that_was_fine_tuned(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "one", tmp_path / "one")
+    study = Study.model_validate(BASE).at("paper", {"models": [str(tmp_path / "one")], "finetune.epochs": 1})
+    run_study(study, tmp_path / "out", How(data=place))
+    weights = tmp_path / "one" / "model.safetensors"
+    save_file({name: tensor * 1.5 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(FileExistsError, match=r"fine-tuned otherwise .*model\.safetensors is changed.*--force"):
+        run_study(study, tmp_path / "out", How(data=place))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from eckart.data.corpora import parts_of
 from eckart.evals.agreement import agreement, has_answers
 from eckart.evals.result import EvalResult, write_result
 from eckart.evals.similarity import Activations, read_activations
@@ -33,11 +34,14 @@ from eckart.runs.engine.local import HERE
 from eckart.runs.facts import FACTS, Facts
 from eckart.runs.how import How
 from eckart.runs.in_memory import make_baseline, make_checkpoint
+from eckart.runs.inputs import INPUTS, Inputs, check_inputs, digest_inputs, names_in, read_inputs
 from eckart.runs.recipe import Recipe, load_recipe
 from eckart.runs.workbench import make_tokens
 from eckart.support.files import claimed, write_whole
 
 WEIGHTS = "*.safetensors"
+# In a run directory: the recipe of the model in it.
+MADE = "made.yaml"
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,11 @@ def run(
 ) -> list[Measured]:
     """Carry out a whole recipe in a run directory, and go on where a killed run stopped.
 
-    The directory gets recipe.yaml (as given), environment.json, model/ (see `make_checkpoint`; of a baseline only its
-    facts), made.yaml (the recipe of that model), evals/<task>.json of the compressed model, evals/<task>.dense.json of
-    the dense one and evals/<task>.agreement.json of the two. Files that exist are not made again. A recipe that keeps
-    everything (keep 1) compresses nothing, and only the dense model is measured.
+    The directory gets recipe.yaml (as given), inputs.json (a digest of every file that was read), environment.json,
+    model/ (see `make_checkpoint`; of a baseline only its facts), made.yaml (the recipe of that model), and of each task
+    evals/<task>.json of the compressed model, <task>.dense.json of the dense one and <task>.agreement.json of the two.
+    Files that exist are not made again. A recipe that keeps everything (keep 1) compresses nothing, and only the dense
+    model is measured.
 
     Args:
         shared: folder of dense results that several runs share, named by model, task and settings.
@@ -79,7 +84,8 @@ def run(
             needed.
 
     Raises:
-        FileExistsError: the directory holds a run of another recipe and `force` is not given.
+        FileExistsError: the directory holds a run of another recipe, or of other files at the same places (the message
+            names them), and `force` is not given.
         ValueError: as the stages raise it; an unknown task, and one that would be measured on what the recipe's search
             reads, are found before anything runs.
     """
@@ -91,10 +97,11 @@ def run(
 def _run(
     recipe: Recipe, directory: Path, how: How, force: bool, shared: Path | None, keep_going: bool, keep_weights: bool
 ) -> list[Measured]:
-    _claim(directory, recipe, force)
+    inputs = read_inputs(recipe, how.data)
+    _claim(directory, recipe, inputs, force)
     write_whole(directory / "environment.json", json.dumps(environment(), indent=2))
     models = _Models(recipe, directory / "model", how)
-    results = _Results(directory / "evals", shared, recipe)
+    results = _Results(directory / "evals", shared, recipe, inputs)
     refusals: dict[str, dict[str, str]] = {task.label: {} for task in recipe.tasks}
 
     def measure(which: str) -> list[EvalResult | None]:
@@ -154,21 +161,33 @@ def _write_card(model: Path, measured: Sequence[Measured]) -> None:
     write_whole(model / "README.md", write_card(load_recipe(model / "recipe.yaml"), Facts.read(model), pairs))
 
 
-def _claim(directory: Path, recipe: Recipe, force: bool) -> None:
-    """Make the directory this recipe's.
+def _claim(directory: Path, recipe: Recipe, inputs: Inputs, force: bool) -> None:
+    """Make the directory this recipe's, of these inputs.
 
-    With `force` the results of another recipe go at once, and its model when the new one is complete.
+    With `force` the results of another recipe or of other inputs go at once, and their model when the new one is
+    complete. A directory of an older eckart does not say what its inputs were: they are taken to be these.
     """
     written = directory / "recipe.yaml"
-    if written.is_file() and written.read_text(encoding="utf-8") == recipe.to_yaml():
+    same_recipe = written.is_file() and written.read_text(encoding="utf-8") == recipe.to_yaml()
+    changes = check_inputs(directory / INPUTS, inputs) if same_recipe else []
+    if same_recipe and not changes:
         return
+    if changes and not force:
+        more = f", and {len(changes) - 3} more" if len(changes) > 3 else ""
+        raise FileExistsError(
+            f"{directory} has results of other files at the same places ({'; '.join(changes[:3])}{more}): give another "
+            "place, or --force to remove them and start anew"
+        )
     if directory.exists() and any(directory.iterdir()) and not force:
         raise FileExistsError(
             f"{directory} holds something else than a run of this recipe; give another place, or --force"
         )
     if written.is_file():
         shutil.rmtree(directory / "evals", ignore_errors=True)
+        for name in (MADE, INPUTS):
+            (directory / name).unlink(missing_ok=True)
     directory.mkdir(parents=True, exist_ok=True)
+    check_inputs(directory / INPUTS, inputs)
     write_whole(written, recipe.to_yaml())
 
 
@@ -208,7 +227,7 @@ class _Models:
     def compress(self) -> None:
         """Make the compressed model's directory, unless this recipe has made it already. The dense model is let go."""
         self.loaded.clear()
-        mark, recipe = self.directory.with_name("made.yaml"), self.recipe.to_yaml()
+        mark, recipe = self.directory.with_name(MADE), self.recipe.to_yaml()
         whole = (self.directory / FACTS).is_file()
         if whole and mark.is_file() and mark.read_text(encoding="utf-8") == recipe:
             return
@@ -257,8 +276,8 @@ class _Models:
 class _Results:
     """Results on disk: those of a run directory, and dense ones that runs share."""
 
-    def __init__(self, folder: Path, shared: Path | None, recipe: Recipe) -> None:
-        self.folder, self.shared, self.recipe = folder, shared, recipe
+    def __init__(self, folder: Path, shared: Path | None, recipe: Recipe, inputs: Inputs) -> None:
+        self.folder, self.shared, self.recipe, self.inputs = folder, shared, recipe, inputs
 
     def read(self, task: Task, which: str) -> EvalResult | None:
         for file in self._files(task, which):
@@ -277,8 +296,11 @@ class _Results:
         files = [self.folder / f"{task.slug}{'.dense' if which == 'dense' else ''}.json"]
         if which == "dense" and self.shared is not None:
             settings: list[Any] = [self.recipe.model, self.recipe.dtype, self.recipe.context, asdict(task)]
+            names = [*names_in(task.name)]
             if "activations" in find_task(task.name).needs:
                 settings.append(self.recipe.calibration.model_dump())
+                names += parts_of(self.recipe.calibration.corpus)
+            settings.append(digest_inputs(self.inputs, names))
             digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
             files.append(self.shared / f"{task.slug}-{digest}.json")
         return files

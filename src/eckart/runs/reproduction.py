@@ -15,6 +15,7 @@ from eckart.evals.result import EvalResult, SectionName, Traits, traits_of
 from eckart.evals.tasks import EVALUATIONS, find_task
 from eckart.runs.experiment import Measured, run
 from eckart.runs.how import How
+from eckart.runs.inputs import check_inputs, read_inputs
 from eckart.runs.recipe import Recipe, parse_recipe
 from eckart.runs.study import Row, Study, merge
 from eckart.support.files import claimed, write_whole
@@ -117,17 +118,24 @@ def fine_tune_models(
     for model, place in places.items():
         notes = place / NOTES
         facts = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
+        noted = directory / "inputs" / f"{place.name}.json"  # not in the checkpoint, which is read as a model
+        inputs = read_inputs(
+            parse_recipe({"model": model, "keep": 1, "evaluate": [f"probing:{settings.task}"]}), how.data
+        )
+        changes: list[str] = []
         if (facts.get("model"), facts.get("settings")) == (model, asdict(settings)):
-            continue
+            changes = check_inputs(noted, inputs)
+            if not changes:
+                continue
         if facts and not force:
-            raise FileExistsError(
-                f"{place} was fine-tuned otherwise ({facts['model']}, {facts['settings']}); give another place, or "
-                "--force"
-            )
+            why = "; ".join(changes[:3]) or f"{facts['model']}, {facts['settings']}"
+            raise FileExistsError(f"{place} was fine-tuned otherwise ({why}); give another place, or --force")
         if facts:
             for folder in ("runs", "dense"):
                 shutil.rmtree(directory / folder, ignore_errors=True)
         missing.append(model)
+        noted.unlink(missing_ok=True)
+        check_inputs(noted, inputs)
     for model in how.track(missing, "models", len(missing)) if missing else ():
         fine_tune(
             model,
