@@ -17,7 +17,7 @@ from .from_files import put_model
 def any_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny tokenizer, whatever the model: some families' names stand for a tokenizer of their own."""
     for module in (out_of_core, in_memory):
-        monkeypatch.setattr(module, "load_tokenizer", lambda _path: tiny_tokenizer())
+        monkeypatch.setattr(module, "load_tokenizer", lambda _path, **_options: tiny_tokenizer())
 
 
 @pytest.fixture(scope="module")

@@ -178,7 +178,7 @@ def _unheard() -> Iterator[None]:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with quiet("transformers.modeling_utils"), torch.random.fork_rng(devices=[]):
+        with quiet("transformers"), torch.random.fork_rng(devices=[]):
             yield
     finally:
         if shown:
