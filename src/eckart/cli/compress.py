@@ -151,7 +151,7 @@ def command(
             outcome = compress_out_of_core(recipe, out, how, resume=resume, force=force)
         else:
             outcome = make_checkpoint(recipe, out, how, force=force)
-    for line in remarks(outcome.plan):
+    for line in remarks(outcome.plan, outcome.report):
         console.print(line)
     console.print(sizes_table(str(out), outcome.summary, outcome.plan))
     for what, name in (("refined", "refine"), ("distilled", "distil")):

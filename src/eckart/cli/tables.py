@@ -8,6 +8,10 @@ from rich.table import Table
 
 from eckart.allocation import PlanSummary, RankPlan, slow_settings
 from eckart.cli.terminal import table
+from eckart.compression.replace import CompressionReport
+
+# Linears that a remark names one by one.
+NAMED = 5
 
 
 def sizes_table(title: str, summary: PlanSummary, plan: RankPlan) -> Table:
@@ -32,9 +36,19 @@ def sizes_table(title: str, summary: PlanSummary, plan: RankPlan) -> Table:
     )
 
 
-def remarks(plan: RankPlan) -> Iterator[str]:
-    """A line for each linear that stays dense although a rank was asked for, and for each kind that may be slow."""
+def remarks(plan: RankPlan, report: CompressionReport | None = None) -> Iterator[str]:
+    """A line for each linear that stays dense although a rank was asked for, or that has no influence on the
+    calibration text, and for each kind that may be slow."""
     for name, note in plan.notes.items():
         yield f"{name}: {note}"
+    notes: dict[str, list[str]] = {}
+    for site in report.sites if report else ():
+        if site.note:
+            notes.setdefault(site.note, []).append(f"{site.name} (rank {site.rank})")
+    for note, names in notes.items():
+        for name in names[:NAMED]:
+            yield f"{name}: {note}"
+        if len(names) > NAMED:
+            yield f"{len(names) - NAMED} more linears: {note}; compression.json has all of them"
     for line in slow_settings(plan):
         yield f"speed: {line}"

@@ -24,6 +24,7 @@ from eckart.lowrank import (
 )
 from eckart.lowrank.metrics import Root
 from eckart.lowrank.moments import JointGradients
+from eckart.models.sites import Site
 from eckart.models.units import Unit
 
 # Points of a site's loss curve in the report: enough to draw it.
@@ -42,6 +43,7 @@ class Cut:
         relative_errors: of each of its sites, E||W x - M xh - d||^2 / E||W x||^2 on the calibration tokens, M and d as
             they are stored; None without second moments.
         refit: whether the left factor was refit and was better on the held-out tokens; None where no refit was tried.
+        notes: of each of its sites, see `note_on`; empty where there is nothing to say of any.
     """
 
     factors: Factors | Pivoted
@@ -49,6 +51,7 @@ class Cut:
     losses: tuple[float, ...]
     relative_errors: tuple[float | None, ...]
     refit: bool | None = None
+    notes: tuple[str | None, ...] = ()
 
 
 def _no_bias(_unit: Unit) -> None:
@@ -129,7 +132,8 @@ def cut_units(request: CutRequest) -> Iterator[tuple[Unit, Cut]]:
             _relative_error(each, member, inputs, energy)
             for each, member in zip(rows, unit.split(as_read), strict=True)
         )
-        yield unit, Cut(stored, tail, tuple(factored.losses(CURVE)), errors, took)
+        notes = tuple(note_on(part, site) for site in unit.sites)
+        yield unit, Cut(stored, tail, tuple(factored.losses(CURVE)), errors, took, notes)
 
 
 def factor_units(request: FactorRequest, plan: RankPlan | None = None) -> Iterator[tuple[Unit, Factored]]:
@@ -156,6 +160,19 @@ def factor_units(request: FactorRequest, plan: RankPlan | None = None) -> Iterat
         except (ValueError, DecompositionError) as error:
             raise type(error)(f"{unit.name}: {error}") from error
         yield unit, factored
+
+
+def note_on(part: BlockCalibration, site: Site) -> str | None:
+    """What to know of a linear that has no influence on the calibration text; None of others.
+
+    See `lowrank.truncation.factor` for how it is factored.
+    """
+    inputs, gradients = part.inputs.get(site.input_group), part.gradients.get(site.name)
+    if inputs is not None and inputs.are_zero:
+        return "its input is zero on every calibration token; it was factored as if all inputs were alike"
+    if gradients is not None and gradients.are_zero:
+        return "its gradient is zero on every calibration token; it was factored by its inputs alone"
+    return None
 
 
 def moments_of(unit: Unit, part: BlockCalibration, device: torch.device | None = None) -> Moments:

@@ -36,6 +36,7 @@ class SiteReport:
             method, whose loss is the error.
             Of linears that share a right factor it is that of all of them.
         refit: whether the left factor was refit and was better on the held-out tokens; None where no refit was tried.
+        note: where the linear has no influence on the calibration text, why, and how it was factored then.
     """
 
     site: Site
@@ -44,6 +45,7 @@ class SiteReport:
     tail: float | None
     losses: tuple[float, ...]
     refit: bool | None = None
+    note: str | None = None
 
     @property
     def name(self) -> str:
@@ -91,6 +93,7 @@ class CompressionReport:
                         "relative_error": report.relative_error,
                         "tail": report.tail,
                         **({} if report.refit is None else {"refit": report.refit}),
+                        **({} if report.note is None else {"note": report.note}),
                         "spectrum": [float(f"{loss:.4g}") for loss in report.losses],
                     }
                     for report in self.sites
@@ -221,7 +224,8 @@ def place(model: PreTrainedModel, unit: Unit, cut: Cut, plan: RankPlan) -> list[
         replace_module(model, name, module)
     rank = plan.rank(unit.sites[0])
     assert rank is not None
+    notes = cut.notes or (None,) * len(unit.sites)
     return [
-        SiteReport(site, rank, relative, cut.tail, cut.losses, cut.refit)
-        for site, relative in zip(unit.sites, cut.relative_errors, strict=True)
+        SiteReport(site, rank, relative, cut.tail, cut.losses, cut.refit, note)
+        for site, relative, note in zip(unit.sites, cut.relative_errors, notes, strict=True)
     ]

@@ -16,6 +16,9 @@ from eckart.lowrank.moments import GRADIENT_STATISTICS, InputMoments, Moments
 from eckart.lowrank.pivoting import Pivoted
 from eckart.lowrank.truncation import Spectrum, check_rank, factor, interpolate, weigh
 
+# Moments are kept in float32: an input of which every entry varies by less than this share of its square is constant.
+CONSTANT = 1e-6
+
 InputRoot = Callable[[Moments], Tensor | Whitening]
 OutputMetric = Callable[[Moments], Tensor | BlockDiagonal]
 
@@ -147,7 +150,10 @@ class Method:
         return NestedSpectrum(first, root, self.residual, second_root, second_metric, self.share)
 
     def _anchor(self, weight: Tensor, moments: Moments, metric: Metric, share: float) -> tuple[Tensor, float]:
-        """The anchored target T and the loss that no rank removes, E||A (W x - T xh)||^2 (centred: about the means)."""
+        """The anchored target T and the loss that no rank removes, E||A (W x - T xh)||^2 (centred: about the means).
+
+        An input xh that is always zero (centred: the same for every token) tells nothing of x, and T is W.
+        """
         inputs = moments.require_inputs()
         if self.centred:
             cross, moment = inputs.cross_covariance, inputs.covariance
@@ -158,7 +164,9 @@ class Method:
                 inputs.second_moment,
                 inputs.reference_second_moment,
             )
-        target = anchored_target(weight, cross, moment, share)
+        squares = inputs.variances()
+        constant = bool((moment.diagonal() <= CONSTANT * squares).all())
+        target = weight if constant else anchored_target(weight, cross, moment, share)
         dense, kept = weigh(weight, metric=metric), weigh(target, metric=metric)
         floor = float(
             ((dense @ reference) * dense).sum() - 2 * ((dense @ cross) * kept).sum() + ((kept @ moment) * kept).sum()

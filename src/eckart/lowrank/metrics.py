@@ -15,6 +15,10 @@ from torch import Tensor
 
 from eckart.lowrank.moments import InputMoments, Moments
 
+# Weight of a linear without influence in a stack with others, as a share of theirs: far above what float64 resolves,
+# far below what moves a rank.
+FAINT = 1e-9
+
 
 class DecompositionError(RuntimeError):
     """A matrix decomposition did not converge or its input is unusable; the message has the shape and the numbers."""
@@ -230,20 +234,41 @@ def fisher_input_root(moments: Moments) -> Float[Tensor, "in"]:
 
 
 def fisher_output_metric(moments: Moments, share: float) -> Float[Tensor, "out"]:
-    """diag sqrt(sum of F over inputs), shrunk by `share` because an output metric is solved with, not only applied."""
+    """diag sqrt(sum of F over inputs), shrunk by `share` because an output metric is solved with, not only applied.
+
+    Zero where no output has any Fisher information, see `is_nothing`.
+    """
     return shrink(moments.require_gradients().fisher_out, share).sqrt()
 
 
-def gradient_metric(moments: Moments, share: float) -> Float[Tensor, "out out"] | BlockDiagonal:
+def gradient_metric(moments: Moments, share: float) -> Float[Tensor, "out out"] | Float[Tensor, "out"] | BlockDiagonal:
     """A with A^T A = H shrunk by `share`: upper-triangular chol(H)^T. The tail is then in units of the loss.
 
-    Of stacked linears each has its own H, and their gradients at different outputs are taken as uncorrelated.
+    Of stacked linears each has its own H, and their gradients at different outputs are taken as uncorrelated. One whose
+    gradient is always zero counts next to nothing (FAINT) in the stack; where all are so, and of a single linear, A is
+    zero: see `is_nothing`.
 
     Raises:
         DecompositionError: H is singular even after shrinking (share = 0 on too few tokens).
     """
-    blocks = [_gradient_root(gradients.gradient_covariance, share) for gradients in moments.require_gradients().members]
+    covariances = [gradients.gradient_covariance for gradients in moments.require_gradients().members]
+    scales = torch.stack([covariance.diagonal().mean() for covariance in covariances])
+    if not scales.any():
+        return torch.cat([torch.zeros_like(covariance.diagonal()) for covariance in covariances])
+    faint = (FAINT * scales[scales != 0].mean()).sqrt()
+    blocks = [
+        _gradient_root(covariance, share) if scale else faint * torch.eye(len(covariance)).to(covariance)
+        for covariance, scale in zip(covariances, scales, strict=True)
+    ]
     return blocks[0] if len(blocks) == 1 else BlockDiagonal(tuple(blocks))
+
+
+def is_nothing(metric: Metric) -> bool:
+    """Whether A is zero: no error at the outputs counts, and A cannot be solved with.
+
+    So it is for a linear without influence on the loss, as in a block whose output is multiplied by zero.
+    """
+    return isinstance(metric, Tensor) and not metric.any()
 
 
 def _gradient_root(covariance: Float[Tensor, "out out"], share: float) -> Float[Tensor, "out out"]:

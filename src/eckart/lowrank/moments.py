@@ -67,6 +67,11 @@ class InputMoments:
         return self._sums["mean"].shape[0]
 
     @property
+    def are_zero(self) -> bool:
+        """Whether the input was zero on every token."""
+        return self.count > 0 and not bool(self._sums["abs_mean"].any())
+
+    @property
     def sums(self) -> dict[str, Tensor]:
         """The running sums by name, whole. A square one is written in its upper half only until it is asked for."""
         if not self._mirrored:
@@ -297,6 +302,13 @@ class GradientMoments:
         moments = cls(sums["fisher_out"].shape[0], sums["fisher_in"].shape[0], frozenset())
         moments.examples, moments.tokens, moments.sums = examples, tokens, dict(sums)
         return moments
+
+    @property
+    def are_zero(self) -> bool:
+        """Whether the gradient was zero on every token: nothing that the linear gives moves the loss."""
+        if self.tokens and "gradient_covariance" in self.sums:
+            return not bool(self.sums["gradient_covariance"].diagonal().any())
+        return self.examples > 0 and not bool(self.sums["fisher_out"].any())
 
     @property
     def members(self) -> tuple[GradientMoments, ...]:

@@ -7,7 +7,8 @@ U = left singular vectors of A T B,   M = A^-1 U_r U_r^T A T,   loss = sum of th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from eckart.lowrank.metrics import (
     Whitening,
     apply_metric,
     eigh,
+    is_nothing,
     singular,
     solve_metric,
     transpose_metric,
@@ -130,6 +132,10 @@ def factor(
             float64 is then factored in float32 where that is enough (see `leading`): the loss is within 1e-5 of the
             least, and the factors are float32.
 
+    Where A or B is zero, every M loses nothing (but the floor), and that is what the spectrum's losses are. The factors
+    are then the best ones without A, or without B: a linear without influence on the loss is cut in the input's metric
+    alone, and one whose input is always zero by plain SVD.
+
     Raises:
         ValueError: shapes disagree, an entry is not finite, or the rank is out of reach.
         DecompositionError: the decomposition did not converge; the message names the shape and the largest entry. Or
@@ -144,6 +150,9 @@ def factor(
     d_out, d_in = target.shape
     _check_side(root, d_in, "root")
     _check_side(metric, d_out, "metric")
+    settings: dict[str, Any] = {"output_mean": output_mean, "input_mean": input_mean, "floor": floor, "rank": rank}
+    if is_nothing(metric):
+        return _lossless(factor(target, root=root, **settings))
     if rank is not None:
         check_rank(rank, min(d_out, d_in))
         if target.dtype != torch.float64 and metric is None and (not isinstance(root, Whitening) or root.is_single):
@@ -155,7 +164,14 @@ def factor(
     if isinstance(metric, Tensor) and metric.ndim == 1 and (metric == 0).any():
         raise singular(metric)
     basis, energies = left_basis(target, root, metric, rank)
+    if root is not None and energies[0] == 0:
+        return _lossless(factor(target, metric=metric, **settings))
     return Spectrum(target, basis, energies, metric, output_mean, input_mean, floor)
+
+
+def _lossless(spectrum: Spectrum) -> Spectrum:
+    """The same factors, with no loss at any rank but the floor."""
+    return replace(spectrum, energies=torch.zeros_like(spectrum.energies))
 
 
 def weigh(matrix: Float[Tensor, "out in"], root: Root = None, metric: Metric = None) -> Float[Tensor, "out in"]:
