@@ -35,6 +35,7 @@ OTHER_SETTINGS = (
     Entry("nsvd-ii", {"share": 1.0}),
     Entry("nid-i", {"share": 0.5}),
     Entry("shrunk", {"share": 0.5, "bias": True}),
+    Entry("sfsd", {"centred": False}),
     Entry("kfac", {"shrink_in": 0.0, "bias": False}),
     Entry("kfac", {"shrink_out": 1.0}),
 )

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,6 +83,44 @@ def test_the_mean_in_the_bias_never_costs_and_pays_with_it(layer: Layer) -> None
         best = token_loss(layer.weight, plain.cut(rank), layer.x)
         assert token_loss(layer.weight, factors, layer.x) <= best + slack
         assert token_loss(layer.weight, without, layer.x) >= best - slack
+
+
+@laws(30)
+@given(layer=layers())
+def test_sfsd_as_its_equations_are_printed(layer: Layer) -> None:
+    """Components of E[y y^T], and the bias V_c V_c^T W mean(x) of Eq. 4.
+
+    S_k, the variance along a component, is its eigenvalue only where the components are of the covariance: of E[y y^T]
+    the eigenvalue has the squared mean along it besides. The bias takes just that out of the loss, and the centred
+    components, which spend no rank on it, never lose more.
+    """
+    printed, centred = (Case(build_method("sfsd", {"centred": c}), layer) for c in (False, True))
+    outputs = layer.x @ layer.weight.T
+    mean = outputs.mean(0)
+    for case, along in ((printed, True), (centred, False)):
+        projected = outputs @ case.factored.basis
+        variances = (projected - projected.mean(0)).square().mean(0)
+        expected = variances + along * projected.mean(0).square()
+        torch.testing.assert_close(case.factored.energies, expected, rtol=0, atol=RELATIVE * case.scale)
+    for rank in layer.ranks:
+        factors = printed.factored.cut(rank)
+        dropped = printed.factored.basis[:, rank:]
+        assert factors.bias is not None
+        rest = mean - printed.factored.basis[:, :rank] @ (printed.factored.basis[:, :rank].T @ mean)
+        torch.testing.assert_close(factors.bias, rest, rtol=1e-9, atol=1e-9)
+        error = token_loss(layer.weight, factors, layer.x)
+        given_back = float((dropped.T @ mean).square().sum())
+        assert math.isclose(printed.factored.tail(rank) - given_back, error, abs_tol=RELATIVE * printed.scale)
+        best = token_loss(layer.weight, centred.factored.cut(rank), layer.x)
+        assert best <= error + RELATIVE * printed.scale
+
+
+def test_the_printed_components_lose_more_where_inputs_have_a_mean() -> None:
+    layer = make_layer(6, 8, 100)
+    printed, centred = (Case(build_method("sfsd", {"centred": c}), layer).factored.cut(2) for c in (False, True))
+    assert token_loss(layer.weight, printed, layer.x) > 1.01 * token_loss(layer.weight, centred, layer.x)
+    assert build_method("sfsd").identity == {"name": "sfsd", "options": {}}
+    assert build_method("sfsd", {"centred": False}).identity["options"] == {"centred": False}
 
 
 def test_the_mean_in_the_bias_pays_where_inputs_have_a_mean() -> None:

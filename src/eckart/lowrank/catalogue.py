@@ -164,8 +164,25 @@ def nid_ii(share: float = FIRST_SHARE) -> Method:
     return _nested("nid-ii", asvd_ii(), Stage(interpolative=True), share, "section 3, over Theorem 3")
 
 
-def sfsd() -> Method:
-    """Principal components of the centred layer output; the mean of what is dropped goes to a bias."""
+def sfsd(centred: bool = True) -> Method:
+    """Principal components of the centred layer output; the mean of what is dropped goes to a bias.
+
+    With `centred` False the components are those of E[y y^T], as the equations before Eq. 4 have them, with the same
+    bias. The paper's S_k, the variance along a component, is then not its eigenvalue, as the paper says it is: the
+    eigenvalue has the squared mean besides, which the bias restores. It spends rank on what the bias gives for free.
+    """
+    if not centred:
+        return Method(
+            name="sfsd",
+            paper=SFSD_PAPER,
+            equation="Eq. 4-5: B a root of G, d = W mu - M mu",
+            assumes="as asvd-i; the bias costs nothing that its rank could have had",
+            fails="never better than centred on the calibration tokens at the same rank",
+            needs=SECOND_MOMENT,
+            stage=Stage(root=whitening()),
+            centred=True,
+            options={"centred": False},
+        )
     return Method(
         name="sfsd",
         paper=SFSD_PAPER,
@@ -176,6 +193,7 @@ def sfsd() -> Method:
         stage=Stage(root=whitening(centred=True)),
         centred=True,
         exact=True,
+        options={"centred": True},
     )
 
 

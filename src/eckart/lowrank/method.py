@@ -66,7 +66,8 @@ class Method:
         stage: the first (or only) term.
         residual: the second term, cut from the residual of the first, or None.
         share: part of the rank that the first term gets when there is a second: k1 = round(share k).
-        centred: fit a bias; the root is then of the covariance.
+        centred: fit a bias, the mean of what is dropped; the root is mostly of the covariance then, as the bias takes
+            the mean's part of the loss.
         exact: the root is that of the inputs' own moment, so that the tail is the squared output error per token.
         anchor: shrinkage of the anchored target T = W X Gh^-1, or None for T = W.
         options: the settings that made this entry, for the recipe.
@@ -93,6 +94,15 @@ class Method:
     @property
     def needs_gradients(self) -> bool:
         return bool(self.needs & GRADIENT_STATISTICS)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The name and the settings, as journals tell methods apart; sfsd's `centred` only where it is not as always.
+
+        Journals that were written before sfsd had that setting are those of the same method.
+        """
+        options = {name: value for name, value in self.options.items() if (name, value) != ("centred", True)}
+        return {"name": self.name, "options": options}
 
     def anchored(self, share: float) -> Method:
         """The same method with the dense model's outputs as target of the compressed model's inputs: T = W X Gh^-1."""

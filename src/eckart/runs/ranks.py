@@ -242,7 +242,7 @@ def _identity(method: Method, inputs: AllocationInputs) -> dict[str, Any]:
     if inputs.journals is None:
         return {}
     return {
-        "method": {"name": method.name, "options": method.options},
+        "method": method.identity,
         "made of": calibration_digest(inputs.model, inputs.tokens or NO_TEXT, method.needs, inputs.sites),
     }
 

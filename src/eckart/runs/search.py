@@ -98,6 +98,6 @@ def _identity(work: Workbench) -> dict[str, Any]:
         "model": recipe.model,
         "dtype": str(model.dtype),
         "calibration": calibration_digest(model, work.tokens[0], method.needs, find_sites(model)),
-        "method": {"name": method.name, "options": method.options},
+        "method": method.identity,
     }
     return identity if recipe.calibration.fisher == "gathered" else {**identity, "fisher": recipe.calibration.fisher}

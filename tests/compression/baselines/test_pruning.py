@@ -315,8 +315,19 @@ def test_broken_input() -> None:
         prune_structures(model, 0.7, tiny_tokens())
     with pytest.raises(ValueError, match="outside the model's vocabulary"):
         prune_structures(tiny_model("llama"), 0.7, Tokens(torch.full((2, 8), VOCABULARY), torch.ones(2, 8).bool()))
-    with pytest.raises(ValueError, match="gradients in float16 underflow"):
-        prune_structures(tiny_model("llama", dtype=torch.float16), 0.7, tiny_tokens())
+
+
+def test_a_float16_model_is_pruned_by_its_float32_gradients() -> None:
+    """Its weights are those of a float32 model, so the same units go; what stays has its type and its numbers."""
+    half, full = tiny_model("llama", dtype=torch.float16), tiny_model("llama", dtype=torch.float16).float()
+    before = {name: value.clone() for name, value in half.state_dict().items()}
+    facts = [prune_structures(model, 0.7, tiny_tokens()) for model in (half, full)]
+    assert facts[0] == facts[1]
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
+    after = half.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items() if after[name].shape == value.shape)
+    assert all(torch.equal(after[name].float(), value) for name, value in full.state_dict().items())
+    assert not any(parameter.grad is not None for parameter in half.parameters())
 
 
 @pytest.mark.parametrize("model_type", sorted({*DECODERS, "bert"} - set(PRUNED)))

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from eckart.data.tokens import Tokens, check_vocabulary
 from eckart.models.families import UnsupportedModelError
 from eckart.models.sites import blocks_of, find_sites, read_weight
+from eckart.support.precision import in_float32
 from eckart.support.progress import Track, silent
 
 Part = Literal["heads", "channels"]
@@ -252,13 +253,12 @@ def importances(
     samples of the next-token loss. Biases do not count.
 
     Raises:
-        ValueError: a model in float16, no positive count of samples, samples of a single token, tokens of another
-            vocabulary, or a gradient that is not finite (names the linear).
+        ValueError: no positive count of samples, samples of a single token, tokens of another vocabulary, or a gradient
+            that is not finite (names the linear).
 
     Cost: a forward and a backward pass per sample; the gradients of the units' weights are in memory together.
+    Gradients in float16 would underflow to zero: such a model is in float32 meanwhile, and takes twice its memory.
     """
-    if model.dtype == torch.float16:
-        raise ValueError("gradients in float16 underflow to zero; load the model in bfloat16 or float32")
     check_vocabulary(model, tokens.ids)
     rows = [ids[mask][:length] for ids, mask in zip(tokens.ids[:samples], tokens.mask[:samples], strict=True)]
     if samples < 1 or length < 2 or not rows or min(len(row) for row in rows) < 2:
@@ -268,7 +268,11 @@ def importances(
         (block, path) for (block, _), group in units.items() for path in (*group.rows, *group.columns)
     )
     modules = {key: blocks[key[0]].get_submodule(key[1]) for key in paths}
-    with torch.enable_grad(), _only_gradients_of(model, list(modules.values())):
+    with (
+        in_float32(model, {torch.float16}),
+        torch.enable_grad(),
+        _only_gradients_of(model, list(modules.values())),
+    ):
         for row in track(rows, "llm-pruner: gradients", len(rows)):
             ids = row[None].to(model.device)
             logits = model(input_ids=ids).logits[0, :-1].float()
