@@ -48,8 +48,9 @@ def test_compress_then_eval_then_inspect_then_export(run: Run, place: Path, tmp_
     assert result.settings["scored_tokens"] == 60
     assert f"{result.value:.4f}" in printed
     status, printed = run(*arguments)
-    assert status == 2
-    assert "exists" in printed
+    assert status == 0
+    assert "1 of 1 are there already" in printed
+    assert f"{result.value:.4f}" in printed
 
     status, printed = run("inspect", tmp_path / "small")
     assert status == 0
@@ -181,6 +182,7 @@ def test_run_goes_on_where_it_was(run: Run, place: Path, tmp_path: Path) -> None
     folder = tmp_path / "run"
     assert {file.name for file in folder.iterdir()} == {
         "recipe.yaml",
+        "inputs.json",
         "made.yaml",
         "environment.json",
         "evals",

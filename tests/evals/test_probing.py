@@ -202,11 +202,11 @@ def test_the_command_prints_a_row_for_every_layer(run: Run, tmp_path: Path) -> N
     status, printed = run("probe", tmp_path / "model", *options, "--reference", tmp_path / "model")
     assert status == 0
     assert all(word in printed for word in ("embeddings", "weighted F1", "control", "selectivity", "passes", "+0.000"))
-    (file,) = (tmp_path / "out").iterdir()
+    (file,) = (tmp_path / "out").glob("probing-*.json")
     assert EvalResult.from_json(file.read_text()).n == 60
-    status, printed = run("probe", tmp_path / "model", *options)
+    status, printed = run("probe", tmp_path / "model", *options, "--limit", "40")
     assert status == 2
-    assert "exists; give another --out, or --force" in printed
+    assert "is of something else (limit was None and is 40); give another --out, or --force" in printed
     status, printed = run("probe", tmp_path / "model", "--task", "colla")
     assert status == 2
     assert "no labelled set 'colla'" in printed

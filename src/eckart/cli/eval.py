@@ -22,16 +22,17 @@ from eckart.cli.options import (
     Workers,
     open_run,
 )
-from eckart.cli.terminal import TerminalTrack, console, number, table
-from eckart.data.corpora import read_text
+from eckart.cli.terminal import TerminalTrack, console, number, print_line, table
+from eckart.data.corpora import parts_of, read_text
 from eckart.data.tokens import sample_windows
-from eckart.evals.result import EvalResult, write_result
+from eckart.evals.result import EvalResult
 from eckart.evals.similarity import read_activations
 from eckart.evals.subject import Setup, Subject
 from eckart.evals.tasks import Task, default_length, find_task
 from eckart.models.loading import load_model, load_tokenizer
 from eckart.models.sites import input_groups
 from eckart.runs.engine.base import EvaluationRequest
+from eckart.runs.results import open_results
 
 
 def command(
@@ -72,34 +73,45 @@ def command(
     tasks = [Task(name, split, column, length, limit, shots, seed, leave_out_long) for name in task]
     for item in tasks:
         find_task(item.name)
-        if out is not None and (out / f"{item.slug}.json").exists() and not force:
-            raise FileExistsError(f"{out / f'{item.slug}.json'} exists; give another --out, or --force")
-    trust = trust_remote_code
-    loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust)
-    dense = None
-    if reference is not None:
-        dense = load_model(reference, dtype=dtype, device=device, trust_remote_code=trust)
-    activations = None
-    if calibration is not None:
-        text = read_text(calibration, data=data)
-        tokens = sample_windows(text, tokenizer, samples=samples, length=length or default_length(loaded), seed=seed)
-        groups = input_groups(dense or loaded)
-        activations = read_activations(loaded, tokens, groups, track=TerminalTrack(console))
-    results: list[EvalResult] = []
-    with open_run(engine, address=address, workers=workers, device=device, batch_size=batch_size, data=data) as how:
-        subject = Subject(loaded, tokenizer, Path(model) if Path(model).is_dir() else None, dense, activations)
-        setup = Setup(how.data, how.batch_size, how.workers, track=how.track)
-        outcomes = how.engine.outcomes(EvaluationRequest(subject, tasks, setup))
-        for item, outcome in zip(tasks, outcomes, strict=True):
-            if not isinstance(outcome, EvalResult):
-                raise outcome
-            results.append(outcome)
-            if out is not None:
-                write_result(outcome, out / f"{item.slug}.json")
+    with open_results(
+        out,
+        tasks,
+        {"model": model, "dtype": dtype, "reference": reference, "calibration": calibration, "samples": samples},
+        models=[model] if reference is None else [model, reference],
+        texts=[] if calibration is None else parts_of(calibration),
+        data=data,
+        force=force,
+    ) as (results, kept):
+        missing = [item for item in tasks if item.slug not in kept]
+        if len(missing) < len(tasks):
+            print_line(f"{len(tasks) - len(missing)} of {len(tasks)} are there already")
+        if missing:
+            trust = trust_remote_code
+            loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust)
+            tokenizer = load_tokenizer(model, trust_remote_code=trust)
+            dense, activations = None, None
+            if reference is not None:
+                dense = load_model(reference, dtype=dtype, device=device, trust_remote_code=trust)
+            if calibration is not None:
+                text, window = read_text(calibration, data=data), length or default_length(loaded)
+                tokens = sample_windows(text, tokenizer, samples=samples, length=window, seed=seed)
+                groups = input_groups(dense or loaded)
+                activations = read_activations(loaded, tokens, groups, track=TerminalTrack(console))
+            with open_run(
+                engine, address=address, workers=workers, device=device, batch_size=batch_size, data=data
+            ) as how:
+                subject = Subject(loaded, tokenizer, Path(model) if Path(model).is_dir() else None, dense, activations)
+                setup = Setup(how.data, how.batch_size, how.workers, track=how.track)
+                outcomes = how.engine.outcomes(EvaluationRequest(subject, missing, setup))
+                for item, outcome in zip(missing, outcomes, strict=True):
+                    if not isinstance(outcome, EvalResult):
+                        raise outcome
+                    results.write(item, outcome)
+                    kept[item.slug] = outcome
+    measured = [kept[item.slug] for item in tasks]
     rows = [
         row
-        for result in results
+        for result in measured
         for row in [
             _score_row(result.task, result.metric, result.value, result.stderr, result.n),
             *(_score_row("", name, score.value, score.stderr, score.n) for name, score in result.scores.items()),

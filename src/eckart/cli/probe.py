@@ -26,9 +26,10 @@ from eckart.cli.options import (
 from eckart.cli.terminal import TerminalTrack, console, table
 from eckart.evals.hidden_states import Pooling
 from eckart.evals.probing import Control
-from eckart.evals.result import EvalResult, Score, write_result
+from eckart.evals.result import EvalResult, Score
 from eckart.evals.tasks import Task, evaluate, find_task
 from eckart.models.loading import load_model, load_tokenizer
+from eckart.runs.results import open_results
 
 
 def command(
@@ -89,30 +90,32 @@ def command(
     ]
     for item in tasks:
         find_task(item.name)
-        if out is not None and (out / f"{item.slug}.json").exists() and not force:
-            raise FileExistsError(f"{out / f'{item.slug}.json'} exists; give another --out, or --force")
-    names = [model] if reference is None else [reference, model]
-    results: list[list[EvalResult]] = []
-    for name in names:
-        loaded = load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-        results.append(
-            evaluate(
-                loaded,
-                tokenizer,
-                tasks,
-                data=data,
-                batch_size=batch_size,
-                workers=workers or CORES,
-                cache=None if no_cache else cache,
-                track=TerminalTrack(console),
-            )
+
+    def measure(name: str, some: list[Task]) -> list[EvalResult]:
+        if not some:
+            return []
+        return evaluate(
+            load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code),
+            load_tokenizer(name, trust_remote_code=trust_remote_code),
+            some,
+            data=data,
+            batch_size=batch_size,
+            workers=workers or CORES,
+            cache=None if no_cache else cache,
+            track=TerminalTrack(console),
         )
-        del loaded
+
+    with open_results(out, tasks, {"model": model, "dtype": dtype}, models=[model], data=data, force=force) as (
+        results,
+        kept,
+    ):
+        missing = [item for item in tasks if item.slug not in kept]
+        for item, measured in zip(missing, measure(model, missing), strict=True):
+            results.write(item, measured)
+            kept[item.slug] = measured
+    of_reference = [] if reference is None else measure(reference, tasks)
     for place, item in enumerate(tasks):
-        result, before = results[-1][place], None if reference is None else results[0][place]
-        if out is not None:
-            write_result(result, out / f"{item.slug}.json")
+        result, before = kept[item.slug], of_reference[place] if of_reference else None
         console.print(layers_table(f"{model}: {item.label}", result, before))
         cut = result.details["truncated"]
         note = f"; {cut:,} texts were cut at {result.settings['length']} tokens" if cut else ""

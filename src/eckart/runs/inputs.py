@@ -38,9 +38,16 @@ def read_inputs(recipe: Recipe, data: Path | None) -> Inputs:
 
     Cost: one read of each file, and none of those that this process has read already.
     """
-    model = Path(locate(recipe.model))
-    inputs = {f"the model {recipe.model}": _files_of_model(model) if model.is_dir() else _commit_of(recipe.model)}
-    for name in _names(recipe):
+    return inputs_of([recipe.model], _names(recipe), data)
+
+
+def inputs_of(models: Iterable[str], names: Iterable[str], data: Path | None) -> Inputs:
+    """The files of models, and of the texts and sets of these names, as `read_inputs` gives them."""
+    inputs = {}
+    for name in models:
+        model = Path(locate(name))
+        inputs[f"the model {name}"] = _files_of_model(model) if model.is_dir() else _commit_of(name)
+    for name in names:
         if name == BUILTIN or name.startswith(f"{BUILTIN}/"):
             inputs[f"the text {BUILTIN}"] = {"Python's documentation": platform.python_version()}
         elif Path(name).is_file():

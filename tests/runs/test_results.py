@@ -1,0 +1,102 @@
+"""A folder of results: a stopped `eval` goes on with what is missing, and never shows results of something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import eckart
+from eckart.evals.result import EvalResult, read_result
+from eckart.evals.tasks import Task
+from eckart.runs.results import ASKED, open_results
+from tiny import Run, tiny_model, tiny_text, tiny_tokenizer
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    eckart.save(tiny_model("llama"), tmp_path / "model", tiny_tokenizer())
+    for seed, name in enumerate(("a.txt", "b.txt")):
+        (tmp_path / name).write_text(tiny_text(300, seed=seed))
+    return tmp_path
+
+
+def evaluate(run: Run, place: Path, *more: str) -> tuple[int, str]:
+    tasks = [word for name in ("a.txt", "b.txt") for word in ("--task", f"perplexity:{place / name}")]
+    return run("eval", place / "model", *tasks, "--length", "16", "--out", place / "out", *more)
+
+
+def results_in(place: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted((place / "out").glob("*.json"))}
+
+
+def test_a_stopped_evaluation_goes_on_with_what_is_missing(run: Run, place: Path) -> None:
+    status, printed = evaluate(run, place)
+    assert status == 0, printed
+    whole = results_in(place)
+    first, second = whole
+    (place / "out" / second).unlink()
+    kept = (place / "out" / first).stat().st_mtime_ns
+    status, printed = evaluate(run, place)
+    assert status == 0, printed
+    assert "1 of 2 are there already" in printed
+    assert results_in(place) == whole
+    assert (place / "out" / first).stat().st_mtime_ns == kept
+    for name in whole:
+        assert f"{read_result(place / 'out' / name).value:.4f}" in printed
+
+
+@pytest.mark.parametrize("what", ["weights", "text", "limit", "dtype", "note"])
+def test_results_of_something_else_are_refused_and_named(run: Run, place: Path, what: str) -> None:
+    status, printed = evaluate(run, place)
+    assert status == 0, printed
+    before, more = results_in(place), []
+    if what == "weights":
+        file = place / "model" / "model.safetensors"
+        save_file({name: 1.5 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+        told = "model.safetensors is changed"
+    elif what == "text":
+        (place / "b.txt").write_text(tiny_text(300, seed=7))
+        told = "b.txt is changed"
+    elif what == "limit":
+        more, told = ["--limit", "2"], "limit was None and is 2"
+    elif what == "dtype":
+        more, told = ["--dtype", "bfloat16"], "dtype was 'auto' and is 'bfloat16'"
+    else:
+        (place / "out" / ASKED).unlink()
+        told = "there is no note of what it was asked for"
+    status, printed = evaluate(run, place, *more)
+    assert status == 2
+    assert told in printed
+    assert "give another --out, or --force" in printed
+    assert results_in(place) == before
+    status, printed = evaluate(run, place, *more, "--force")
+    assert status == 0, printed
+    assert (results_in(place) == before) == (what == "note")
+
+
+def test_nothing_is_kept_nowhere(tmp_path: Path) -> None:
+    task = Task("perplexity:builtin/prose")
+    result = EvalResult(task.name, "perplexity", 2.0, None, 1)
+    with open_results(None, [task], {}, models=["builtin"]) as (results, kept):
+        results.write(task, result)
+        assert kept == {}
+        assert results.find(task) is None
+
+
+def test_a_result_is_never_without_its_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the two writes, the task is measured again."""
+    task = Task("perplexity:builtin/prose")
+    out = tmp_path / "out"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with open_results(out, [task], {}, models=["builtin"]) as (results, _):
+        monkeypatch.setattr("eckart.runs.results.write_result", killed)
+        with pytest.raises(KeyboardInterrupt):
+            results.write(task, EvalResult(task.name, "perplexity", 2.0, None, 1))
+    assert (out / ASKED).is_file()
+    with open_results(out, [task], {}, models=["builtin"]) as (_, kept):
+        assert kept == {}
