@@ -76,7 +76,7 @@ def command(
     dense = None if reference is None else load_model(reference, dtype=dtype, device=device)
     activations = None
     if calibration is not None:
-        text = read_text(calibration, data=data)
+        text = read_text(calibration, data=data, tokenizer=tokenizer)
         tokens = sample_windows(text, tokenizer, samples=samples, length=length or default_length(loaded), seed=seed)
         groups = input_groups(dense or loaded)
         activations = read_activations(loaded, tokens, groups, track=TerminalTrack(console))
