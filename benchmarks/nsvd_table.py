@@ -49,7 +49,7 @@ def main() -> None:
     tokens = eckart.sample_windows(
         read_text(own, data=arguments.data), tokenizer, samples=arguments.samples, length=arguments.length
     )
-    streams = {n: encode(read_text(n, split="test", data=arguments.data).joined, tokenizer) for n in names}
+    streams = {n: encode(read_text(n, split="test", data=arguments.data), tokenizer) for n in names}
     streams = {name: stream for name, stream in streams.items() if len(stream) >= arguments.length}
 
     def measure(candidate: PreTrainedModel) -> dict[str, float]:

@@ -147,7 +147,7 @@ class Comparison:
 
     def windows(self, name: str) -> Tensor:
         """(windows, length) of a corpus's test split; none where it is shorter than one."""
-        stream = encode(read_text(name, split="test", data=self.arguments.data).joined, self.tokenizer)
+        stream = encode(read_text(name, split="test", data=self.arguments.data), self.tokenizer)
         length = self.arguments.length
         return stream[: len(stream) // length * length].view(-1, length)[: self.arguments.windows]
 

@@ -62,7 +62,7 @@ def run_demo(
     stored_bytes = model.dtype.itemsize
     model = model.float()
     tokenizer = load_tokenizer(builtin_model_path())
-    streams = [encode(read_text(name, split="test").joined, tokenizer) for name in (IN_DOMAIN, OUT_OF_DOMAIN)]
+    streams = [encode(read_text(name, split="test"), tokenizer) for name in (IN_DOMAIN, OUT_OF_DOMAIN)]
     tokens = sample_windows(read_text(IN_DOMAIN), tokenizer, samples=SAMPLES, length=LENGTH)
     statistics = calibrate(model, tokens, build_method("asvd-i"), track=track)
 

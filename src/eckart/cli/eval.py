@@ -93,7 +93,7 @@ def command(
             if reference is not None:
                 dense = load_model(reference, dtype=dtype, device=device, trust_remote_code=trust)
             if calibration is not None:
-                text, window = read_text(calibration, data=data), length or default_length(loaded)
+                text, window = read_text(calibration, data=data, tokenizer=tokenizer), length or default_length(loaded)
                 tokens = sample_windows(text, tokenizer, samples=samples, length=window, seed=seed)
                 groups = input_groups(dense or loaded)
                 activations = read_activations(loaded, tokens, groups, track=TerminalTrack(console))

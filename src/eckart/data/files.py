@@ -16,8 +16,8 @@ from typing import IO, Any, cast
 
 Row = Mapping[str, Any]
 
-# Bytes of text (of a file, unpacked) read at most, unless the variable below says otherwise: a corpus of this size is
-# tokenized in half a minute, and no paper's is a quarter of it. An archive of a few kB can hold gigabytes.
+# Bytes of text (of a file, unpacked) read at most, unless the variable below says otherwise: to tokenize so much takes
+# a minute or two, and no paper's corpus is a quarter of it. An archive of a few kB can hold gigabytes.
 LIMIT = 64 * 2**20
 LIMIT_VARIABLE = "ECKART_TEXT_LIMIT"
 # {suffix: the reader of datasets}. A file with another suffix is plain text.

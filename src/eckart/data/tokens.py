@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.data.corpora import Text
+from eckart.data.pieces import pieces
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def sample_windows(
         ValueError: fewer than `samples` windows in the text (the message has the numbers).
     """
     _positive(samples=samples, length=length)
-    stream = encode(text.joined, tokenizer)
+    stream = encode(text, tokenizer)
     windows = len(stream) // length
     if windows < samples:
         raise ValueError(
@@ -133,6 +134,7 @@ def sample_documents(
         truncation=True,
         max_length=length,
         padding=True,
+        add_special_tokens=not text.templated,
         padding_side="right",  # on the left it would shift the positions of a model that counts them from the start
         return_tensors="pt",
     )
@@ -140,10 +142,29 @@ def sample_documents(
     return Tokens(batch["input_ids"], batch["attention_mask"].bool(), source, tokenizer.mask_token_id)
 
 
-def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "tokens"]:
-    """The text as one stream of tokens, with the tokenizer's own special tokens at its ends."""
+def encode(text: Text | str, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "tokens"]:
+    """The text as one stream of tokens, with the tokenizer's own special tokens at its ends.
+
+    A conversation that a chat template wrote out has its special tokens already. A long text is read in pieces where
+    that gives the same tokens (see `pieces`): a tokenizer's own record of a token is some hundred bytes.
+    """
+    whole, specials = (text, True) if isinstance(text, str) else (text.joined, not text.templated)
+    parts = pieces(whole, tokenizer)
     # verbose=False: the warning that the stream is longer than the model's window is meant for other uses.
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    if len(parts) == 1:
+        ids = tokenizer(whole, add_special_tokens=specials, verbose=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+    before, after = _specials(tokenizer) if specials else ([], [])
+    read = (tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in parts)
+    return torch.cat([torch.tensor(ids, dtype=torch.int64) for ids in (before, *read, after)])
+
+
+def _specials(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a text."""
+    example = tokenizer("a", return_special_tokens_mask=True, verbose=False)
+    ids, mask = example["input_ids"], example["special_tokens_mask"]
+    first, last = mask.index(0), len(mask) - mask[::-1].index(0)
+    return ids[:first], ids[last:]
 
 
 def check_vocabulary(model: PreTrainedModel, ids: Tensor, tokenizer: PreTrainedTokenizerBase | None = None) -> int:

@@ -278,10 +278,10 @@ def _text(subject: Subject, task: Task, setup: Setup) -> tuple[Tensor, dict[str,
     """
     part, _, whole = task.split.partition(" of ")
     whole, part = (whole or "test", part) if part in SPLITS else (task.split, "test")
-    text = read_text(task.argument, split=whole, data=setup.data, column=task.column)
+    text = read_text(task.argument, split=whole, data=setup.data, column=task.column, tokenizer=subject.tokenizer)
     source = {**text.source, "split": task.split}
     shared = {"limit": task.limit, "task": task.label, "settings": source, "track": setup.track}
-    stream = encode(text.joined, subject.tokenizer)
+    stream = encode(text, subject.tokenizer)
     if part != "test":
         length = _length(subject, task)
         rows = stream[: len(stream) // length * length].view(-1, length)

@@ -250,7 +250,7 @@ def make_tokens(
         raise ValueError(f"{section.samples} samples are fewer than the {len(corpora)} corpora of {section.corpus}")
     drawn = []
     for index, name in enumerate(corpora):
-        text = read_text(name, split=section.split, data=data, column=section.column)
+        text = read_text(name, split=section.split, data=data, column=section.column, tokenizer=tokenizer)
         share = section.samples // len(corpora) + (index < section.samples % len(corpora))
         drawn.append(sample(text, tokenizer, samples=share, length=section.length, seed=section.seed))
     tokens = functools.reduce(Tokens.__add__, drawn)
