@@ -223,8 +223,8 @@ def searched_by(name: str) -> Searched:
         ]
         raise ValueError(f"{name!r} is no score to search by; there are {', '.join(known)}")
     if row.argument == "labelled":
-        known = LABELLED.get(task.argument)
-        if Path(task.argument).is_file() or (known is not None and "train" not in known.splits):
+        row_of_set = LABELLED.get(task.argument)
+        if Path(task.argument).is_file() or (row_of_set is not None and "train" not in row_of_set.splits):
             raise ValueError(
                 f"{task.argument} has one split, which would be searched and reported on; give another set"
             )
