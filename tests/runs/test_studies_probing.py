@@ -18,11 +18,19 @@ METHODS = {"SVD": "svd", "FWSVD": "fwsvd", "ASVD": "asvd-i"}
 # The paper's own, then those of its questions and of its outlook.
 TABLES = [f"probing-table-{name}" for name in ("2-cola", "2-mmlu", "3", "4", "5")]
 FIGURES = [f"probing-figure-{number}" for number in (2, 3, 4)]
+# Figure 1: the curves of Table 2 with pruning and quantisation.
+RIVALS = ["probing-figure-1-cola", "probing-figure-1-mmlu"]
 OTHERS = ["probing-questions", "probing-questions-encoder", "probing-search", "probing-table-2-sst2"]
 NAMES = [name for name in studies() if name.startswith("probing-")]
 # Labelled text does not come with eckart, so what reads nothing else cannot run without data.
-WITHOUT_DATA = ["probing-table-2-mmlu", "probing-questions", "probing-search"]
-FINE_TUNED = ["probing-table-2-cola", "probing-table-2-sst2", "probing-table-3", "probing-questions-encoder"]
+WITHOUT_DATA = ["probing-figure-1-mmlu", "probing-table-2-mmlu", "probing-questions", "probing-search"]
+FINE_TUNED = [
+    "probing-figure-1-cola",
+    "probing-table-2-cola",
+    "probing-table-2-sst2",
+    "probing-table-3",
+    "probing-questions-encoder",
+]
 
 # Rows as the paper prints them. Table 2: the share removed in per cent, then the numbers.
 CURVES = {
@@ -127,13 +135,13 @@ def size_of(recipe: Recipe) -> tuple[str, float]:
 
 
 def test_every_table_and_question_has_its_file() -> None:
-    assert sorted(NAMES) == sorted(TABLES + FIGURES + OTHERS)
+    assert sorted(NAMES) == sorted(TABLES + FIGURES + RIVALS + OTHERS)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_structure(name: str) -> None:
     study = load_study(name)
-    if name in TABLES + FIGURES:
+    if name in TABLES + FIGURES + RIVALS:
         place = re.match(r"Probing ((?:Table|Figure) \d)", study.title)
         assert place is not None
         assert study.paper.endswith(place[1])
@@ -169,7 +177,8 @@ def test_every_run_is_a_valid_recipe(name: str) -> None:
 def test_nothing_but_mlps_is_compressed(name: str) -> None:
     """The roles that the paper names: all linears of the MLP and none of attention's, of a decoder and an encoder."""
     for _, study in at_scales(name):
-        assert all(recipe.sites.include == ["mlp"] and not recipe.sites.exclude for recipe in recipes_of(study))
+        low_rank = [recipe for recipe in recipes_of(study) if not recipe.is_baseline]
+        assert all(recipe.sites.include == ["mlp"] and not recipe.sites.exclude for recipe in low_rank)
     for kind, roles in (
         ("llama", {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}),
         ("bert", {"intermediate.dense", "output.dense"}),
@@ -237,6 +246,20 @@ def test_figures_have_runs_of_their_tables(name: str) -> None:
     if name.endswith("4"):
         assert len(shared) == len(of_table)
     assert all(len(recipes_of(study)) == len(shared) for _, study in at_scales(name))
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_figure_1_has_the_curves_of_table_2_and_their_rivals_at_the_same_size(name: str) -> None:
+    table, study = load_study(name.replace("figure-1", "table-2")), load_study(name)
+    curves = {size_of(recipe): row.published for _, row, recipe in study.recipes() if not recipe.is_baseline}
+    assert curves == {size_of(recipe): [*(row.published or []), None] for _, row, recipe in table.recipes()}
+    rivals = [recipe for recipe in recipes_of(study) if recipe.is_baseline]
+    assert {recipe.method.name for recipe in rivals} == {"llm-pruner", "int8", "int4"}
+    # Two thirds of a block are its MLP, in BERT (8 / 12) and in Llama (3 * 11008 / (4 * 4096 + 3 * 11008)).
+    mlp = 8 / 12 if name.endswith("cola") else 3 * 11008 / (4 * 4096 + 3 * 11008)
+    shares = [recipe.keep for recipe in rivals if recipe.keep is not None]
+    sizes = sorted({keep for _, keep in curves}, reverse=True)
+    assert shares == pytest.approx([1 - (1 - keep) * mlp for keep in sizes], abs=6e-4)
 
 
 def test_figures_2_and_3_share_out_table_4() -> None:

@@ -344,6 +344,20 @@ def test_a_search_that_stays_above_its_size_is_a_gap_with_its_reason(place: Path
     assert searched.label.startswith("svd, surgical (score=perplexity:")
 
 
+@pytest.mark.parametrize("name", ["sfsd-table-1", "probing-figure-1-mmlu"])
+def test_llm_pruner_runs_in_the_type_of_the_papers(name: str, tmp_path: Path) -> None:
+    """float16, as both studies say at the paper's scale; gradients are taken in float32."""
+    study = load_study(name).at("builtin", {"dtype": "float16", "calibration.samples": 4})
+    pruned = [row for row in study.runs if row.recipe["method"] == "llm-pruner"][-1:]
+    base = {**study.base, "evaluate": [{"task": "perplexity:builtin/prose", "limit": 1}]}
+    study = study.model_copy(update={"runs": pruned, "base": base, "columns": ["perplexity:builtin/prose"]})
+    dense, line = run_study(study, tmp_path / "out", How())
+    assert not line.refusals
+    assert line.ours[0] is not None
+    assert dense.ours[0] is not None
+    assert dense.ours[0] < line.ours[0]
+
+
 def test_labels_and_folders() -> None:
     assert describe({"method": "svd", "keep": 0.7}) == "svd, keep 0.7"
     assert describe({"method": {"name": "nsvd-i", "options": {"share": 0.9}}, "keep": 0.5}) == (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -65,11 +66,12 @@ class Unit:
         """(d_out,): the dense bias in the model, zero where one of several sites has none; None where none has one."""
         if not any(site.has_bias for site in self.sites):
             return None
-        modules = [model.get_submodule(site.name) for site in self.sites]
-        biases = [
-            module.bias.detach() if site.has_bias else read_weight(module).new_zeros(site.d_out)  # type: ignore[operator]
-            for site, module in zip(self.sites, modules, strict=True)
-        ]
+        biases: list[Tensor] = []
+        for site in self.sites:
+            module = model.get_submodule(site.name)
+            biases.append(
+                cast(Tensor, module.bias).detach() if site.has_bias else read_weight(module).new_zeros(site.d_out)
+            )
         return torch.cat(biases)
 
     def split(self, factors: Factors | Pivoted) -> Sequence[Factors | Pivoted]:

@@ -160,12 +160,12 @@ def test_the_share_kept_is_the_one_asked_for(model_type: str, keep: float) -> No
     fewer_biases = biases - sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias"))
     assert before - num_params(model) == total - after + fewer_biases
     if keep < 0.9:  # above it these models lose channels only, which have no biases in qwen2
-        assert (fewer_biases > 0) == (model_type in {"qwen2", "opt", "gpt2"})
+        assert (fewer_biases > 0) == (model_type in {"qwen2", "opt", "gpt2", "bert", "roberta"})
     assert json.loads(json.dumps(facts)) == facts
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("model_type", PRUNED)
+@pytest.mark.parametrize("model_type", sorted(set(PRUNED) & set(DECODERS)))
 def test_a_pruned_model_is_used_like_any_other(model_type: str, implementation: str) -> None:
     if (model_type, implementation) == ("gemma2", "sdpa"):
         pytest.skip("gemma2 has no fused attention in transformers")
@@ -338,7 +338,7 @@ def test_families_without_a_layout_are_refused(model_type: str) -> None:
 
 
 def test_a_model_without_a_language_head_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="pruning takes causal language models"):
+    with pytest.raises(UnsupportedModelError, match="pruning takes language models and text classifiers"):
         prune_structures(tiny_model("llama", "base"), 0.7, tiny_tokens())
 
 
@@ -364,3 +364,25 @@ def test_importance_beats_chance_on_a_trained_model(monkeypatch: pytest.MonkeyPa
             build_baseline("llm-pruner").apply(model, keep=0.7, tokens=tokens)
         values[name] = perplexity(model, stream, length=256, limit=6).value
     assert values["dense"] < values["pruned"] < values["at random"] / 1.1
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_a_classifier_is_pruned_by_the_loss_of_its_likeliest_class(model_type: str) -> None:
+    """The importances are |w dL/dw| of that loss, here by the definition; the pruned classifier classifies."""
+    model = tiny_model(model_type, "classifier")
+    tokens, units = tiny_tokens(3, 12), find_units(model)
+    scores = importances(model, units, tokens, samples=3, length=12)
+    path, block = "intermediate.dense", blocks_of(model)[1]
+    gradients: dict[str, Tensor] = {}
+    for ids in tokens.ids:
+        logits = model(input_ids=ids[None]).logits
+        (nn.functional.cross_entropy(logits, logits.argmax(-1).detach()) / 3).backward()
+    for name in (path, "output.dense"):
+        weight = block.get_submodule(name).weight
+        gradients[name] = (weight * weight.grad).abs().detach()
+    expected = gradients[path].sum(1) + gradients["output.dense"].sum(0)
+    torch.testing.assert_close(scores[1, "channels"], expected, rtol=1e-4, atol=1e-6)
+    model.zero_grad(set_to_none=True)
+    facts = prune_structures(model, 0.6, tokens, length=12)
+    assert facts["keep"] == pytest.approx(0.6, abs=0.1)
+    assert torch.isfinite(model(input_ids=tokens.ids).logits).all()

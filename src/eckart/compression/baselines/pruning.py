@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from eckart.calibration.gradients import language_loss
 from eckart.data.tokens import Tokens, check_vocabulary
 from eckart.models.families import UnsupportedModelError
 from eckart.models.sites import blocks_of, find_sites, read_weight
@@ -38,6 +39,7 @@ class Layout:
         qkv: the three projections, or the one that holds all three, one after the other.
         out: the projection that reads the heads.
         up: the projections that write the channels. down: the one that reads them.
+        width: the attention's attribute with the width of a head.
     """
 
     attention: str
@@ -46,6 +48,7 @@ class Layout:
     mlp: str
     up: tuple[str, ...]
     down: str
+    width: str = "head_dim"
 
 
 GATED = Layout(
@@ -55,6 +58,15 @@ GATED = Layout(
     "mlp",
     ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down_proj",
+)
+ENCODER = Layout(
+    "attention.self",
+    ("attention.self.query", "attention.self.key", "attention.self.value"),
+    "attention.output.dense",
+    "intermediate",
+    ("intermediate.dense",),
+    "output.dense",
+    width="attention_head_size",
 )
 # A family belongs here when its attention takes the number of heads from the projections or from the module, and not
 # from the config, which all blocks share.
@@ -74,7 +86,11 @@ LAYOUTS: dict[str, Layout] = {
         "fc2",
     ),
     "gpt2": Layout("attn", ("attn.c_attn",), "attn.c_proj", "mlp", ("mlp.c_fc",), "mlp.c_proj"),
+    "bert": ENCODER,
+    "roberta": ENCODER,
 }
+# Of models that do not generate, the classes with a loss that text alone gives.
+LOSSES = ("ForMaskedLM", "ForSequenceClassification")
 
 
 @dataclass(frozen=True)
@@ -160,10 +176,10 @@ def find_units(model: PreTrainedModel) -> dict[tuple[int, Part], Units]:
         UnsupportedModelError: a family without a row in LAYOUTS, or what `find_sites` refuses.
     """
     layout = LAYOUTS.get(model.config.model_type)
-    if layout is None or not model.can_generate():
+    if layout is None or not (model.can_generate() or type(model).__name__.endswith(LOSSES)):
         raise UnsupportedModelError(
             f"{type(model).__name__} ({model.config.model_type}): which heads and channels belong together is not "
-            f"known; pruning takes causal language models of {', '.join(LAYOUTS)}"
+            f"known, or there is no loss; pruning takes language models and text classifiers of {', '.join(LAYOUTS)}"
         )
     find_sites(model)
     units: dict[tuple[int, Part], Units] = {}
@@ -174,7 +190,7 @@ def find_units(model: PreTrainedModel) -> dict[tuple[int, Part], Units]:
 
 
 def _heads(block: nn.Module, layout: Layout) -> Units:
-    width: int = block.get_submodule(layout.attention).head_dim  # type: ignore[assignment]
+    width = cast(int, getattr(block.get_submodule(layout.attention), layout.width))
     out_columns = _shape(block, layout.out)[1]
     fused = len(layout.qkv) == 1
     groups = (out_columns if fused else _shape(block, layout.qkv[1])[0]) // width  # of key-value heads
@@ -250,7 +266,8 @@ def importances(
     """{(block, part): (units,) float32}: the sum over a unit's weights of |w dL/dw|.
 
     LLM-Pruner Eq. 5 to first order, per weight and summed over the unit ("param_first", "sum"); L is the mean over
-    samples of the next-token loss. Biases do not count.
+    samples of the next-token loss; of a masked language model that of 15 % of the tokens, masked, the same ones each
+    time; of a classifier that of its likeliest class, as calibration text has no labels. Biases do not count.
 
     Raises:
         ValueError: no positive count of samples, samples of a single token, tokens of another vocabulary, or a gradient
@@ -267,6 +284,7 @@ def importances(
     paths = dict.fromkeys(
         (block, path) for (block, _), group in units.items() for path in (*group.rows, *group.columns)
     )
+    generator = torch.Generator().manual_seed(0)
     modules = {key: blocks[key[0]].get_submodule(key[1]) for key in paths}
     with (
         in_float32(model, {torch.float16}),
@@ -275,8 +293,7 @@ def importances(
     ):
         for row in track(rows, "llm-pruner: gradients", len(rows)):
             ids = row[None].to(model.device)
-            logits = model(input_ids=ids).logits[0, :-1].float()
-            (nn.functional.cross_entropy(logits, ids[0, 1:]) / len(rows)).backward()
+            (_loss(model, ids, tokens.mask_token, generator) / len(rows)).backward()
         salience = {key: _salience(f"block {key[0]}: {key[1]}", module) for key, module in modules.items()}
     scores: dict[tuple[int, Part], Tensor] = {}
     for (block, part), group in units.items():
@@ -287,6 +304,16 @@ def importances(
             score += salience[block, path].sum(0)[index].sum(1)
         scores[block, part] = score
     return scores
+
+
+def _loss(model: PreTrainedModel, ids: Tensor, mask_token: int | None, generator: torch.Generator) -> Tensor:
+    """The loss of one sample (1, length)."""
+    if model.can_generate():
+        return nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1].float(), ids[0, 1:])
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        logits = model(input_ids=ids).logits.float()
+        return nn.functional.cross_entropy(logits, logits.detach().argmax(-1))
+    return language_loss(model, ids, torch.ones_like(ids, dtype=torch.bool), mask_token, generator)[0]
 
 
 def _salience(name: str, module: nn.Module) -> Tensor:
@@ -331,8 +358,9 @@ def remove(model: PreTrainedModel, units: Mapping[tuple[int, Part], Units], kept
         else:
             attention = block.get_submodule(layout.attention)
             width = _shape(block, layout.out)[1]
-            heads = width // cast(int, attention.head_dim)
-            _tell(attention, num_heads=heads, num_key_value_heads=len(index), split_size=width)
+            heads = width // cast(int, getattr(attention, layout.width))
+            sizes = {"split_size": width, "all_head_size": width}
+            _tell(attention, num_heads=heads, num_attention_heads=heads, num_key_value_heads=len(index), **sizes)
 
 
 def _select(module: nn.Module, axis: Literal[0, 1], index: Tensor) -> None:
