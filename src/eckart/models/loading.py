@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,32 +22,51 @@ from transformers import (
 from eckart.data.builtin import builtin_model_path
 from eckart.models.checkpoint import CheckpointError, describe
 from eckart.models.families import UnsupportedModelError
-from eckart.models.sites import low_rank_modules
+from eckart.models.refusals import check_architecture, check_quantised, check_source
+from eckart.models.sites import find_sites, low_rank_modules
 from eckart.support.files import staged_directory, write_whole
 
 BUILTIN = "builtin"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_model(path: str | Path, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+def load_model(path: str | Path, *, dtype: str = "auto", device: str = "cpu", dense: bool = False) -> PreTrainedModel:
     """The model at `path` (a directory, a hub name, or "builtin") in the class that its config names, in eval mode.
 
     Args:
         dtype: "auto" keeps the stored type; else one of float32, bfloat16, float16.
+        dense: the model is to be compressed; refuse one that cannot be before its weights are read.
 
     Raises:
         ValueError: the dtype is none of DTYPES, or there is no model at `path`.
-        UnsupportedModelError: the config names no architecture that transformers has.
+        UnsupportedModelError: what is there is no model that transformers has a class for, see `refusals`; of `dense`,
+            as `find_sites`.
         CheckpointError: a compressed checkpoint does not match its own description.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     path = locate(path)
+    check_source(path)
     config = _load(f"the model {path}", path, lambda: AutoConfig.from_pretrained(path))
     model_class = class_of(config, path)
+    if dense:
+        check_compressible(config, model_class, path)
     torch_dtype: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     model = _load(f"the model {path}", path, lambda: model_class.from_pretrained(path, dtype=torch_dtype))
     return model.to(device).eval()
+
+
+def check_compressible(config: PreTrainedConfig, model_class: type[PreTrainedModel], path: str | Path) -> None:
+    """Refuse a model that cannot be compressed, from its configuration alone.
+
+    Raises:
+        UnsupportedModelError: as `find_sites`.
+
+    Cost: the model is built without memory for its weights.
+    """
+    check_quantised(config, path)
+    with torch.device("meta"):
+        find_sites(model_class(copy.deepcopy(config)))
 
 
 def class_of(config: PreTrainedConfig, path: str | Path) -> type[PreTrainedModel]:
@@ -58,6 +78,7 @@ def class_of(config: PreTrainedConfig, path: str | Path) -> type[PreTrainedModel
     Raises:
         UnsupportedModelError: it names none that transformers has.
     """
+    check_architecture(config, path)
     names: Sequence[str | None] = config.architectures or [None]
     architecture = names[0]
     model_class: type[PreTrainedModel] | None = getattr(transformers, architecture or "", None)
@@ -80,6 +101,7 @@ def load_classifier(path: str | Path, classes: Sequence[str]) -> tuple[PreTraine
         UnsupportedModelError: transformers has no classifier of this kind.
     """
     path = locate(path)
+    check_source(path)
     config = _load(f"the model {path}", path, lambda: AutoConfig.from_pretrained(path))
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UnsupportedModelError(f"{path}: transformers has no classifier of the kind {config.model_type!r}")
@@ -123,14 +145,18 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         ValueError: there is none.
     """
     path = locate(path)
+    if Path(path).exists():  # of a model on the hub the configuration is asked for when it is loaded
+        check_source(path)
     return _load(f"the tokenizer of {path}", path, lambda: AutoTokenizer.from_pretrained(path))
 
 
 def _load(what: str, path: str | Path, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except CheckpointError:
+    except (CheckpointError, UnsupportedModelError):
         raise
+    except ImportError as error:
+        raise ValueError(f"cannot load {what}: it needs a package ({str(error).strip().splitlines()[0]})") from error
     except (OSError, ValueError) as error:
         local = Path(path).exists()
         hint = "is it a Hugging Face directory?" if local else "no such directory, and the hub did not give it"

@@ -28,8 +28,8 @@ from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from eckart.models.checkpoint import CheckpointError, damaged, read_shapes, some_of, stored_names
-from eckart.models.families import UnsupportedModelError
 from eckart.models.loading import class_of, locate
+from eckart.models.refusals import check_quantised, check_source
 from eckart.models.sites import blocks_of
 from eckart.support.files import check_room, whole_file, write_whole
 
@@ -155,11 +155,11 @@ class Skeleton:
     """
 
     def __init__(self, path: str | Path, *, dtype: str = "auto", device: str = "cpu") -> None:
+        check_source(locate(path))
         self.shards = Shards(path)
         config = AutoConfig.from_pretrained(self.shards.folder)
         model_class = class_of(config, path)
-        if getattr(config, "quantization_config", None) is not None:
-            raise UnsupportedModelError(f"{path} is compressed or quantised already; start from the dense model")
+        check_quantised(config, path)
         self.dtype: torch.dtype = (config.dtype or self._stored_type()) if dtype == "auto" else getattr(torch, dtype)
         self.device = torch.device(device)
         config.dtype = self.dtype

@@ -34,7 +34,7 @@ def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False)
     check_free(out, force=force)
     seconds: dict[str, float] = {}
     with timed(seconds, "load"):
-        model = load_model(recipe.model, dtype=recipe.dtype, device=how.device)
+        model = load_model(recipe.model, dtype=recipe.dtype, device=how.device, dense=True)
         own_memory(model)
         tokenizer = load_tokenizer(recipe.model)
     work = Workbench(recipe, model, tokenizer, how)
@@ -75,7 +75,7 @@ def make_baseline(recipe: Recipe, directory: Path, how: How) -> PreTrainedModel:
     Raises:
         ValueError, UnsupportedModelError: as the baseline raises them.
     """
-    model = load_model(recipe.model, dtype=recipe.dtype, device=how.device)
+    model = load_model(recipe.model, dtype=recipe.dtype, device=how.device, dense=True)
     own_memory(model)
     baseline = build_baseline(recipe.method.name, recipe.method.options)
     tokens = None

@@ -57,7 +57,10 @@ def search_ranks(recipe: Recipe, how: How, *, journal: Path | None = None) -> Se
     allocation = recipe.composition.allocation
     if allocation.row.needs != "trials":
         raise ValueError(f"{allocation.name} measures nothing: nothing is searched")
-    model, tokenizer = load_model(recipe.model, dtype=recipe.dtype, device=how.device), load_tokenizer(recipe.model)
+    model, tokenizer = (
+        load_model(recipe.model, dtype=recipe.dtype, device=how.device, dense=True),
+        load_tokenizer(recipe.model),
+    )
     work = Workbench(recipe, model, tokenizer, how)
     composition, inputs = work.composition, work.allocation_inputs()
     others = make_score(allocation, inputs, others=True)
