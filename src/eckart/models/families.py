@@ -123,8 +123,11 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
     if config is model.config:
         return base
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model]
+    tokens = _tokens_of(model)
     readers = [
-        part for part in parts if part.config.model_type == config.model_type and _tokens_of(model) in part.modules()
+        part
+        for part in parts
+        if part.config.model_type == config.model_type and any(module is tokens for module in part.modules())
     ]
     if not readers:
         raise UnsupportedModelError(

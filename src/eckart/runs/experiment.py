@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from eckart.compression.baselines import build_baseline
 from eckart.evals.agreement import agreement, has_answers
 from eckart.evals.result import EvalResult, write_result
 from eckart.evals.similarity import Activations, read_activations
@@ -82,6 +83,8 @@ def run(
         FileExistsError: the directory holds a run of another recipe and `force` is not given.
         ValueError: as the stages raise it; an unknown task is found before anything runs.
     """
+    if recipe.is_baseline and not keep_going:
+        build_baseline(recipe.method.name, recipe.method.options).check()
     _claim(directory, recipe, force)
     write_whole(directory / "environment.json", json.dumps(environment(), indent=2))
     models = _Models(recipe, directory / "model", how)
