@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,17 @@ def test_a_rival_of_one_size_stands_in_the_table_without_an_improvement(place: P
     assert asvd.ours[0] is not None
     assert int8.ours[0] is not None
     assert int8.ours[0] != asvd.ours[0]
+
+
+def test_a_rival_that_lacks_its_package_says_so_before_anything_is_measured(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("torchao", "torchao.quantization"):
+        monkeypatch.setitem(sys.modules, module, None)
+    recipe = parse_recipe({"model": str(place / "no such model"), "method": "int8", "evaluate": ["perplexity:x.txt"]})
+    with pytest.raises(ValueError, match="torchao is not installed"):
+        experiment.run(recipe, tmp_path / "out", How())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eckart.calibration.moments import BlockCalibration, check_readable, gather_gradients
-from eckart.calibration.walk import hidden_of, record_calls
+from eckart.calibration.walk import check_rows, hidden_of, not_of_tokens, record_calls
 from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments, InputMoments, Method
 from eckart.lowrank.moments import INPUT_STATISTICS
@@ -265,6 +265,7 @@ class _Streams:
                 stream: _read(block, site, self.hidden[stream][index], *self.calls[index][self.number])
                 for stream, (block, site) in places.items()
             }
+            check_rows(site.input_group, seen[reading], mask)
             reference = seen["dense"] if "cross_moment" in needs else None
             try:
                 moments[index >= self.first_held_out].update(
@@ -282,6 +283,9 @@ class _Streams:
             args, kwargs = self.calls[0][self.number]
             block(self.hidden["dense"][0], *args, **kwargs)
         order = list(dict.fromkeys(seen))
+        for group in order:
+            if seen.count(group) > 1:
+                raise not_of_tokens(group, "is called more than once by its block")
         return [(group, groups[group]) for group in order + [group for group in groups if group not in order]]
 
     def samples(self, number: int, targets: list[Tensor]) -> list[Sample]:

@@ -145,6 +145,21 @@ def shared(value: Any, known: Any) -> Any:
     return value
 
 
+def check_rows(name: str, x: Tensor, mask: Tensor) -> None:
+    """Raises ValueError where a linear's input (..., d_in) is not one row for each token of the mask."""
+    rows = x.shape[:-1].numel()
+    if rows != mask.numel():
+        raise not_of_tokens(name, f"reads {rows} rows for {mask.numel()} tokens")
+
+
+def not_of_tokens(name: str, what: str) -> ValueError:
+    """The error of a linear whose inputs are not the text's tokens alone: DeBERTa's read relative positions too."""
+    return ValueError(
+        f"{name} {what}, so that it has no input for each token to take statistics of; exclude it, or give a method "
+        "that needs no calibration, such as svd"
+    )
+
+
 def hidden_of(output: Any) -> Tensor:
     """The hidden states in a block's output."""
     return output[0] if isinstance(output, tuple | list) else output
@@ -197,7 +212,12 @@ class Walk:
         seen: dict[str, Tensor] = {}
 
         def watch(group: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            return lambda _module, args: seen.__setitem__(group, args[0])
+            def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                if group in seen:
+                    raise not_of_tokens(group, "is called more than once by its block")
+                seen[group] = args[0]
+
+            return note
 
         handles = [
             self.blocks[number].get_submodule(site.role).register_forward_pre_hook(watch(group))
@@ -206,6 +226,7 @@ class Walk:
         try:
             for mask in self._advance(f"block {number}: moments"):
                 for group in list(seen):
+                    check_rows(group, seen[group], mask)
                     try:
                         collected[group].update(seen.pop(group), mask)
                     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,8 +28,9 @@ from eckart.data.builtin import builtin_model_path
 from eckart.models.checkpoint import describe
 from eckart.models.families import UnsupportedModelError
 from eckart.models.matching import check_counts, complaints_about, is_head, refuse, stored_names, wrong_types
+from eckart.models.refusals import UNTRUSTED, check_architecture, check_quantised, check_source
 from eckart.models.registration import QUANT_METHOD
-from eckart.models.sites import low_rank_modules
+from eckart.models.sites import find_sites, low_rank_modules
 from eckart.models.weight_files import (
     CheckpointError,
     Stored,
@@ -58,25 +60,28 @@ FAULTS = (
     SafetensorError,
     StrictDataclassError,
 )
-UNTRUSTED = (
-    "its files bring code of their own, which runs only where you allow it: read it, then give --trust-remote-code "
-    "(in Python trust_remote_code=True)"
-)
 
 
 def load_model(
-    path: str | Path, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    dense: bool = False,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model at `path` (a directory, a hub name, or "builtin") in the class that its config names, in eval mode.
 
     Args:
         dtype: "auto" keeps the stored type; else one of float32, bfloat16, float16.
+        dense: the model is to be compressed; refuse one that cannot be before its weights are read.
         trust_remote_code: run code that comes with the files, and take the classes that it has. Never asked for.
 
     Raises:
         ValueError: the dtype is none of DTYPES, the device is not here, or there is no model at `path`, or it needs
             code of its own.
-        UnsupportedModelError: the config names no architecture that transformers has.
+        UnsupportedModelError: what is there is no model that transformers has a class for, see `refusals`; of `dense`,
+            as `find_sites`.
         CheckpointError: a file is damaged or outside the folder, or the files do not hold what the config describes:
             a tensor is missing, unknown, or of another shape or kind of number. All of it in one message.
     """
@@ -86,6 +91,8 @@ def load_model(
     path = locate(path)
     config = read_config(path, trust_remote_code=trust_remote_code)
     model_class = class_of(config, path, trust_remote_code=trust_remote_code)
+    if dense:
+        check_compressible(config, model_class, path)
     check_weights(path, model_class, trust_remote_code=trust_remote_code)
     torch_dtype: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     model = _load(
@@ -96,13 +103,28 @@ def load_model(
     return model.to(device).eval()
 
 
+def check_compressible(config: PreTrainedConfig, model_class: type[PreTrainedModel], path: str | Path) -> None:
+    """Refuse a model that cannot be compressed, from its configuration alone.
+
+    Raises:
+        UnsupportedModelError: as `find_sites`.
+
+    Cost: the model is built without memory for its weights.
+    """
+    check_quantised(config, path)
+    with torch.device("meta"):
+        find_sites(model_class(copy.deepcopy(config)))
+
+
 def read_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration of the model at `path`, with sizes that the files can have.
 
     Raises:
         ValueError: there is none, or it is damaged, or it needs code of its own.
+        UnsupportedModelError: what is there is no model, see `refusals.check_source`.
         CheckpointError: a weights file is damaged or outside the folder; or there are more layers than tensors.
     """
+    check_source(path, trust_remote_code=trust_remote_code)
     config = _load(
         f"the model {path}", path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     )
@@ -194,8 +216,8 @@ def class_of(config: PreTrainedConfig, path: str | Path, *, trust_remote_code: b
     Raises:
         UnsupportedModelError: it names none that there is.
     """
-    names: Sequence[str | None] = config.architectures or [None]
-    architecture = names[0]
+    check_architecture(config, path)
+    architecture = (config.architectures or [""])[0]
     own = {
         str(reference).rpartition(".")[2]: (auto_class, str(reference))
         for auto_class, reference in (getattr(config, "auto_map", None) or {}).items()
@@ -207,7 +229,7 @@ def class_of(config: PreTrainedConfig, path: str | Path, *, trust_remote_code: b
         )
         remote.register_for_auto_class(auto_class)  # so that saving the model writes its code as well
         return remote
-    model_class: type[PreTrainedModel] | None = getattr(transformers, architecture or "", None)
+    model_class: type[PreTrainedModel] | None = getattr(transformers, architecture, None)
     if model_class is None:
         hint = f"; {UNTRUSTED}" if architecture in own else ""
         raise UnsupportedModelError(
@@ -281,6 +303,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
         ValueError: there is none, or it needs code of its own.
     """
     path = locate(path)
+    if Path(path).exists():  # of a model on the hub the configuration is asked for when it is loaded
+        check_source(path, trust_remote_code=trust_remote_code)
     return _load(
         f"the tokenizer of {path}",
         path,
@@ -294,6 +318,8 @@ def _load(what: str, path: str | Path, load: Callable[[], Any], faults: tuple[ty
         return load()
     except (CheckpointError, UnsupportedModelError):
         raise
+    except ImportError as error:
+        raise ValueError(f"cannot load {what}: it needs a package ({str(error).strip().splitlines()[0]})") from error
     except faults as error:
         if "trust_remote_code" in str(error):
             raise ValueError(f"cannot load {what}: {UNTRUSTED}") from error

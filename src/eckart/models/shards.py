@@ -27,9 +27,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from eckart.models.families import UnsupportedModelError
 from eckart.models.loading import check_weights, class_of, locate, read_config
 from eckart.models.matching import check_finite, stored_names
+from eckart.models.refusals import check_quantised, check_source
 from eckart.models.sites import blocks_of
 from eckart.models.weight_files import (
     CONFIG,
@@ -169,12 +169,12 @@ class Skeleton:
     def __init__(
         self, path: str | Path, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
     ) -> None:
+        check_source(locate(path), trust_remote_code=trust_remote_code)
         self.shards = Shards(path)
         folder = self.shards.folder
         config = read_config(folder, trust_remote_code=trust_remote_code)
         model_class = class_of(config, folder, trust_remote_code=trust_remote_code)
-        if getattr(config, "quantization_config", None) is not None:
-            raise UnsupportedModelError(f"{path} is compressed or quantised already; start from the dense model")
+        check_quantised(config, path)
         check_weights(folder, model_class, trust_remote_code=trust_remote_code)
         verify(folder, {CONFIG, INDEX, *(file.name for file in self.shards.paths)})
         as_stored: Any = config.dtype or self._stored_type()

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.models.families import UnsupportedModelError, family_of, is_linear, language_model, refuse_other_weights
 from eckart.models.linear import LowRankLinear
+from eckart.models.refusals import check_object
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
     """Every compressible linear in the model's blocks, in order. Embeddings, heads and poolers stay dense.
 
     Raises:
-        UnsupportedModelError: the model is compressed already, keeps fused experts, is quantised, is an
-            encoder-decoder, or has no linears.
+        UnsupportedModelError: the model is compressed already, keeps fused experts or other weights that are no
+            linears', is quantised, holds adapters, is an encoder-decoder, or has no linears.
     """
+    check_object(model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{type(model).__name__}: encoder-decoder models are not supported yet")
     for name in low_rank_modules(model):

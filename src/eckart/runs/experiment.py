@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from eckart.compression.baselines import build_baseline
 from eckart.data.corpora import parts_of
 from eckart.evals.agreement import agreement, has_answers
 from eckart.evals.result import EvalResult, write_result
@@ -90,6 +91,8 @@ def run(
             reads, are found before anything runs.
     """
     recipe.check_apart()
+    if recipe.is_baseline and not keep_going:
+        build_baseline(recipe.method.name, recipe.method.options).check()
     with claimed(directory):
         return _run(recipe, directory, how, force, shared, keep_going, keep_weights)
 

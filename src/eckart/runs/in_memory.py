@@ -41,7 +41,9 @@ def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False)
 def _make(recipe: Recipe, out: Path, how: How, force: bool) -> Outcome:
     seconds: dict[str, float] = {}
     with timed(seconds, "load"):
-        model = load_model(recipe.model, dtype=recipe.dtype, device=how.device, trust_remote_code=how.trust_remote_code)
+        model = load_model(
+            recipe.model, dtype=recipe.dtype, device=how.device, dense=True, trust_remote_code=how.trust_remote_code
+        )
         own_memory(model)
         check_finite(recipe.model, model.named_parameters())
         tokenizer = load_tokenizer(recipe.model, trust_remote_code=how.trust_remote_code)
@@ -83,7 +85,9 @@ def make_baseline(recipe: Recipe, directory: Path, how: How) -> PreTrainedModel:
     Raises:
         ValueError, UnsupportedModelError: as the baseline raises them.
     """
-    model = load_model(recipe.model, dtype=recipe.dtype, device=how.device, trust_remote_code=how.trust_remote_code)
+    model = load_model(
+        recipe.model, dtype=recipe.dtype, device=how.device, dense=True, trust_remote_code=how.trust_remote_code
+    )
     own_memory(model)
     check_finite(recipe.model, model.named_parameters())
     baseline = build_baseline(recipe.method.name, recipe.method.options)

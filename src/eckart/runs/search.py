@@ -59,7 +59,7 @@ def search_ranks(recipe: Recipe, how: How, *, journal: Path | None = None) -> Se
     if allocation.row.needs != "trials":
         raise ValueError(f"{allocation.name} measures nothing: nothing is searched")
     trust = how.trust_remote_code
-    model = load_model(recipe.model, dtype=recipe.dtype, device=how.device, trust_remote_code=trust)
+    model = load_model(recipe.model, dtype=recipe.dtype, device=how.device, dense=True, trust_remote_code=trust)
     check_finite(recipe.model, model.named_parameters())
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=trust)
     work = Workbench(recipe, model, tokenizer, how)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from eckart.compression.baselines.pruning import prune_structures
-from eckart.compression.baselines.quantization import check_group_size, quantize_weights
+from eckart.compression.baselines.quantization import check_group_size, import_torchao, quantize_weights
 from eckart.data.tokens import Tokens
 from eckart.lowrank.entries import build_entry, entry_options
 from eckart.support.progress import Track, silent
@@ -41,6 +41,7 @@ class Baseline:
         needs_tokens: whether it reads calibration text.
         needs_keep: whether its size can be set; baselines that do not need it have one size.
         options: its settings.
+        check: raises ValueError where an optional package that it needs is not installed.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Baseline:
     needs_tokens: bool = False
     needs_keep: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    check: Callable[[], Any] = field(default=lambda: None, repr=False, compare=False)
 
     def apply(
         self,
@@ -96,7 +98,7 @@ def int8() -> Baseline:
     def run(model: PreTrainedModel, *, keep: float | None, tokens: Tokens | None, track: Track) -> dict[str, Any]:
         return quantize_weights(model, bits=8, track=track)
 
-    return Baseline("int8", TORCHAO, "weights in 8 bits, symmetric, a scale per output", run)
+    return Baseline("int8", TORCHAO, "weights in 8 bits, symmetric, a scale per output", run, check=import_torchao)
 
 
 def int4(group_size: int = 128) -> Baseline:
@@ -107,7 +109,7 @@ def int4(group_size: int = 128) -> Baseline:
         return quantize_weights(model, bits=4, group_size=group_size, track=track)
 
     about = f"weights in 4 bits, asymmetric, a scale per {group_size} inputs"
-    return Baseline("int4", TORCHAO, about, run, options={"group_size": group_size})
+    return Baseline("int4", TORCHAO, about, run, options={"group_size": group_size}, check=import_torchao)
 
 
 def llm_pruner(samples: int = 10, length: int = 64, first: int | None = None, last: int | None = None) -> Baseline:

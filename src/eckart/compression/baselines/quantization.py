@@ -41,7 +41,7 @@ def quantize_weights(
         UnsupportedModelError: as in `find_sites`, or the model is quantised already. Nothing was changed.
     """
     check_group_size(group_size)
-    torchao = _import_torchao()
+    torchao = import_torchao()
     from eckart.compression.baselines.packed import PackedInt4  # needs torchao
 
     sites = find_sites(model)
@@ -88,8 +88,12 @@ def check_group_size(group_size: int) -> None:
         raise ValueError(f"group_size {group_size} is below {SMALLEST_GROUP}: the scales would outweigh the numbers")
 
 
-def _import_torchao() -> Any:
-    """torchao.quantization, imported without the warnings about kernels for other machines that it logs."""
+def import_torchao() -> Any:
+    """torchao.quantization, imported without the warnings about kernels for other machines that it logs.
+
+    Raises:
+        ValueError: it is not installed.
+    """
     with quiet("torchao", "torch.utils._pytree"):
         try:
             import torchao.quantization

@@ -1,0 +1,151 @@
+"""Refusals: what is no model that can be taken, said in one sentence before any weight is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from eckart.models.families import UnsupportedModelError
+from eckart.models.registration import QUANT_METHOD
+
+UNTRUSTED = (
+    "its files bring code of their own, which runs only where you allow it: read it, then give --trust-remote-code "
+    "(in Python trust_remote_code=True)"
+)
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def check_source(path: str | Path, *, trust_remote_code: bool = False) -> None:
+    """Refuse what stands at `path` where it is no model that transformers has a class for.
+
+    Args:
+        path: a directory, or a name on the hub, of which only the configuration is asked for.
+        trust_remote_code: a class in the model's own files will do.
+
+    Raises:
+        UnsupportedModelError: a file instead of a directory, a GGUF file, an adapter without its model, a model that
+            needs code of its own, or of a type that this transformers does not know.
+    """
+    place = Path(path)
+    if place.is_file():
+        if place.suffix == ".gguf":
+            raise UnsupportedModelError(_gguf(path))
+        raise UnsupportedModelError(f"{path} is a file; give the directory of a Hugging Face model")
+    if place.is_dir():
+        _check_folder(place)
+    config = _raw_config(place if place.is_dir() else path)
+    if config and not trust_remote_code:
+        _check_code(config, path)
+
+
+def _check_folder(folder: Path) -> None:
+    adapter = folder / ADAPTER
+    if adapter.is_file():
+        base = _read(adapter).get("base_model_name_or_path")
+        raise UnsupportedModelError(
+            f"{folder} holds an adapter{f' of {base}' if base else ''}, not a model by itself: load it with PEFT, "
+            "merge_and_unload(), save_pretrained() elsewhere, and give that"
+        )
+    if list(folder.glob("*.gguf")) and not any(list(folder.glob(pattern)) for pattern in WEIGHTS):
+        raise UnsupportedModelError(_gguf(folder))
+
+
+def _gguf(path: str | Path) -> str:
+    return f"{path} is in the GGUF format of llama.cpp; give the Hugging Face model that it was converted from"
+
+
+def _raw_config(path: str | Path) -> dict[str, Any]:
+    """What config.json says; nothing where it cannot be had, which the loader then reports."""
+    if isinstance(path, Path):
+        return _read(path / CONFIG)
+    try:
+        return PreTrainedConfig.get_config_dict(path)[0]
+    except (OSError, ValueError):
+        return {}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _check_code(config: dict[str, Any], path: str | Path) -> None:
+    kind, architectures = config.get("model_type"), config.get("architectures") or []
+    named = architectures[0] if isinstance(architectures, list) and architectures else None
+    known = not isinstance(kind, str) or kind in CONFIG_MAPPING
+    if known and (named is None or hasattr(transformers, str(named))):
+        return
+    if config.get("auto_map"):
+        raise UnsupportedModelError(
+            f"{path} is a {named or kind}, which transformers lacks: {UNTRUSTED}; or give a model of a class that "
+            "transformers has"
+        )
+    if not known:
+        raise UnsupportedModelError(
+            f"{path}: its model_type {kind!r} is not known to transformers {transformers.__version__}; is a newer one "
+            "needed?"
+        )
+
+
+def check_architecture(config: PreTrainedConfig, path: str | Path) -> None:
+    """Raises UnsupportedModelError where a configuration does not say which class its weights are of."""
+    if config.architectures:
+        return
+    kind = config.model_type
+    guess = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) or MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(kind)
+    example = f', such as "architectures": ["{guess}"]' if isinstance(guess, str) else ""
+    raise UnsupportedModelError(
+        f"{path}: its {CONFIG} names no architectures, so which class of transformers its weights are of is not known; "
+        f"add the class that they were saved from{example}"
+    )
+
+
+def check_quantised(config: PreTrainedConfig, name: str | Path) -> None:
+    """Raises UnsupportedModelError for a model that is quantised, or compressed by eckart.
+
+    Args:
+        name: of the model, for the message.
+    """
+    section: Any = getattr(config, "quantization_config", None)
+    if section is None:
+        return
+    given = section.get if isinstance(section, dict) else lambda key: getattr(section, key, None)
+    guess = "bitsandbytes" if given("load_in_4bit") or given("load_in_8bit") else "an unnamed method"
+    method = given("quant_method") or guess
+    method = str(getattr(method, "value", method))
+    if method == QUANT_METHOD:
+        raise UnsupportedModelError(f"{name} is low-rank already; start from the dense model, or export it first")
+    raise UnsupportedModelError(
+        f"{name} is quantised, by {method}: its linears are no matrices of floats that could be factored; give the "
+        "model that it was quantised from"
+    )
+
+
+def check_object(model: Any) -> None:
+    """Refuse what is no transformers model by itself, or one with an adapter or quantised weights in it.
+
+    Raises:
+        UnsupportedModelError: it is so; says what to give instead.
+    """
+    kind = type(model).__name__
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            f"the {kind} holds adapters of PEFT around its linears: merge them, model = model.merge_and_unload() of a "
+            "PeftModel, or compress first and put adapters on the result"
+        )
+    if not isinstance(getattr(model, "base_model", None), PreTrainedModel):
+        inside = next((name for name in ("module", "_orig_mod") if hasattr(model, name)), None)
+        hint = f"; give the model inside it, its .{inside}" if inside else ""
+        raise UnsupportedModelError(f"a {kind} is no model of transformers (PreTrainedModel){hint}")
+    section: Any = getattr(model.config, "quantization_config", None)
+    if getattr(section, "quant_method", None) != QUANT_METHOD:  # of ours, the linears tell
+        check_quantised(model.config, f"the {kind}")
