@@ -113,7 +113,7 @@ def checksum_of(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor
     state = hashlib.sha256(json.dumps({k: v for k, v in metadata.items() if k != CHECKSUM}, sort_keys=True).encode())
     for name, tensor in tensors:
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        state.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        state.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 

@@ -258,7 +258,7 @@ def _last_bytes(file: Path) -> bytes:
 
 
 def _digest_of_bytes(file: Path, end: int | None = None) -> bytes:
-    return hashlib.sha256(np.memmap(file, dtype=np.uint8, mode="r")[:end]).digest()
+    return hashlib.sha256(np.memmap(file, dtype=np.uint8, mode="r")[:end].data).digest()
 
 
 @torch.inference_mode()
