@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from eckart.calibration.doors import Spill, whole_doors
 from eckart.calibration.walk import shared
@@ -61,3 +63,27 @@ def test_what_is_equal_is_held_once() -> None:
     assert calls[0][1]["flag"] is False
     assert shared(table.double(), table) is not table
     assert shared(torch.ones(4), table).shape == (4,)
+
+
+@given(bit=st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_every_flipped_bit_of_a_state_is_caught(bit: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("flips") / "doors"
+    spill, states = Spill(folder, 1), torch.randn(2, 3)
+    spill.write(0, states)
+    spill.turn()
+    (file,) = folder.rglob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    bit %= 8 * len(data)
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+    told = ""
+    try:
+        read = spill.read(0)
+    except OSError as error:
+        told = str(error)
+    if told:
+        assert "00000.safetensors is damaged" in told
+        assert whole_doors(folder) == []
+    else:
+        assert torch.equal(read, states), "a bit in the checksum's own name"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -163,3 +164,19 @@ def test_input_that_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match="in training mode"):
         states_of(model.train())
     assert tiny_tokenizer().cls_token_id == CLS
+
+
+def test_every_flipped_bit_of_kept_states_is_caught(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    first = states_of(model, cache=tmp_path)
+    (file,) = tmp_path.iterdir()
+    whole, generator = file.read_bytes(), random.Random(0)
+    for _ in range(12):
+        data, bit = bytearray(whole), generator.randrange(8 * len(whole))
+        data[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(data)
+        with pytest.warns(UserWarning, match=r"\.npy is damaged: .* is computed again"):
+            assert np.array_equal(states_of(model, cache=tmp_path), first)
+        assert file.read_bytes() == whole
+    file.write_bytes(whole[:-32])  # of an older eckart: without a digest
+    assert np.array_equal(states_of(model, cache=tmp_path), first)

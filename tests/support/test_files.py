@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from eckart.support.files import check_free, check_room, staged_directory, whole_file, write_whole
 
@@ -78,3 +79,21 @@ def test_a_disk_without_room_is_an_error_with_the_numbers(tmp_path: Path) -> Non
     check_room(tmp_path, 1, "a byte")
     with pytest.raises(OSError, match="hidden states take 1,000,000,000,000,000,000"):
         check_room(tmp_path, 10**18, "hidden states")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left")])
+@pytest.mark.parametrize("writer", ["file", "directory"])
+def test_a_full_disk_is_one_error_and_loses_nothing(tmp_path: Path, error: Exception, writer: str) -> None:
+    write_whole(tmp_path / "out" / "file", "older")
+    with (
+        pytest.raises(OSError, match=r"cannot write .*out.*No space left.* [\d,]+ bytes free.*make room"),
+        whole_file(tmp_path / "out" / "file") if writer == "file" else staged_directory(tmp_path / "out", force=True),
+    ):
+        raise error
+    assert (tmp_path / "out" / "file").read_text() == "older"
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "file"]
+
+
+def test_another_error_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "file"):
+        (tmp_path / "nowhere").read_text()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from eckart.support.journal import open_journal
 
@@ -107,3 +110,59 @@ def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="JSON"):
             journal.write("b", {"score": math.nan})
         assert journal.find("b") is None
+
+
+@given(bit=st.integers(0, 8 * 10_000))
+@settings(max_examples=150, deadline=None)
+def test_a_flipped_bit_changes_no_record(bit: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    file, records = tmp_path_factory.mktemp("journal") / "journal.jsonl", {"a": {"score": 1.25}, "b": {"score": 2.5}}
+    with open_journal(file, "search", {"model": "m"}) as journal:
+        for key, record in records.items():
+            journal.write(key, record)
+    data = bytearray(file.read_bytes())
+    bit %= 8 * len(data)
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+    told = ""
+    try:
+        with open_journal(file, "search", {"model": "m"}) as journal:
+            read = {key: journal.find(key) for key in records}
+    except ValueError as error:
+        read, told = {}, str(error)
+    assert not told or str(file) in told
+    for key, record in read.items():
+        assert record is None or record["score"] == records[key]["score"]  # or it is measured again
+
+
+def test_a_full_disk_is_named_and_the_journal_goes_on(tmp_path: Path) -> None:
+    file = tmp_path / "journal.jsonl"
+    with open_journal(file, "search", {"model": "m"}) as journal:
+        journal.write("a", {"score": 1.0})
+        flush, journal._file.flush = journal._file.flush, full_disk  # type: ignore[union-attr,method-assign]
+        with pytest.raises(OSError, match=r"cannot write .*journal\.jsonl .*No space left.*make room"):
+            journal.write("b", {"score": 2.0})
+        journal._file.flush = flush  # type: ignore[union-attr,method-assign]
+    with file.open("rb+") as stream:  # the second line came as far as its middle
+        stream.truncate(file.stat().st_size - 9)
+    with open_journal(file, "search", {"model": "m"}) as journal:
+        assert journal.find("a") == {"key": "a", "score": 1.0}
+        assert journal.find("b") is None
+
+
+def full_disk() -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_two_processes_do_not_write_one_journal(tmp_path: Path) -> None:
+    file = tmp_path / "journal.jsonl"
+
+    def other() -> None:
+        with open_journal(file, "search", {"model": "m"}):
+            pass
+
+    with (
+        open_journal(file, "search", {"model": "m"}),
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(ValueError, match=r"another run is making .*journal\.jsonl"),
+    ):
+        pool.submit(other).result()

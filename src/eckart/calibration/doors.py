@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from eckart.calibration.cache import CHECKSUM, checksum_of
 from eckart.support.files import check_room
 
 NAME = "hidden"
@@ -92,9 +93,25 @@ class Spill:
         return self.read_at(self.door, index)
 
     def read_at(self, door: int, index: int) -> Tensor:
-        """A batch's at a door that is whole."""
-        with safe_open(_file(self._folder(door), index), framework="pt") as file:
-            return file.get_tensor(NAME).clone().to(self.device)
+        """A batch's at a door that is whole.
+
+        Raises:
+            OSError: they are not those that were written. All doors are removed: what resumes computes them again.
+        """
+        path = _file(self._folder(door), index)
+        try:
+            with safe_open(path, framework="pt") as file:
+                hidden = file.get_tensor(NAME).clone()
+                kept = (file.metadata() or {}).get(CHECKSUM)
+        except SafetensorError:
+            hidden, kept = torch.empty(0), ""
+        if kept is not None and kept != checksum_of({}, [(NAME, hidden)]):
+            shutil.rmtree(self.folder)
+            raise OSError(
+                f"{path} is damaged: its numbers are not those that were written. The hidden states are removed; go on "
+                "with --resume, which computes them again; is the disk failing?"
+            )
+        return hidden.to(self.device)
 
     def write(self, index: int, hidden: Tensor) -> None:
         """See `Doors`."""
@@ -105,7 +122,8 @@ class Spill:
             partial.mkdir()
         path = _file(partial, index)
         try:
-            save_file({NAME: hidden.detach().cpu().contiguous()}, path)
+            plain = hidden.detach().cpu().contiguous()
+            save_file({NAME: plain}, path, {CHECKSUM: checksum_of({}, [(NAME, plain)])})
             with path.open("r+b") as stream:
                 os.fsync(stream.fileno())
         except (OSError, SafetensorError) as error:

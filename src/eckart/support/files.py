@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 # (thread, path) of what this process has claimed, see `claimed`.
 _CLAIMS: set[tuple[int, Path]] = set()
 # Squared gradients: in a calibration's folder, and with the weights of a fine-tuned model, of which they are none.
@@ -35,14 +37,34 @@ def whole_file(file: Path) -> Iterator[Path]:
     """A path next to `file` to write to; it becomes `file` when the block ends well, and is removed when it fails.
 
     The name holds the process's number: two processes that write the same file do not write into one another's.
+
+    Raises:
+        OSError: the disk is full.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        partial.replace(file)
+        with full_disk_named(file):
+            yield partial
+            partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def full_disk_named(place: Path) -> Iterator[None]:
+    """Raises OSError that names what is written where the disk is full inside; safetensors has an error of its own."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(place.parent).free
+        raise OSError(
+            errno.ENOSPC,
+            f"cannot write {place} ({error}; its disk has {free:,} bytes free): make room and give the same command "
+            "again; what was finished before is kept",
+        ) from error
 
 
 @contextmanager
@@ -116,7 +138,8 @@ def staged_directory(out: str | Path, *, force: bool = False) -> Iterator[Path]:
         staging = _next_to(place, "partial")
         staging.mkdir()
         try:
-            yield staging
+            with full_disk_named(place):
+                yield staging
             put_in_place(staging, place)
         finally:
             shutil.rmtree(staging, ignore_errors=True)

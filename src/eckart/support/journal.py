@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from eckart.support.files import claimed, full_disk_named
+
 # Number of the layout below; part of the header, so that a journal of another layout is refused.
 FORMAT = 1
+
+# Key of a line's checksum. A line of an older eckart has none, and is believed.
+CHECKSUM = "crc32"
 
 Record = dict[str, Any]
 
@@ -41,11 +47,12 @@ class Journal:
         """
         if key in self._records:
             raise ValueError(f"the journal has {key!r} already")
-        line = json.dumps({"key": key, **record}, allow_nan=False)
-        self._records[key] = json.loads(line)
+        whole = json.loads(json.dumps({"key": key, **record}, allow_nan=False))
+        self._records[key] = whole
         if self._file is not None:
-            self._file.write(line + "\n")
-            self._file.flush()
+            with full_disk_named(Path(self._file.name)):
+                self._file.write(json.dumps({**whole, CHECKSUM: _checksum(whole)}) + "\n")
+                self._file.flush()
 
 
 @contextmanager
@@ -59,7 +66,7 @@ def open_journal(path: Path | None, kind: str, identity: Mapping[str, Any] | Non
 
     Raises:
         ValueError: a path without an identity; a file that is no journal, or is one of another measurement (the message
-            has what differs). The file is not changed.
+            has what differs); or another process writes it. The file is not changed.
     """
     if path is None:
         yield Journal(None, {})
@@ -67,12 +74,12 @@ def open_journal(path: Path | None, kind: str, identity: Mapping[str, Any] | Non
     if not identity:
         raise ValueError(f"journal {path}: say what makes the measurement (model, method, data, seeds) too")
     header = _header(kind, identity)
-    records = _read(path, header) if path.exists() else None
-    if records is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(header) + "\n", encoding="utf-8")
-    with path.open("a", encoding="utf-8") as file:
-        yield Journal(file, records or {})
+    with claimed(path):
+        records = _read(path, header) if path.exists() else None
+        if records is None:
+            path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        with path.open("a", encoding="utf-8") as file:
+            yield Journal(file, records or {})
 
 
 def _header(kind: str, identity: Mapping[str, Any]) -> Record:
@@ -93,13 +100,18 @@ def _read(path: Path, header: Record) -> dict[str, Record] | None:
     records: dict[str, Record] = {}
     for number, line in enumerate(lines, 2):
         record = _parse(line)
-        if record is None or not isinstance(record.get("key"), str):
+        kept = None if record is None else record.pop(CHECKSUM, None)
+        if record is None or not isinstance(record.get("key"), str) or (kept is not None and kept != _checksum(record)):
             raise ValueError(f"{path}: line {number} is damaged ({line[:60]!r}); remove that line or the file")
         records[record["key"]] = record
     if torn:
         with path.open("r+b") as file:
             file.truncate(len(whole) + 1)
     return records
+
+
+def _checksum(record: Record) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 def _parse(line: str) -> Record | None:

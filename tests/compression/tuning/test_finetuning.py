@@ -193,6 +193,18 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(place: Path, tmp_path
     assert len(facts["losses"]) == 2
 
 
+def test_a_checkpoint_with_a_flipped_bit_is_passed_over(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        fine_tune(place / "bert", tmp_path / "out", settings_of(place), track=Killer(8))
+    (checkpoint,) = (tmp_path / ".out.training").glob("checkpoint-*")
+    data = bytearray((checkpoint / "model.safetensors").read_bytes())
+    data[-3] ^= 16
+    (checkpoint / "model.safetensors").write_bytes(data)
+    facts = fine_tune(place / "bert", tmp_path / "out", settings_of(place))
+    expected = fine_tune(place / "bert", tmp_path / "other", settings_of(place))
+    assert facts["losses"] == expected["losses"]
+
+
 # What is recorded
 
 

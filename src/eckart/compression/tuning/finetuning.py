@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from eckart.calibration.cache import is_sound, read_gradients, write_gradients
+from eckart.calibration.cache import is_sound, read_gradients, read_making, write_gradients
 from eckart.calibration.gradients import record_squares
 from eckart.data.labelled import LABELLED, Labelled, read_labelled
 from eckart.data.tokens import warn_of_tokenizer
@@ -31,7 +31,7 @@ from eckart.models.loading import load_classifier, load_tokenizer
 from eckart.models.sites import find_sites
 from eckart.models.weight_files import write_digests
 from eckart.support.device import check_device
-from eckart.support.files import GRADIENTS, check_free, claimed, staged_directory, write_whole
+from eckart.support.files import GRADIENTS, check_free, claimed, digest_of, staged_directory, write_whole
 from eckart.support.fingerprint import describe_architecture, hash_weights
 from eckart.support.progress import Track, silent
 from eckart.support.quiet import quiet
@@ -336,7 +336,8 @@ class _Progress(TrainerCallback):
 class _Keeper(TrainerCallback):
     """Writes the recorded squares into each of Trainer's checkpoints, and keeps only the last checkpoint.
 
-    They are written last, and appear whole: a checkpoint that has them is complete.
+    They are written last, appear whole, and hold a digest of each other file: a checkpoint that has them is complete,
+    and its damage is noticed.
     """
 
     def __init__(self, recorded: Mapping[str, GradientMoments]) -> None:
@@ -344,7 +345,7 @@ class _Keeper(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         kept = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_gradients(kept / GRADIENTS, self.recorded)
+        write_gradients(kept / GRADIENTS, self.recorded, made_by={"files": _digests(kept)})
         for other in kept.parent.glob("checkpoint-*"):
             if other != kept:
                 shutil.rmtree(other)
@@ -354,12 +355,24 @@ def _claim(progress: Path, identity: str) -> Path | None:
     """Make the folder this training's; returns the checkpoint that it resumes from, if there is one."""
     mark = progress / "identity"
     if mark.is_file() and mark.read_text(encoding="utf-8") == identity:
-        whole = [folder for folder in progress.glob("checkpoint-*") if is_sound(folder / GRADIENTS)]
+        whole = [folder for folder in progress.glob("checkpoint-*") if _is_sound(folder)]
         return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
     shutil.rmtree(progress, ignore_errors=True)
     progress.mkdir(parents=True)
     write_whole(mark, identity)
     return None
+
+
+def _is_sound(checkpoint: Path) -> bool:
+    """Whether a checkpoint is complete, and holds what was written; another one is not resumed from."""
+    if not is_sound(checkpoint / GRADIENTS):
+        return False
+    noted = read_making(checkpoint / GRADIENTS).get("files", {})  # of an older eckart: none
+    return all((checkpoint / name).is_file() and digest_of(checkpoint / name) == noted[name] for name in noted)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {file.name: digest_of(file) for file in sorted(folder.iterdir()) if file.is_file()}
 
 
 def _identity(model: PreTrainedModel, texts: TokenRows, rows: Labelled, settings: FineTuning) -> str:

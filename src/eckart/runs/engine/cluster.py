@@ -12,20 +12,25 @@ other: where a machine is lost, those that were on it must find room on the rema
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 import numpy
+import psutil
 import torch
 from torch import Tensor
+
+from eckart.runs.engine.watcher import VITAL, vital_processes, watched
 
 T = TypeVar("T")
 # Makes what a worker answers with: called by each worker of a crew.
@@ -42,6 +47,11 @@ GRACE = 10.0
 ONE_THREAD = {"env_vars": dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")}
 # Numbers that numpy has no type for travel as integers of their size.
 INTEGERS = {1: torch.uint8, 2: torch.int16}
+
+
+# Seconds between two looks whether Ray's processes are there.
+NOTICED_EVERY = 0.5
+AGAIN = "and what was finished is kept: give the same command again"
 
 
 class ClusterError(ConnectionError):
@@ -76,17 +86,49 @@ def open_cluster(address: str | None = None, workers: int | None = None) -> Iter
         where = {"address": "local", "num_cpus": workers or os.cpu_count(), "include_dashboard": False}
     elif address != "auto":
         _check_address(address)
+    with ExitStack() as stack:
+        if address is None:
+            stack.enter_context(watched())
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                ray.init(**where, log_to_driver=False, logging_level="error", runtime_env=ONE_THREAD)
+        except (SystemExit, Exception) as error:  # plain ones, where a process of Ray's dies while it starts
+            raise ClusterError(f"no Ray cluster {f'at {address} ' if address else ''}can be used: {error}") from error
+        lost = threading.Event()
+        try:
+            with _noticing(vital_processes(psutil.Process()), lost), closing(Cluster(workers, lost)) as cluster:
+                yield cluster
+        finally:
+            if not lost.is_set():  # without its head, Ray would wait for a minute, and then end this process
+                ray.shutdown()
+
+
+@contextmanager
+def _noticing(vital: Sequence[psutil.Process], lost: threading.Event) -> Iterator[None]:
+    """Raises ClusterError inside, as soon as one of these processes has ended; `lost` is set then.
+
+    Ray itself ends this process without a word, a minute later. Where this is not the main thread, nothing is noticed.
+    """
+    over, main = threading.Event(), threading.main_thread()
+
+    def watch() -> None:
+        while not over.wait(NOTICED_EVERY):
+            if not all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in vital):
+                lost.set()
+                signal.pthread_kill(main.ident or 0, signal.SIGINT)  # wakes it where it waits
+                return
+
+    if vital and threading.current_thread() is main:
+        threading.Thread(target=watch, daemon=True).start()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            ray.init(**where, log_to_driver=False, logging_level="error", runtime_env=ONE_THREAD)
-    except (SystemExit, ray.exceptions.RayError, RuntimeError, ConnectionError, ValueError) as error:
-        raise ClusterError(f"no Ray cluster {f'at {address} ' if address else ''}can be used: {error}") from error
-    try:
-        with closing(Cluster(workers)) as cluster:
-            yield cluster
+        yield
+    except KeyboardInterrupt:
+        if not lost.is_set():
+            raise
+        raise ClusterError(f"a process of Ray's ({' or '.join(VITAL)}) has died, {AGAIN}") from None
     finally:
-        ray.shutdown()
+        over.set()
 
 
 class Cluster:
@@ -94,10 +136,12 @@ class Cluster:
 
     Attributes:
         requested: how many workers; None is one for each of its cores.
+        lost: set when the cluster has died: nothing is asked of it then.
     """
 
-    def __init__(self, workers: int | None = None) -> None:
+    def __init__(self, workers: int | None = None, lost: threading.Event | None = None) -> None:
         self._ray = _ray()
+        self.lost = lost or threading.Event()
         self.requested = workers
         self._known: dict[Callable[..., Any], Any] = {}
         self._members: list[Any] = []
@@ -171,7 +215,7 @@ class Cluster:
 
     def close(self) -> None:
         """End the workers that were kept for the next crew."""
-        for member in list(self._members):
+        for member in list(self._members) if not self.lost.is_set() else ():
             self.dismiss(member)
 
     def keep(self, value: T) -> Kept[T]:
@@ -194,7 +238,7 @@ class Cluster:
         except errors.RayError as error:
             raise ClusterError(
                 f"a worker was lost {RETRIES + 1} times with the same work, for want of memory perhaps "
-                f"({_first_line(error)}). What was finished is kept: give the same command again, with fewer --workers"
+                f"({_first_line(error)}), {AGAIN}, with fewer --workers"
             ) from error
         raise cause
 
@@ -212,7 +256,7 @@ class Cluster:
             yield self.get(ticket)
 
     def _cancel(self, running: Iterable[Any]) -> None:
-        for task in running:
+        for task in running if not self.lost.is_set() else ():
             with suppress(self._ray.exceptions.RayError, ValueError, TypeError):
                 self._ray.cancel(task, force=True)
 
@@ -283,6 +327,8 @@ class Crew:
 
     def dismiss(self) -> None:
         """Release the members for the next crew, except those still busy with a task that nobody waits for."""
+        if self.cluster.lost.is_set():
+            return
         answered = self.cluster.ready(list(self._last.values()), within=GRACE)
         for number, ticket in self._last.items():
             if ticket in answered:
