@@ -16,7 +16,7 @@ from scipy.linalg.interpolative import interp_decomp
 from torch import Tensor
 
 from eckart.lowrank.factors import Factors
-from eckart.lowrank.float32 import lower_gram
+from eckart.lowrank.float32 import is_fast_in_float64, lower_gram
 from eckart.lowrank.leading import leading_basis
 from eckart.lowrank.metrics import (
     BlockDiagonal,
@@ -127,8 +127,8 @@ def factor(
         metric: A, (d_out, d_out), its diagonal (d_out,) or its blocks, non-singular. None is the identity.
         output_mean, input_mean, floor: see Spectrum.
         rank: the largest that will be cut, where that is known: only so many vectors are made. A target of less than
-            float64 is then factored in float32 where that is enough (see `leading`): the loss is within 1e-5 of the
-            least, and the factors are float32.
+            float64 is then factored in float32 where that is enough (see `leading`) and the device faster at it: the
+            loss is within 1e-5 of the least, and the factors are float32.
 
     Raises:
         ValueError: shapes disagree, an entry is not finite, or the rank is out of reach.
@@ -146,7 +146,8 @@ def factor(
     _check_side(metric, d_out, "metric")
     if rank is not None:
         check_rank(rank, min(d_out, d_in))
-        if target.dtype != torch.float64 and metric is None and (not isinstance(root, Whitening) or root.is_single):
+        known = target.dtype != torch.float64 and (not isinstance(root, Whitening) or root.is_single)
+        if known and metric is None and not is_fast_in_float64(target.device):
             single = target.float()
             leading = leading_basis(single, root, rank)
             if leading is not None:
