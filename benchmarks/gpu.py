@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -47,7 +47,7 @@ from eckart.allocation import plan
 from eckart.allocation.budget import Budget
 from eckart.calibration.gradients import collect_gradients
 from eckart.calibration.moments import calibrate_by_block
-from eckart.calibration.sequential import SequentialCalibration
+from eckart.calibration.sequential import PassReport, Sample, SequentialCalibration
 from eckart.calibration.walk import Walk
 from eckart.compression.replace import compress
 from eckart.data.tokens import Tokens
@@ -58,6 +58,7 @@ from eckart.models.sites import find_sites, first_readers, replace_module
 from eckart.runs.composition import COMPOSITIONS
 from eckart.runs.ranks import AllocationInputs, rank
 from eckart.runs.workbench import REFINED_TOGETHER
+from eckart.support.progress import Track, silent
 
 KEEP, BATCH = 0.7, 8
 KEEPS = (0.8, 0.6, 0.5)
@@ -107,12 +108,8 @@ class Report:
             self.path.write_text(json.dumps(self.facts, indent=1) + "\n", encoding="utf-8")
 
     @contextmanager
-    def part(self, name: str, need: float = 0) -> Iterator[dict[str, Any]]:
-        """A part of the run: its entry, its seconds and peak memory; what it raises ends it and is noted.
-
-        Args:
-            need: seconds that have to be left for it; where they are not, `SkippedError` ends it at its first line.
-        """
+    def part(self, name: str) -> Iterator[dict[str, Any]]:
+        """A part of the run: its entry, its seconds and peak memory; what it raises ends it and is noted."""
         entry: dict[str, Any] = {}
         start = now(self.device)
         if self.device.type == "cuda":
@@ -234,16 +231,16 @@ def measure_parts(entry: dict[str, Any], device: torch.device, config: LlamaConf
         square = torch.randn(width, width + 64, device=device, dtype=dtype)
         square = square @ square.T
         kind = str(dtype).removeprefix("torch.")
-        entry[f"cholesky, {kind}"] = seconds(lambda matrix=square: torch.linalg.cholesky_ex(matrix), device, 2)
-        entry[f"eigh, {kind}"] = seconds(lambda matrix=square: torch.linalg.eigh(matrix), device, 2)
+        entry[f"cholesky, {kind}"] = seconds(partial(torch.linalg.cholesky_ex, square), device, 2)
+        entry[f"eigh, {kind}"] = seconds(partial(torch.linalg.eigh, square), device, 2)
         some = [square + index for index in range(4)]
         for workers in (2, 4):
             entry[f"eigh of four, {kind}, {workers} at a time"] = seconds(
-                lambda these=some, workers=workers: in_streams(torch.linalg.eigh, these, workers), device, 1
+                partial(in_streams, torch.linalg.eigh, some, workers), device, 1
             )
         if dtype == torch.float32:
             batch = torch.stack(some)
-            entry[f"eigh of four, {kind}, batched"] = seconds(lambda these=batch: torch.linalg.eigh(these), device, 1)
+            entry[f"eigh of four, {kind}, batched"] = seconds(partial(torch.linalg.eigh, batch), device, 1)
         del some, square
     rank_kept = rank_for(KEEP, width, width)
     basis = torch.linalg.qr(torch.randn(width, rank_kept, device=device, dtype=torch.float64)).Q
@@ -256,15 +253,13 @@ def measure_parts(entry: dict[str, Any], device: torch.device, config: LlamaConf
     targets = torch.randint(0, config.vocab_size, (1, length), device=device)
     loss = nn.functional.cross_entropy
     with torch.enable_grad():
-        for name, order in (
-            ("classes last", lambda x: x.flatten(0, 1)),
-            ("classes first", lambda x: x.transpose(1, 2)),
-        ):
-            logits.requires_grad_()
-            where = targets.flatten() if name == "classes last" else targets
-            entry[f"loss of a sample, {name}"] = seconds(
-                lambda order=order, where=where: loss(order(logits), where).backward(), device, 2
-            )
+        logits.requires_grad_()
+        entry["loss of a sample, classes last"] = seconds(
+            lambda: loss(logits.flatten(0, 1), targets.flatten()).backward(), device, 2
+        )
+        entry["loss of a sample, classes first"] = seconds(
+            lambda: loss(logits.transpose(1, 2), targets).backward(), device, 2
+        )
 
 
 @torch.no_grad()
@@ -313,16 +308,18 @@ def compress_best(entry: dict[str, Any], device: torch.device, config: LlamaConf
         sites,
         lambda: calibrate_by_block(model, used, method, gradients=gradients, batch_size=BATCH),
         used,
-        tokenizer=None,  # type: ignore[arg-type] (no score is read)
+        None,  # type: ignore[arg-type]  # the tokenizer: no score is read
     )
     with lap(entry, "moments, losses and knapsack", device):
         ranking = rank(best, Budget(keep=KEEP), inputs)
-    assert best.refinement is not None
     spent = {"refinement": 0.0}
 
-    def refine(*arguments: Any) -> Any:
+    def refine(
+        number: int, block: nn.Module, samples: Sequence[Sample], held_out: Sequence[Sample], track: Track = silent
+    ) -> PassReport | None:
         start = now(device)
-        report = best.refinement(*arguments)  # type: ignore[misc]
+        assert best.refinement is not None
+        report = best.refinement(number, block, samples, held_out, track)
         spent["refinement"] += now(device) - start
         return report
 
@@ -398,11 +395,11 @@ def measure_tokens(
         row["prompt"] = prompt / seconds(read, device, 5)
         for sequences in (1, 16):
             step = stepping(model, sequences, config, prompt // 4)
-            row[f"step of {sequences}"] = sequences / seconds(lambda step=step: [step() for _ in range(8)], device) * 8
+            row[f"step of {sequences}"] = sequences / seconds(partial(eight_times, step), device) * 8
             if device.type == "cuda":
                 graph = captured(step)
                 row[f"step of {sequences}, graph"] = (
-                    8 * sequences / seconds(lambda graph=graph: [graph.replay() for _ in range(8)], device, 5)
+                    8 * sequences / seconds(partial(eight_times, graph.replay), device, 5)
                 )
                 del graph
         if compiled:
@@ -412,9 +409,7 @@ def measure_tokens(
                 read = partial(fast, input_ids=ids, use_cache=False)
                 row["prompt, compiled"] = prompt / seconds(read, device, 5)
                 graph = captured(stepping(model, 1, config, prompt // 4, fast))
-                row["step of 1, compiled graph"] = 8 / seconds(
-                    lambda graph=graph: [graph.replay() for _ in range(8)], device, 5
-                )
+                row["step of 1, compiled graph"] = 8 / seconds(partial(eight_times, graph.replay), device, 5)
                 del graph
             except Exception:  # noqa: BLE001 (the next one may compile)
                 print(f"{name}: {traceback.format_exc()}", flush=True)
@@ -426,6 +421,12 @@ def measure_tokens(
         if report.left < 20:
             entry["ended early"] = True
             return
+
+
+def eight_times(run: Callable[[], object]) -> None:
+    """A stretch that is long enough to time."""
+    for _ in range(8):
+        run()
 
 
 def stepping(

@@ -295,7 +295,8 @@ def check_evaluations(device: torch.device, folder: Path) -> Differences:
     for theirs, ours in zip(*results, strict=True):
         answer[theirs.task] = abs(ours.value - theirs.value) / max(abs(theirs.value), 1), FEW
     ids = torch.tensor([tokenizer("The function returns the").input_ids])
-    texts = [model.generate(ids.to(model.device), max_new_tokens=12, do_sample=False).cpu() for model in models]
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    texts = [model.generate(ids.to(model.device), **settings).cpu() for model in models]  # type: ignore[operator]
     answer["generated"] = float(not torch.equal(*texts)), 0.0
     return answer
 
@@ -308,7 +309,7 @@ def check_baselines(device: torch.device, folder: Path) -> Differences:
         keys["calibration"] = {"corpus": str(text_of(place)), "samples": 12, "length": 32}
         if name == "llm-pruner":
             keys |= {"keep": KEEP, "method": {"name": name, "options": {"first": 0, "last": 0, "length": 32}}}
-        logits = []
+        logits: list[Tensor] = []
         for where in ("cpu", str(device)):
             made = make_baseline(parse_recipe(keys), folder / f"{name}-{len(logits)}", How(where))
             logits.append(_logits(made))

@@ -191,10 +191,10 @@ def pivot(factors: Factors) -> Pivoted:
     order[pivots] = np.arange(rank)
     order[others] = np.arange(rank, d_out)
     device = left.device
-    rows, columns = (torch.from_numpy(each).to(combined.device) for each in (rows, columns))
+    row_places, column_places = (torch.from_numpy(each).to(combined.device) for each in (rows, columns))
     return Pivoted(
         pivots=left[torch.from_numpy(pivots).to(device)] @ right,
-        coefficients=combined[rows][:, columns].contiguous().to(device),
+        coefficients=combined[row_places][:, column_places].contiguous().to(device),
         order=torch.from_numpy(order).to(device),
         bias=None if factors.bias is None else factors.bias.double(),
     )
