@@ -104,15 +104,8 @@ def run_plain(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     sites = find_sites(model)
     sums = {site.name: torch.zeros(site.d_in, site.d_in) for site in sites}
 
-    def add(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].reshape(-1, args[0].shape[-1]).float()
-            sums[name] += rows.T @ rows
-
-        return hook
-
     for site in sites:
-        model.get_submodule(site.name).register_forward_pre_hook(add(site.name))
+        model.get_submodule(site.name).register_forward_pre_hook(add_plainly(sums[site.name]))
     start = _lap(seconds, "load", start)
     for ids, _ in tokens.batches(BATCH):
         model(input_ids=ids, use_cache=False)
@@ -132,6 +125,16 @@ def run_plain(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": seconds, "error": sum(errors) / len(errors), "factor_float64_block": double}
 
 
+def add_plainly(total: Tensor) -> Callable[..., None]:
+    """A hook that adds a linear's inputs, X^T X in float32, to `total`."""
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows = args[0].reshape(-1, args[0].shape[-1]).float()
+        total.add_(rows.T @ rows)
+
+    return hook
+
+
 def factor_plainly(
     model: nn.Module, site: Site, total: Tensor, keep: float, dtype: torch.dtype
 ) -> tuple[tuple[Tensor, Tensor], float]:
@@ -140,7 +143,7 @@ def factor_plainly(
     assert isinstance(weight, Tensor)
     root = torch.linalg.cholesky(total.double()).to(dtype)
     left, values, right = torch.linalg.svd(weight.to(dtype) @ root, full_matrices=False)
-    inverse = torch.linalg.solve(root, torch.eye(len(root), dtype=dtype))
+    inverse = torch.linalg.solve(root, torch.eye(len(root), dtype=dtype, device=root.device))
     rank, squares = rank_for(keep, site.d_out, site.d_in), values.double().square()
     scale = values[:rank].sqrt()
     pair = (left[:, :rank] * scale, (scale[:, None] * right[:rank]) @ inverse)

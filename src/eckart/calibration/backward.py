@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from eckart.calibration.cache import is_sound, read_gradients, write_gradients
 from eckart.calibration.doors import Spill, whole_doors
-from eckart.calibration.gradients import sample_input, sample_loss, watching
+from eckart.calibration.gradients import place_sums, sample_input, sample_loss, watching
 from eckart.calibration.walk import Walk, hidden_of, standing_in
 from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments
@@ -124,7 +124,8 @@ class Sweep:
     def _backward(self, number: int, walk: Walk, held: Spill, back: Spill, scored: Sequence[int]) -> None:
         """The statistics of a block, and the gradient at its door."""
         sites = [site for site in self.sites if site.block == number]
-        collected = {site.name: GradientMoments(site.d_out, site.d_in, self.needs) for site in sites}
+        device = place_sums(self.skeleton.device, sites, self.needs)
+        collected = {site.name: GradientMoments(site.d_out, site.d_in, self.needs, device=device) for site in sites}
         with self._resident(number) as block, watching(self.skeleton.model, collected) as scale:
             for index in self.track(range(len(self.samples)), f"block {number}: gradients", len(self.samples)):
                 args, kwargs = walk.calls[index][number]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -50,7 +50,8 @@ def collect_gradients(
     Cost: a forward and a backward pass per sample; memory of one weight's gradient at a time. Gradients in float16
     would underflow to zero: such a model is in float32 meanwhile, and takes twice its memory.
     """
-    collected = {site.name: GradientMoments(site.d_out, site.d_in, needs) for site in sites}
+    device = place_sums(model.device, sites, needs)
+    collected = {site.name: GradientMoments(site.d_out, site.d_in, needs, device=device) for site in sites}
     generator = torch.Generator().manual_seed(0)
     if after is not None:
         _draw_past(model, after, generator)
@@ -60,6 +61,18 @@ def collect_gradients(
             scale_of.tokens = scored
             loss.backward()
     return collected
+
+
+def place_sums(device: torch.device | str, sites: Iterable[Site], needs: frozenset[str]) -> torch.device:
+    """Where the sums are kept: on the device, or in main memory where they would take over half of what it has free.
+
+    In main memory every product is copied there, which takes longer than the product.
+    """
+    device = torch.device(device)
+    size = sum(site.d_out**2 for site in sites) if "gradient_covariance" in needs else 0
+    if device.type == "cuda" and 8 * size <= torch.cuda.mem_get_info(device)[0] / 2:
+        return device
+    return torch.device("cpu")
 
 
 def _draw_past(model: PreTrainedModel, tokens: Tokens, generator: torch.Generator) -> None:
@@ -116,7 +129,9 @@ def language_loss(
             raise ValueError("a calibration sample of one token has no next token to predict")
         logits = model(input_ids=ids, attention_mask=attention_mask).logits[:, :-1].float()
         targets = ids[:, 1:].masked_fill(~scored, UNSCORED)
-        return nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=UNSCORED), int(scored.sum())
+        # The same mean either way. A GPU is slow where the classes are not next to each other in memory.
+        rows = (logits.flatten(0, 1), targets.flatten()) if logits.is_cuda else (logits.transpose(1, 2), targets)
+        return nn.functional.cross_entropy(*rows, ignore_index=UNSCORED), int(scored.sum())
     raise ValueError(
         f"{kind} has no loss to take gradients of; load the model with a language-modelling or classification head"
     )

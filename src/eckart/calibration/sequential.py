@@ -258,7 +258,8 @@ class _Streams:
         """
         reading = "compressed" if "compressed" in places else "dense"
         site = places[reading][1]
-        moments = InputMoments(site.d_in, needs), InputMoments(site.d_in, needs)
+        device = self.hidden[reading][0].device
+        moments = InputMoments(site.d_in, needs, device=device), InputMoments(site.d_in, needs, device=device)
         batches = zip(range(len(self.calls)), self.masks, strict=True)
         for index, mask in self.track(batches, f"{site.input_group}: moments", len(self.calls)):
             seen = {

@@ -208,7 +208,8 @@ class Walk:
     def moments(self, number: int, groups: dict[str, Site], needs: frozenset[str]) -> dict[str, InputMoments]:
         """Run the blocks up to and with `number`, and return its moments."""
         self.skip(number - 1)
-        collected = {group: InputMoments(site.d_in, needs) for group, site in groups.items()}
+        device = self.held.read(0).device
+        collected = {group: InputMoments(site.d_in, needs, device=device) for group, site in groups.items()}
         seen: dict[str, Tensor] = {}
 
         def watch(group: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

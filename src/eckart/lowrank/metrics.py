@@ -294,8 +294,9 @@ def anchored_target(
         share: both are shrunk by it towards the mean diagonal of Gh before the solve, so share -> 1 gives T = W.
 
     Raises:
-        DecompositionError: Gh is singular even after shrinking.
+        DecompositionError: Gh is singular even after shrinking, or an entry of it is not finite.
     """
+    _check_finite(moment, "input moment")
     scale = share * moment.diagonal().mean()
     mixed = (1 - share) * cross
     mixed.diagonal().add_(scale)

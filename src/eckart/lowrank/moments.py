@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from eckart.lowrank.float32 import add_gram, exact_products, mirror
+from eckart.lowrank.float32 import add_gram, exact_products, inner_product, is_multiplied_exactly, mirror
 
 # Rows multiplied in float32 before the product is added in float64. Long enough for full-speed matrix products,
 # short enough that float32 rounding inside one product stays near 1e-7 of it.
@@ -41,26 +41,31 @@ class InputMoments:
     Args:
         d_in: width of the input.
         needs: names out of INPUT_STATISTICS; the mean and the absolute mean cost nothing and are always kept.
+        device: where the inputs will be.
 
     Memory: d_in^2 float64 for each of second_moment and cross_moment that is needed.
     """
 
-    def __init__(self, d_in: int, needs: frozenset[str] | set[str] = frozenset({"second_moment"})) -> None:
+    def __init__(
+        self,
+        d_in: int,
+        needs: frozenset[str] | set[str] = frozenset({"second_moment"}),
+        *,
+        device: torch.device | None = None,
+    ) -> None:
         unknown = set(needs) - INPUT_STATISTICS
         if unknown:
             raise ValueError(f"not statistics of an input: {sorted(unknown)}; known: {sorted(INPUT_STATISTICS)}")
         self.count = 0
-        self._sums: dict[str, Tensor] = {
-            "mean": torch.zeros(d_in, dtype=torch.float64),
-            "abs_mean": torch.zeros(d_in, dtype=torch.float64),
-        }
+        shapes: dict[str, tuple[int, ...]] = {"mean": (d_in,), "abs_mean": (d_in,)}
         self._mirrored = True
         if "second_moment" in needs or "cross_moment" in needs:
-            self._sums["second_moment"] = torch.zeros(d_in, d_in, dtype=torch.float64)
+            shapes["second_moment"] = (d_in, d_in)
         if "cross_moment" in needs:
-            self._sums["cross_moment"] = torch.zeros(d_in, d_in, dtype=torch.float64)
-            self._sums["reference_mean"] = torch.zeros(d_in, dtype=torch.float64)
-            self._sums["reference_second_moment"] = torch.zeros(d_in, d_in, dtype=torch.float64)
+            shapes |= {"cross_moment": (d_in, d_in), "reference_mean": (d_in,), "reference_second_moment": (d_in, d_in)}
+        self._sums: dict[str, Tensor] = {
+            name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()
+        }
 
     @property
     def d_in(self) -> int:
@@ -109,18 +114,22 @@ class InputMoments:
         rows = _rows(x, mask)
         reference_rows = None if reference is None else _rows(reference, mask)
         for start in range(0, len(rows), CHUNK_ROWS):
-            part = rows[start : start + CHUNK_ROWS]
+            stored = rows[start : start + CHUNK_ROWS]
+            part = _widened(stored)
+            factors = stored if is_multiplied_exactly(stored) else part
             self._on(part.device, "mean").add_(part.sum(0))
-            for some in part.split(SIZED_ROWS):
+            for some in part.split(SIZED_ROWS if part.device.type == "cpu" else CHUNK_ROWS):
                 self._on(part.device, "abs_mean").add_(some.abs().sum(0))
             with exact_products(x):
                 if "second_moment" in self._sums:
-                    self._add_square("second_moment", part)
+                    self._add_square("second_moment", factors)
                 if reference_rows is not None:
-                    dense = reference_rows[start : start + CHUNK_ROWS]
-                    self._on(part.device, "cross_moment").add_(dense.T @ part)
+                    stored = reference_rows[start : start + CHUNK_ROWS]
+                    part = _widened(stored)
+                    dense = stored if is_multiplied_exactly(stored) else part
+                    self._on(part.device, "cross_moment").add_(inner_product(dense, factors))
                     self._add_square("reference_second_moment", dense)
-                    self._on(part.device, "reference_mean").add_(dense.sum(0))
+                    self._on(part.device, "reference_mean").add_(part.sum(0))
         self.count += len(rows)
         # Looked at once per batch: a NaN or an infinity anywhere in the rows survives the sums.
         for name in ("abs_mean", "reference_mean"):
@@ -246,20 +255,30 @@ class GradientMoments:
         fisher_in (d_in,) sums F over outputs,  fisher_out (d_out,) sums F over inputs
 
     One `update_fisher` per example: the square is of one example's gradient, so batching examples would change F.
+
+    Args:
+        device: where the sums are; default main memory.
     """
 
-    def __init__(self, d_out: int, d_in: int, needs: frozenset[str] | set[str] = GRADIENT_STATISTICS) -> None:
+    def __init__(
+        self,
+        d_out: int,
+        d_in: int,
+        needs: frozenset[str] | set[str] = GRADIENT_STATISTICS,
+        *,
+        device: torch.device | None = None,
+    ) -> None:
         unknown = set(needs) - GRADIENT_STATISTICS
         if unknown:
             raise ValueError(f"not statistics of a gradient: {sorted(unknown)}; known: {sorted(GRADIENT_STATISTICS)}")
         self.examples = 0
         self.tokens = 0
         self.sums: dict[str, Tensor] = {
-            "fisher_in": torch.zeros(d_in, dtype=torch.float64),
-            "fisher_out": torch.zeros(d_out, dtype=torch.float64),
+            "fisher_in": torch.zeros(d_in, dtype=torch.float64, device=device),
+            "fisher_out": torch.zeros(d_out, dtype=torch.float64, device=device),
         }
         if "gradient_covariance" in needs:
-            self.sums["gradient_covariance"] = torch.zeros(d_out, d_out, dtype=torch.float64)
+            self.sums["gradient_covariance"] = torch.zeros(d_out, d_out, dtype=torch.float64, device=device)
 
     def update_fisher(self, gradient: Float[Tensor, "out in"]) -> None:
         """Add one example's dLoss/dW, in place.
@@ -268,8 +287,8 @@ class GradientMoments:
             ValueError: an entry is not finite.
         """
         square = gradient.detach().float().square()
-        self.sums["fisher_in"] += square.sum(0, dtype=torch.float64).cpu()
-        self.sums["fisher_out"] += square.sum(1, dtype=torch.float64).cpu()
+        for axis, name in enumerate(("fisher_in", "fisher_out")):
+            self.sums[name] += square.sum(axis, dtype=torch.float64).to(self.sums[name].device)
         self.examples += 1
         if not torch.isfinite(self.sums["fisher_out"]).all():
             raise ValueError("a gradient is not finite; the model is broken or overflows in its stored type")
@@ -282,9 +301,11 @@ class GradientMoments:
         """
         if "gradient_covariance" not in self.sums:
             raise ValueError("per-token gradients are for the statistic gradient_covariance, and only for it")
-        rows = _rows(gradients, mask)
+        rows, total = _rows(gradients, mask), self.sums["gradient_covariance"]
+        if not is_multiplied_exactly(rows):
+            rows = _widened(rows)
         with exact_products(gradients):
-            self.sums["gradient_covariance"] += (rows.T @ rows).cpu()
+            total += inner_product(rows, rows).to(total.device)
         self.tokens += len(rows)
         if not torch.isfinite(self.sums["gradient_covariance"].diagonal()).all():
             raise ValueError("a gradient is not finite; the model is broken or overflows in its stored type")
@@ -367,11 +388,16 @@ class Moments:
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(..., d) -> (n, d) in float32 or float64, without the masked rows."""
+    """(..., d) -> (n, d) without the masked rows."""
     rows = x.detach().reshape(-1, x.shape[-1])
     if mask is not None:
         if mask.numel() != len(rows):
             raise ValueError(f"mask {tuple(mask.shape)} does not fit input {tuple(x.shape)}")
         if not bool(mask.all()):
             rows = rows[mask.reshape(-1).to(rows.device)]
+    return rows
+
+
+def _widened(rows: Tensor) -> Tensor:
+    """The rows in float32, or in float64 as they are."""
     return rows if rows.dtype == torch.float64 else rows.float()

@@ -25,6 +25,8 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 # Coefficients above this are swapped away. They multiply the rounding of the stored pivots; 10 is a decimal digit, and
 # far above what pivoted QR gives (about 2 on trained weights), so that a swap is rare.
 LARGEST_COEFFICIENT = 10.0
+# What elimination may lose of a map, as a share of its norm: far above rounding, far below the weights' own.
+ELIMINATED = 1e-9
 
 
 def num_stored(d_out: int, d_in: int, rank: int, layout: Layout) -> int:
@@ -167,6 +169,9 @@ def pivot(factors: Factors) -> Pivoted:
     Raises:
         ValueError: rank exceeds d_out, so that there are not enough rows; or an entry is not finite.
 
+    On a GPU the pivots are those of Gaussian elimination; where a coefficient of theirs is above LARGEST_COEFFICIENT,
+    or rounding decided on one, the CPU chooses.
+
     Cost: on the CPU about 2 d_out rank^2 operations for the QR decomposition and as many for the geometry.
     """
     rank, d_out = factors.rank, factors.d_out
@@ -174,10 +179,11 @@ def pivot(factors: Factors) -> Pivoted:
         raise ValueError(f"rank {rank} exceeds d_out = {d_out}: a pivoted map stores {rank} of its own rows")
     left, right = factors.left.double(), factors.right.double()
     triangle = torch.linalg.qr(right.mT, mode="r").R
-    geometry = (left @ triangle.mT).cpu().numpy()
-    if not np.isfinite(geometry).all():
+    on_device = left @ triangle.mT
+    if not torch.isfinite(on_device).all():
         raise ValueError(f"factors of a {d_out} x {factors.d_in} map of rank {rank} have entries that are not finite")
-    pivots, others, combined = _choose(geometry, rank)
+    chosen = _choose_by_elimination(on_device) if on_device.is_cuda else None
+    pivots, others, combined = _choose(on_device.cpu().numpy(), rank) if chosen is None else chosen
     # Ascending order on both sides makes the layout a function of the map and its pivots alone.
     columns, rows = np.argsort(pivots), np.argsort(others)
     pivots, others = pivots[columns], others[rows]
@@ -185,9 +191,10 @@ def pivot(factors: Factors) -> Pivoted:
     order[pivots] = np.arange(rank)
     order[others] = np.arange(rank, d_out)
     device = left.device
+    row_places, column_places = (torch.from_numpy(each).to(combined.device) for each in (rows, columns))
     return Pivoted(
         pivots=left[torch.from_numpy(pivots).to(device)] @ right,
-        coefficients=torch.from_numpy(np.ascontiguousarray(combined[np.ix_(rows, columns)])).to(device),
+        coefficients=combined[row_places][:, column_places].contiguous().to(device),
         order=torch.from_numpy(order).to(device),
         bias=None if factors.bias is None else factors.bias.double(),
     )
@@ -217,7 +224,37 @@ def split(whole: Factors | Pivoted, sizes: Sequence[int]) -> list[Factors] | lis
     return members
 
 
-def _choose(geometry: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _choose_by_elimination(geometry: Float[Tensor, "out rank"]) -> tuple[np.ndarray, np.ndarray, Tensor] | None:
+    """As `_choose`, by elimination with row pivoting: P G = [L1; L2] U, and the coefficients L2 L1^-1.
+
+    The matrix is made square by columns of the identity, which change nothing in the steps before them: torch gives
+    tall ones to a library that is not meant for that size, and square ones to cuSOLVER.
+
+    None where the answer would be no good: a pivot is within rounding of zero, a coefficient is too large, or the other
+    rows are not these combinations of the pivots.
+    """
+    d_out, rank = geometry.shape
+    square = torch.eye(d_out, dtype=geometry.dtype, device=geometry.device)
+    square[:, :rank] = geometry
+    factor, swaps, _ = torch.linalg.lu_factor_ex(square)
+    factor = factor[:, :rank]
+    diagonal, resolution = factor.diagonal().abs(), d_out * torch.finfo(torch.float64).eps
+    if not bool((diagonal > resolution * diagonal.max()).all()):
+        return None
+    combined = torch.linalg.solve_triangular(factor[:rank], factor[rank:], upper=False, left=False, unitriangular=True)
+    if combined.numel() and not float(combined.abs().max()) <= LARGEST_COEFFICIENT:
+        return None
+    rows = np.arange(d_out)
+    for place, other in enumerate(swaps.cpu().numpy() - 1):  # LAPACK counts from one
+        rows[[place, other]] = rows[[other, place]]
+    pivots, others = rows[:rank], rows[rank:]
+    kept, made = (geometry[torch.from_numpy(each).to(geometry.device)] for each in (pivots, others))
+    if not float((combined @ kept - made).norm()) <= ELIMINATED * float(geometry.norm()):
+        return None
+    return pivots, others, combined
+
+
+def _choose(geometry: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, Tensor]:
     """`rank` rows of `geometry` (d_out, p), the other rows, and the coefficients (others, rank) of those in them."""
     triangle, permutation = scipy.linalg.qr(geometry.T, mode="r", pivoting=True)
     diagonal = np.abs(np.diagonal(triangle))[:rank]
@@ -236,7 +273,7 @@ def _choose(geometry: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np
         combined = scipy.linalg.lu_solve(scipy.linalg.lu_factor(rows[basis].T), rows[others].T).T
     padded = np.zeros((len(others), rank))
     padded[:, :resolved] = combined
-    return np.concatenate([basis, spare]), others, padded
+    return np.concatenate([basis, spare]), others, torch.from_numpy(padded)
 
 
 def _exchange(basis: np.ndarray, others: np.ndarray, combined: np.ndarray) -> None:

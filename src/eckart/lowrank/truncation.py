@@ -17,7 +17,7 @@ from scipy.linalg.interpolative import interp_decomp
 from torch import Tensor
 
 from eckart.lowrank.factors import Factors
-from eckart.lowrank.float32 import lower_gram
+from eckart.lowrank.float32 import is_fast_in_float64, lower_gram
 from eckart.lowrank.leading import leading_basis
 from eckart.lowrank.metrics import (
     BlockDiagonal,
@@ -129,8 +129,8 @@ def factor(
         metric: A, (d_out, d_out), its diagonal (d_out,) or its blocks, non-singular. None is the identity.
         output_mean, input_mean, floor: see Spectrum.
         rank: the largest that will be cut, where that is known: only so many vectors are made. A target of less than
-            float64 is then factored in float32 where that is enough (see `leading`): the loss is within 1e-5 of the
-            least, and the factors are float32.
+            float64 is then factored in float32 where that is enough (see `leading`) and the device faster at it: the
+            loss is within 1e-5 of the least, and the factors are float32.
 
     Where A or B is zero, every M loses nothing (but the floor), and that is what the spectrum's losses are. The factors
     are then the best ones without A, or without B: a linear without influence on the loss is cut in the input's metric
@@ -155,7 +155,8 @@ def factor(
         return _lossless(factor(target, root=root, **settings))
     if rank is not None:
         check_rank(rank, min(d_out, d_in))
-        if target.dtype != torch.float64 and metric is None and (not isinstance(root, Whitening) or root.is_single):
+        known = target.dtype != torch.float64 and (not isinstance(root, Whitening) or root.is_single)
+        if known and metric is None and not is_fast_in_float64(target.device):
             single = target.float()
             leading = leading_basis(single, root, rank)
             if leading is not None:

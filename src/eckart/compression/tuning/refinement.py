@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from eckart.calibration.sequential import PassReport, Sample
 from eckart.compression.tuning.descent import descend, low_rank_parameters, put_back
+from eckart.lowrank.float32 import products_as_stored
 from eckart.support.precision import in_float32
 from eckart.support.progress import Track, silent
 
@@ -22,7 +23,8 @@ class Refinement:
         minimise  E ||block(xh) - dense block(x)||^2 / E ||dense block(x) - xh||^2
 
     over left, right and bias of its low-rank linears; x in the dense stream, xh in the compressed one, without padding.
-    The steps are taken in float32; the same samples recur in the same order.
+    The steps are taken in float32 (with TF32 products on a GPU, where the model has 16 bits); the same samples recur
+    in the same order.
 
     Attributes:
         steps: of one batch each. A few dozen: with more the blocks begin to fit the calibration text.
@@ -64,7 +66,7 @@ class Refinement:
         if not math.isfinite(before):
             raise ValueError(f"{place}: its output is not finite; the model is broken or overflows in its stored type")
         kept = [parameter.detach().clone() for parameter in parameters]
-        with in_float32(block) as dtype:
+        with products_as_stored(parameters[0].detach()), in_float32(block) as dtype:
             descend(
                 block,
                 parameters,
