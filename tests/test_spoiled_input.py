@@ -11,6 +11,7 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+import eckart
 from eckart.allocation import RankPlan
 from eckart.evals.result import EvalResult, Score
 from eckart.models.sites import find_sites
@@ -20,7 +21,7 @@ from eckart.runs.study import load_study, studies
 from reports.make_runs import make_run, study_data, write_json
 from runs.test_recipe import AROUND, GOOD
 from spoiling import as_json, damaged, spoiled
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 
 RECIPES = [GOOD, *({"model": "m", "evaluate": ["stereoset"], **settings} for settings in AROUND)]
 QUICK = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -121,3 +122,43 @@ def test_a_run_directory_in_a_report(made: tuple[Path, dict[Path, Any]], data: s
     finally:
         file.write_text(before)
     assert message is None or str(folder) in message or "lm-eval" in message
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A dense model and a compressed one, pivoted, with shared right factors and a bias."""
+    place = tmp_path_factory.mktemp("checkpoints")
+    eckart.save(tiny_model("llama"), place / "dense", tiny_tokenizer())
+    model = tiny_model("llama")
+    method = eckart.build_method("svd")
+    eckart.compress(model, method, eckart.plan(model, keep=0.6, layout="pivoted"), None)
+    eckart.save(model, place / "compressed", tiny_tokenizer())
+    return [place / "dense", place / "compressed"]
+
+
+@settings(QUICK, max_examples=40)
+@given(st.data())
+def test_the_header_of_a_weights_file(checkpoints: list[Path], data: st.DataObject) -> None:
+    """A header says names, types, shapes and places; what it says otherwise is seen, and never read past the file."""
+    file = data.draw(st.sampled_from(checkpoints)) / "model.safetensors"
+    whole = file.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    spoilt = data.draw(damaged(whole[:header])) + whole[header:]
+    file.write_bytes(spoilt)
+    try:
+        message = refusal_of(lambda: eckart.load_model(file.parent))
+    finally:
+        file.write_bytes(whole)
+    assert message is None or str(file.parent) in message
+
+
+@settings(QUICK, max_examples=40)
+@given(st.data())
+def test_the_configuration_of_a_model(checkpoints: list[Path], data: st.DataObject) -> None:
+    file = data.draw(st.sampled_from(checkpoints)) / "config.json"
+    whole = file.read_text()
+    file.write_text(as_json(data.draw(spoiled(json.loads(whole)))))
+    try:
+        refusal_of(lambda: eckart.load_model(file.parent))
+    finally:
+        file.write_text(whole)
