@@ -182,7 +182,7 @@ def test_another_tokenizer(tmp_path: Path) -> None:
     model.register_forward_hook(lambda *_: called.append(1))
     row = {"question": "w1", "choices": ["w1", f"w{VOCABULARY - 8}"], "answer": 0}
     write(tmp_path / "piqa/dev.jsonl", [row])
-    with pytest.raises(ValueError, match="piqa: token 95 is outside the model's vocabulary of 95"):
+    with pytest.raises(ValueError, match=r"piqa: token 95 \('w88'\) is outside the model's vocabulary of 95"):
         run(tmp_path, "piqa", model=model)
     assert not called
 
