@@ -39,7 +39,7 @@ RankMultiple = Annotated[int, typer.Option(min=1, help="Ranks are multiples of t
 
 # The calibration text
 CalibrationText = Annotated[
-    str, typer.Option(help="Corpus name, .txt or .jsonl(.gz) file, 'builtin', or hub data set owner/name")
+    str, typer.Option(help="Corpus name, 'builtin', hub data set owner/name, or a file of text, JSON, CSV or parquet")
 ]
 CalibrationSplit = Annotated[str, typer.Option(help="Split of the calibration corpus")]
 CalibrationSeed = Annotated[int, typer.Option(help="Which calibration windows are drawn")]

@@ -98,7 +98,8 @@ def _check_code(config: dict[str, Any], path: str | Path) -> None:
 
 def check_architecture(config: PreTrainedConfig, path: str | Path) -> None:
     """Raises UnsupportedModelError where a configuration does not say which class its weights are of."""
-    if config.architectures:
+    named = config.architectures
+    if isinstance(named, list) and named and all(isinstance(name, str) for name in named):
         return
     kind = config.model_type
     guess = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) or MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(kind)

@@ -107,7 +107,8 @@ class CalibrationSection(Section):
 
     corpus: str = Field(
         "wikitext2",
-        description="a known corpus, a hub data set, a .txt or .jsonl(.gz) file, or several, joined by +: ptb+c4",
+        description="a known corpus, a hub data set, a file (.txt, .jsonl, .json, .csv, .tsv, .parquet), or several, "
+        "joined by +: ptb+c4",
     )
     split: str = Field("train", description="which split of it is read")
     column: str | None = Field(None, description="field that holds the text; default: the corpus's own, or text")
