@@ -77,7 +77,7 @@ def test_round_trip_is_exact_and_repeats(saved: Any, model_type: str, tmp_path: 
     assert torch.equal(logits_of(again), logits_of(model))
     first, second = (json.loads((d / "config.json").read_text()) for d in (path, tmp_path / "again"))
     assert first["quantization_config"] == second["quantization_config"]
-    assert first["quantization_config"]["recipe"] == {"method": "sfsd", "options": {}}
+    assert first["quantization_config"]["recipe"] == {"method": "sfsd", "options": {"centred": True}}
 
 
 @pytest.mark.parametrize("model_type", ALL)

@@ -47,7 +47,7 @@ FOLDERS: dict[str, tuple[dict[str, Any] | None, dict[str, str], str]] = {
     "code of its own": (
         {"model_type": "new", "architectures": ["NewForCausalLM"], "auto_map": CODE},
         {"modeling_new__py": "raise SystemExit('this code ran')"},
-        r"is a NewForCausalLM, which transformers lacks: it comes with code of its own \(auto_map",
+        "is a NewForCausalLM, which transformers lacks: its files bring code of their own, which runs only where",
     ),
     "code for a known type": (
         {"model_type": "llama", "architectures": ["NewForCausalLM"], "auto_map": CODE},

@@ -160,11 +160,11 @@ def compress(
             pending[:] = [unit for unit in pending if unit not in units]
             start = time.perf_counter()
             weight_of, bias_of = partial(Unit.weight, model=model), partial(Unit.own_bias, model=model)
-            request = FactorRequest(method, units, part, weight_of, bias_of)
-            for unit, result in cut(CutRequest(request, plan, spectra, refit)):
+            request = CutRequest(FactorRequest(method, units, part, weight_of, bias_of), plan, spectra, refit)
+            for unit, result in cut(request):
                 yield place(model, unit, result, plan)
             seconds["factor"] += time.perf_counter() - start
-            del part  # these moments end here, before the next ones are made
+            del part, request  # these moments end here, before the next ones are made
 
     for placed in track(factored(), "linears", len(pending)):
         reports += placed

@@ -98,7 +98,7 @@ def test_a_bad_cut_names_the_site() -> None:
     weight = unit.weight(model)
     with pytest.raises(ValueError, match=rf"{unit.name}: rank 99 is not in 1"):
         low_rank(model, unit, factor(weight), 99)
-    singular = factor(weight, metric=torch.zeros(32, 32, dtype=torch.float64))
+    singular = factor(weight, metric=torch.diag(torch.eye(32, dtype=torch.float64)[0]))
     with pytest.raises(DecompositionError, match=unit.name):
         low_rank(model, unit, singular, 2)
 
