@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Tests in two processes, each of one thread, file by file.
+SHARED_OUT := -n 2 --dist loadgroup
 
 .PHONY: setup demo test test-all bench docs lint format train-builtin clean
 
@@ -19,10 +21,10 @@ demo: $(READY)
 	$(BIN)/eckart demo
 
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest $(SHARED_OUT)
 
 test-all: $(READY)
-	$(BIN)/pytest -m 'slow or not slow'
+	$(BIN)/pytest $(SHARED_OUT) -m 'slow or not slow'
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -26,6 +26,13 @@ config.update("jaxtyping_disable", True)
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two processes share the tests (`make test`). A file's stay together, and so do all that start a Ray cluster."""
+    for item in items:
+        group = "engine" if "engine" in item.path.parts else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs `eckart ARGUMENTS` in this process; gives the exit status and everything printed."""

@@ -80,7 +80,14 @@ def test_a_signal_ends_with_one_line_and_leaves_nothing(tmp_path: Path, number: 
     command = ["compress", "builtin", str(tmp_path / "out"), "--keep", "0.5", "--calibration", "builtin/prose"]
     command += ["--samples", "400", "--cache", str(tmp_path / "cache")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, "-c", code, *command], stderr=subprocess.PIPE, env=environment) as process:
+
+    def hear() -> None:
+        """As started from a terminal, whatever started the tests."""
+        signal.signal(number, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *command], stderr=subprocess.PIPE, env=environment, preexec_fn=hear
+    ) as process:
         # Its first sign of work: moments of a calibration that takes minutes, or the folder they will be in.
         limit = time.monotonic() + 120
         while not list(tmp_path.iterdir()) and process.poll() is None and time.monotonic() < limit:

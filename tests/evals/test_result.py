@@ -35,7 +35,7 @@ def test_what_a_result_says_itself_wins() -> None:
     assert EvalResult("perplexity:x", "m", 1.0, None, 1, "higher").better == "higher"
 
 
-@pytest.mark.parametrize("kind", TRAITS.keys() & EVALUATIONS.keys())
+@pytest.mark.parametrize("kind", sorted(TRAITS.keys() & EVALUATIONS.keys()))
 def test_rows_and_old_results_are_read_alike(kind: str) -> None:
     """One place: a row of an evaluation that older results know has the traits that those are read with."""
     assert EVALUATIONS[kind].traits is TRAITS[kind]

@@ -140,10 +140,10 @@ def test_hidden_states_are_not_all_in_memory(place: Path, tmp_path: Path, monkey
     written: list[Path] = []
     save = doors.save_file
 
-    def note(tensors: dict[str, Tensor], path: Path) -> None:
+    def note(tensors: dict[str, Tensor], path: Path, *metadata: dict[str, str]) -> None:
         assert tensors["hidden"].shape == (3, 16, 32) or tensors["hidden"].shape == (2, 16, 32)
         written.append(path)
-        save(tensors, path)
+        save(tensors, path, *metadata)
 
     monkeypatch.setattr(doors, "save_file", note)
     compress_out_of_core(recipe_of(place), tmp_path / "out", BATCHED)

@@ -182,8 +182,8 @@ def test_perplexity_as_a_score_is_the_evaluation_of_the_search_split(text: str, 
     ("task", "split", "others"),
     [
         ("stereoset", "sfsd-search", "sfsd-evaluation"),
-        ("probing:cola", "train", "test"),
-        ("classification:cola", "train", "test"),
+        ("probing:cola", "train-without-test", "test"),
+        ("classification:cola", "train-without-test", "test"),
     ],
 )
 def test_other_scores_read_what_is_for_searching(task: str, split: str, others: str) -> None:

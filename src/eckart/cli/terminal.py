@@ -74,7 +74,7 @@ class TerminalTrack:
 
 def print_line(line: str) -> None:
     """Print a line as it is, brackets and all."""
-    console.print(line, highlight=False)
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> Table:

@@ -138,7 +138,7 @@ def test_a_new_engine_is_a_class_and_a_row(run: Run, noting: None, place: Path, 
             "context": 16,
             "allocation": allocation,
             "calibration": {"corpus": str(place / "train.txt"), "samples": 8},
-            "evaluate": [f"perplexity:{place / 'test.txt'}"],
+            "evaluate": [{"task": f"perplexity:{place / 'test.txt'}", "split": "sfsd-evaluation"}],
         }
         (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
         contents = []

@@ -154,7 +154,10 @@ def test_a_recipe_runs_on_a_cluster(run: Run, joined: None, place: Path, tmp_pat
             "model": str(place / "llama"),
             "context": 16,
             "calibration": {"corpus": str(place / "train.txt"), "samples": 8},
-            "evaluate": [f"perplexity:{place / 'test.txt'}", f"perplexity:{place / 'train.txt'}"],
+            "evaluate": [
+                {"task": f"perplexity:{place / 'test.txt'}", "split": "sfsd-evaluation"},
+                f"perplexity:{place / 'train.txt'}",
+            ],
         }
         (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
         for where in ("local", "ray"):
@@ -163,7 +166,7 @@ def test_a_recipe_runs_on_a_cluster(run: Run, joined: None, place: Path, tmp_pat
             assert status == 0, printed
         plans, values = (
             [json.loads(next((tmp_path / f"{name}-{where}").glob(glob)).read_text()) for where in ("local", "ray")]
-            for glob in ("model/plan.json", "evals/*test.txt.json")
+            for glob in ("model/plan.json", "evals/*test.txt-sfsd-evaluation.json")
         )
         assert plans[0] == plans[1]
         assert values[0]["value"] == pytest.approx(values[1]["value"], rel=1e-3)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, Generic, TypeVar
 
 import numpy
@@ -51,6 +51,8 @@ INTEGERS = {1: torch.uint8, 2: torch.int16}
 
 # Seconds between two looks whether Ray's processes are there.
 NOTICED_EVERY = 0.5
+# Wakes the main thread. Not SIGINT, which is the user's, and which a shell script's background jobs ignore.
+WAKING = getattr(signal, "SIGUSR2", signal.SIGINT)
 AGAIN = "and what was finished is kept: give the same command again"
 
 
@@ -116,19 +118,28 @@ def _noticing(vital: Sequence[psutil.Process], lost: threading.Event) -> Iterato
         while not over.wait(NOTICED_EVERY):
             if not all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in vital):
                 lost.set()
-                signal.pthread_kill(main.ident or 0, signal.SIGINT)  # wakes it where it waits
+                signal.pthread_kill(main.ident or 0, WAKING)  # wakes it where it waits
                 return
 
-    if vital and threading.current_thread() is main:
-        threading.Thread(target=watch, daemon=True).start()
+    def wake(number: int, frame: FrameType | None) -> None:
+        raise _WokenError
+
+    if not vital or threading.current_thread() is not main:
+        yield
+        return
+    before = signal.signal(WAKING, wake)
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
-    except KeyboardInterrupt:
-        if not lost.is_set():
-            raise
+    except _WokenError:
         raise ClusterError(f"a process of Ray's ({' or '.join(VITAL)}) has died, {AGAIN}") from None
     finally:
         over.set()
+        signal.signal(WAKING, before)
+
+
+class _WokenError(BaseException):
+    """The main thread was woken: a process that the cluster needs has died. Nothing on the way handles it."""
 
 
 class Cluster:
