@@ -150,10 +150,14 @@ def kills_out_of_core(folder: Path, count: int, draw: random.Random) -> Kind:
     for trial in range(count):
         place = folder / f"killed-{trial}"
         killed = _kill(command(place), draw.uniform(0.1, 1) * seconds)
-        kind.note("killed" if killed else "finished before")
-        if not killed and (place / "out").exists():
+        if (place / "out").exists():  # whole, since it appears whole: nothing remains to be resumed
+            kind.note("killed with OUT in place" if killed else "finished before")
+            kind.trials += 1
+            if weights_of(place / "out") != whole:
+                kind.broken.append(f"trial {trial}: OUT is in place with other weights")
             shutil.rmtree(place, ignore_errors=True)
             continue
+        kind.note("killed at work")
         status, printed = run(command(place, "--resume"))
         kind.trials += 1
         if status:

@@ -7,6 +7,7 @@ package as its users do. Also the fixture `run`, the command line in this proces
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 assert "eckart.lowrank" not in sys.modules, "imported too early: its shape types can no longer be hooked"
 install_import_hook("eckart.lowrank", "beartype.beartype")
 config.update("jaxtyping_disable", True)
+
+# Tables have room, whoever runs the tests; a process of several has 80 columns otherwise.
+os.environ["COLUMNS"] = "200"
 
 # Tiny matrices gain nothing from two threads, and two threads that wait for each other on a busy machine lose minutes.
 torch.set_num_threads(1)
@@ -37,8 +41,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs `eckart ARGUMENTS` in this process; gives the exit status and everything printed."""
     from eckart import cli  # not above: the hook comes first
-
-    monkeypatch.setenv("COLUMNS", "200")
 
     def call(*arguments: str | Path) -> tuple[int, str]:
         monkeypatch.setattr("sys.argv", ["eckart", *map(str, arguments)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -70,3 +71,14 @@ def test_what_ends_with_one_line_and_what_does_not(run: Run, monkeypatch: pytest
     broken.error = ValueError("told whole")
     with pytest.raises(ValueError, match="told whole"):
         run("demo")
+
+
+def test_a_warning_is_a_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn() -> None:
+        """Warn."""
+        warnings.warn("the cache is damaged", stacklevel=1)
+
+    command = ModuleType("eckart.cli.demo")
+    command.command = warn  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "eckart.cli.demo", command)
+    assert run("demo") == (0, "warning: the cache is damaged\n")

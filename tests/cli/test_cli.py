@@ -255,8 +255,13 @@ def test_an_existing_checkpoint_is_not_touched(run: Run, place: Path, tmp_path: 
     assert status == 2
     assert "--force" in printed
     assert [file.name for file in out.iterdir()] == ["precious.txt"]
-    assert compress(run, place, out, "--method", "svd", "--keep", "0.5", "--force")[0] == 0
-    assert (out / "config.json").is_file()
+    status, printed = compress(run, place, out, "--method", "svd", "--keep", "0.5", "--force")
+    assert status == 2
+    assert "holds precious.txt, which is no part of a checkpoint" in printed
+    (out / "precious.txt").unlink()
+    for _ in range(2):
+        assert compress(run, place, out, "--method", "svd", "--keep", "0.5", "--force")[0] == 0
+        assert (out / "config.json").is_file()
 
 
 def test_a_model_that_is_not_there(run: Run, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from eckart.evals.result import TRAITS, EvalResult, Score, Traits, traits_of
-from eckart.evals.tasks import EVALUATIONS
+from eckart.evals.tasks import EVALUATIONS, Task
 
 
 @pytest.mark.parametrize("kind", TRAITS)
@@ -39,3 +39,10 @@ def test_what_a_result_says_itself_wins() -> None:
 def test_rows_and_old_results_are_read_alike(kind: str) -> None:
     """One place: a row of an evaluation that older results know has the traits that those are read with."""
     assert EVALUATIONS[kind].traits is TRAITS[kind]
+
+
+@pytest.mark.parametrize("wrong", [{"length": 0}, {"length": 1}, {"length": -5}, {"limit": 0}, {"shots": -1}])
+def test_a_task_of_no_length_is_refused(wrong: dict[str, int]) -> None:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"perplexity:ptb: {name} {wrong[name]} is below"):
+        Task("perplexity:ptb", **wrong)  # type: ignore[arg-type]

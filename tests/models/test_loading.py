@@ -152,7 +152,7 @@ def test_a_failure_midway_leaves_what_was_there(kept: Path, existing: bool) -> N
 
 
 def test_leftovers_of_a_killed_run_do_no_harm(kept: Path) -> None:
-    for name in (".out.partial", ".out.old"):
+    for name in (".out.eckart-partial", ".out.eckart-old"):
         (kept.parent / name).mkdir()
         (kept.parent / name / "junk").write_text("")
     # Killed between two renames: the older one is put back, and is not overwritten without being asked to.

@@ -186,9 +186,11 @@ def test_a_valid_order_that_was_not_written_is_seen(tmp_path: Path) -> None:
     name = next(name for name in tensors if name.endswith(".order"))
     tensors[name] = tensors[name].flip(0)
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    for look in (verify, load_model):
+        with pytest.raises(CheckpointError, match=r"model.safetensors has changed"):
+            look(out)
+    (out / DIGESTS).unlink()
     assert not torch.equal(logits_of(load_model(out)), before), "it loads, and computes something else"
-    with pytest.raises(CheckpointError, match=r"model.safetensors has changed"):
-        verify(out)
 
 
 def test_a_valid_lender_that_was_not_written_is_seen(tmp_path: Path) -> None:
@@ -199,9 +201,11 @@ def test_a_valid_lender_that_was_not_written_is_seen(tmp_path: Path) -> None:
     borrowers = [name for name, spec in sites.items() if name.endswith("layers.0.self_attn.k_proj")]
     sites[borrowers[0]]["right_of"] = "model.layers.1.self_attn.q_proj"
     (out / "config.json").write_text(json.dumps(config))
+    for look in (verify, load_model):
+        with pytest.raises(CheckpointError, match=r"config.json has changed"):
+            look(out)
+    (out / DIGESTS).unlink()
     assert not torch.equal(logits_of(load_model(out)), before), "it loads, and computes something else"
-    with pytest.raises(CheckpointError, match=r"config.json has changed"):
-        verify(out)
 
 
 def test_a_missing_file_is_seen_and_all_are_named(checkpoint: Path) -> None:
@@ -241,10 +245,10 @@ def test_inspect_verifies(run: Run, checkpoint: Path, sharded: Path) -> None:
     assert status == 0
     assert f"no {DIGESTS} to check the files by" in printed
     (checkpoint / "config.json").write_text((checkpoint / "config.json").read_text() + "\n")
-    assert run("inspect", checkpoint)[0] == 0, "only where it is asked for"
-    status, printed = run("inspect", checkpoint, "--verify")
-    assert status == 2
-    assert "config.json has changed" in printed
+    for more in ((), ("--verify",)):
+        status, printed = run("inspect", checkpoint, *more)
+        assert status == 2
+        assert "config.json has changed" in printed
 
 
 # Numbers
@@ -259,3 +263,14 @@ def test_factors_that_are_not_finite_are_refused(checkpoint: Path, part: str, va
     save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=rf"^the checkpoint: {name} has numbers that are not finite"):
         eckart.load_model(checkpoint)
+
+
+def test_a_changed_checkpoint_is_not_loaded(tmp_path: Path) -> None:
+    """A value of the configuration that is valid and not the one that was written changes every number."""
+    eckart.save(tiny_model("llama"), tmp_path / "out", tiny_tokenizer())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1.0}))
+    with pytest.raises(CheckpointError, match=r"config\.json has changed.*if you changed it yourself, remove digests"):
+        eckart.load_model(tmp_path / "out")
+    (tmp_path / "out" / "digests.json").unlink()
+    assert eckart.load_model(tmp_path / "out").config.rms_norm_eps == 1.0

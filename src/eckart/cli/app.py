@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Final, NoReturn
@@ -106,19 +107,25 @@ def main() -> None:
     """Entry point. What does not end well is told in one line on stderr, see `ending`; ECKART_DEBUG=1 raises it."""
     wrapt.when_imported("transformers.utils.logging")(_silence)
     try:
-        with stopping():
+        with stopping(), warnings.catch_warnings():
+            warnings.showwarning = _warn
             app()
     except Exception as error:
         if os.environ.get(DEBUG):
             raise
         _end(*tell(error))
     except Stopped as signal:
-        _end(signal.status, f"stopped; {GOES_ON.get(sys.argv[1], NOTHING_KEPT)}")
+        _end(signal.status, f"stopped; {GOES_ON.get(''.join(sys.argv[1:2]), NOTHING_KEPT)}")
 
 
 def _end(status: int, line: str) -> NoReturn:
     errors.print(line, style="red", highlight=False, soft_wrap=True)
     sys.exit(status)
+
+
+def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:
+    """A warning is a line, without the place in the code that Python adds."""
+    errors.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
 
 
 def _silence(logging: ModuleType) -> None:

@@ -39,7 +39,7 @@ from eckart.cli.terminal import console
 from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.out_of_core import compress_out_of_core
 from eckart.runs.recipe import parse_recipe
-from eckart.support.files import check_free, claimed
+from eckart.support.files import check_replaceable, claimed
 
 
 def command(
@@ -132,7 +132,7 @@ def command(
         raise ValueError("--resume is for --out-of-core; other runs keep their moments in the cache")
     if out_of_core and engine != ENGINE:
         raise ValueError("--out-of-core takes one block after another in this process: leave out --engine")
-    check_free(out, force=force)  # and claimed, before a cluster is started
+    check_replaceable(out, force=force, reads=recipe.reads)  # and claimed, before a cluster is started
     with (
         claimed(out),
         open_run(

@@ -12,7 +12,7 @@ from eckart.cli.terminal import console, megabytes
 from eckart.models.dense import export_dense
 from eckart.models.loading import load_model, load_tokenizer, save
 from eckart.models.sites import low_rank_modules
-from eckart.support.files import check_free, claimed
+from eckart.support.files import check_replaceable, claimed
 from eckart.support.sizes import num_bytes, num_params
 
 
@@ -28,7 +28,7 @@ def command(
     """Write a compressed model in another form. --dense is for people and programs without eckart."""
     if not dense:
         raise ValueError("say which form: --dense multiplies the factors back into an ordinary model")
-    check_free(out, force=force)
+    check_replaceable(out, force=force, reads=[model])
     with claimed(out):
         loaded = load_model(model, trust_remote_code=trust_remote_code)
         if not low_rank_modules(loaded):

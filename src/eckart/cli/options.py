@@ -46,8 +46,11 @@ CalibrationSeed = Annotated[int, typer.Option(help="Which calibration windows ar
 TextColumn = Annotated[str | None, typer.Option(help="Field that holds the text")]
 
 # Where it runs, how fast, and what is kept
-Data = Annotated[Path | None, typer.Option(help="Folder with local copies of known corpora; default: ask the hub")]
-Batch = Annotated[int, typer.Option(min=1, help="Calibration rows at a time: memory and speed only")]
+Data = Annotated[
+    Path | None,
+    typer.Option(exists=True, file_okay=False, help="Folder with local copies of known corpora; default: ask the hub"),
+]
+Batch = Annotated[int, typer.Option(min=1, max=1_000_000, help="Calibration rows at a time: memory and speed only")]
 CORES = os.cpu_count() or 1
 Workers = Annotated[
     int | None,
@@ -119,6 +122,8 @@ def parse_options(method: str, pairs: list[str]) -> dict[str, object]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--option {pair!r} is not NAME=VALUE")
+        if key in options:
+            raise ValueError(f"--option {key} is given twice")
         if isinstance(defaults.get(key), bool):
             if value not in ("true", "false"):
                 raise ValueError(f"--option {key}: {value!r} is neither true nor false")

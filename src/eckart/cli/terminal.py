@@ -78,11 +78,11 @@ def print_line(line: str) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> Table:
-    """A table whose first `text_columns` columns are words and the others numbers."""
+    """A table whose first `text_columns` columns are words, folded where room is scarce, and the others numbers."""
     drawn = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         words = index < text_columns
-        drawn.add_column(column, justify="left" if words else "right", overflow="fold", no_wrap=index == 0)
+        drawn.add_column(column, justify="left" if words else "right", overflow="fold", no_wrap=not words)
     for row in rows:
         drawn.add_row(*row)
     return drawn

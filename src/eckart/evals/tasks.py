@@ -67,6 +67,12 @@ class Task:
     control: Control = "text"
     seeds: int = 3
 
+    def __post_init__(self) -> None:
+        for name, least in (("length", 2), ("limit", 1), ("shots", 0), ("seeds", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{self.name}: {name} {value} is below {least}")
+
     @property
     def kind(self) -> str:
         """The evaluation."""

@@ -36,6 +36,7 @@ from eckart.models.weight_files import (
     Stored,
     local_folder,
     read_headers,
+    verify,
     weight_files,
     write_digests,
 )
@@ -83,7 +84,10 @@ def load_model(
         UnsupportedModelError: what is there is no model that transformers has a class for, see `refusals`; of `dense`,
             as `find_sites`.
         CheckpointError: a file is damaged or outside the folder, or the files do not hold what the config describes:
-            a tensor is missing, unknown, or of another shape or kind of number. All of it in one message.
+            a tensor is missing, unknown, or of another shape or kind of number. All of it in one message. Or they are
+            not those that eckart wrote there, by their digests.
+
+    Cost: every file is read, and where there are digests, once more.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
@@ -100,6 +104,8 @@ def load_model(
         path,
         lambda: model_class.from_pretrained(path, dtype=torch_dtype, trust_remote_code=trust_remote_code),
     )
+    if Path(path).is_dir():
+        verify(path)
     return model.to(device).eval()
 
 

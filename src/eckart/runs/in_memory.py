@@ -17,7 +17,7 @@ from eckart.runs.facts import FACTS, Facts, Outcome
 from eckart.runs.how import How
 from eckart.runs.recipe import Recipe
 from eckart.runs.workbench import Workbench, make_tokens, resolve
-from eckart.support.files import check_free, claimed, write_whole
+from eckart.support.files import check_replaceable, claimed, write_whole
 from eckart.support.timing import timed
 
 
@@ -34,7 +34,7 @@ def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False)
     """
     recipe.check_makes_checkpoint()
     with claimed(out):
-        check_free(out, force=force)
+        check_replaceable(out, force=force, reads=recipe.reads)
         return _make(recipe, out, how, force)
 
 

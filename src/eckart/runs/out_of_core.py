@@ -38,7 +38,7 @@ from eckart.runs.facts import Facts, Outcome
 from eckart.runs.how import How
 from eckart.runs.recipe import Recipe
 from eckart.runs.workbench import Workbench
-from eckart.support.files import check_free, claimed, digest_of, put_in_place, write_whole
+from eckart.support.files import check_replaceable, claimed, digest_of, put_in_place, write_whole
 from eckart.support.journal import Journal, open_journal
 from eckart.support.sizes import num_bytes, num_params
 
@@ -76,7 +76,7 @@ def compress_out_of_core(recipe: Recipe, out: Path, how: How, *, resume: bool = 
     _check_recipe(recipe)
     with claimed(out) as out:
         work = out.with_name(f".{out.name}.work")
-        check_free(out, force=force)
+        check_replaceable(out, force=force, reads=recipe.reads)
         if (work / JOURNAL).exists() and not resume and not force:
             raise FileExistsError(f"{work} has an earlier run's work: go on with --resume, or --force to start anew")
         compression = _Compression(recipe, work, how)

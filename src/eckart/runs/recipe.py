@@ -21,12 +21,14 @@ from eckart.compression.baselines import BASELINES, build_baseline
 from eckart.compression.tuning.distillation import Distillation
 from eckart.compression.tuning.recovery import Recovery
 from eckart.compression.tuning.refinement import Refinement
+from eckart.data.corpora import parts_of
 from eckart.evals.hidden_states import Pooling
 from eckart.evals.probing import Control
 from eckart.evals.tasks import Task, find_task
 from eckart.lowrank import Layout, build_method
 from eckart.lowrank.entries import build_entry
 from eckart.lowrank.moments import GRADIENT_STATISTICS
+from eckart.models.loading import locate
 from eckart.runs.composition import COMPOSITIONS, Composition, composition_options
 from eckart.support.plain_data import read_yaml
 from eckart.support.section import Section
@@ -359,6 +361,11 @@ class Recipe(Section):
         if self.keep is None and self.keep_total is None and self.max_bytes is None:
             return None
         return Budget(keep=self.keep, keep_total=self.keep_total, max_bytes=self.max_bytes)
+
+    @property
+    def reads(self) -> list[str]:
+        """What may be a place on this machine that a compression reads: the model, its text, a plan."""
+        return [str(locate(self.model)), *parts_of(self.calibration.corpus), *([self.plan] if self.plan else [])]
 
     @property
     def tasks(self) -> list[Task]:

@@ -141,14 +141,14 @@ class Study(Section):
         base = merge(self.base, overlay)
         if section.evaluate is not None:
             base["evaluate"] = section.evaluate
-        base["evaluate"] = [_limited(item, section.limits) for item in base.get("evaluate", [])]
+        base["evaluate"] = _limited(base.get("evaluate", []), section.limits)
         base = _limited_search(base, section.limits)
         runs = []
         for row in section.runs or self.runs:
             recipe = _limited_search(merge(row.recipe, overlay), section.limits)
             recipe.pop("evaluate", None) if replaced else None
             if "evaluate" in recipe:
-                recipe["evaluate"] = [_limited(item, section.limits) for item in recipe["evaluate"]]
+                recipe["evaluate"] = _limited(recipe["evaluate"], section.limits)
             published = None if replaced else row.published
             runs.append(row.model_copy(update={"recipe": recipe, "published": published}))
         columns = section.columns or (
@@ -294,12 +294,21 @@ def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
     tree[path[-1]] = value
 
 
-def _limited(item: Any, limits: Mapping[str, int]) -> dict[str, Any]:
-    """An evaluation with the scale's limit, unless it has its own."""
-    entry = {"task": item} if isinstance(item, str) else dict(item)
-    if (limit := _limit(str(entry["task"]), limits)) is not None:
-        entry.setdefault("limit", limit)
-    return entry
+def _limited(items: Any, limits: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Evaluations with the scale's limits, unless they have their own.
+
+    Raises:
+        ValueError: they are no list of names and of sections with a task.
+    """
+    entries = []
+    for item in items if isinstance(items, list) else [None]:
+        entry = {"task": item} if isinstance(item, str) else dict(item) if isinstance(item, Mapping) else {}
+        if "task" not in entry:
+            raise ValueError("evaluate is not a list of tasks")
+        if (limit := _limit(str(entry["task"]), limits)) is not None:
+            entry.setdefault("limit", limit)
+        entries.append(entry)
+    return entries
 
 
 def _limited_search(recipe: dict[str, Any], limits: Mapping[str, int]) -> dict[str, Any]:

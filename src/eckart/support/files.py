@@ -9,7 +9,7 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 _CLAIMS: set[tuple[int, Path]] = set()
 # Squared gradients: in a calibration's folder, and with the weights of a fine-tuned model, of which they are none.
 GRADIENTS = "gradients.safetensors"
+# Every checkpoint has one of them.
+OURS = ("config.json", "compression.json")
 
 
 def write_whole(file: Path, text: str) -> Path:
@@ -71,7 +73,8 @@ def full_disk_named(place: Path) -> Iterator[None]:
 def claimed(out: str | Path) -> Iterator[Path]:
     """Inside, nobody else writes `out`, a file or a directory; gives its real path. Who has it may claim it again.
 
-    The system takes the lock, on the file `.<name>.lock` next to `out`, back when the process ends, however it ends.
+    The system takes the lock, on the file `.<name>.eckart-lock` next to `out`, back when the process ends, however that
+    is.
     Where a killed process was replacing `out`, the older one is put back; what it had of a new one is removed.
 
     Raises:
@@ -149,7 +152,7 @@ def put_in_place(complete: Path, out: Path) -> None:
     """Rename a directory that is complete to `out`, which is claimed; an older `out` is removed afterwards.
 
     Its files get the permissions of newly created ones: safetensors writes files that only their owner can read. A kill
-    between the two renames leaves the older one as `.<name>.old`; `claimed` puts it back.
+    between the two renames leaves the older one as `.<name>.eckart-old`; `claimed` puts it back.
     """
     umask = os.umask(0)
     os.umask(umask)
@@ -167,7 +170,7 @@ def put_in_place(complete: Path, out: Path) -> None:
 
 def _next_to(out: Path, what: str) -> Path:
     """The path of what belongs to `out` while it is claimed: its lock, its partial one, the old one."""
-    return out.with_name(f".{out.name}.{what}")
+    return out.with_name(f".{out.name}.eckart-{what}")
 
 
 def _tidy(out: Path) -> None:
@@ -207,6 +210,32 @@ def check_free(out: str | Path, *, force: bool = False) -> None:
     if out.exists() and any(out.iterdir()) and not force:
         raise FileExistsError(
             f"{out} exists; give another place, or --force to replace it when the new one is complete"
+        )
+
+
+def check_replaceable(out: str | Path, *, force: bool = False, reads: Iterable[str | Path] = ()) -> None:
+    """Refuse a place for a checkpoint that is not free, or that `force` would take something else away with.
+
+    Args:
+        reads: what the command reads. Names that are no files are passed over.
+
+    Raises:
+        FileExistsError: as `check_free`; or `out` is, or holds, the working directory or something of `reads`; or it
+            holds what no checkpoint has.
+    """
+    check_free(out, force=force)
+    place = Path(os.path.realpath(out))
+    for needed in (Path.cwd(), *map(Path, reads)):
+        if needed.exists() and Path(os.path.realpath(needed)).is_relative_to(place):
+            raise FileExistsError(f"{out} is, or holds, {needed}, which is needed; give another place")
+    inside = sorted(place.iterdir()) if place.is_dir() else []
+    strange = [entry.name for entry in inside if entry.is_dir()]
+    if inside and not any((place / name).is_file() for name in OURS):
+        strange = strange or [inside[0].name]
+    if strange:
+        raise FileExistsError(
+            f"{out} holds {strange[0]}, which is no part of a checkpoint, and --force replaces nothing else; move it "
+            "away, or give another place"
         )
 
 

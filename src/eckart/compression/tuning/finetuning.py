@@ -31,7 +31,7 @@ from eckart.models.loading import load_classifier, load_tokenizer
 from eckart.models.sites import find_sites
 from eckart.models.weight_files import write_digests
 from eckart.support.device import check_device
-from eckart.support.files import GRADIENTS, check_free, claimed, digest_of, staged_directory, write_whole
+from eckart.support.files import GRADIENTS, check_replaceable, claimed, digest_of, staged_directory, write_whole
 from eckart.support.fingerprint import describe_architecture, hash_weights
 from eckart.support.progress import Track, silent
 from eckart.support.quiet import quiet
@@ -137,7 +137,7 @@ def fine_tune(
     Cost: epochs x rows / batch steps, and memory of the model, three times that for AdamW, and one batch.
     """
     with claimed(out):
-        check_free(out, force=force)
+        check_replaceable(out, force=force, reads=[source, settings.task])
         return _fine_tune(
             source,
             out,
