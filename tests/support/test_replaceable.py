@@ -13,8 +13,8 @@ from tiny import Run, tiny_model, tiny_text, tiny_tokenizer
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    eckart.save(tiny_model("llama"), tmp_path / "work" / "model", tiny_tokenizer())
-    (tmp_path / "work" / "text.txt").write_text(tiny_text(300))
+    eckart.save(tiny_model("llama"), tmp_path / "mine" / "model", tiny_tokenizer())
+    (tmp_path / "mine" / "text.txt").write_text(tiny_text(300))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("years")
     return tmp_path
@@ -24,15 +24,15 @@ def everything(place: Path) -> dict[str, bytes]:
     return {str(file): file.read_bytes() for file in sorted(place.rglob("*")) if file.is_file()}
 
 
-@pytest.mark.parametrize("out", [".", "..", "work", "work/model", "other", "work/model/../../work/model", "link"])
+@pytest.mark.parametrize("out", [".", "..", "mine", "mine/model", "other", "mine/model/../../mine/model", "link"])
 def test_force_takes_nothing_else_away(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
-    (place / "link").symlink_to(place / "work" / "model")
+    (place / "link").symlink_to(place / "mine" / "model")
     (place / "here").mkdir()
     monkeypatch.chdir(place / "here" if out == ".." else place)
     before = everything(place)
     status, printed = run(
-        "compress", place / "work" / "model", out, "--keep", "0.5", "--method", "svd", "--force", "--no-cache",
-        "--calibration", place / "work" / "text.txt", "--samples", "2", "--length", "16",
+        "compress", place / "mine" / "model", out, "--keep", "0.5", "--method", "svd", "--force", "--no-cache",
+        "--calibration", place / "mine" / "text.txt", "--samples", "2", "--length", "16",
     )  # fmt: skip
     assert status == 2
     assert "which is needed" in printed or "which is no part of a checkpoint" in printed
@@ -41,10 +41,10 @@ def test_force_takes_nothing_else_away(run: Run, place: Path, monkeypatch: pytes
 
 
 def test_a_checkpoint_is_replaced(run: Run, place: Path) -> None:
-    arguments = ("--method", "svd", "--no-cache", "--calibration", place / "work" / "text.txt", "--samples", "2")
+    arguments = ("--method", "svd", "--no-cache", "--calibration", place / "mine" / "text.txt", "--samples", "2")
     for keep in ("0.5", "0.6"):
         status, printed = run(
-            "compress", place / "work" / "model", place / "out", "--keep", keep, *arguments, "--force"
+            "compress", place / "mine" / "model", place / "out", "--keep", keep, *arguments, "--force"
         )
         assert status == 0, printed
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from eckart.models.families import UnsupportedModelError
 from eckart.models.registration import QUANT_METHOD
+from eckart.models.weight_files import CONFIG
+from eckart.support.plain_data import read_json
 
 UNTRUSTED = (
     "its files bring code of their own, which runs only where you allow it: read it, then give --trust-remote-code "
     "(in Python trust_remote_code=True)"
 )
-CONFIG, ADAPTER = "config.json", "adapter_config.json"
+ADAPTER = "adapter_config.json"
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -72,10 +73,9 @@ def _raw_config(path: str | Path) -> dict[str, Any]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(file)
+    except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _check_code(config: dict[str, Any], path: str | Path) -> None:

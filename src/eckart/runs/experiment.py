@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from eckart.compression.baselines import build_baseline
 from eckart.data.corpora import parts_of
 from eckart.evals.agreement import agreement, has_answers
-from eckart.evals.result import EvalResult, write_result
+from eckart.evals.result import EvalResult, read_result, write_result
 from eckart.evals.similarity import Activations, read_activations
 from eckart.evals.subject import Setup, Subject
 from eckart.evals.tasks import Task, find_task
@@ -285,7 +285,7 @@ class _Results:
     def read(self, task: Task, which: str) -> EvalResult | None:
         for file in self._files(task, which):
             if file.is_file():
-                result = EvalResult.from_json(file.read_text(encoding="utf-8"))
+                result = read_result(file)
                 if file.parent != self.folder:
                     write_result(result, self._files(task, which)[0])
                 return result

@@ -19,6 +19,7 @@ from eckart.runs.inputs import check_inputs, read_inputs
 from eckart.runs.recipe import Recipe, parse_recipe
 from eckart.runs.study import Row, Study, merge
 from eckart.support.files import claimed, write_whole
+from eckart.support.plain_data import read_json
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def fine_tune_models(
     missing = []
     for model, place in places.items():
         notes = place / NOTES
-        facts = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
+        facts = read_json(notes) if notes.is_file() else {}
         noted = directory / "inputs" / f"{place.name}.json"  # not in the checkpoint, which is read as a model
         inputs = read_inputs(
             parse_recipe({"model": model, "keep": 1, "evaluate": [f"probing:{settings.task}"]}), how.data
