@@ -39,7 +39,7 @@ from eckart.cli.terminal import console
 from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.out_of_core import compress_out_of_core
 from eckart.runs.recipe import parse_recipe
-from eckart.support.files import check_replaceable, claimed
+from eckart.support.files import check_replaceable
 
 
 def command(
@@ -133,20 +133,18 @@ def command(
     if out_of_core and engine != ENGINE:
         raise ValueError("--out-of-core takes one block after another in this process: leave out --engine")
     check_replaceable(out, force=force, reads=recipe.reads)  # and claimed, before a cluster is started
-    with (
-        claimed(out),
-        open_run(
-            engine,
-            address=address,
-            workers=workers,
-            device=device,
-            batch_size=batch_size,
-            data=data,
-            cache=cache,
-            no_cache=no_cache,
-            trust_remote_code=trust_remote_code,
-        ) as how,
-    ):
+    with open_run(
+        engine,
+        address=address,
+        workers=workers,
+        device=device,
+        batch_size=batch_size,
+        data=data,
+        cache=cache,
+        no_cache=no_cache,
+        trust_remote_code=trust_remote_code,
+        claims=out,
+    ) as how:
         if out_of_core:
             outcome = compress_out_of_core(recipe, out, how, resume=resume, force=force)
         else:

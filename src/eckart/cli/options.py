@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +12,7 @@ import typer
 
 from eckart.cli.terminal import TerminalTrack, console, print_line
 from eckart.runs.engine.choose import DEFAULT, describe_engines, open_engine
+from eckart.support.files import claimed
 
 if TYPE_CHECKING:
     from eckart.runs.how import How
@@ -83,16 +84,21 @@ def open_run(
     cache: Path | None = None,
     no_cache: bool = False,
     trust_remote_code: bool = False,
+    claims: Path | None = None,
 ) -> Iterator[How]:
     """The options of where and how fast as the `How` of a run; its engine is open for the `with` block.
 
+    Args:
+        claims: the place that the command writes, which is nobody else's from before a cluster is started.
+
     Raises:
-        ValueError: no such engine, or a cluster that cannot be had.
+        ValueError: no such engine, a cluster that cannot be had, or another command that writes there.
     """
     # Not above: torch takes seconds, and some commands that have options of this file do without it.
     from eckart.runs.how import How
 
-    with open_engine(engine, address=address, workers=workers) as opened:
+    own = nullcontext() if claims is None else claimed(claims)
+    with own, open_engine(engine, address=address, workers=workers) as opened:
         kept = None if no_cache else cache
         yield How(
             device,

@@ -29,7 +29,6 @@ from eckart.cli.terminal import console, table
 from eckart.reports import write_report
 from eckart.runs.reproduction import Line, run_study
 from eckart.runs.study import Study, load_study, studies
-from eckart.support.files import claimed
 from eckart.support.plain_data import parse_yaml
 
 # Columns of a study that a terminal shows side by side.
@@ -75,20 +74,18 @@ def command(
     data = Path(changes.pop("data")) if "data" in changes else data
     out = out or Path("runs") / f"{Path(study).stem}-{scale}"
     scaled = load_study(study).at(scale, changes)
-    with (
-        claimed(out),
-        open_run(
-            engine,
-            address=address,
-            workers=workers,
-            device=device,
-            batch_size=batch_size,
-            data=data,
-            cache=cache,
-            no_cache=no_cache,
-            trust_remote_code=trust_remote_code,
-        ) as how,
-    ):
+    with open_run(
+        engine,
+        address=address,
+        workers=workers,
+        device=device,
+        batch_size=batch_size,
+        data=data,
+        cache=cache,
+        no_cache=no_cache,
+        trust_remote_code=trust_remote_code,
+        claims=out,
+    ) as how:
         lines = run_study(scaled, out, how, force=force, keep_weights=keep_models)
     console.print(study_table(scaled, lines))
     for note in study_notes(lines):

@@ -25,7 +25,6 @@ from eckart.cli.options import (
 from eckart.cli.terminal import console, number, table
 from eckart.runs.experiment import run
 from eckart.runs.recipe import load_recipe
-from eckart.support.files import claimed
 
 
 def command(
@@ -52,20 +51,18 @@ def command(
     evaluate: ["perplexity:wikitext2", {task: "perplexity:c4", limit: 100}]
     """
     whole = load_recipe(recipe)
-    with (
-        claimed(out),
-        open_run(
-            engine,
-            address=address,
-            workers=workers,
-            device=device,
-            batch_size=batch_size,
-            data=data,
-            cache=cache,
-            no_cache=no_cache,
-            trust_remote_code=trust_remote_code,
-        ) as how,
-    ):
+    with open_run(
+        engine,
+        address=address,
+        workers=workers,
+        device=device,
+        batch_size=batch_size,
+        data=data,
+        cache=cache,
+        no_cache=no_cache,
+        trust_remote_code=trust_remote_code,
+        claims=out,
+    ) as how:
         measured = run(whole, out, how, force=force)
     rows = []
     for item in measured:

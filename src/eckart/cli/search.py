@@ -30,7 +30,7 @@ from eckart.cli.options import (
 from eckart.cli.terminal import console, number, table
 from eckart.runs.recipe import parse_recipe
 from eckart.runs.search import search_ranks
-from eckart.support.files import claimed, write_whole
+from eckart.support.files import write_whole
 
 # Rows of the printed curve; all of it is in the file.
 ROWS = 10
@@ -122,20 +122,18 @@ def command(
         },
         where="command line",
     )
-    with (
-        claimed(plan),
-        open_run(
-            engine,
-            address=address,
-            workers=workers,
-            device=device,
-            batch_size=batch_size,
-            data=data,
-            cache=cache,
-            no_cache=no_cache,
-            trust_remote_code=trust_remote_code,
-        ) as how,
-    ):
+    with open_run(
+        engine,
+        address=address,
+        workers=workers,
+        device=device,
+        batch_size=batch_size,
+        data=data,
+        cache=cache,
+        no_cache=no_cache,
+        trust_remote_code=trust_remote_code,
+        claims=plan,
+    ) as how:
         report = search_ranks(recipe, how, journal=plan.with_suffix(".trials.jsonl"))
         write_whole(plan.with_suffix(".search.json"), json.dumps(report.facts, indent=1))
         write_whole(plan, report.plan.to_json())
