@@ -47,7 +47,8 @@ from eckart.allocation import plan
 from eckart.allocation.budget import Budget
 from eckart.calibration.gradients import collect_gradients
 from eckart.calibration.moments import calibrate_by_block
-from eckart.calibration.sequential import PassReport, Sample, SequentialCalibration
+from eckart.calibration.sequential import PassReport, SequentialCalibration
+from eckart.calibration.streams import Sample
 from eckart.calibration.walk import Walk
 from eckart.compression.replace import compress
 from eckart.data.tokens import Tokens

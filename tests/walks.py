@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eckart.calibration.moments import BlockCalibration
-from eckart.calibration.sequential import BlockPass, Order, PassReport, Sample, SequentialCalibration
+from eckart.calibration.sequential import BlockPass, Order, PassReport, SequentialCalibration
+from eckart.calibration.streams import Sample
 from eckart.data.tokens import Tokens
 from eckart.lowrank import InputMoments, Method, build_method, factor
 from eckart.models.sites import Site, blocks_of, replace_module

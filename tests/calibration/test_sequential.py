@@ -14,7 +14,8 @@ import eckart.calibration.sequential
 from eckart.allocation import RankPlan, plan
 from eckart.calibration.gradients import collect_gradients
 from eckart.calibration.moments import BlockCalibration, calibrate, calibrate_by_block
-from eckart.calibration.sequential import Order, Sample, SequentialCalibration
+from eckart.calibration.sequential import Order, SequentialCalibration
+from eckart.calibration.streams import Sample
 from eckart.compression.replace import compress
 from eckart.data.tokens import Tokens
 from eckart.lowrank import Moments, build_method, output_error

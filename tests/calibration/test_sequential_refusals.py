@@ -48,8 +48,9 @@ def test_nothing_is_left_and_copies_are_gone(order: Order, monkeypatch: pytest.M
         plan(model, 0.5),
         SequentialCalibration(model, tokens, METHOD_OF[order], order=order, held_out=held_out, passes=[Collect()]),
     )
-    assert alive_before == [0] * BLOCKS  # one dense copy at a time
-    assert [reference() for reference in copies] == [None] * BLOCKS
+    # One dense copy at a time, and none where the dense stream can go through the block before it is replaced.
+    assert alive_before == ([0] * BLOCKS if order == "anchored" else [])
+    assert all(reference() is None for reference in copies)
     assert traces(model) == []
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eckart.allocation import RankPlan, plan
-from eckart.calibration.sequential import Sample, SequentialCalibration
+from eckart.calibration.sequential import SequentialCalibration
+from eckart.calibration.streams import Sample
 from eckart.compression.replace import compress
 from eckart.compression.tuning.descent import descend, low_rank_parameters
 from eckart.compression.tuning.refinement import Refinement

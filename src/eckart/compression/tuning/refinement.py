@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from eckart.calibration.sequential import PassReport, Sample
+from eckart.calibration.sequential import PassReport
+from eckart.calibration.streams import Sample
 from eckart.compression.tuning.descent import descend, low_rank_parameters, put_back
 from eckart.lowrank.float32 import products_as_stored
 from eckart.support.precision import in_float32

@@ -1,0 +1,338 @@
+"""Streams: hidden states of all batches in the dense model and in the compressed one, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from eckart.calibration.doors import Doors, Held
+from eckart.calibration.pausing import Run
+from eckart.calibration.walk import Call, check_rows, hidden_of, record_each, shared
+from eckart.data.tokens import Tokens
+from eckart.lowrank import InputMoments
+from eckart.models.sites import Site, blocks_of
+from eckart.support.progress import Track, silent
+
+# Bytes that waiting runs may hold, by estimate; batches beyond it are run from the door again for every group. It
+# changes memory and time, and no number.
+WAITING_BYTES = 2**30
+# Tensors of the hidden states' width, and of the widest input's, that a block has in memory while it waits.
+NARROW, WIDE = 6, 2
+
+# Opens the doors of a stream by its name, with its states at the given one first.
+OpenDoors = Callable[[str, int], Doors]
+
+
+def hold(_name: str, _first: int) -> Doors:
+    """Doors in memory."""
+    return Held()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One batch at the door of a block.
+
+    Attributes:
+        hidden: (batch, length, width) output of the compressed blocks before it.
+        args, kwargs: the other arguments of the block's call.
+        mask: (batch, length), True for real tokens.
+        target: the dense block's output on the dense stream.
+    """
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    mask: Tensor
+    target: Tensor
+
+    def run(self, block: nn.Module) -> Tensor:
+        """A block's output on it."""
+        return hidden_of(block(self.hidden, *self.args, **self.kwargs))
+
+    def cast(self, dtype: torch.dtype) -> Sample:
+        """The same in another float type, masks and rotary tables included; `target` stays as it is."""
+        if self.hidden.dtype == dtype:
+            return self
+        return replace(
+            self, hidden=self.hidden.to(dtype), args=_cast(self.args, dtype), kwargs=_cast(self.kwargs, dtype)
+        )
+
+
+class Samples(Sequence[Sample]):
+    """Every batch at the door of a block as a `Sample`, read when it is asked for.
+
+    Args:
+        streams: the dense one at the next block's door already.
+    """
+
+    def __init__(self, streams: Streams, indices: range | None = None) -> None:
+        self.streams = streams
+        self.indices = range(len(streams.masks)) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Samples: ...
+    def __getitem__(self, index: int | slice) -> Sample | Samples:
+        if isinstance(index, slice):
+            return Samples(self.streams, self.indices[index])
+        at, streams = self.indices[index], self.streams
+        args, kwargs = streams.calls[at][streams.number]
+        return Sample(streams.read("compressed", at), args, kwargs, streams.masks[at], streams.read("dense", at))
+
+
+class Streams:
+    """Hidden states of all batches in one or both models; those held out come last.
+
+    Attributes:
+        number: the block at whose door they are. Within a block's turn a stream may be at the next door already.
+        calls: of each batch, the other arguments of every block's call. masks: True for real tokens.
+        first_held_out: index of the first batch that is held out.
+
+    Args:
+        names: "dense", "compressed" or both.
+        open_doors: where they are kept.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokens: Tokens,
+        held_out: Tokens | None,
+        batch_size: int,
+        names: Sequence[str],
+        *,
+        open_doors: OpenDoors = hold,
+        track: Track = silent,
+    ) -> None:
+        self.blocks, self.track, self.names, self.open_doors = blocks_of(model), track, tuple(names), open_doors
+        self.number = 0
+        batches = tokens.batches(batch_size)
+        self.first_held_out = len(batches)
+        if held_out is not None:
+            batches += held_out.batches(batch_size)
+        self.masks = [mask for _, mask in batches]
+        self.calls: list[list[Call]] = []
+        first = open_doors(self.names[0], 0)
+        for index, recording in enumerate(record_each(model, batches, track)):
+            first.write(index, recording.hidden)
+            self.calls.append(shared(recording.calls, self.calls[-1] if self.calls else None))
+        first.turn()
+        # Up to the first block that is compressed both streams are the same, and the first one stands for both.
+        self.doors = {self.names[0]: first}
+        self.ahead: set[str] = set()
+
+    def read(self, name: str, index: int) -> Tensor:
+        """A batch of a stream, at the door that the stream has reached."""
+        return (self.doors.get(name) or self.doors[self.names[0]]).read(index)
+
+    def separate(self) -> None:
+        """From here on each stream has states of its own."""
+        for name in self.names[1:]:
+            if name not in self.doors:
+                own = self.open_doors(name, self.number)
+                for index in range(len(self.masks)):
+                    own.write(index, self.read(name, index))
+                own.turn()
+                self.doors[name] = own
+
+    @torch.no_grad()
+    def go_on(self, names: Collection[str] | None = None) -> None:
+        """Run the block, as it is now, on these streams, unless they are at the next door already.
+
+        Args:
+            names: None for all, which ends the block's turn.
+        """
+        block = self.blocks[self.number]
+        for name in self.doors if names is None else names:
+            if name in self.ahead:
+                continue
+            what = f"block {self.number}: {name if len(self.doors) > 1 else 'forward'}"
+            for index in self.track(range(len(self.masks)), what, len(self.masks)):
+                args, kwargs = self.calls[index][self.number]
+                self.doors[name].write(index, hidden_of(block(self.read(name, index), *args, **kwargs)))
+            self._turn(name)
+        if names is None:
+            self.ahead.clear()
+            self.number += 1
+
+    def gather(
+        self, block: nn.Module, readers: Mapping[str, Site], needs: frozenset[str]
+    ) -> dict[str, tuple[InputMoments, InputMoments]]:
+        """{input group: (calibration, held-out) moments} of the dense stream, which is at the next door then.
+
+        Cost: one forward pass of the block.
+        """
+        paths = {group: site.role for group, site in readers.items()}
+        collected = {group: self._start(site, needs) for group, site in readers.items()}
+        for index in self.track(range(len(self.masks)), f"block {self.number}: moments", len(self.masks)):
+            run = Run(block, self.read("dense", index), self.calls[index][self.number], paths)
+            while not isinstance(reached := run.advance(), Tensor):
+                self._add(collected[reached[0]], index, reached[0], {"dense": reached[1]})
+            self.doors["dense"].write(index, reached)
+            _check_all_read(readers, [group for group, both in collected.items() if any(each.count for each in both)])
+        self._turn("dense")
+        return {group: _compact(collected.pop(group)) for group in list(collected)}
+
+    def meet(
+        self,
+        blocks: Mapping[str, nn.Module],
+        readers: Mapping[str, Site],
+        needs: frozenset[str],
+        onward: Collection[str] = (),
+    ) -> Iterator[tuple[str, tuple[InputMoments, InputMoments]]]:
+        """One input group after the other, as they are read, and its (calibration, held-out) moments.
+
+        The sites of a group may be replaced once its moments were yielded: what is read after them is computed then.
+
+        Args:
+            blocks: {stream: the block that it goes through}. With both, xh is what the compressed one reads and the
+                dense one is the reference.
+            readers: {input group: its first site}.
+            onward: streams of `blocks` that are to be at the next door at the end.
+
+        Raises:
+            ValueError: a site is not called by its block, or more than once, or in an order that depends on the text;
+                an input is not finite.
+
+        Cost: one forward pass of each block, which waits at every group. Of batches that do not fit `WAITING_BYTES`,
+        for each group another one up to where it is read.
+        """
+        runs = _Runs(self, blocks, readers)
+        while (group := runs.next_group()) is not None:
+            yield group, self._meet_at(group, runs, readers[group], needs)
+        for name in onward:
+            if name in blocks:
+                for index in range(len(self.masks)):
+                    self.doors[name].write(index, runs.finish(name, index))
+                self._turn(name)
+
+    def _meet_at(self, group: str, runs: _Runs, site: Site, needs: frozenset[str]) -> tuple[InputMoments, InputMoments]:
+        collected = self._start(site, needs)
+        for index in self.track(range(len(self.masks)), f"{group}: moments", len(self.masks)):
+            self._add(collected, index, group, runs.advance(index, group))
+        return _compact(collected)
+
+    def _start(self, site: Site, needs: frozenset[str]) -> tuple[InputMoments, InputMoments]:
+        device = self.read(self.names[0], 0).device
+        return InputMoments(site.d_in, needs, device=device), InputMoments(site.d_in, needs, device=device)
+
+    def _add(
+        self, collected: tuple[InputMoments, InputMoments], index: int, group: str, seen: Mapping[str, Tensor]
+    ) -> None:
+        """Add what a batch reads, {stream: input}, to the moments of calibration or of what is held out."""
+        x, mask = seen["compressed" if "compressed" in seen else "dense"], self.masks[index]
+        check_rows(group, x, mask)
+        moments = collected[index >= self.first_held_out]
+        try:
+            moments.update(x, mask.to(x.device), reference=seen["dense"] if len(seen) > 1 else None)
+        except ValueError as error:
+            raise ValueError(f"{group}: {error}") from error
+
+    def _turn(self, name: str) -> None:
+        self.doors[name].turn()
+        self.ahead.add(name)
+
+
+class _Runs:
+    """Runs of one block or two on all batches, which wait for each other at every input group.
+
+    Args:
+        blocks, readers: as in `Streams.meet`.
+    """
+
+    def __init__(self, streams: Streams, blocks: Mapping[str, nn.Module], readers: Mapping[str, Site]) -> None:
+        self.streams, self.blocks, self.readers = streams, blocks, readers
+        self.paths = {group: site.role for group, site in readers.items()}
+        self.passed: list[str] = []
+        self.waiting: dict[tuple[str, int], Run] = {}
+        self.reached: dict[tuple[str, int], tuple[str, Tensor] | Tensor] = {}
+        width = max(site.d_in for site in readers.values())
+        free = WAITING_BYTES
+        # Batches before this one wait, those from it on start again for every group.
+        self.kept = 0
+        for index in range(len(streams.masks)):
+            hidden = streams.read(next(iter(blocks)), index)
+            rows = hidden.numel() // hidden.shape[-1]
+            free -= len(blocks) * rows * hidden.element_size() * (NARROW * hidden.shape[-1] + WIDE * width)
+            if free < 0:
+                break
+            self.kept += 1
+
+    def next_group(self) -> str | None:
+        """The input group that the block reads next; None where it reads no more.
+
+        Raises:
+            ValueError: the block has come to its end and has not read all groups.
+        """
+        if len(self.passed) == len(self.readers):
+            return None
+        name = next(iter(self.blocks))
+        reached = self.reached[name, 0] = self._step(name, 0)
+        if isinstance(reached, Tensor):
+            _check_all_read(self.readers, self.passed)
+            return None
+        return reached[0]
+
+    def advance(self, index: int, group: str) -> dict[str, Tensor]:
+        """{stream: what the batch's run reads at the group}."""
+        seen = {}
+        for name in self.blocks:
+            reached = self.reached.pop((name, index), None)
+            reached = self._step(name, index) if reached is None else reached
+            if isinstance(reached, Tensor) or reached[0] != group:
+                raise ValueError(
+                    f"{group}: its block reads its linears in an order that depends on the text; exclude it"
+                )
+            seen[name] = reached[1]
+            if index >= self.kept:
+                self.waiting.pop((name, index)).throw()
+        if index == len(self.streams.masks) - 1:
+            self.passed.append(group)
+        return seen
+
+    def finish(self, name: str, index: int) -> Tensor:
+        """The block's output on a batch of a stream."""
+        run = self.waiting.pop((name, index), None) or self._open(name, index)
+        return run.finish()
+
+    def _step(self, name: str, index: int) -> tuple[str, Tensor] | Tensor:
+        run = self.waiting.get((name, index))
+        if run is None:
+            run = self.waiting[name, index] = self._open(name, index)
+        return run.advance()
+
+    def _open(self, name: str, index: int) -> Run:
+        streams = self.streams
+        hidden, call = streams.read(name, index), streams.calls[index][streams.number]
+        return Run(self.blocks[name], hidden, call, self.paths, tuple(self.passed))
+
+
+def _check_all_read(readers: Mapping[str, Site], read: Collection[str]) -> None:
+    """Raises ValueError where the block has not read what a site should."""
+    for group, site in readers.items():
+        if group not in read:
+            raise ValueError(f"{site.name} is not called by its block; exclude it")
+
+
+def _compact(moments: tuple[InputMoments, InputMoments]) -> tuple[InputMoments, InputMoments]:
+    return moments[0].compact(), moments[1].compact()
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """The value with every float tensor in it, in tuples, lists and dicts as well, in the type."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_cast(item, dtype) for item in value)
+    if isinstance(value, dict):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    return value
