@@ -89,7 +89,7 @@ def test_the_tolerance_is_what_is_said_or_the_authors(score: str, tolerance: Any
 
 
 def test_best_is_everything_together() -> None:
-    composition = best(shrink_out=0.5)
+    composition = best("high", shrink_out=0.5)
     assert (composition.method.name, composition.method.options["shrink_out"]) == ("kfac", 0.5)
     assert (composition.allocation.name, composition.layout, composition.order) == ("global", "pivoted", "anchored")
     assert composition.refinement == Refinement()

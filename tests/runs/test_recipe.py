@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from eckart.compression.tuning.refinement import Refinement
 from eckart.lowrank import METHODS, build_method
 from eckart.runs.composition import COMPOSITIONS, Composition
 from eckart.runs.recipe import Recipe, load_recipe, parse_recipe
@@ -102,6 +103,22 @@ def test_the_default_is_best() -> None:
     assert parts(recipe.composition) == parts(COMPOSITIONS["best"]())
 
 
+def test_efforts_are_steps_of_the_same_composition() -> None:
+    compositions = {
+        effort: parse_recipe({"model": "m", "keep": 0.5, "effort": effort}).composition
+        for effort in ("low", "medium", "high")
+    }
+    assert parts(compositions["medium"]) == parts(COMPOSITIONS["best"]())
+    assert [composition.order for composition in compositions.values()] == ["one-shot", "anchored", "anchored"]
+    assert [composition.refinement for composition in compositions.values()] == [None, None, Refinement()]
+    # What the recipe says itself goes before what an effort brings.
+    own = parse_recipe({"model": "m", "keep": 0.5, "effort": "low", "order": "anchored", "refine": {"steps": 2}})
+    assert (own.composition.order, own.composition.refinement) == ("anchored", Refinement(steps=2))
+    spelled = own.spelled_out()
+    assert spelled.effort is None
+    assert parts(spelled.composition) == parts(own.composition)
+
+
 def test_a_baseline_stays_as_it_is() -> None:
     recipe = parse_recipe({"model": "m", "method": "llm-pruner", "keep": 0.5})
     assert recipe.spelled_out() is recipe
@@ -111,6 +128,9 @@ def test_a_baseline_stays_as_it_is() -> None:
     ("keys", "message"),
     [
         ({}, "give exactly one of keep, keep_total, max_bytes, rules, plan"),
+        ({"keep": 0.5, "effort": "most"}, "effort: Input should be 'low', 'medium' or 'high'"),
+        ({"keep": 0.5, "method": "asvd-i", "effort": "low"}, "effort is for a composition (best, best-distilled), and"),
+        ({"method": "int8", "effort": "low"}, "int8 is no low-rank method: leave out effort"),
         ({"keep": 0.5, "max_bytes": 5}, "give exactly one of"),
         ({"keep": 0.5, "allocation": SCORED, "keep_total": 0.5}, "give exactly one of"),
         ({"allocation": "global"}, "give exactly one of"),

@@ -296,6 +296,7 @@ def test_a_rival_that_lacks_its_package_says_so_before_anything_is_measured(
         ({"method": "svd", "layout": "pivoted", "order": "anchored", "keep": 0.5}, "svd, pivoted, anchored, keep 0.5"),
         ({"method": "svd", "joint": True, "refit": True, "max_bytes": 5000000}, "svd, joint, refit, max_bytes 5000000"),
         ({"refine": False, "joint": False, "keep": 0.5}, "best, no joint, no refine, keep 0.5"),
+        ({"effort": "high", "keep": 0.5}, "best, high effort, keep 0.5"),
         ({"refine": {"steps": 0}, "distil": {"steps": 8}, "keep": 0.5}, "best, no refine, distil (steps=8), keep 0.5"),
         ({"recover": True, "keep": 0.5}, "best, recover, keep 0.5"),
         ({"distil": False, "recover": {"steps": 64}, "keep": 0.5}, "best, no distil, recover (steps=64), keep 0.5"),

@@ -47,6 +47,9 @@ def command(
     out: Annotated[Path, typer.Argument(help="Directory for the compressed checkpoint")],
     method: Annotated[str, typer.Option(help="A composition or a method, see `eckart methods`")] = "best",
     option: MethodOptions = None,
+    effort: Annotated[
+        str | None, typer.Option(help="Of best: low, medium or high; more takes longer and loses less. Default medium")
+    ] = None,
     keep: Annotated[float | None, typer.Option(help="Share of the selected linears' numbers kept, in (0, 1]")] = None,
     keep_total: Annotated[float | None, typer.Option(help="Share of the whole model's numbers, embeddings too")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Largest size of the weight files, in bytes")] = None,
@@ -104,6 +107,7 @@ def command(
             "model": model,
             "dtype": dtype,
             "method": {"name": method, "options": parse_options(method, option or [])},
+            "effort": effort,
             "keep": keep,
             "keep_total": keep_total,
             "max_bytes": max_bytes,

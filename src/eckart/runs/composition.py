@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from eckart.allocation import Allocation
 from eckart.calibration.sequential import Order
@@ -72,23 +72,31 @@ class Composition:
         return self.refit or self.refinement is not None or self.distillation is not None
 
 
-def best(**options: Any) -> Composition:
-    """kfac, ranks from a knapsack over all linears, pivoted layout, anchored order, refined blocks.
+# How much time a composition may take. docs/methods.md has what each step up gains and costs.
+Effort = Literal["low", "medium", "high"]
 
-    docs/ablation.md has the gain of each of them, alone and with the others. Settings are those of kfac.
+
+def best(effort: Effort = "medium", **options: Any) -> Composition:
+    """kfac, ranks from a knapsack over all linears, pivoted layout; more with more effort.
+
+    docs/ablation.md has the gain of each part, alone and with the others.
+
+    Args:
+        effort: low calibrates every linear on the dense model; medium in anchored order; high refines the blocks too.
+        options: settings of kfac.
     """
     return Composition(
         method=kfac(**options),
         allocation=Allocation(name="global"),
         layout="pivoted",
-        order="anchored",
-        refinement=Refinement(),
+        order="one-shot" if effort == "low" else "anchored",
+        refinement=Refinement() if effort == "high" else None,
     )
 
 
-def best_distilled(**options: Any) -> Composition:
+def best_distilled(effort: Effort = "high", **options: Any) -> Composition:
     """best, and then the whole model distilled: better still, for those who have the memory to train the model."""
-    return replace(best(**options), distillation=Distillation())
+    return replace(best(effort, **options), distillation=Distillation())
 
 
 # Compositions by name; a recipe may name one instead of a method.

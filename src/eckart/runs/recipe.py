@@ -29,7 +29,7 @@ from eckart.lowrank import Layout, build_method
 from eckart.lowrank.entries import build_entry
 from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.models.loading import locate
-from eckart.runs.composition import COMPOSITIONS, Composition, composition_options
+from eckart.runs.composition import COMPOSITIONS, Composition, Effort, composition_options
 from eckart.support.plain_data import read_yaml
 from eckart.support.section import Section
 
@@ -70,13 +70,23 @@ class MethodSection(Section):
             self.composition()
         return self
 
-    def composition(self) -> Composition:
-        """The composition of this name; of a method of the catalogue, the method with nothing around it."""
+    def composition(self, effort: Effort | None = None) -> Composition:
+        """The composition of this name; of a method of the catalogue, the method with nothing around it.
+
+        Args:
+            effort: None for the composition's own.
+
+        Raises:
+            ValueError: an unknown name or setting, or an effort for a method, which has but one way to go.
+        """
         composition_options(self.name)  # refuses an unknown name, with what there is
         if self.name in COMPOSITIONS:
             # Its settings are those of its method, which knows them.
             method = build_entry(COMPOSITIONS, "composition", self.name).method
-            return COMPOSITIONS[self.name](**build_method(method.name, self.options).options)
+            chosen = {} if effort is None else {"effort": effort}
+            return COMPOSITIONS[self.name](**chosen, **build_method(method.name, self.options).options)
+        if effort is not None:
+            raise ValueError(f"effort is for a composition ({', '.join(COMPOSITIONS)}), and {self.name} is a method")
         return Composition(build_method(self.name, self.options))
 
 
@@ -186,6 +196,11 @@ class Recipe(Section):
         "auto", description="of the weights, in memory and in the checkpoint; auto is what the model is stored in"
     )
     method: MethodSection = Field(MethodSection(), description="what factors a linear, and what is done around that")
+    effort: Effort | None = Field(
+        None,
+        description="how much time a composition takes. low: every linear is calibrated on the dense model; medium: in "
+        f"anchored order; high: and blocks are refined; {OWN}, which is medium for best",
+    )
     keep: float | None = Field(
         None, gt=0, le=1, description="budget: share kept of the numbers of the selected linears"
     )
@@ -255,7 +270,7 @@ class Recipe(Section):
             expected = ["keep"] if baseline.needs_keep else []
             if budgets != expected:
                 raise ValueError(f"{self.method.name} takes {'keep' if expected else 'no keep'}, and no other budget")
-            around = [name for name in (*AROUND, "sites") if self._says(name)]
+            around = [name for name in (*AROUND, "effort", "sites") if self._says(name)]
             if around:
                 raise ValueError(f"{self.method.name} is no low-rank method: leave out {' and '.join(around)}")
             return self
@@ -311,7 +326,7 @@ class Recipe(Section):
     @property
     def composition(self) -> Composition:
         """The composition of the method's name, changed where the recipe says otherwise."""
-        composition = self.method.composition()
+        composition = self.method.composition(self.effort)
         own = {name: getattr(self, name) for name in ("layout", "order", "joint", "refit")}
         changes: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
         if self.allocation is not None:
@@ -349,7 +364,7 @@ class Recipe(Section):
         assert parts.keys() == set(AROUND)
         return Recipe.model_validate(
             {
-                **self.model_dump(exclude_none=True),
+                **self.model_dump(exclude_none=True, exclude={"effort"}),
                 "method": {"name": composition.method.name, "options": composition.method.options},
                 **{name: value for name, value in parts.items() if name not in decided},
             }

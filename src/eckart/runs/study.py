@@ -213,6 +213,8 @@ class Study(Section):
 def describe(recipe: Mapping[str, Any]) -> str:
     """A run in a few words: method, settings around it, size; "nsvd-i (share=0.9), pivoted, keep 0.7"."""
     words = [_entry(recipe.get("method", MethodSection().name))]
+    if recipe.get("effort") is not None:
+        words.append(f"{recipe['effort']} effort")
     if recipe.get("allocation") is not None:
         words.append(_entry(recipe["allocation"]))
     words += [str(recipe[key]) for key in ("layout", "order") if recipe.get(key) is not None]
