@@ -15,8 +15,8 @@ has to. A checkpoint that is there and whole is left as it is; a damaged one is 
               the blocks, tied embeddings of 262,144 words. 238 MB to fetch, 540 MB as a checkpoint. Under the Gemma
               Terms of Use (https://ai.google.dev/gemma/terms): use it, and never pass it or what is made of it on.
 
-Both were quantised to 4 to 8 bits before, so they are a little worse than the published ones. Nothing of them is part
-of this repository.
+Both were quantised to 4 to 8 bits before, so they are a little worse than the published ones. Making them takes one and
+three minutes of a processor. Nothing of them is part of this repository.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ MODELS = {
             for part in range(4)
         },
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        "The capital of France is",
+        # Of France alone it says "the capital of the country of France", with Paris third: it was never instructed.
+        "The capital of Germany is Berlin. The capital of France is",
         "Paris",
     ),
 }
@@ -167,7 +168,12 @@ def convert_alone(name: str, source: Path, reader: Path, out: Path) -> None:
     paths = [str(reader), *filter(None, [os.environ.get("PYTHONPATH")])]
     finished = subprocess.run(
         [sys.executable, "-W", "ignore", __file__, name, "--convert", str(source), str(out)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRANSFORMERS_VERBOSITY": "error"},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "TRANSFORMERS_VERBOSITY": "error",
+            "TQDM_DISABLE": "1",
+        },
         stdout=sys.stderr,
     )
     if finished.returncode:
@@ -178,9 +184,7 @@ def convert(source: Path, out: Path) -> None:
     """Write what transformers reads of a GGUF file as a bfloat16 checkpoint, and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     given = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     quantised = AutoModelForCausalLM.from_pretrained(**given, dtype=torch.bfloat16)
     config = quantised.config
@@ -188,7 +192,8 @@ def convert(source: Path, out: Path) -> None:
     plain = type(quantised)(config)
     plain.load_state_dict(quantised.state_dict())
     plain.generation_config = quantised.generation_config
-    plain.to(torch.bfloat16).save_pretrained(out)
+    plain = plain.to(torch.bfloat16)  # type: ignore[arg-type]
+    plain.save_pretrained(out)
     AutoTokenizer.from_pretrained(**given).save_pretrained(out)
 
 
@@ -210,14 +215,15 @@ def check_answer(place: Path, model: RealModel) -> None:
     tell(f"{model.prompt!r} goes on with {text!r}")
 
 
-def add_model_option(parser: argparse.ArgumentParser, default: str | None = "builtin") -> None:
-    """--model: the name of one of MODELS, which becomes its path, a checkpoint's folder, or `builtin`."""
-    otherwise = "a model of random weights" if default is None else default
+def add_model_option(parser: argparse.ArgumentParser, default: str | list[str] | None = "builtin") -> None:
+    """--model: one of MODELS, whose path it becomes, a checkpoint's folder, or `builtin`; several where one lists."""
     parser.add_argument(
         "--model",
         type=model_named,
+        nargs="+" if isinstance(default, list) else None,
         default=default,
-        help=f"smollm2 or gemma3 (see real_models.py), the folder of a checkpoint, or builtin; default: {otherwise}",
+        help="smollm2 or gemma3 (see real_models.py), the folder of a checkpoint, or builtin; default: "
+        + (" ".join(default) if isinstance(default, list) else default or "a model of random weights"),
     )
 
 
