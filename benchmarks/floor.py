@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from measuring import best_seconds
+from measuring import PROCESSOR, best_seconds
 from transformers import LlamaConfig
 
 from eckart.lowrank import rank_for
@@ -48,16 +48,16 @@ class Rates:
         return max(work.float32 / self.float32 + work.bfloat16 / self.bfloat16, work.bytes / self.bytes)
 
 
-def measure_rates(size: int = 4096) -> Rates:
-    """This machine's rates, now."""
-    single = torch.randn(size, size)
+def measure_rates(size: int = 4096, device: torch.device = PROCESSOR) -> Rates:
+    """This machine's or card's rates, now: products of that size, and copies of 16 size^2 bytes."""
+    single = torch.randn(size, size, device=device)
     half = single.bfloat16()
-    blank = torch.zeros(2**28, dtype=torch.uint8)
+    blank = torch.randn(2 * size, 2 * size, device=device)
     target = torch.empty_like(blank)
     return Rates(
-        2 * size**3 / best_seconds(lambda: single @ single),
-        2 * size**3 / best_seconds(lambda: half @ half.T),
-        2 * len(blank) / best_seconds(lambda: target.copy_(blank)),
+        2 * size**3 / best_seconds(lambda: single @ single, device=device),
+        2 * size**3 / best_seconds(lambda: half @ half.T, device=device),
+        2 * blank.nbytes / best_seconds(lambda: target.copy_(blank), device=device),
     )
 
 

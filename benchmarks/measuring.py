@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import resource
+import statistics
 import time
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -18,22 +19,32 @@ from eckart.support.files import write_whole
 PROCESSOR = torch.device("cpu")
 
 
-def best_seconds(run: Callable[[], object], rounds: int = 3) -> float:
-    """The shortest of some rounds, after one to warm up."""
-    run()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def now(device: torch.device) -> float:
     """The time, once the device has done what it was asked to."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def seconds_of(run: Callable[[], object], rounds: int, device: torch.device) -> list[float]:
+    """Of each of some rounds, after one to warm up."""
+    run()
+    times = []
+    for _ in range(rounds):
+        start = now(device)
+        run()
+        times.append(now(device) - start)
+    return times
+
+
+def best_seconds(run: Callable[[], object], rounds: int = 3, *, device: torch.device = PROCESSOR) -> float:
+    """The shortest of some rounds."""
+    return min(seconds_of(run, rounds, device))
+
+
+def median_seconds(run: Callable[[], object], device: torch.device, rounds: int = 3) -> float:
+    """The one in the middle of some rounds."""
+    return statistics.median(seconds_of(run, rounds, device))
 
 
 @contextmanager
@@ -50,6 +61,11 @@ def peak_bytes(process: int | None = None) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
     status = Path(f"/proc/{process}/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def peak_gb(device: torch.device) -> float | None:
+    """The most memory that tensors took on the device since the part began."""
+    return round(torch.cuda.max_memory_allocated() / 1e9, 3) if device.type == "cuda" else None
 
 
 def machine(device: torch.device | str = PROCESSOR) -> str:

@@ -164,7 +164,7 @@ def check_digest(file: Path, expected: str, what: str) -> None:
 
 
 def convert_alone(name: str, source: Path, reader: Path, out: Path) -> None:
-    """`convert` in a process of its own, which has the package gguf: transformers asks for it when it is imported."""
+    """`convert` in a process of its own, which has the package gguf: which transformers looks for as it starts."""
     paths = [str(reader), *filter(None, [os.environ.get("PYTHONPATH")])]
     finished = subprocess.run(
         [sys.executable, "-W", "ignore", __file__, name, "--convert", str(source), str(out)],
