@@ -9,13 +9,13 @@ excess of the loss at half rank over the optimum. The decision is in docs/decisi
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import scipy.linalg
 import torch
+from measuring import write_json
 from torch import Tensor
 
 
@@ -82,8 +82,7 @@ def main() -> None:
                 f"{size:5d}  {name:36s} {seconds:8.2f} s  x{row['relative_time']:.2f}  {row['excess_loss']:+.1e}",
                 flush=True,
             )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
+    write_json(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ floor counts products and one pass over what has to be read and written; it leav
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from measuring import PROCESSOR, best_seconds
 from transformers import LlamaConfig
 
 from eckart.lowrank import rank_for
@@ -49,35 +48,25 @@ class Rates:
         return max(work.float32 / self.float32 + work.bfloat16 / self.bfloat16, work.bytes / self.bytes)
 
 
-def best_seconds(run: Callable[[], object], rounds: int = 3) -> float:
-    """The shortest of some rounds, after one to warm up."""
-    run()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def measure_rates(size: int = 4096) -> Rates:
-    """This machine's rates, now."""
-    single = torch.randn(size, size)
+def measure_rates(size: int = 4096, device: torch.device = PROCESSOR) -> Rates:
+    """This machine's or card's rates, now: products of that size, and copies of 16 size^2 bytes."""
+    single = torch.randn(size, size, device=device)
     half = single.bfloat16()
-    blank = torch.zeros(2**28, dtype=torch.uint8)
+    blank = torch.randn(2 * size, 2 * size, device=device)
     target = torch.empty_like(blank)
     return Rates(
-        2 * size**3 / best_seconds(lambda: single @ single),
-        2 * size**3 / best_seconds(lambda: half @ half.T),
-        2 * len(blank) / best_seconds(lambda: target.copy_(blank)),
+        2 * size**3 / best_seconds(lambda: single @ single, device=device),
+        2 * size**3 / best_seconds(lambda: half @ half.T, device=device),
+        2 * blank.nbytes / best_seconds(lambda: target.copy_(blank), device=device),
     )
 
 
 def shapes_of(config: LlamaConfig) -> list[tuple[list[int], int]]:
     """([d_out of each linear], d_in) for each input group of a block."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    narrow = hidden * (config.num_key_value_heads or config.num_attention_heads) // config.num_attention_heads
-    return [([hidden, narrow, narrow], hidden), ([hidden], hidden), ([inner, inner], hidden), ([hidden], inner)]
+    hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    head = getattr(config, "head_dim", None) or hidden // heads
+    wide, narrow = head * heads, head * (config.num_key_value_heads or heads)
+    return [([wide, narrow, narrow], hidden), ([hidden], wide), ([inner, inner], hidden), ([hidden], inner)]
 
 
 def forward_work(config: LlamaConfig, samples: int, length: int) -> Work:

@@ -11,12 +11,11 @@ the blocks, and calibration alone with the tokens. Workers: see workers.py.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import time
 from pathlib import Path
 
 import torch
+from measuring import lap, write_json
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eckart import build_method, calibrate, compress, plan
@@ -52,11 +51,11 @@ def measure(hidden: int, blocks: int, samples: int, rounds: int) -> dict[str, fl
     tokens = Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
     for _ in range(rounds):
         model = make_model(hidden, blocks)
-        start = time.perf_counter()
-        moments = calibrate(model, tokens, method)
-        best["calibrate"] = min(best["calibrate"], time.perf_counter() - start)
-        report = compress(model, method, plan(model, 0.7), moments)
-        best["factor"] = min(best["factor"], report.seconds["factor"])
+        taken: dict[str, float] = {}
+        with lap(taken, "calibrate"):
+            moments = calibrate(model, tokens, method)
+        taken["factor"] = compress(model, method, plan(model, 0.7), moments).seconds["factor"]
+        best = {stage: min(best[stage], taken[stage]) for stage in best}
     return best
 
 
@@ -81,8 +80,7 @@ def main() -> None:
             print(f"{place}   {cells['calibrate']}       {cells['factor']}", flush=True)
             rows.append(row)
             before = seconds
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
+    write_json(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The laws of the methods as numbers, on real weights and real activations.
 
-    python benchmarks/identities.py [--model DIR] [--corpus NAME_OR_FILE] [--data DIR] [--samples 32] [--length 256]
+    python benchmarks/identities.py [--model MODEL] [--corpus NAME_OR_FILE] [--data DIR] [--samples 32] [--length 256]
 
 For every linear of the model, at keep 0.7, prints the largest value over all linears of
     ||(M_a - M_b) x|| / ||W x||     for methods that must agree, and, as a control, for two that must not;
@@ -15,10 +15,10 @@ import argparse
 from pathlib import Path
 
 import torch
+from real_models import add_model_option
 from torch import Tensor
 
 import eckart
-from eckart.data.builtin import builtin_model_path
 from eckart.lowrank import Moments, rank_for
 from eckart.models.sites import Site, find_sites, read_weight
 
@@ -36,7 +36,7 @@ EXACT_TAIL = ("asvd-i", "asvd-ii", "feature-space", "sfsd")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=builtin_model_path())
+    add_model_option(parser)
     parser.add_argument("--corpus", default="builtin/prose")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--samples", type=int, default=32)

@@ -17,15 +17,13 @@ if it were all arithmetic, or all reading of weights: dense numbers over stored 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
+from measuring import machine, now, write_json
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -67,12 +65,10 @@ def rank_of(d_out: int, d_in: int, keep: float, layout: Layout, multiple: int) -
 
 def seconds(run: Callable[[], object], times: int, device: torch.device) -> float:
     """Of one call, over `times` of them."""
-    start = time.perf_counter()
+    start = now(device)
     for _ in range(times):
         run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / times
+    return (now(device) - start) / times
 
 
 def measure(runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
@@ -219,9 +215,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.widths, arguments.keeps, arguments.rounds = [256], [0.5], 3
-    device = torch.device(arguments.device)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(machine(arguments.device))
     print("type      what           keep  rows   dense (us)   plain x  pivoted x   limit x")
     rows: list[dict[str, object]] = []
     for name in arguments.types:
@@ -234,8 +228,7 @@ def main() -> None:
                     f"{row['plain']:7.2f}  {row['pivoted']:9.2f}   {row['limit']:7.2f}",
                     flush=True,
                 )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
+    write_json(arguments.json, rows)
 
 
 if __name__ == "__main__":

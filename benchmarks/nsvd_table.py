@@ -1,6 +1,6 @@
 """The NSVD paper's Table 1 in small: every method, keep 0.9 ... 0.5, in and out of the calibration domain.
 
-    python benchmarks/nsvd_table.py [--model DIR --data DIR] [--out runs/table.json]
+    python benchmarks/nsvd_table.py [--model MODEL --data DIR] [--out runs/table.json]
 
 Without --data: the built-in model, calibrated on prose, evaluated on prose and code. With --data: calibrated on
 WikiText-2 train, evaluated on every corpus that the folder has. Results are appended to --out as they come, and what is
@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from pathlib import Path
 
+from measuring import append_line, read_lines
+from real_models import add_model_option
 from transformers import PreTrainedModel
 
 import eckart
-from eckart.data.builtin import builtin_model_path
 from eckart.data.corpora import CORPORA, read_text
 from eckart.data.tokens import encode
 from eckart.evals.improvement import average_improvement
@@ -31,7 +31,7 @@ BASELINE = "asvd-i"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=builtin_model_path())
+    add_model_option(parser)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--methods", nargs="+", default=list(eckart.METHODS))
     parser.add_argument("--keeps", type=float, nargs="+", default=list(KEEPS))
@@ -59,20 +59,16 @@ def main() -> None:
         }
 
     perplexities: dict[tuple[str, float], dict[str, float]] = {}
-    if arguments.out is not None and arguments.out.is_file():
-        for line in arguments.out.read_text().splitlines():
-            row = json.loads(line)
-            perplexities[row["method"], row["keep"]] = row["perplexity"]
+    for row in read_lines(arguments.out):
+        perplexities[row["method"], row["keep"]] = row["perplexity"]
 
     def record(method: str, keep: float, values: dict[str, float]) -> None:
         perplexities[method, keep] = values
-        if arguments.out is not None:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            with arguments.out.open("a") as file:
-                file.write(json.dumps({"method": method, "keep": keep, "perplexity": values}) + "\n")
+        append_line(arguments.out, {"method": method, "keep": keep, "perplexity": values})
 
     print(
-        f"{arguments.model.name}: {tokens.count} calibration tokens of {own}, windows of {arguments.length}", flush=True
+        f"{Path(arguments.model).name}: {tokens.count} calibration tokens of {own}, windows of {arguments.length}",
+        flush=True,
     )
     print(f"{'keep method':22s}" + "".join(f"{name.split('/')[-1][:11]:>12s}" for name in streams) + "   out of domain")
     if ("dense", 1.0) not in perplexities:

@@ -1,7 +1,7 @@
 """Compressing a model of Llama-7B's shape with one block in memory: seconds a block, peak memory, a kill on the way.
 
     python benchmarks/outofcore.py --step make --folder DIR [--layers 32]
-    python benchmarks/outofcore.py --step compress --folder DIR --blocks 4 [--kill-after 2] [--json FILE]
+    python benchmarks/outofcore.py --step compress --folder DIR [--model smollm2] [--kill-after 2] [--json FILE]
 
 `make` writes random weights in bfloat16 (13.5 GB), a few blocks at a time, and the built-in tokenizer. `compress` runs
 asvd-i at keep 0.7 in a process of its own, kills it (SIGKILL) once `--kill-after` blocks are done, resumes it, and
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import machine, peak_bytes, write_json
+from real_models import add_model_option
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -97,22 +98,21 @@ def make_model(folder: Path, config: LlamaConfig) -> None:
     write_index(folder, files, total)
     config.save_pretrained(folder)
     load_tokenizer(builtin_model_path()).save_pretrained(folder)
-    print(f"{folder}: {total:,} bytes in {count} files, peak memory {peak_of('self') / 2**20:,.0f} MiB")
-
-
-def peak_of(process: int | str) -> int:
-    """The most bytes that a process has had resident so far."""
-    status = Path(f"/proc/{process}/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    print(f"{folder}: {total:,} bytes in {count} files, peak memory {peak_bytes() / 2**20:,.0f} MiB")
 
 
 def run_child(arguments: argparse.Namespace) -> None:
     """The compression itself."""
     calibration = {"corpus": "builtin", "samples": arguments.samples, "length": arguments.length}
     recipe = parse_recipe(
-        {"model": str(arguments.folder), "method": "asvd-i", "keep": KEEP, "calibration": calibration}
+        {"model": str(source_of(arguments)), "method": "asvd-i", "keep": KEEP, "calibration": calibration}
     )
     compress_out_of_core(recipe, place_of(arguments), How(batch_size=arguments.batch), resume=True)
+
+
+def source_of(arguments: argparse.Namespace) -> Path:
+    """The dense model: --model, or what `make` writes."""
+    return Path(arguments.model or arguments.folder)
 
 
 def place_of(arguments: argparse.Namespace) -> Path:
@@ -138,7 +138,7 @@ def watch(arguments: argparse.Namespace, until: int) -> tuple[dict[str, Any], li
     child = subprocess.Popen([sys.executable, *sys.argv, "--step", "child"])
     while child.poll() is None:
         try:
-            peak = max(peak, peak_of(child.pid))
+            peak = max(peak, peak_bytes(child.pid))
         except (FileNotFoundError, ProcessLookupError, StopIteration):
             continue  # it has just ended
         seen = records_of(arguments) or seen
@@ -158,8 +158,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--step", choices=("make", "compress", "child"), required=True)
     parser.add_argument(
-        "--folder", type=Path, required=True, help="of the dense model; the compressed one goes next to it"
+        "--folder", type=Path, required=True, help="where `make` writes; the compressed model goes next to it"
     )
+    add_model_option(parser, None)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--intermediate", type=int, default=11008)
@@ -180,13 +181,13 @@ def main() -> None:
     out = place_of(arguments)
     for folder in (out, out.with_name(f".{out.name}.work")):
         shutil.rmtree(folder, ignore_errors=True)
-    arguments.layers = json.loads((arguments.folder / "config.json").read_text())["num_hidden_layers"]
+    arguments.layers = json.loads((source_of(arguments) / "config.json").read_text())["num_hidden_layers"]
     runs: list[dict[str, Any]] = []
     seen: list[dict[str, Any]] = []
     for until in [arguments.kill_after, arguments.blocks] if arguments.kill_after else [arguments.blocks]:
         run, seen = watch(arguments, until)
         runs.append(run)
-    dense = sum(file.stat().st_size for file in arguments.folder.glob("*.safetensors"))
+    dense = sum(file.stat().st_size for file in source_of(arguments).glob("*.safetensors"))
     blocks = [{"block": number, **record["seconds"]} for number, record in enumerate(seen)]
     print(f"model {dense / 2**30:.2f} GiB, {arguments.samples} x {arguments.length} tokens, {arguments.layers} blocks")
     for block in blocks:
@@ -202,16 +203,8 @@ def main() -> None:
     each = sum(sum(value for stage, value in block.items() if stage != "block") for block in blocks)
     whole = each / max(len(blocks), 1) * arguments.layers
     print(f"all {arguments.layers} blocks at that pace: {whole / 60:.1f} min")
-    if arguments.json:
-        facts = {
-            "machine": {"cpu": platform.processor(), "threads": torch.get_num_threads()},
-            "settings": {key: str(value) for key, value in vars(arguments).items()},
-            "model_bytes": dense,
-            "blocks": blocks,
-            "runs": runs,
-            "whole_seconds": whole,
-        }
-        arguments.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    facts = {"machine": machine(), "settings": vars(arguments), "model_bytes": dense}
+    write_json(arguments.json, {**facts, "blocks": blocks, "runs": runs, "whole_seconds": whole})
 
 
 if __name__ == "__main__":

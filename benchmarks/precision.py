@@ -1,6 +1,6 @@
 """What float32 and bfloat16 are good for here: which cuts are made in float32, and how moments are summed.
 
-    python benchmarks/precision.py [--model builtin ...] [--methods asvd-i sfsd] [--keeps 0.7 0.4] [--widths 2048 5632]
+    python benchmarks/precision.py [--model builtin smollm2] [--methods asvd-i sfsd] [--keeps 0.7 0.4] [--widths 2048]
 
 Cuts: for each method and share, how many of a model's linears pass the check of `lowrank.leading`, the largest true
 excess of their losses over the float64 optimum, the largest error of their tails, and the largest excess that float32
@@ -11,12 +11,12 @@ as `add_gram` makes it.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from floor import best_seconds
+from measuring import best_seconds, write_json
+from real_models import add_model_option
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -93,7 +93,7 @@ def time_moments(width: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["builtin"])
+    add_model_option(parser, ["builtin"])
     parser.add_argument("--methods", nargs="+", default=["asvd-i", "sfsd"])
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.7, 0.4])
     parser.add_argument("--widths", type=int, nargs="+", default=[2048, 5632])
@@ -119,8 +119,7 @@ def main() -> None:
         timed = time_moments(width)
         rows.append({"width": width, **timed})
         print(f"width {width}: " + ", ".join(f"{what} {value:.2g}" for what, value in timed.items()), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
+    write_json(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import lap, peak_bytes, write_json
+from real_models import add_model_option
 
 from eckart import Labelled, load_model, load_tokenizer, probe, read_labelled
 from eckart.data.builtin import builtin_texts
@@ -54,22 +54,19 @@ def measure(model_name: str, task: str, data: Path | None, texts: int, layers: i
     import sklearn.neural_network  # noqa: F401 (what has to be in memory anyway)
 
     with tempfile.TemporaryDirectory() as folder:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        start = time.perf_counter()
-        with read_hidden_states(model, tokenizer, rows.texts, cache=Path(folder)):
-            reading = time.perf_counter() - start
+        before, seconds = peak_bytes(), dict[str, float]()
+        with lap(seconds, "states"), read_hidden_states(model, tokenizer, rows.texts, cache=Path(folder)):
+            pass
         stored = sum(file.stat().st_size for file in Path(folder).iterdir())
-        start = time.perf_counter()
-        result = probe(model, tokenizer, rows, seeds=SEEDS, cache=Path(folder))
-        probes = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with lap(seconds, "probes"):
+            result = probe(model, tokenizer, rows, seeds=SEEDS, cache=Path(folder))
     return {
         "texts": len(rows),
         "layers": layers,
-        "states_seconds": reading,
-        "probes_seconds": probes,
+        "states_seconds": seconds["states"],
+        "probes_seconds": seconds["probes"],
         "states_bytes": stored,
-        "peak_above_model": (peak - before) * 1024,  # kilobytes on Linux
+        "peak_above_model": peak_bytes() - before,
         "f1": result.value,
         "selectivity": result.scores["selectivity"].value,
     }
@@ -77,7 +74,7 @@ def measure(model_name: str, task: str, data: Path | None, texts: int, layers: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="builtin")
+    add_model_option(parser)
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--texts", type=int, nargs="+", default=[500, 1000, 2000])
@@ -106,8 +103,7 @@ def main() -> None:
         numbers = (point["states_seconds"], point["probes_seconds"], point["peak_above_model"] / 1e6)
         row = "  ".join(f"{number:8.1f}" for number in (*numbers, point["states_bytes"] / 1e6))
         print(f"{point['texts']:5d}  {point['layers']:6d}  {row}", flush=True)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(measured, indent=1), encoding="utf-8")
+    write_json(arguments.out, measured)
 
 
 if __name__ == "__main__":

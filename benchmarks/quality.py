@@ -1,6 +1,6 @@
 """Quality at equal bytes: methods, or the default with its ingredients on and off.
 
-    python benchmarks/quality.py table [--model DIR --data DIR] [--samples 64] [--out runs/quality.jsonl]
+    python benchmarks/quality.py table [--model MODEL --data DIR] [--samples 64] [--out runs/quality.jsonl]
     python benchmarks/quality.py ablation ...
     python benchmarks/quality.py samples ...                # how many calibration tokens a method needs
     python benchmarks/quality.py show --out runs/quality.jsonl                # what is there, as Markdown
@@ -17,13 +17,14 @@ WikiText-2 train, evaluated on its test split and on whichever of the others the
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import append_line, read_lines
+from real_models import add_model_option
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -89,7 +90,7 @@ COUNTS = (2, 4, 8, 16, 32, 64, 128, 256)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=[*STUDIES, "show"])
-    parser.add_argument("--model", default="builtin")
+    add_model_option(parser)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--variants", nargs="+", help="some of the study's")
     parser.add_argument("--keeps", type=float, nargs="+")
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON lines; a stopped run goes on from it")
     arguments = parser.parse_args()
     if arguments.study == "show":
-        show_rows([json.loads(line) for line in arguments.out.read_text(encoding="utf-8").splitlines()])
+        show_rows(read_lines(arguments.out))
         return
     sweep = arguments.study == "samples"
     keeps = arguments.keeps or ([0.7] if sweep else KEEPS)
@@ -141,9 +142,7 @@ class Comparison:
         others = ("builtin/code",) if arguments.data is None else OTHERS
         self.rows_of = {name: rows for name in (self.own, *others) if len(rows := self.windows(name))}
         self.dense: dict[tuple[str, int], Tensor] = {}
-        self.rows: list[dict[str, Any]] = []
-        if arguments.out is not None and arguments.out.is_file():
-            self.rows = [json.loads(line) for line in arguments.out.read_text(encoding="utf-8").splitlines()]
+        self.rows: list[dict[str, Any]] = read_lines(arguments.out)
 
     def windows(self, name: str) -> Tensor:
         """(windows, length) of a corpus's test split; none where it is shorter than one."""
@@ -195,10 +194,7 @@ class Comparison:
             "undone": sum(not report.kept for report in outcome.passes),
         }
         self.rows.append(row)
-        if self.arguments.out is not None:
-            self.arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            with self.arguments.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        append_line(self.arguments.out, row)
         return row
 
     @torch.no_grad()

@@ -1,9 +1,10 @@
 """Compressing a model of TinyLlama-1.1B's shape from disk, against a plain implementation in the same run.
 
-    python benchmarks/scale.py [--keep 0.7] [--layers 22] [--samples 64] [--length 512] [--json FILE]
+    python benchmarks/scale.py [--model MODEL | --layers 22] [--keep 0.7] [--samples 64] [--json FILE]
     python benchmarks/scale.py --only eckart            # or: plain, out-of-core
 
-Makes a random-weight bfloat16 checkpoint (once), then compresses it with asvd-i, each way in a process of its own:
+Makes a random-weight bfloat16 checkpoint (once), or takes --model, and compresses it with asvd-i, each way in a process
+of its own:
 
     plain           what public scripts do: X^T X of every linear in one pass over the whole model, all of them held in
                     memory in float32; then for each linear a Cholesky root in float64, torch.linalg.svd of W times it
@@ -20,19 +21,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from floor import Rates, factor_work, forward_work, measure_rates, moments_work
+from measuring import lap, machine, peak_bytes, write_json
+from real_models import add_model_option
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from eckart import load_model, load_tokenizer
 from eckart.data.builtin import builtin_model_path
@@ -88,7 +88,7 @@ def make_recipe(folder: Path, arguments: argparse.Namespace) -> Recipe:
 def run_eckart(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """`make_checkpoint`, or out of core."""
     make: Callable[..., Outcome] = make_checkpoint if arguments.step == "eckart" else compress_out_of_core
-    out = folder.with_name(f"{folder.name}-{arguments.step}")
+    out = arguments.folder / f"{folder.name}-{arguments.step}"
     outcome = make(make_recipe(folder, arguments), out, How(batch_size=BATCH), force=True)
     errors = [site.relative_error for site in outcome.report.sites if site.relative_error is not None]
     return {"seconds": dict(outcome.seconds), "error": sum(errors) / len(errors)}
@@ -98,31 +98,30 @@ def run_eckart(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 def run_plain(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """One script, everything in memory."""
     seconds: dict[str, float] = {}
-    start = time.perf_counter()
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    tokens = sample_windows(read_text("builtin"), tokenizer, samples=arguments.samples, length=arguments.length, seed=0)
-    sites = find_sites(model)
-    sums = {site.name: torch.zeros(site.d_in, site.d_in) for site in sites}
-
-    for site in sites:
-        model.get_submodule(site.name).register_forward_pre_hook(add_plainly(sums[site.name]))
-    start = _lap(seconds, "load", start)
-    for ids, _ in tokens.batches(BATCH):
-        model(input_ids=ids, use_cache=False)
-    start = _lap(seconds, "calibrate", start)
+    facts: dict[str, Any] = {"seconds": seconds}
+    with lap(seconds, "load"):
+        model, tokenizer, text = load_model(folder), load_tokenizer(folder), read_text("builtin")
+        tokens = sample_windows(text, tokenizer, samples=arguments.samples, length=arguments.length, seed=0)
+        sites = find_sites(model)
+        sums = {site.name: torch.zeros(site.d_in, site.d_in) for site in sites}
+        for site in sites:
+            model.get_submodule(site.name).register_forward_pre_hook(add_plainly(sums[site.name]))
+    with lap(seconds, "calibrate"):
+        for ids, _ in tokens.batches(BATCH):
+            model(input_ids=ids, use_cache=False)
     errors = []
-    for site in sites:
-        factors, error = factor_plainly(model, site, sums[site.name], arguments.keep, torch.float32)
-        model.set_submodule(site.name, nn.Sequential(*(_linear(each) for each in reversed(factors))))
-        errors.append(error)
-    start = _lap(seconds, "factor", start)
+    with lap(seconds, "factor"):
+        for site in sites:
+            factors, error = factor_plainly(model, site, sums[site.name], arguments.keep, torch.float32)
+            model.set_submodule(site.name, nn.Sequential(*(_linear(each) for each in reversed(factors))))
+            errors.append(error)
+    facts["error"] = sum(errors) / len(errors)
     reference = load_model(folder)
-    start = time.perf_counter()
-    for site in sites:
-        if site.block == 0:
-            factor_plainly(reference, site, sums[site.name], arguments.keep, torch.float64)
-    double = time.perf_counter() - start
-    return {"seconds": seconds, "error": sum(errors) / len(errors), "factor_float64_block": double}
+    with lap(facts, "factor_float64_block"):
+        for site in sites:
+            if site.block == 0:
+                factor_plainly(reference, site, sums[site.name], arguments.keep, torch.float64)
+    return facts
 
 
 def add_plainly(total: Tensor) -> Callable[..., None]:
@@ -156,17 +155,11 @@ def _linear(weight: Tensor) -> nn.Linear:
     return linear
 
 
-def _lap(seconds: dict[str, float], stage: str, start: float) -> float:
-    """Note the time since `start` and give the time now."""
-    now = time.perf_counter()
-    seconds[stage] = now - start
-    return now
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=float, default=0.7)
-    parser.add_argument("--layers", type=int, default=22)
+    add_model_option(parser, None)
+    parser.add_argument("--layers", type=int, default=22, help="of the model of random weights")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--folder", type=Path, default=Path("runs/scale"))
@@ -174,12 +167,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--step", choices=["make", *WAYS], help="used by the benchmark itself")
     arguments = parser.parse_args()
-    folder = arguments.folder / f"llama-{arguments.layers}"
+    folder = Path(arguments.model or arguments.folder / f"llama-{arguments.layers}")
     if arguments.step == "make":
         return make_model(folder, arguments.layers)
     if arguments.step:
         facts = (run_plain if arguments.step == "plain" else run_eckart)(folder, arguments)
-        facts["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+        facts["peak"] = peak_bytes()
         print(json.dumps(facts))
         return None
     command = [sys.executable, __file__, *sys.argv[1:]]
@@ -187,8 +180,7 @@ def main() -> None:
         subprocess.run([*command, "--step", "make"], check=True)
     rates = measure_rates()
     print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
-        f"float32 {rates.float32 / 1e9:.0f} GFLOP/s, bfloat16 {rates.bfloat16 / 1e9:.0f}, "
+        f"{machine()}: float32 {rates.float32 / 1e9:.0f} GFLOP/s, bfloat16 {rates.bfloat16 / 1e9:.0f}, "
         f"copies {rates.bytes / 1e9:.0f} GB/s"
     )
     results: dict[str, dict[str, Any]] = {}
@@ -196,9 +188,8 @@ def main() -> None:
         finished = subprocess.run([*command, "--step", way], check=True, stdout=subprocess.PIPE, text=True)
         results[way] = json.loads(finished.stdout.strip().splitlines()[-1])
         print(tell(way, results[way]), flush=True)
-    compare(results, arguments, rates)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"ways": results, "rates": vars(rates)}, indent=1))
+    compare(results, arguments, AutoConfig.from_pretrained(folder), rates)
+    write_json(arguments.json, {"ways": results, "rates": vars(rates)})
     return None
 
 
@@ -208,9 +199,11 @@ def tell(way: str, facts: dict[str, Any]) -> str:
     return f"{way:12s} peak {facts['peak'] / 1e9:.2f} GB, mean relative error {facts['error']:.6f}; {stages}"
 
 
-def compare(results: dict[str, dict[str, Any]], arguments: argparse.Namespace, rates: Rates) -> None:
+def compare(
+    results: dict[str, dict[str, Any]], arguments: argparse.Namespace, config: LlamaConfig, rates: Rates
+) -> None:
     """Print eckart's ways against the plain one, and against the floor."""
-    config, layers = tiny_llama(arguments.layers), arguments.layers
+    layers = config.num_hidden_layers
     floors = {
         "calibrate": rates.seconds(
             (

@@ -1,6 +1,6 @@
 """Surgical search against global allocation: the same method, the same budgets, the same windows to report on.
 
-    python benchmarks/search_curve.py [--model DIR --data DIR] [--methods asvd-i kfac] [--out runs/search.jsonl]
+    python benchmarks/search_curve.py [--model MODEL --data DIR] [--methods asvd-i kfac] [--out runs/search.jsonl]
 
 For each tolerance the surgical search walks from the last linear to the first, scored by perplexity on windows out of
 a fifth of the test text, and ends at some share kept. At that share the others get their ranks: the same share
@@ -12,10 +12,12 @@ KL(dense || compressed) on the other four fifths, and how many scores or probes 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from measuring import append_line
+from real_models import add_model_option
 
 import eckart
 from eckart.evals.tasks import Task, evaluate
@@ -35,7 +37,7 @@ RIVALS: dict[str, Any] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="builtin")
+    add_model_option(parser)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--methods", nargs="+", default=["asvd-i", "kfac"])
     parser.add_argument("--tolerances", nargs="+", default=list(TOLERANCES))
@@ -109,10 +111,7 @@ class Comparison:
             f"{row['evaluations']:4d} evaluations, {row['seconds']:6.1f} s",
             flush=True,
         )
-        if arguments.out is not None:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            with arguments.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        append_line(arguments.out, row)
         return float(row["keep"])
 
 

@@ -35,6 +35,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from measuring import write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -315,9 +316,7 @@ def main() -> None:
             console.print(f"{kind.name}: {kind.trials} trials, {len(kind.broken)} broken")
             for line in kind.broken:
                 console.print(line)
-            if arguments.json:
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                arguments.json.write_text(json.dumps([vars(each) for each in kinds], indent=2))
+            write_json(arguments.json, [vars(each) for each in kinds])
     console.print(table)
     sys.exit(any(kind.broken for kind in kinds))
 

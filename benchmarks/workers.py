@@ -1,8 +1,8 @@
 """How much faster is a compression on 1, 2 and 4 workers of a Ray cluster than in one process, and is it the same?
 
-    python benchmarks/workers.py [--hidden 256 --layers 4] [--workers 1 2 4] [--samples 32] [--json FILE]
+    python benchmarks/workers.py [--model MODEL | --hidden 256 --layers 4] [--workers 1 2 4] [--json FILE]
 
-Without --hidden, the built-in model. Every way starts from the files, with no moments kept. Prints seconds of each
+Every way starts from the files, with no moments kept. Prints seconds of each
 stage relative to one process of one thread, and of the low-rank products the largest difference to the first cluster's
 (0: the number of workers changes no bit) and to one process's, relative to the largest entry. Workers start before the
 clock does. More workers than cores show what sharing costs, and nothing of speed.
@@ -11,13 +11,14 @@ clock does. More workers than cores show what sharing costs, and nothing of spee
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import write_json
+from real_models import add_model_option
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -65,7 +66,8 @@ def difference(products: list[Tensor], expected: list[Tensor]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, help="width of a generated Llama; default: the built-in model")
+    add_model_option(parser)
+    parser.add_argument("--hidden", type=int, help="width of a Llama of random weights, in place of --model")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--method", default="asvd-i")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
@@ -75,7 +77,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        path: str | Path = "builtin"
+        path: str | Path = arguments.model
         if arguments.hidden:
             path = make_model(Path(folder), arguments.hidden, arguments.layers)
         ids = torch.randint(3, VOCABULARY, (arguments.samples, arguments.length), generator=torch.manual_seed(0))
@@ -104,8 +106,7 @@ def main() -> None:
             f"{row['workers'] or 'local':>8} {relative['calibrate']:>10.2f} {relative['factor']:>8.2f} "
             f"{sum(relative.values()):>6.2f} {row['difference_to_first']:>10.1e} {row['difference_to_local']:>10.1e}"
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"settings": vars(arguments), "rows": rows}, indent=1, default=str))
+    write_json(arguments.json, {"settings": vars(arguments), "rows": rows})
 
 
 if __name__ == "__main__":

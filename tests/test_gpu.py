@@ -12,11 +12,9 @@ import pytest
 import torch
 
 from eckart.lowrank import Factors, pivoting
+from places import BENCHMARKS
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-from gpu_checks import CHECKS, failures  # noqa: E402 (benchmarks are no package)
+from gpu_checks import CHECKS, failures  # isort: skip (places says where it is)
 
 CUDA = torch.device("cuda")
 

