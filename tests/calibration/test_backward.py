@@ -18,14 +18,20 @@ from tiny import BLOCKS, CONFIGS, REFUSED_CONFIGS, tiny_model, tiny_tokens
 NAMES = [name for name in CONFIGS if name not in REFUSED_CONFIGS]
 
 
-def check_sweep(folder: Path, padded: bool, first: int = 0, tolerance: float = 1e-4) -> None:
+def check_sweep(
+    folder: Path,
+    padded: bool,
+    first: int = 0,
+    tolerance: float = 1e-4,
+    needs: frozenset[str] = GRADIENT_STATISTICS,
+) -> None:
     """Both ways, on the model in the folder."""
     skeleton, model = Skeleton(folder / "model"), eckart.load_model(folder / "model")
     tokens = tiny_tokens(5, 14, padded=padded)
     sites = [site for site in find_sites(model) if site.block >= first]
-    sweep = Sweep(skeleton, tokens, sites, GRADIENT_STATISTICS, folder / "sweep")
+    sweep = Sweep(skeleton, tokens, sites, needs, folder / "sweep")
     sweep.run()
-    expected = collect_gradients(model, tokens, sites, GRADIENT_STATISTICS)
+    expected = collect_gradients(model, tokens, sites, needs)
     for number in range(first, BLOCKS):
         statistics = sweep.read(number)
         assert statistics.keys() == {site.name for site in sites if site.block == number}
@@ -37,9 +43,7 @@ def check_sweep(folder: Path, padded: bool, first: int = 0, tolerance: float = 1
                     moments.sums[statistic], value, rtol=tolerance, atol=tolerance * scale, msg=f"{name}: {statistic}"
                 )
     assert all(parameter.device.type == "meta" for parameter in skeleton.blocks.parameters())
-    assert sorted(place.suffix for place in (folder / "sweep").iterdir()) == [".json"] + [".safetensors"] * (
-        BLOCKS - first
-    )
+    assert [place.suffix for place in (folder / "sweep").iterdir()] == [".safetensors"] * (BLOCKS - first)
 
 
 @pytest.mark.parametrize("model_type", NAMES)
@@ -53,6 +57,12 @@ def test_every_family(tmp_path: Path, model_type: str) -> None:
 def test_heads_and_padding(tmp_path: Path, model_type: str, head: str, first: int) -> None:
     tiny_model(model_type, head=head).save_pretrained(tmp_path / "model")
     check_sweep(tmp_path, padded=True, first=first)
+
+
+@pytest.mark.parametrize(("model_type", "head"), [("llama", "causal"), ("bert", "masked"), ("bert", "classifier")])
+def test_covariances_alone_take_samples_together(tmp_path: Path, model_type: str, head: str) -> None:
+    tiny_model(model_type, head=head).save_pretrained(tmp_path / "model")
+    check_sweep(tmp_path, padded=False, needs=frozenset({"gradient_covariance"}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

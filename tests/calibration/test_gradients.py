@@ -12,17 +12,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from eckart.calibration import gradients
 from eckart.calibration.cache import read_gradients, read_making, write_gradients
-from eckart.calibration.gradients import MASKED_SHARE, collect_gradients, record_squares, sample_loss
+from eckart.calibration.gradients import MASKED_SHARE, Loss, collect_gradients, record_squares
 from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments
-from eckart.lowrank.moments import GRADIENT_STATISTICS
+from eckart.lowrank.moments import FISHER, GRADIENT_STATISTICS
 from eckart.models.families import FAMILIES
 from eckart.models.sites import find_sites
-from tiny import ENCODERS, MASK, logits_of, relative, tiny_model, tiny_tokens
+from tiny import ENCODERS, MASK, VOCABULARY, logits_of, relative, tiny_model, tiny_tokens
 
 IGNORED = -100  # labels that transformers leaves out of a loss
-FISHER = frozenset({"fisher_in", "fisher_out"})
+COVARIANCE = frozenset({"gradient_covariance"})
 
 
 def losses(model: PreTrainedModel, tokens: Tokens) -> Iterator[tuple[Tensor, int]]:
@@ -108,43 +109,117 @@ def test_the_same_tokens_are_masked_in_every_run() -> None:
 # The loss of one sample
 
 
-def seen_by(model: PreTrainedModel) -> list[Tensor]:
-    seen: list[Tensor] = []
-    model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"].clone()), with_kwargs=True)
-    return seen
-
-
 def test_masked_models_are_asked_for_fifteen_per_cent() -> None:
-    model, generator = tiny_model("bert"), torch.Generator().manual_seed(1)
-    seen, asked, total = seen_by(model), 0, 0
-    for number in range(40):
-        ids = tiny_tokens(1, 50, seed=number).ids
-        _, scored = sample_loss(model, ids, MASK, generator)
-        masked = seen[-1] == MASK
-        assert scored == int(masked.sum()) >= 1
-        assert torch.equal(seen[-1][~masked], ids[~masked])
-        asked, total = asked + scored, total + ids.numel()
+    loss, asked, total = Loss(tiny_model("bert"), MASK), 0, 0
+    for number in range(20):
+        ids = tiny_tokens(2, 50, seed=number).ids
+        batch = loss.ask(ids)
+        assert batch.targets is not None
+        masked = batch.read == MASK
+        assert batch.scored == masked.sum(1).tolist()
+        assert min(batch.scored) >= 1
+        assert torch.equal(batch.read[~masked], ids[~masked])
+        assert torch.equal(batch.targets, ids.masked_fill(~masked, IGNORED))
+        asked, total = asked + sum(batch.scored), total + ids.numel()
     assert 0.12 < asked / total < 0.18
 
 
 def test_a_short_sample_is_asked_for_one_token_at_least() -> None:
-    model = tiny_model("bert")
-    counts = {sample_loss(model, tiny_tokens(1, 2).ids, MASK, torch.Generator().manual_seed(n))[1] for n in range(20)}
-    assert min(counts) == 1
+    loss = Loss(tiny_model("bert"), MASK)
+    assert min(min(loss.ask(tiny_tokens(5, 2, seed=n).ids).scored) for n in range(8)) == 1
 
 
 def test_a_classifier_is_asked_for_its_own_labels() -> None:
+    """Its logits are here what comes into its last linear, so that the gradient tells which label was drawn."""
     model = tiny_model("bert", "classifier", num_labels=3)
     with torch.no_grad():
         model.classifier.weight.zero_()
         model.classifier.bias.copy_(torch.tensor([0.2, 0.5, 0.3]).log())
-    generator, ids = torch.Generator().manual_seed(0), tiny_tokens(1, 6).ids
-    drawn = [round(sample_loss(model, ids, MASK, generator)[0].neg().exp().item(), 4) for _ in range(300)]
-    assert {probability: abs(drawn.count(probability) / 300 - probability) < 0.1 for probability in set(drawn)} == {
-        0.2: True,
-        0.5: True,
-        0.3: True,
-    }
+    slopes: list[Tensor] = []
+    model.classifier.register_full_backward_pre_hook(lambda _module, outputs: slopes.append(outputs[0].clone()))
+    collect_gradients(model, tiny_tokens(300, 6), find_sites(model), COVARIANCE)
+    drawn = torch.cat(slopes)
+    assert drawn.shape == (300, 3)
+    labels = drawn.argmin(-1)
+    expected = torch.tensor([0.2, 0.5, 0.3]) - torch.eye(3)[labels]
+    torch.testing.assert_close(drawn, expected)
+    assert ((labels.bincount(minlength=3) / 300) - torch.tensor([0.2, 0.5, 0.3])).abs().max() < 0.1
+
+
+# Together, and without gradients of weights
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("model_type", "head"),
+    [*((name, None) for name in FAMILIES), ("bert", "classifier"), ("llama", "classifier"), ("modernbert", None)],
+)
+def test_samples_together_are_samples_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, model_type: str, head: str | None, padded: bool
+) -> None:
+    """The same masks and labels are drawn, and each token has its own sample's gradient."""
+    model, tokens = tiny_model(model_type, head), tiny_tokens(5, 10)
+    if padded:  # rows of two lengths, some of them next to their like
+        tokens.mask[[0, 1, 3], 7:] = False
+    sites, before = find_sites(model), tiny_tokens(2, 9, seed=1)
+    alone = collect_gradients(model, tokens, sites, GRADIENT_STATISTICS, after=before)
+    rows = seen_rows(model)
+    together = collect_gradients(model, tokens, sites, COVARIANCE, after=before)
+    assert max(rows) == (2 if padded else 5)
+    monkeypatch.setattr(gradients, "LOGITS", 4 * VOCABULARY * 3)  # three tokens through the head at a time
+    monkeypatch.setattr(gradients, "ACTIVATIONS", 1)
+    parts = collect_gradients(model, tokens, sites, COVARIANCE, after=before)
+    for name, moments in alone.items():
+        assert moments.keeps_fisher
+        for other in (together[name], parts[name]):
+            assert not other.keeps_fisher
+            assert (other.examples, other.tokens) == (0, moments.tokens)
+            assert relative(other.gradient_covariance, moments.gradient_covariance) < 1e-5, name
+
+
+def seen_rows(model: PreTrainedModel) -> list[int]:
+    """The number of rows in each batch that the first linear reads, as they are read."""
+    rows: list[int] = []
+    first = model.get_submodule(find_sites(model)[0].name)
+    first.register_forward_hook(lambda _module, _args, output: rows.append(len(output)))
+    return rows
+
+
+def test_a_classifier_without_a_token_for_padding_reads_one_sample_at_a_time() -> None:
+    model = tiny_model("llama", "classifier", pad_token_id=None)
+    rows = seen_rows(model)
+    collect_gradients(model, tiny_tokens(4, 8), find_sites(model), COVARIANCE)
+    assert rows == [1, 1, 1, 1]
+
+
+def test_a_backward_pass_ends_at_the_first_site() -> None:
+    """Covariances need no gradient of a weight, nor any of what comes before the first site."""
+    model = tiny_model("llama")
+    reached: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(
+                lambda m, args, output, name=name: reached.append(name) if output.requires_grad else None
+            )
+            module.weight.register_hook(lambda gradient, name=name: pytest.fail(f"{name} has a gradient"))
+    sites = [site for site in find_sites(model) if site.block == 1]
+    collected = collect_gradients(model, tiny_tokens(2, 8), sites, COVARIANCE)
+    assert collected.keys() == {site.name for site in sites}
+    assert not any(name.startswith("model.layers.0.") for name in reached)
+    assert all(moments.gradient_covariance.any() for moments in collected.values())
+
+
+def test_a_block_may_change_what_its_first_linears_give_in_place() -> None:
+    model = tiny_model("llama")
+    expected = collect_gradients(model, tiny_tokens(2, 8), find_sites(model), COVARIANCE)
+    for role in ("q_proj", "k_proj"):  # scores are the same if one is doubled and the other halved
+        factor = 2.0 if role == "q_proj" else 0.5
+        module = model.model.layers[0].self_attn.get_submodule(role)
+        module.register_forward_hook(lambda _m, _a, output, factor=factor: output.mul_(factor))
+        module.weight.data /= factor
+    changed = collect_gradients(model, tiny_tokens(2, 8), find_sites(model), COVARIANCE)
+    name = "model.layers.2.mlp.down_proj"
+    assert relative(changed[name].gradient_covariance, expected[name].gradient_covariance) < 1e-4
 
 
 # Recorded while a model is trained

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eckart.lowrank import GradientMoments, InputMoments, Moments, moments
 from eckart.lowrank.float32 import full_float32
-from eckart.lowrank.moments import CHUNK_ROWS, GRADIENT_STATISTICS, INPUT_STATISTICS
+from eckart.lowrank.moments import CHUNK_ROWS, FISHER, GRADIENT_STATISTICS, INPUT_STATISTICS
 
 from .reference import Layer, laws, layers, make_layer
 
@@ -118,10 +118,36 @@ def test_every_named_statistic_can_be_asked_for_alone(name: str) -> None:
 def test_every_named_gradient_statistic_can_be_asked_for_alone(name: str) -> None:
     layer = make_layer(3, 4, 10)
     moments = GradientMoments(3, 4, {name})
-    moments.update_fisher(layer.dw[0])
     if name == "gradient_covariance":
         moments.update_covariance(layer.dy, None)
+        with pytest.raises(ValueError, match="for the statistics fisher_in and fisher_out, and only for them"):
+            moments.update_fisher(layer.dw[0])
+    else:
+        moments.update_fisher(layer.dw[0])
     assert getattr(moments, name).abs().sum() > 0
+    assert moments.sums.keys() == (FISHER if name in FISHER else {name})
+    again = GradientMoments.from_state(moments.examples, moments.tokens, moments.sums)
+    assert_equal(again, moments)
+    assert not again.are_zero
+
+
+def test_a_gradient_covariance_is_summed_in_float32_in_halves() -> None:
+    """Wider than the columns that are multiplied at a time, over many batches: within 1e-6 of a sum in float64."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(0, -6, 700)
+    moments, exact = GradientMoments(700, 4, {"gradient_covariance"}), torch.zeros(700, 700, dtype=torch.float64)
+    for _ in range(60):
+        rows = torch.randn(150, 700, generator=generator) * scales
+        moments.update_covariance(rows, None)
+        exact += rows.double().T @ rows.double()
+    assert not moments._sums["gradient_covariance"][600:, :500].any()  # not multiplied: mirrored when it is read
+    covariance = moments.gradient_covariance
+    assert moments.sums["gradient_covariance"].dtype == torch.float32
+    assert covariance.dtype == torch.float64
+    assert torch.equal(covariance, covariance.T)
+    # Of the size of the two outputs, so that the faintest one counts as the strongest.
+    size = exact.diagonal().sqrt()
+    assert ((covariance * moments.tokens - exact) / torch.outer(size, size)).abs().max() < 1e-6
 
 
 # How the stream is cut does not matter

@@ -7,24 +7,30 @@ inputs. The sums are those of `gradients.collect_gradients`, which has the whole
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from eckart.calibration.cache import is_sound, read_gradients, write_gradients
 from eckart.calibration.doors import Spill, whole_doors
-from eckart.calibration.gradients import place_sums, sample_input, sample_loss, watching
-from eckart.calibration.walk import Walk, hidden_of, standing_in
+from eckart.calibration.gradients import (
+    Batch,
+    Loss,
+    gradient_of,
+    place_sums,
+    rows_of_one_length,
+    rows_together,
+    watching,
+)
+from eckart.calibration.walk import Walk, hidden_of
 from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments
 from eckart.models.shards import Skeleton
 from eckart.models.sites import Site
-from eckart.support.files import write_whole
 from eckart.support.precision import in_float32
 from eckart.support.progress import Track, silent
 
@@ -51,8 +57,8 @@ class Sweep:
     ) -> None:
         self.skeleton, self.tokens, self.sites, self.needs = skeleton, tokens, sites, needs
         self.folder, self.track = folder, track
-        # One sample at a time, without its padding: the square is of one sample's gradient.
-        self.samples = [ids[mask][None] for ids, mask in tokens.batches(1)]
+        # Batches of samples without their padding; of one each where the square of a sample's gradient is needed.
+        self.batches = rows_of_one_length(tokens, rows_together(skeleton.model, needs))
         self.first = min(site.block for site in sites)
 
     def run(self) -> None:
@@ -71,15 +77,16 @@ class Sweep:
         with in_float32(self.skeleton.model, FLOAT16):  # gradients in float16 would underflow to zero
             door = max(whole_doors(doors), default=None)
             count, device = len(self.skeleton.blocks), self.skeleton.device
-            held = Spill(doors, len(self.samples), door=door, device=device)
+            held = Spill(doors, len(self.batches), door=door, device=device)
             door_above = min(whole_doors(above), default=None)
-            back = Spill(above, len(self.samples), first=count, door=door_above, step=-1, device=device)
-            walk = self._forward(held, door)
+            back = Spill(above, len(self.batches), first=count, door=door_above, step=-1, device=device)
+            loss = Loss(self.skeleton.model, self.tokens.mask_token)
+            asked = [loss.ask(ids) for ids in self.batches]
+            walk = self._forward(asked, held, door)
             if back.door > count:
-                self._head(walk, back)
-            scored = json.loads(self._scored.read_text(encoding="utf-8"))
+                self._head(loss, asked, walk, back)
             for number in range(back.door - 1, self.first - 1, -1):
-                self._backward(number, walk, held, back, scored)
+                self._backward(number, asked, walk, held, back)
         for folder in (above, doors):
             shutil.rmtree(folder)
 
@@ -90,51 +97,37 @@ class Sweep:
     def _file(self, number: int) -> Path:
         return self.folder / f"block-{number:03d}.safetensors"
 
-    @property
-    def _scored(self) -> Path:
-        """How many tokens each sample's loss is a mean over."""
-        return self.folder / "scored.json"
-
-    def _forward(self, held: Spill, start: int | None) -> Walk:
+    def _forward(self, asked: Sequence[Batch], held: Spill, start: int | None) -> Walk:
         """The hidden states of every sample at every door; `start`: the last one on disk, None where there is none."""
-        model, generator = self.skeleton.model, torch.Generator().manual_seed(0)
-        read = [sample_input(model, ids, self.tokens.mask_token, generator) for ids in self.samples]
-        batches = [(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in read]
+        batches = [(batch.read, torch.ones_like(batch.read, dtype=torch.bool)) for batch in asked]
         with self._resident(0):  # it runs once, to show the form of its output
-            walk = Walk(model, batches, self.track, held=held, start=start)
+            walk = Walk(self.skeleton.model, batches, self.track, held=held, start=start)
         while walk.next < len(self.skeleton.blocks):
             with self._resident(walk.next):
                 walk.skip(walk.next)
         return walk
 
-    def _head(self, walk: Walk, back: Spill) -> None:
+    def _head(self, loss: Loss, asked: Sequence[Batch], walk: Walk, back: Spill) -> None:
         """The gradient of every sample's loss at the last door."""
-        model, generator, counts = self.skeleton.model, torch.Generator().manual_seed(0), []
-        with watching(model, {}):
-            for index, ids in self.track(enumerate(self.samples), "loss", len(self.samples)):
-                hidden = walk.held.read(index).requires_grad_()
-                with torch.enable_grad(), standing_in(self.skeleton.blocks, hidden, walk.tail):
-                    loss, scored = sample_loss(model, ids, self.tokens.mask_token, generator)
-                    loss.backward()
-                counts.append(scored)
-                back.write(index, _gradient(hidden))
-        write_whole(self._scored, json.dumps(counts))
+        with watching(self.skeleton.model, {}):
+            for index, batch in self.track(enumerate(asked), "loss", len(asked)):
+                back.write(index, loss.gradient(walk.held.read(index), walk.tail, batch))
         back.turn()
 
-    def _backward(self, number: int, walk: Walk, held: Spill, back: Spill, scored: Sequence[int]) -> None:
+    def _backward(self, number: int, asked: Sequence[Batch], walk: Walk, held: Spill, back: Spill) -> None:
         """The statistics of a block, and the gradient at its door."""
         sites = [site for site in self.sites if site.block == number]
         device = place_sums(self.skeleton.device, sites, self.needs)
         collected = {site.name: GradientMoments(site.d_out, site.d_in, self.needs, device=device) for site in sites}
         with self._resident(number) as block, watching(self.skeleton.model, collected) as scale:
-            for index in self.track(range(len(self.samples)), f"block {number}: gradients", len(self.samples)):
+            for index, batch in self.track(enumerate(asked), f"block {number}: gradients", len(asked)):
                 args, kwargs = walk.calls[index][number]
                 hidden = held.read_at(number, index).requires_grad_()
-                scale.tokens = scored[index]
+                scale.scored = batch.scored
                 with torch.enable_grad():
                     output = hidden_of(block(hidden, *args, **kwargs))
                     output.backward(back.read(index).to(output))
-                back.write(index, _gradient(hidden))
+                back.write(index, gradient_of(hidden))
         if sites:
             write_gradients(self._file(number), collected)
         back.turn()
@@ -145,8 +138,3 @@ class Sweep:
         """The block in memory; in float32 where it is stored in float16."""
         with self.skeleton.resident(number) as block, in_float32(block, FLOAT16):
             yield block
-
-
-def _gradient(hidden: Tensor) -> Tensor:
-    assert hidden.grad is not None
-    return hidden.grad

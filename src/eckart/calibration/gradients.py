@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import cast
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from eckart.calibration.walk import Tail, hidden_of, standing_in, tail_of, without_cache
 from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments
-from eckart.models.sites import Site
+from eckart.lowrank.moments import FISHER
+from eckart.models.sites import Site, blocks_of, find_sites
 from eckart.support.precision import in_float32
 from eckart.support.progress import Track, silent
 
@@ -21,6 +26,10 @@ from eckart.support.progress import Track, silent
 MASKED_SHARE = 0.15
 # The target that cross_entropy ignores.
 UNSCORED = -100
+ONE_TOKEN = "a calibration sample of one token has no next token to predict"
+# Bytes of activations that are kept for one backward pass, and of logits that exist at a time.
+ACTIVATIONS = 2**30
+LOGITS = 2**27
 
 
 def collect_gradients(
@@ -32,12 +41,7 @@ def collect_gradients(
     after: Tokens | None = None,
     track: Track = silent,
 ) -> dict[str, GradientMoments]:
-    """Fisher sums and gradient covariances of every site, one sample at a time.
-
-    The loss is of one sample, averaged over its scored tokens:
-        causal language model: each next token;
-        masked language model: 15 % of the tokens, masked, the same ones in every run;
-        classifier: a label drawn from the model's own prediction (the true Fisher; calibration text has no labels).
+    """Fisher sums, where they are needed, and gradient covariances of every site; see `Loss` for what of.
 
     Args:
         needs: out of GRADIENT_STATISTICS.
@@ -47,19 +51,26 @@ def collect_gradients(
     Raises:
         ValueError: a model without a head, or a gradient that is not finite (names the site).
 
-    Cost: a forward and a backward pass per sample; memory of one weight's gradient at a time. Gradients in float16
-    would underflow to zero: such a model is in float32 meanwhile, and takes twice its memory.
+    Cost: a forward and a backward pass of each sample. Covariances alone need no gradient of a weight, and take short
+    samples together. Fisher sums need the gradients of one sample at a time, and memory of one weight's. Gradients in
+    float16 would underflow to zero: such a model is in float32 meanwhile, and takes twice its memory.
     """
+    if not sites:
+        return {}
     device = place_sums(model.device, sites, needs)
     collected = {site.name: GradientMoments(site.d_out, site.d_in, needs, device=device) for site in sites}
-    generator = torch.Generator().manual_seed(0)
+    loss = Loss(model, tokens.mask_token)
     if after is not None:
-        _draw_past(model, after, generator)
-    with in_float32(model, {torch.float16}), torch.enable_grad(), watching(model, collected) as scale_of:
-        for ids, mask in track(tokens.batches(1), "gradients", len(tokens)):
-            loss, scored = sample_loss(model, ids[mask][None], tokens.mask_token, generator)
-            scale_of.tokens = scored
-            loss.backward()
+        loss.draw_past(after)
+    with in_float32(model, {torch.float16}), watching(model, collected) as scale:
+        batches = rows_of_one_length(tokens, rows_together(model, needs))
+        for ids in track(batches, "gradients", len(batches)):
+            batch = loss.ask(ids)
+            with torch.enable_grad():
+                hidden, tail = _through_blocks(model, batch.read)
+            gradient = loss.gradient(hidden.detach(), tail, batch)
+            scale.scored = batch.scored
+            hidden.backward(gradient)
     return collected
 
 
@@ -70,35 +81,161 @@ def place_sums(device: torch.device | str, sites: Iterable[Site], needs: frozens
     """
     device = torch.device(device)
     size = sum(site.d_out**2 for site in sites) if "gradient_covariance" in needs else 0
-    if device.type == "cuda" and 8 * size <= torch.cuda.mem_get_info(device)[0] / 2:
+    if device.type == "cuda" and 4 * size <= torch.cuda.mem_get_info(device)[0] / 2:
         return device
     return torch.device("cpu")
 
 
-def _draw_past(model: PreTrainedModel, tokens: Tokens, generator: torch.Generator) -> None:
-    """Draw from `generator` what `sample_loss` would for each of these samples; that depends on shapes alone."""
-    kind = type(model).__name__
-    for mask in tokens.mask:
-        if "ForSequenceClassification" in kind:
-            torch.multinomial(torch.ones(1, int(model.config.num_labels or 0)), 1, generator=generator)
-        elif "ForMaskedLM" in kind:
-            torch.rand((1, int(mask.sum())), generator=generator)
+def rows_together(model: PreTrainedModel, needs: frozenset[str]) -> Callable[[int], int]:
+    """How many samples of a length may be in one backward pass: {length: rows}, by the memory of their activations.
 
-
-def sample_loss(
-    model: PreTrainedModel, ids: Tensor, mask_token: int | None, generator: torch.Generator
-) -> tuple[Tensor, int]:
-    """The loss of one sample (1, length) and the number of tokens or labels it is a mean over.
-
-    Raises:
-        ValueError: the model's class has no loss that this file knows.
+    One where the square of each one's gradient is needed; and of a decoder with a head for classes that has no token
+    for padding, which reads no more.
     """
-    ids = ids.to(model.device)
-    if "ForSequenceClassification" in type(model).__name__:
-        logits = model(input_ids=ids).logits.float()
-        label = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-        return nn.functional.cross_entropy(logits, label.to(logits.device)), 1
-    return language_loss(model, ids, torch.ones_like(ids, dtype=torch.bool), mask_token, generator)
+    alone = FISHER & needs or (_is_classifier(model) and model.config.get_text_config().pad_token_id is None)
+    # What is kept for the backward pass is about what the linears read and give.
+    size = sum(site.d_in + site.d_out for site in find_sites(model)) * torch.finfo(model.dtype).bits // 8
+    return lambda length: 1 if alone else max(1, ACTIVATIONS // (size * max(1, length)))
+
+
+def rows_of_one_length(tokens: Tokens, together: Callable[[int], int]) -> list[Int[Tensor, "rows length"]]:
+    """The samples in order, without their padding: those that follow each other and are of one length in one batch."""
+    batches: list[Tensor] = []
+    samples = [ids[mask] for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
+    for length, alike in groupby(samples, len):
+        batches += torch.stack([*alike]).split(together(length))
+    return batches
+
+
+def _through_blocks(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tail]:
+    """What the last block gives: the hidden states, and what comes after them."""
+    base, given = model.base_model, []
+    handle = blocks_of(model)[-1].register_forward_hook(lambda _module, _args, output: given.append(output))
+    try:
+        base(input_ids=ids, **without_cache(base))
+    finally:
+        handle.remove()
+    return hidden_of(given[0]), tail_of(given[0])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples of one length, without padding, as the model is asked for them.
+
+    Attributes:
+        read: what the model reads: the ids, some of them masked for a masked language model.
+        targets: the token to predict at each place, UNSCORED where there is none; None of a classifier.
+        scored: how many tokens or labels a sample's loss is a mean over, for each sample.
+    """
+
+    read: Int[Tensor, "rows length"]
+    targets: Int[Tensor, "rows length"] | None
+    scored: list[int]
+
+
+class Loss:
+    """The loss of calibration samples, in order, and its gradient:
+
+        causal language model: of each next token;
+        masked language model: of 15 % of the tokens, masked, the same ones in every run;
+        classifier: of a label drawn from the model's own prediction (the true Fisher; calibration text has no labels).
+
+    It is summed over tokens, so that the gradient at a token is that of its own sample, whatever samples are in the
+    batch with it.
+    """
+
+    def __init__(self, model: PreTrainedModel, mask_token: int | None) -> None:
+        self.model, self.mask_token = model, mask_token
+        self.generator = torch.Generator().manual_seed(0)
+
+    def draw_past(self, tokens: Tokens) -> None:
+        """Draw what would be drawn for these samples; that depends on shapes alone."""
+        for mask in tokens.mask:
+            if _is_classifier(self.model):
+                odds = torch.ones(1, int(self.model.config.num_labels or 0))
+                torch.multinomial(odds, 1, generator=self.generator)
+            elif _is_masked(self.model):
+                torch.rand((1, int(mask.sum())), generator=self.generator)
+
+    def ask(self, ids: Int[Tensor, "rows length"]) -> Batch:
+        """What the model is asked for in some samples. Draws the masks of a masked language model, row by row.
+
+        Raises:
+            ValueError: the model's class has no loss that this file knows, or there is nothing to predict.
+        """
+        ids = ids.to(self.model.device)
+        if _is_classifier(self.model):
+            return Batch(ids, None, [1] * len(ids))
+        if _is_masked(self.model):
+            kind, whole = type(self.model).__name__, torch.ones_like(ids[:1], dtype=torch.bool)
+            rows = [_mask_some(kind, row[None], whole, self.mask_token, self.generator) for row in ids]
+            read, drawn = (torch.cat(parts) for parts in zip(*rows, strict=True))
+            return Batch(read, ids.masked_fill(~drawn, UNSCORED), drawn.sum(1).tolist())
+        _check_loss(self.model)
+        if ids.shape[1] < 2:
+            raise ValueError(ONE_TOKEN)
+        targets = nn.functional.pad(ids[:, 1:], (0, 1), value=UNSCORED)
+        return Batch(ids, targets, [ids.shape[1] - 1] * len(ids))
+
+    def gradient(self, hidden: Float[Tensor, "rows length width"], tail: Tail, batch: Batch) -> Tensor:
+        """dLoss/d(hidden) at what the last block gives. Draws the labels of a classifier, row by row.
+
+        Of a language model the places that are scored go through the head alone, some at a time: what follows the
+        last block, the final norm and the head, works on each token by itself.
+
+        Args:
+            tail: what the last block gives after the hidden states.
+        """
+        if batch.targets is None:
+            with self._head(hidden, tail, batch.read) as (leaf, logits):
+                odds = logits.detach().float().softmax(-1)
+                labels = torch.cat([torch.multinomial(row[None], 1, generator=self.generator) for row in odds.cpu()])
+                slope = odds.scatter_add(-1, labels.to(odds.device), torch.full_like(odds, -1.0))
+                logits.backward(slope.to(logits))
+            return gradient_of(leaf)
+        gradient = torch.zeros_like(hidden).flatten(0, 1)
+        places = (batch.targets.flatten() != UNSCORED).nonzero()[:, 0]
+        vocabulary = cast(nn.Embedding, self.model.get_input_embeddings()).num_embeddings
+        together = min(hidden.shape[1], max(1, LOGITS // (4 * vocabulary)))
+        for some in places.split(together):
+            # As one sample, which is no longer than those that the model was given.
+            rows, ids = (whole.flatten(0, 1)[some][None] for whole in (hidden, batch.read))
+            with self._head(rows, tail, ids) as (leaf, logits):
+                slope = logits.detach().float().softmax(-1)
+                slope[0, torch.arange(len(some)), batch.targets.flatten()[some]] -= 1
+                logits.backward(slope.to(logits))
+            gradient[some] = gradient_of(leaf)[0]
+        return gradient.view_as(hidden)
+
+    @contextmanager
+    def _head(self, hidden: Tensor, tail: Tail, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(the hidden states as a leaf, the logits that the model makes of them)."""
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad(), standing_in(blocks_of(self.model), leaf, tail):
+            yield leaf, self.model(input_ids=ids, **without_cache(self.model)).logits
+
+
+def gradient_of(leaf: Tensor) -> Tensor:
+    """The gradient that a backward pass left at a tensor."""
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def _is_classifier(model: PreTrainedModel) -> bool:
+    return "ForSequenceClassification" in type(model).__name__
+
+
+def _is_masked(model: PreTrainedModel) -> bool:
+    return "ForMaskedLM" in type(model).__name__
+
+
+def _check_loss(model: PreTrainedModel) -> None:
+    """Raises ValueError where this file knows no loss of the model."""
+    if not model.can_generate():
+        raise ValueError(
+            f"{type(model).__name__} has no loss to take gradients of; load the model with a language-modelling or "
+            "classification head"
+        )
 
 
 def language_loss(
@@ -116,33 +253,22 @@ def language_loss(
     Raises:
         ValueError: the model's class has no loss that this file knows, or there is nothing to predict.
     """
-    kind = type(model).__name__
     ids, mask = ids.to(model.device), mask.to(model.device)
     attention_mask = None if bool(mask.all()) else mask.long()
-    if "ForMaskedLM" in kind:
-        masked, drawn = _mask_some(kind, ids, mask, mask_token, generator)
+    if _is_masked(model):
+        masked, drawn = _mask_some(type(model).__name__, ids, mask, mask_token, generator)
         logits = model(input_ids=masked, attention_mask=attention_mask).logits.float()
         return nn.functional.cross_entropy(logits[drawn], ids[drawn]), int(drawn.sum())
-    if model.can_generate():
-        scored = mask[:, :-1] & mask[:, 1:]
-        if not scored.any():
-            raise ValueError("a calibration sample of one token has no next token to predict")
-        logits = model(input_ids=ids, attention_mask=attention_mask).logits[:, :-1].float()
-        targets = ids[:, 1:].masked_fill(~scored, UNSCORED)
-        # The same mean either way. A GPU is slow where the classes are not next to each other in memory.
-        rows = (logits.flatten(0, 1), targets.flatten()) if logits.is_cuda else (logits.transpose(1, 2), targets)
-        return nn.functional.cross_entropy(*rows, ignore_index=UNSCORED), int(scored.sum())
-    raise ValueError(
-        f"{kind} has no loss to take gradients of; load the model with a language-modelling or classification head"
-    )
-
-
-def sample_input(model: PreTrainedModel, ids: Tensor, mask_token: int | None, generator: torch.Generator) -> Tensor:
-    """What `sample_loss` has the model read of a sample (1, length), for a generator in the same state."""
-    kind = type(model).__name__
-    if "ForMaskedLM" in kind:
-        return _mask_some(kind, ids, torch.ones_like(ids, dtype=torch.bool), mask_token, generator)[0]
-    return ids
+    _check_loss(model)
+    scored = mask[:, :-1] & mask[:, 1:]
+    if not scored.any():
+        raise ValueError(ONE_TOKEN)
+    logits = model(input_ids=ids, attention_mask=attention_mask).logits.float()
+    targets = nn.functional.pad(ids[:, 1:].masked_fill(~scored, UNSCORED), (0, 1), value=UNSCORED)
+    # Every place, the last ones unscored, so that nothing is copied and the classes are next to each other in memory:
+    # else the softmax is slow, and on a CPU ten times less exact.
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=UNSCORED)
+    return loss, int(scored.sum())
 
 
 def _mask_some(
@@ -184,7 +310,7 @@ def record_squares(model: PreTrainedModel, recorded: Mapping[str, GradientMoment
         for name, moments in recorded.items():
             module = model.get_submodule(name)
             weight: nn.Parameter = module.weight  # type: ignore[assignment]
-            hook = _fisher_hook(name, module, moments, clear=False)
+            hook = _fisher_hook(name, module, moments)
             handles.append(weight.register_post_accumulate_grad_hook(hook))
         yield
     finally:
@@ -193,30 +319,34 @@ def record_squares(model: PreTrainedModel, recorded: Mapping[str, GradientMoment
 
 
 class Scale:
-    """Tokens in the mean of the current loss: per-token gradients are of the sum."""
+    """Tokens in each sample's loss: a weight's gradient is of their mean, those at outputs are of their sum."""
 
-    tokens: int = 1
+    scored: Sequence[int] = (1,)
 
 
 @contextmanager
-def watching(model: PreTrainedModel, collected: dict[str, GradientMoments]) -> Iterator[Scale]:
-    """Inside, only the sites' weights have gradients; each is added to its moments and freed as soon as it exists."""
+def watching(model: PreTrainedModel, collected: Mapping[str, GradientMoments]) -> Iterator[Scale]:
+    """Inside, backward passes of a loss that is a sum over tokens add to the sites' moments.
+
+    Only the weights whose Fisher sums are kept have gradients; each is freed as soon as it was added. Without any, a
+    backward pass ends at the first sites' outputs.
+    """
     scale = Scale()
-    modules = {name: model.get_submodule(name) for name in collected}
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     handles = []
     try:
         for parameter in before:
             parameter.requires_grad_(False)
             parameter.grad = None
-        for name, module in modules.items():
-            weight: nn.Parameter = module.weight  # type: ignore[assignment]
-            weight.requires_grad_(True)
-            handles.append(
-                weight.register_post_accumulate_grad_hook(_fisher_hook(name, module, collected[name], clear=True))
-            )
-            if "gradient_covariance" in collected[name].sums:
-                handles.append(module.register_forward_hook(_covariance_hook(name, collected[name], scale)))
+        for name, moments in collected.items():
+            module = model.get_submodule(name)
+            if moments.keeps_fisher:
+                weight: nn.Parameter = module.weight  # type: ignore[assignment]
+                weight.requires_grad_(True)
+                hook = _fisher_hook(name, module, moments, scale=scale)
+                handles.append(weight.register_post_accumulate_grad_hook(hook))
+            if moments.keeps_covariance:
+                handles.append(module.register_forward_hook(_covariance_hook(name, moments)))
         yield scale
     finally:
         for handle in handles:
@@ -226,30 +356,40 @@ def watching(model: PreTrainedModel, collected: dict[str, GradientMoments]) -> I
             parameter.grad = gradient
 
 
-def _fisher_hook(name: str, module: nn.Module, moments: GradientMoments, *, clear: bool) -> Callable[[Tensor], None]:
-    """Adds the square of a weight's gradient, as of a (d_out, d_in) weight; `clear` frees the gradient then."""
+def _fisher_hook(
+    name: str, module: nn.Module, moments: GradientMoments, *, scale: Scale | None = None
+) -> Callable[[Tensor], None]:
+    """Adds the square of a weight's gradient, as of a (d_out, d_in) weight.
+
+    Args:
+        scale: of a loss that is one sample's sum over tokens, for the gradient of the mean, which is freed then. None:
+            the gradient is taken as it is, and stays.
+    """
 
     def add(parameter: Tensor) -> None:
         assert parameter.grad is not None
         gradient = parameter.grad.mT if isinstance(module, Conv1D) else parameter.grad
         try:
-            moments.update_fisher(gradient)
+            moments.update_fisher(gradient if scale is None else gradient / scale.scored[0])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        if clear:
+        if scale is not None:
             parameter.grad = None
 
     return add
 
 
-def _covariance_hook(name: str, moments: GradientMoments, scale: Scale) -> Callable[..., None]:
+def _covariance_hook(name: str, moments: GradientMoments) -> Callable[..., Tensor]:
     def add(gradient: Tensor) -> None:
         try:
-            moments.update_covariance(gradient * scale.tokens, None)
+            moments.update_covariance(gradient, None)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
-    def watch(_module: nn.Module, _args: object, output: Tensor) -> None:
+    def watch(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+        if not output.requires_grad:  # nothing before it has a gradient: the backward pass ends here
+            output = output.detach().requires_grad_().clone()  # blocks may change what is no leaf in place
         output.register_hook(add)
+        return output
 
     return watch

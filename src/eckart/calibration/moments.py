@@ -27,7 +27,7 @@ from eckart.support.fingerprint import describe_architecture, hash_weights
 from eckart.support.progress import Track, silent
 
 # Number of this layout and of the way moments are taken; part of every digest, so that a change reuses nothing.
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)

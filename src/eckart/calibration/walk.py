@@ -60,8 +60,7 @@ def record_each(
         ValueError: the blocks are not called once each, in order.
     """
     base, blocks = model.base_model, blocks_of(model)
-    accepted = inspect.signature(base.forward).parameters
-    options = {"use_cache": False} if "use_cache" in accepted else {}
+    options = without_cache(base)
     for ids, mask in track(batches, "embedding", len(batches)):
         with _recording(blocks) as (calls, tails):
             # A mask that hides nothing is left out: the attention kernels then need no mask tensor at all.
@@ -92,7 +91,7 @@ def _recording(
             calls.append((index, hidden, rest, kwargs))
             if not tails:
                 output = forward(hidden, *rest, **kwargs)
-                tails.append(tuple(output[1:]) if isinstance(output, tuple | list) else None)
+                tails.append(tail_of(output))
             return hidden if tails[0] is None else (hidden, *tails[0])
 
         return note
@@ -163,6 +162,16 @@ def not_of_tokens(name: str, what: str) -> ValueError:
 def hidden_of(output: Any) -> Tensor:
     """The hidden states in a block's output."""
     return output[0] if isinstance(output, tuple | list) else output
+
+
+def tail_of(output: Any) -> Tail:
+    """What a block's output has after the hidden states."""
+    return tuple(output[1:]) if isinstance(output, tuple | list) else None
+
+
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """The argument by which a model keeps no keys and values of what it reads; none of one that never does."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 class Walk:

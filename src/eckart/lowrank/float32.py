@@ -70,11 +70,19 @@ def is_fast_in_float64(device: torch.device) -> bool:
 
 
 def add_gram(total: Float[Tensor, "d d"], rows: Float[Tensor, "n d"]) -> None:
-    """Add rows^T rows to the upper block triangle of `total`, in place. `mirror` makes it whole."""
-    columns = COLUMNS if total.device.type == "cpu" else GPU_COLUMNS
+    """Add rows^T rows to the upper block triangle of `total`, in place. `mirror` makes it whole.
+
+    Products are taken where the rows are; `total` may be in main memory, and of another float type.
+    """
+    columns = COLUMNS if rows.device.type == "cpu" else GPU_COLUMNS
+    alike = (rows.dtype, rows.device) == (total.dtype, total.device)
     for start in range(0, len(total), columns):
         stop = start + columns
-        total[start:stop, start:] += inner_product(rows[:, start:stop], rows[:, start:])
+        first, second = rows[:, start:stop], rows[:, start:]
+        if alike:  # no product of its own in memory
+            total[start:stop, start:].addmm_(first.T, second)
+        else:
+            total[start:stop, start:] += inner_product(first, second).to(total.device)
 
 
 def is_multiplied_exactly(x: Tensor) -> bool:

@@ -1,6 +1,8 @@
 """Moments: what calibration remembers of a layer's inputs and of the loss gradient at its outputs.
 
-All statistics are running sums in float64, so that streams can be cut anywhere, merged with `+`, and normalised last.
+All statistics are running sums, so that streams can be cut anywhere, merged with `+`, and normalised last. They are in
+float64, but for gradient covariances, which are in float32: those are shrunk by a hundredth or more before they are
+used, and there is one for each linear.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ NORMALISED_ROWS = 1024
 # Rows whose sizes are summed at a time: a copy of them fits a cache, one of all would be fetched from the system anew.
 SIZED_ROWS = 512
 # Square sums that are symmetric; of these only the upper block triangle is added to, and mirrored when they are read.
-SYMMETRIC = ("second_moment", "reference_second_moment")
+SYMMETRIC = ("second_moment", "reference_second_moment", "gradient_covariance")
 
 # What a method may ask for. The first group is of a layer's input and is shared by every layer that reads the same
 # tensor; the second is of one layer and needs backward passes.
 INPUT_STATISTICS = frozenset({"mean", "abs_mean", "second_moment", "cross_moment"})
-GRADIENT_STATISTICS = frozenset({"fisher_in", "fisher_out", "gradient_covariance"})
+FISHER = frozenset({"fisher_in", "fisher_out"})
+GRADIENT_STATISTICS = FISHER | {"gradient_covariance"}
 
 
 class InputMoments:
@@ -257,7 +260,10 @@ class GradientMoments:
     One `update_fisher` per example: the square is of one example's gradient, so batching examples would change F.
 
     Args:
+        needs: names out of GRADIENT_STATISTICS; the two Fisher sums are kept together.
         device: where the sums are; default main memory.
+
+    Memory: d_out^2 float32 for gradient_covariance; float64 where the gradients are.
     """
 
     def __init__(
@@ -273,24 +279,45 @@ class GradientMoments:
             raise ValueError(f"not statistics of a gradient: {sorted(unknown)}; known: {sorted(GRADIENT_STATISTICS)}")
         self.examples = 0
         self.tokens = 0
-        self.sums: dict[str, Tensor] = {
-            "fisher_in": torch.zeros(d_in, dtype=torch.float64, device=device),
-            "fisher_out": torch.zeros(d_out, dtype=torch.float64, device=device),
-        }
+        self._mirrored = True
+        self._sums: dict[str, Tensor] = {}
+        if FISHER & needs:
+            self._sums["fisher_in"] = torch.zeros(d_in, dtype=torch.float64, device=device)
+            self._sums["fisher_out"] = torch.zeros(d_out, dtype=torch.float64, device=device)
         if "gradient_covariance" in needs:
-            self.sums["gradient_covariance"] = torch.zeros(d_out, d_out, dtype=torch.float64, device=device)
+            self._sums["gradient_covariance"] = torch.zeros(d_out, d_out, device=device)
+
+    @property
+    def keeps_fisher(self) -> bool:
+        """Whether the Fisher sums are kept."""
+        return "fisher_out" in self._sums
+
+    @property
+    def keeps_covariance(self) -> bool:
+        """Whether the gradient covariance is kept."""
+        return "gradient_covariance" in self._sums
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """The running sums by name, whole. The covariance is written in its upper half only until it is asked for."""
+        if not self._mirrored:
+            mirror(self._sums["gradient_covariance"])
+            self._mirrored = True
+        return self._sums
 
     def update_fisher(self, gradient: Float[Tensor, "out in"]) -> None:
         """Add one example's dLoss/dW, in place.
 
         Raises:
-            ValueError: an entry is not finite.
+            ValueError: an entry is not finite, or the Fisher sums are not kept.
         """
+        if not self.keeps_fisher:
+            raise ValueError("gradients of a weight are for the statistics fisher_in and fisher_out, and only for them")
         square = gradient.detach().float().square()
         for axis, name in enumerate(("fisher_in", "fisher_out")):
-            self.sums[name] += square.sum(axis, dtype=torch.float64).to(self.sums[name].device)
+            self._sums[name] += square.sum(axis, dtype=torch.float64).to(self._sums[name].device)
         self.examples += 1
-        if not torch.isfinite(self.sums["fisher_out"]).all():
+        if not torch.isfinite(self._sums["fisher_out"]).all():
             raise ValueError("a gradient is not finite; the model is broken or overflows in its stored type")
 
     def update_covariance(self, gradients: Float[Tensor, "*batch out"], mask: Bool[Tensor, "*batch"] | None) -> None:
@@ -298,16 +325,23 @@ class GradientMoments:
 
         Raises:
             ValueError: an entry is not finite, or gradient_covariance is not kept.
+
+        Cost: n d_out (d_out + 512) operations.
         """
-        if "gradient_covariance" not in self.sums:
+        if not self.keeps_covariance:
             raise ValueError("per-token gradients are for the statistic gradient_covariance, and only for it")
-        rows, total = _rows(gradients, mask), self.sums["gradient_covariance"]
+        rows = _rows(gradients, mask)
         if not is_multiplied_exactly(rows):
             rows = _widened(rows)
+        if rows.dtype == torch.float64:
+            self._sums["gradient_covariance"] = self._sums["gradient_covariance"].double()
+        total = self._sums["gradient_covariance"]
         with exact_products(gradients):
-            total += inner_product(rows, rows).to(total.device)
+            for part in rows.split(CHUNK_ROWS):
+                add_gram(total, part)
+        self._mirrored = False
         self.tokens += len(rows)
-        if not torch.isfinite(self.sums["gradient_covariance"].diagonal()).all():
+        if not torch.isfinite(total.diagonal()).all():
             raise ValueError("a gradient is not finite; the model is broken or overflows in its stored type")
 
     def __add__(self, other: GradientMoments) -> GradientMoments:
@@ -320,16 +354,16 @@ class GradientMoments:
     @classmethod
     def from_state(cls, examples: int, tokens: int, sums: dict[str, Tensor]) -> GradientMoments:
         """The moments with these counts and `sums`, as read from a file."""
-        moments = cls(sums["fisher_out"].shape[0], sums["fisher_in"].shape[0], frozenset())
-        moments.examples, moments.tokens, moments.sums = examples, tokens, dict(sums)
+        moments = cls(0, 0, frozenset())
+        moments.examples, moments.tokens, moments._sums = examples, tokens, dict(sums)
         return moments
 
     @property
     def are_zero(self) -> bool:
         """Whether the gradient was zero on every token: nothing that the linear gives moves the loss."""
-        if self.tokens and "gradient_covariance" in self.sums:
-            return not bool(self.sums["gradient_covariance"].diagonal().any())
-        return self.examples > 0 and not bool(self.sums["fisher_out"].any())
+        if self.tokens and self.keeps_covariance:
+            return not bool(self._sums["gradient_covariance"].diagonal().any())
+        return self.examples > 0 and not bool(self._sums["fisher_out"].any())
 
     @property
     def members(self) -> tuple[GradientMoments, ...]:
@@ -349,9 +383,10 @@ class GradientMoments:
         return self._mean_of("gradient_covariance", self.tokens)
 
     def _mean_of(self, name: str, count: int) -> Tensor:
-        if name not in self.sums or count == 0:
+        """In float64."""
+        if name not in self._sums or count == 0:
             raise ValueError(f"{name} was not collected; calibrate with a method that needs it")
-        return self.sums[name] / count
+        return self.sums[name].double() / count
 
 
 @dataclass(frozen=True)

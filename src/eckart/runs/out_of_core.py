@@ -21,7 +21,7 @@ import torch
 from eckart.allocation import RankPlan, summarise
 from eckart.calibration.backward import Sweep
 from eckart.calibration.doors import Spill, whole_doors
-from eckart.calibration.moments import BlockCalibration, check_readable, recorded_gradients
+from eckart.calibration.moments import FORMAT, BlockCalibration, check_readable, recorded_gradients
 from eckart.calibration.walk import Walk
 from eckart.compression.cuts import CutRequest, FactorRequest
 from eckart.compression.replace import CompressionReport, SiteReport, place
@@ -244,7 +244,7 @@ class _Compression:
             return recorded_gradients(locate(self.recipe.model), self.planned)
         assert self.tokens is not None
         start = time.perf_counter()
-        settings = {"needs": sorted(needs), "sites": [site.name for site in self.planned]}
+        settings = {"format": FORMAT, "needs": sorted(needs), "sites": [site.name for site in self.planned]}
         folder = self._folder("gradients", settings)
         sweep = Sweep(self.skeleton, self.tokens, self.planned, needs, folder, track=self.how.track)
         sweep.run()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import eckart
 from eckart.allocation import plan
-from eckart.calibration.gradients import language_loss, sample_loss
+from eckart.calibration.gradients import language_loss
 from eckart.calibration.moments import calibrate
 from eckart.compression.replace import compress
 from eckart.compression.tuning.recovery import Recovery, Samples
@@ -115,21 +115,10 @@ def test_settings_that_take_no_step_are_refused(wrong: dict[str, Any]) -> None:
 # The loss of a batch
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "bert", "roberta"])
-def test_a_batch_without_padding_of_one_row_is_a_sample(model_type: str) -> None:
-    model, tokens = tiny_model(model_type), tiny_tokens(3, 10)
-    for row in tokens.ids:
-        one, two = (torch.Generator().manual_seed(1) for _ in range(2))
-        expected = sample_loss(model, row[None], MASK, one)
-        result = language_loss(model, row[None], torch.ones(1, 10, dtype=torch.bool), MASK, two)
-        assert torch.equal(result[0], expected[0])
-        assert result[1] == expected[1]
-
-
 def test_padding_is_in_no_loss_and_rows_count_by_their_tokens() -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(4, 10, padded=True)
     losses = [
-        sample_loss(model, row[mask][None], MASK, torch.Generator())
+        language_loss(model, row[mask][None], mask[mask][None], None, torch.Generator())
         for row, mask in zip(tokens.ids, tokens.mask, strict=True)
     ]
     loss, scored = language_loss(model, tokens.ids, tokens.mask, None, torch.Generator())

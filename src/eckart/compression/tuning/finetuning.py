@@ -27,6 +27,7 @@ from eckart.evals.classification import classification
 from eckart.evals.hidden_states import TokenRows, pad_rows, tokenize_texts
 from eckart.evals.result import EvalResult
 from eckart.lowrank import GradientMoments
+from eckart.lowrank.moments import FISHER
 from eckart.models.loading import load_classifier, load_tokenizer
 from eckart.models.sites import find_sites
 from eckart.models.weight_files import write_digests
@@ -40,7 +41,6 @@ from eckart.support.quiet import quiet
 NOTES = "finetuning.json"
 # A gradient longer than this is shortened to it, as in BERT's own fine-tuning. Recorded gradients keep their length.
 LONGEST_GRADIENT = 1.0
-FISHER = frozenset({"fisher_in", "fisher_out"})
 
 
 @dataclass(frozen=True)
