@@ -222,7 +222,7 @@ def test_run_goes_on_where_it_was(run: Run, place: Path, tmp_path: Path) -> None
         (["--option", "shrink_in=much"], "not a number"),
         (["--option", "bias=perhaps"], "neither true nor false"),
         (["--option", "alpha=1"], "no setting 'alpha'"),
-        (["--keep-total", "0.5"], "give exactly one of keep, keep_total, max_bytes, rules, plan"),
+        (["--keep-total", "0.5"], "give exactly one of keep, keep_total, max_bytes, speed, rules, plan"),
         (["--allocation", "glbal"], "'global'"),
         (["--allocation", "per-role"], "shares, such as {mlp: 2, attention: 1}"),
         (["--allocation", "surgical"], "surgical needs score"),

@@ -86,7 +86,7 @@ def test_a_recipe_that_is_spelled_out_outlives_the_meaning_of_its_name(
         before = replace(before, layout=again.composition.layout, joint=again.composition.joint)
     before = replace(before, allocation=before.allocation.spelled_out())
     assert parts(again.composition) == parts(before)
-    for name in ("keep", "keep_total", "max_bytes", "rules", "plan", "sites", "rank_multiple", "calibration"):
+    for name in ("keep", "keep_total", "max_bytes", "speed", "rules", "plan", "sites", "rank_multiple", "calibration"):
         assert getattr(again, name) == getattr(recipe, name)
 
 
@@ -127,7 +127,7 @@ def test_a_baseline_stays_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({}, "give exactly one of keep, keep_total, max_bytes, rules, plan"),
+        ({}, "give exactly one of keep, keep_total, max_bytes, speed, rules, plan"),
         ({"keep": 0.5, "effort": "most"}, "effort: Input should be 'low', 'medium' or 'high'"),
         ({"keep": 0.5, "method": "asvd-i", "effort": "low"}, "effort is for a composition (best, best-distilled), and"),
         ({"method": "int8", "effort": "low"}, "int8 is no low-rank method: leave out effort"),
@@ -204,8 +204,8 @@ def test_a_method_may_be_a_bare_name() -> None:
         ({"method": {"name": "svd", "options": {"alpha": 1}}}, "method svd has no setting 'alpha'"),
         ({"keep": 1.5}, "keep: Input should be less than or equal to 1"),
         ({"keep": 0}, "keep: Input should be greater than 0"),
-        ({"keep": 0.5}, "give exactly one of keep, keep_total, max_bytes, rules, plan"),
-        ({"rules": None}, "give exactly one of keep, keep_total, max_bytes, rules, plan"),
+        ({"keep": 0.5}, "give exactly one of keep, keep_total, max_bytes, speed, rules, plan"),
+        ({"rules": None}, "give exactly one of keep, keep_total, max_bytes, speed, rules, plan"),
         ({"calibration": {"samples": 0}}, "calibration.samples"),
         ({"dtype": "int8"}, "dtype"),
     ],

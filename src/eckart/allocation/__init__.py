@@ -9,6 +9,7 @@ from eckart.allocation.global_loss import global_
 from eckart.allocation.rank_plan import Ranking, RankPlan, settle, stored_params
 from eckart.allocation.rules import Rule, plan
 from eckart.allocation.slow import slow_settings
+from eckart.allocation.speed import Speed, SpeedTable
 from eckart.allocation.summary import PlanSummary, linear_macs, summarise
 from eckart.allocation.uniform import per_role, uniform
 
@@ -22,6 +23,8 @@ __all__ = [
     "RankPlan",
     "Ranking",
     "Rule",
+    "Speed",
+    "SpeedTable",
     "effective_rank",
     "global_",
     "linear_macs",

@@ -26,7 +26,7 @@ class Allocator:
     """A way to share a budget out among linears.
 
     Attributes:
-        allocate: f(sites, what it needs, numbers, *, layout, rank_multiple, **options) -> RankPlan or Ranking: every
+        allocate: f(sites, what it needs, budget, *, layout, rank_multiple, **options) -> RankPlan or Ranking: every
             site of the model; the units that share the budget, with their loss curves, or `SearchInputs`; and how many
             numbers the units may store together.
         about: one line for people.
@@ -38,6 +38,7 @@ class Allocator:
         members: of linears that may share a right factor it reads the losses together and apart, and decides.
         same_share: with `keep`, every linear keeps just that share, and what rounding saves is not given out again.
         open_ended: it may go without a budget, and ends by itself.
+        any_cost: `allocate` takes `cost`, a `Cost` that the budget counts instead of numbers.
     """
 
     allocate: Callable[..., RankPlan | Ranking]
@@ -49,13 +50,16 @@ class Allocator:
     members: bool = False
     same_share: bool = False
     open_ended: bool = False
+    any_cost: bool = False
 
 
 ALLOCATIONS: dict[str, Allocator] = {
-    "uniform": Allocator(uniform, "the same share of every linear (SFSD Eq. 3)", same_share=True),
-    "per-role": Allocator(per_role, "shares in given proportions", options=("shares",), required=("shares",)),
+    "uniform": Allocator(uniform, "the same share of every linear (SFSD Eq. 3)", same_share=True, any_cost=True),
+    "per-role": Allocator(
+        per_role, "shares in given proportions", options=("shares",), required=("shares",), any_cost=True
+    ),
     "effective-rank": Allocator(
-        effective_rank, "ranks in proportion to effective ranks (Roy and Vetterli 2007)", needs="losses"
+        effective_rank, "ranks in proportion to effective ranks (Roy and Vetterli 2007)", needs="losses", any_cost=True
     ),
     "global": Allocator(
         global_,
@@ -64,6 +68,7 @@ ALLOCATIONS: dict[str, Allocator] = {
         options=("exact",),
         measures=("weights",),
         members=True,
+        any_cost=True,
     ),
     "sensitivity": Allocator(
         rank_by_sensitivity,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from eckart.allocation.costs import Cost, pays_nothing
 from eckart.allocation.knapsack import Item
 from eckart.lowrank import Layout
 from eckart.models.sites import Site
@@ -55,22 +56,23 @@ class Curve:
         """`Unit.name`."""
         return self.unit.name
 
-    def item(self, layout: Layout = "plain", rank_multiple: int = 1) -> tuple[Item, tuple[int | None, ...]]:
+    def item(
+        self, layout: Layout = "plain", rank_multiple: int = 1, cost: Cost = Unit.num_stored
+    ) -> tuple[Item, tuple[int | None, ...]]:
         """The choice that a budget has to make here, and the rank of each of its options; None is dense.
 
-        Options are the multiples of `rank_multiple` whose factors store less than the dense weight, and the dense
-        weight, which loses nothing.
+        Options are the multiples of `rank_multiple` whose factors store and cost less than the dense weight, and the
+        dense weight, which loses nothing.
         """
         unit = self.unit
         ranks = [
             rank
             for rank in range(rank_multiple, len(self.losses), rank_multiple)
-            if unit.num_stored(rank, layout) < unit.num_params
+            if not pays_nothing(unit, rank, layout, cost)
         ]
-        costs = [unit.num_stored(rank, layout) for rank in ranks]
         item = Item(
             self.name,
-            np.array([*costs, unit.num_params]),
+            np.array([cost(unit, rank, layout) for rank in (*ranks, None)]),
             np.append(self.weight * self.losses[ranks], 0.0),
         )
         return item, (*ranks, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from eckart.allocation.costs import Cost
 from eckart.allocation.curves import Curve
 from eckart.allocation.fitting import bare, check_multiple, fit
 from eckart.allocation.rank_plan import RankPlan
@@ -15,10 +16,11 @@ from eckart.models.units import Unit
 def effective_rank(
     sites: Sequence[Site],
     curves: Sequence[Curve],
-    numbers: int,
+    budget: int,
     *,
     layout: Layout = "plain",
     rank_multiple: int = 1,
+    cost: Cost = Unit.num_stored,
 ) -> RankPlan:
     """Ranks in proportion to the effective ranks of the loss curves (Roy and Vetterli, EUSIPCO 2007).
 
@@ -28,10 +30,10 @@ def effective_rank(
 
     Args:
         sites: every site of the model; those of no curve stay dense.
-        numbers: the budget: how many numbers the curves' sites may store together.
+        budget: how many numbers the curves' sites may store together, or cost by `cost`.
 
     Raises:
-        ValueError: the smallest ranks take more than `numbers`, or a site is in two curves.
+        ValueError: the smallest ranks take more than `budget`, or a site is in two curves.
     """
     check_multiple(rank_multiple)
     effective = {curve.name: curve.effective_rank for curve in curves}
@@ -43,4 +45,4 @@ def effective_rank(
     units = bare(curves)
     # Every rank is past full here, one multiple's rounding included.
     largest = max(((unit.d_in + rank_multiple) / effective[unit.name] for unit in units), default=1.0)
-    return fit(sites, units, numbers, rank_at, largest, layout=layout)
+    return fit(sites, units, budget, rank_at, largest, layout=layout, cost=cost)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from eckart.allocation.costs import Cost, pays_nothing
 from eckart.allocation.curves import Curve
 from eckart.allocation.rank_plan import RankPlan, settle
 from eckart.lowrank import Layout
@@ -17,21 +18,23 @@ HALVINGS = 60
 def fit(
     sites: Sequence[Site],
     units: Sequence[Unit],
-    numbers: int,
+    budget: int,
     rank_at: Callable[[Unit, float], int | None],
     largest: float,
     *,
     layout: Layout,
+    cost: Cost = Unit.num_stored,
 ) -> RankPlan:
-    """The plan at the largest factor in (0, `largest`] whose units store no more than `numbers` together.
+    """The plan at the largest factor in (0, `largest`] whose units cost no more than `budget` together.
 
     Args:
         sites: every site of the model.
-        rank_at: a unit's rank at a factor; None is dense. It must not store less at a larger factor.
+        rank_at: a unit's rank at a factor; None is dense. It must not be smaller at a larger factor.
         largest: a factor at which every unit is dense.
+        cost: what the budget counts.
 
     Raises:
-        ValueError: the smallest ranks store more than `numbers`; the message says how much.
+        ValueError: the smallest ranks cost more than `budget`; the message says how much.
 
     Cost: some sixty times all units' ranks.
     """
@@ -41,22 +44,24 @@ def fit(
 
     def ranks(factor: float) -> list[int | None]:
         wanted = [rank_at(unit, factor) for unit in units]
-        return [None if pays_nothing(unit, rank, layout) else rank for unit, rank in zip(units, wanted, strict=True)]
+        return [
+            None if pays_nothing(unit, rank, layout, cost) else rank for unit, rank in zip(units, wanted, strict=True)
+        ]
 
-    def stored(choice: Sequence[int | None]) -> int:
-        return sum(unit.num_stored(rank, layout) for unit, rank in zip(units, choice, strict=True))
+    def total(choice: Sequence[int | None]) -> int:
+        return sum(cost(unit, rank, layout) for unit, rank in zip(units, choice, strict=True))
 
     low, high = 0.0, largest
     best = ranks(low)
-    if stored(best) > numbers:
-        raise ValueError(too_small(numbers, stored(best)))
-    if stored(ranks(high)) <= numbers:
+    if total(best) > budget:
+        raise ValueError(too_small(budget, total(best)))
+    if total(ranks(high)) <= budget:
         best = ranks(high)
     else:
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             choice = ranks(middle)
-            if stored(choice) <= numbers:
+            if total(choice) <= budget:
                 low, best = middle, choice
             else:
                 high = middle
@@ -88,15 +93,10 @@ def plan_of(sites: Sequence[Site], units: Sequence[Unit], ranks: Sequence[int | 
     return settle(sites, named, layout=layout, joint=joint)
 
 
-def pays_nothing(unit: Unit, rank: int | None, layout: Layout) -> bool:
-    """Whether the rank is full, or its factors store no less than the dense weight."""
-    return rank is None or rank >= min(unit.d_out, unit.d_in) or unit.num_stored(rank, layout) >= unit.num_params
-
-
-def too_small(numbers: int, least: int) -> str:
+def too_small(budget: int, least: int) -> str:
     """What to say of a budget that nothing fits."""
     return (
-        f"a budget of {numbers:,} numbers is too small: at their smallest ranks the selected linears take {least:,}; "
+        f"a budget of {budget:,} numbers is too small: at their smallest ranks the selected linears take {least:,}; "
         "allow more, or lower rank_multiple"
     )
 

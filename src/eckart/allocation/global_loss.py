@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from eckart.allocation.costs import Cost
 from eckart.allocation.curves import Curve
 from eckart.allocation.fitting import check_multiple, check_units, plan_of, too_small
 from eckart.allocation.knapsack import Item, lower_hull, solve
@@ -22,15 +23,16 @@ Choice = list[tuple[Unit, int | None]]
 def global_(
     sites: Sequence[Site],
     curves: Sequence[Curve],
-    numbers: int,
+    budget: int,
     *,
     layout: Layout = "plain",
     rank_multiple: int = 1,
     exact: bool = False,
+    cost: Cost = Unit.num_stored,
 ) -> RankPlan:
-    """The ranks, or dense, that lose the least: minimise sum weight_l loss_l(r_l) with sum cost_l(r_l) <= numbers.
+    """The ranks, or dense, that lose the least: minimise sum weight_l loss_l(r_l) with sum cost_l(r_l) <= budget.
 
-    A multiple-choice knapsack (METHODS, Allocation) with the multiples of `rank_multiple` that save numbers, and the
+    A multiple-choice knapsack (METHODS, Allocation) with the multiples of `rank_multiple` that save something, and the
     dense weight at no loss, as options of each curve. See `knapsack.solve`.
 
     An input group may come with the curves of its sites and with the curve of all of them as one stack; whichever is
@@ -39,24 +41,24 @@ def global_(
 
     Args:
         sites: every site of the model; those of no curve stay dense.
-        numbers: the budget: how many numbers the curves' sites may store together.
+        budget: how many numbers the curves' sites may store together, or cost by `cost`.
         exact: the true optimum of that choice; else within a step of it.
 
     Raises:
-        ValueError: the smallest ranks take more than `numbers`; or a site is in two curves, other than its own and
+        ValueError: the smallest ranks take more than `budget`; or a site is in two curves, other than its own and
             that of its whole group.
     """
     check_multiple(rank_multiple)
     if not curves:
         raise ValueError("there is nothing to share a budget among: no linear is selected")
-    options = [_options(group, layout, rank_multiple) for group in _groups(curves)]
+    options = [_options(group, layout, rank_multiple, cost) for group in _groups(curves)]
     least = sum(int(option.item.costs.min()) for option in options)
-    if numbers < least:
-        raise ValueError(too_small(numbers, least))
+    if budget < least:
+        raise ValueError(too_small(budget, least))
     named = {site.name: site for curve in curves for site in curve.sites}
-    if numbers >= sum(site.num_params for site in named.values()):
+    if budget >= sum(cost(Unit((site,)), None, layout) for site in named.values()):
         return settle(sites, dict.fromkeys(named), layout=layout)
-    solution = solve([option.item for option in options], numbers, exact=exact)
+    solution = solve([option.item for option in options], budget, exact=exact)
     picked = [pair for option, at in zip(options, solution.choices, strict=True) for pair in option.choice(at)]
     return plan_of(sites, [unit for unit, _ in picked], [rank for _, rank in picked], layout)
 
@@ -88,12 +90,12 @@ def _groups(curves: Sequence[Curve]) -> list[list[Curve]]:
     return groups + [[curve] for curve in by_name.values()]
 
 
-def _options(group: Sequence[Curve], layout: Layout, rank_multiple: int) -> _Options:
+def _options(group: Sequence[Curve], layout: Layout, rank_multiple: int, cost: Cost) -> _Options:
     first, *members = group
-    item, ranks = first.item(layout, rank_multiple)
+    item, ranks = first.item(layout, rank_multiple, cost)
     if not members:
         return _Options(item, lambda at: [(first.unit, ranks[at])])
-    made = [member.item(layout, rank_multiple) for member in members]
+    made = [member.item(layout, rank_multiple, cost) for member in members]
     costs, losses, columns = _merge([separate for separate, _ in made])
 
     def choice(at: int) -> Choice:

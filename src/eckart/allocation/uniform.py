@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from eckart.allocation.costs import Cost
 from eckart.allocation.curves import Curve
 from eckart.allocation.fitting import bare, check_multiple, fit, share_rank
 from eckart.allocation.rank_plan import RankPlan
@@ -15,10 +16,11 @@ from eckart.models.units import Unit
 def uniform(
     sites: Sequence[Site],
     units: Sequence[Unit | Curve],
-    numbers: int,
+    budget: int,
     *,
     layout: Layout = "plain",
     rank_multiple: int = 1,
+    cost: Cost = Unit.num_stored,
 ) -> RankPlan:
     """The same share at every unit: the largest at which the ranks of SFSD Eq. 3 (or the pivoted layout's) fit.
 
@@ -27,30 +29,32 @@ def uniform(
     Args:
         sites: every site of the model; those in no unit stay dense.
         units: what the budget is shared among; of curves, only the sites are read.
-        numbers: the budget: how many numbers the units may store together.
+        budget: how many numbers the units may store together, or cost by `cost`.
 
     Raises:
-        ValueError: the smallest ranks take more than `numbers`.
+        ValueError: the smallest ranks take more than `budget`.
     """
     check_multiple(rank_multiple)
     return fit(
         sites,
         bare(units),
-        numbers,
+        budget,
         lambda unit, share: share_rank(unit, share, layout, rank_multiple),
         1.0,
         layout=layout,
+        cost=cost,
     )
 
 
 def per_role(
     sites: Sequence[Site],
     units: Sequence[Unit | Curve],
-    numbers: int,
+    budget: int,
     *,
     shares: Mapping[str, float],
     layout: Layout = "plain",
     rank_multiple: int = 1,
+    cost: Cost = Unit.num_stored,
 ) -> RankPlan:
     """Shares in given proportions, {"mlp": 2, "attention": 1}, as large together as the budget lets them be.
 
@@ -60,14 +64,14 @@ def per_role(
     Args:
         sites: every site of the model; those in no unit stay dense.
         units: what the budget is shared among; of curves, only the sites are read.
-        numbers: the budget: how many numbers the units may store together.
+        budget: how many numbers the units may store together, or cost by `cost`.
         shares: {role, part or shell pattern, as in `select_sites`: weight}; the first that names a site decides, and
             a site that none names has weight 1.
         rank_multiple: round ranks down to a multiple, never below one.
 
     Raises:
         ValueError: a weight that is not positive, a name that matches nothing, sites of one joint group with different
-            weights, or the smallest ranks take more than `numbers`.
+            weights, or the smallest ranks take more than `budget`.
     """
     check_multiple(rank_multiple)
     bare_units = bare(units)
@@ -81,10 +85,11 @@ def per_role(
     return fit(
         sites,
         bare_units,
-        numbers,
+        budget,
         lambda unit, factor: share_rank(unit, factor * weights[unit.name], layout, rank_multiple),
         1 / min(weights.values(), default=1),
         layout=layout,
+        cost=cost,
     )
 
 

@@ -36,6 +36,7 @@ from eckart.cli.options import (
 )
 from eckart.cli.tables import remarks, sizes_table
 from eckart.cli.terminal import console
+from eckart.runs.card import describe_speed
 from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.out_of_core import compress_out_of_core
 from eckart.runs.recipe import parse_recipe
@@ -53,6 +54,12 @@ def command(
     keep: Annotated[float | None, typer.Option(help="Share of the selected linears' numbers kept, in (0, 1]")] = None,
     keep_total: Annotated[float | None, typer.Option(help="Share of the whole model's numbers, embeddings too")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Largest size of the weight files, in bytes")] = None,
+    speed: Annotated[
+        float | None, typer.Option(help="Tokens per second over the dense model's, by a table of this machine: 1.5")
+    ] = None,
+    speed_rows: Annotated[
+        int | None, typer.Option(help="With --speed: tokens at a time; 1 generates (default), 512 is a prompt")
+    ] = None,
     include: Include = None,
     exclude: Exclude = None,
     blocks: Blocks = None,
@@ -98,6 +105,7 @@ def command(
     \b
     eckart compress MODEL OUT --keep 0.7 --calibration wikitext2
     eckart compress MODEL OUT --max-bytes 8000000000
+    eckart compress MODEL OUT --speed 1.5
     eckart compress MODEL OUT --method svd --keep 0.9 --include mlp
     eckart compress MODEL OUT --method sfsd --keep 0.46 --blocks "last 12"
     eckart compress MODEL OUT --method asvd-i --keep 0.7 --out-of-core --resume
@@ -111,6 +119,7 @@ def command(
             "keep": keep,
             "keep_total": keep_total,
             "max_bytes": max_bytes,
+            "speed": None if speed is None else {"times": speed, "rows": speed_rows},
             "plan": None if plan_file is None else str(plan_file),
             "sites": {"include": include or [], "exclude": exclude or [], "blocks": blocks},
             "allocation": allocation,
@@ -132,6 +141,8 @@ def command(
         },
         where="command line",
     )
+    if speed_rows is not None and speed is None:
+        raise ValueError("--speed-rows goes with --speed: leave it out")
     if resume and not out_of_core:
         raise ValueError("--resume is for --out-of-core; other runs keep their moments in the cache")
     if out_of_core and engine != ENGINE:
@@ -156,6 +167,8 @@ def command(
     for line in remarks(outcome.plan, outcome.report):
         console.print(line)
     console.print(sizes_table(str(out), outcome.summary, outcome.plan))
+    if "speed" in outcome.allocation:
+        console.print(describe_speed(outcome.allocation["speed"]))
     for what, name in (("refined", "refine"), ("distilled", "distil")):
         passes = [each for each in outcome.passes if each.name == name]
         undone = [each.place for each in passes if not each.kept]

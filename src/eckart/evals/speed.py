@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -85,11 +86,11 @@ def time_in_turns(
         if value < 1:
             raise ValueError(f"{name} {value} is not positive")
     for model in models:
-        _time_once(model, tokens=min(tokens, 2), prompt=prompt, batch=batch)  # the first call pays for allocations
+        time_once(model, tokens=min(tokens, 2), prompt=prompt, batch=batch)  # the first call pays for allocations
     taken: list[list[Timing]] = [[] for _ in models]
     for _ in track(range(rounds), f"{task}: timing", rounds):
         for model, timings in zip(models, taken, strict=True):
-            timings.append(_time_once(model, tokens=tokens, prompt=prompt, batch=batch))
+            timings.append(time_once(model, tokens=tokens, prompt=prompt, batch=batch))
     return [_median(timings) for timings in taken]
 
 
@@ -101,23 +102,39 @@ def _median(timings: list[Timing]) -> Timing:
 
 
 @torch.inference_mode()
-def _time_once(model: PreTrainedModel, *, tokens: int, prompt: int, batch: int) -> Timing:
-    """Read a fixed prompt, then generate greedily, a token at a time."""
+def time_once(
+    model: PreTrainedModel,
+    *,
+    tokens: int,
+    prompt: int,
+    batch: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Timing:
+    """Read a fixed prompt, then generate greedily, a token at a time.
+
+    Args:
+        clock: gives seconds.
+    """
     ids = torch.ones(batch, prompt, dtype=torch.int64, device=model.device)
     cached = {"use_cache": True} if tokens and model.can_generate() else {}
-    start = _now(model)
+    start = _now(model, clock)
     output = model(input_ids=ids, **cached)
-    read = _now(model)
+    read = _now(model, clock)
     if not cached:
         return Timing(read - start, None)
     for _ in range(tokens):
         ids = output.logits[:, -1:].argmax(-1)
         output = model(input_ids=ids, past_key_values=output.past_key_values, use_cache=True)
-    return Timing(read - start, _now(model) - read)
+    return Timing(read - start, _now(model, clock) - read)
 
 
-def _now(model: PreTrainedModel) -> float:
+def _now(model: PreTrainedModel, clock: Callable[[], float]) -> float:
     """Seconds, once the device has done what it was asked to."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()
+    synchronise(model.device)
+    return clock()
+
+
+def synchronise(device: torch.device) -> None:
+    """Return once the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from eckart.allocation.speed import describe_rows
 from eckart.evals.result import EvalResult
 from eckart.runs.facts import Facts
 from eckart.runs.recipe import Recipe
@@ -58,6 +60,8 @@ def write_card(recipe: Recipe, facts: Facts, results: Sequence[tuple[EvalResult,
         "",
         f"{facts.sites_low_rank} linears are low-rank, {facts.sites_dense} compressible ones stay dense.",
     ]
+    if facts.speed is not None:
+        lines.append(describe_speed(facts.speed))
     when = " before gradient steps," if any(report["kept"] for report in facts.passes) else ""
     if errors:
         lines.append(
@@ -69,6 +73,17 @@ def write_card(recipe: Recipe, facts: Facts, results: Sequence[tuple[EvalResult,
         lines.append(f"Gradient steps were undone where they did not help on held-out samples: {', '.join(undone)}.")
     lines += ["", "## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def describe_speed(speed: Mapping[str, Any]) -> str:
+    """A line on a budget in speed, of `Facts.speed`."""
+    machine = speed["machine"]
+    where = ", ".join(f"{machine[key]}" for key in ("name", "dtype") if key in machine)
+    threads = f", {machine['threads']} threads" if machine.get("device") == "cpu" else ""
+    return (
+        f"Speed, modelled: {speed['modelled']:.2f} times the dense model's where {speed['asked']:g} was asked for, "
+        f"{describe_rows(speed['rows'])} ({where}{threads}); `eckart eval --task cost --reference` measures it."
+    )
 
 
 def _share(whole: str, kept: float) -> str:

@@ -35,6 +35,8 @@ class Facts:
         seconds: {stage: seconds}.
         sites: {linear: its place, rank and losses}, see `CompressionReport.to_dict`.
         passes: see `PassReport`.
+        speed: where the budget was a speed, what was asked for and what the table makes of the plan, see
+            `SpeedTable.facts`.
         fisher: where recorded Fisher sums come from; None where they were not recorded.
     """
 
@@ -54,6 +56,7 @@ class Facts:
     passes: list[dict[str, Any]] = field(default_factory=list)
     fisher: dict[str, Any] | None = None
     keep_of_planned: float | None = None
+    speed: dict[str, Any] | None = None
 
     @classmethod
     def of(
@@ -63,6 +66,7 @@ class Facts:
         summary: PlanSummary,
         report: CompressionReport,
         passes: Sequence[PassReport] = (),
+        speed: dict[str, Any] | None = None,
     ) -> Facts:
         """The facts of a finished compression. Parameters are counted in the model, not the plan's forecast."""
         planned = {key: value for key, value in asdict(summary).items() if key != "params"}
@@ -73,13 +77,14 @@ class Facts:
             slow=list(slow_settings(plan)),
             passes=[asdict(each) for each in passes],
             fisher=read_making(Path(locate(recipe.model)) / GRADIENTS) if recorded else None,
+            speed=speed,
             **planned,
             **report.to_dict(),
         )
 
     def to_json(self) -> str:
         """The file's text."""
-        omitted = () if self.fisher is not None else ("fisher",)
+        omitted = [name for name in ("fisher", "speed") if getattr(self, name) is None]
         return json.dumps({key: value for key, value in asdict(self).items() if key not in omitted}, indent=2)
 
     @classmethod

@@ -72,7 +72,8 @@ def _make(recipe: Recipe, out: Path, how: How, force: bool) -> Outcome:
     with timed(seconds, "recover"):
         passes += work.recover()
     with timed(seconds, "save"):
-        files = work.side_files(ranking.plan, Facts.of(work.recipe, ranking.plan, summary, report, passes))
+        facts = Facts.of(work.recipe, ranking.plan, summary, report, passes, ranking.facts.get("speed"))
+        files = work.side_files(ranking.plan, facts)
         if ranking.facts:
             files["allocation.json"] = json.dumps(ranking.facts, indent=1)
         save(model, out, tokenizer, recipe=work.noted, files=files, force=force)

@@ -295,6 +295,7 @@ def _check_recipe(recipe: Recipe) -> None:
     conditions = {
         f"ranks by {allocation.name} (--allocation uniform)": measured and recipe.plan is None and recipe.rules is None,
         f"the order {composition.order} (--order one-shot)": composition.order != "one-shot",
+        "a budget in speed, for which the whole model is timed (--keep, or --plan)": recipe.speed is not None,
         "a refit (--no-refit)": composition.refit,
         "refined blocks (--refine 0)": composition.refinement is not None,
         "distillation (distil: 0 in the recipe)": composition.distillation is not None,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.allocation import Allocation, Budget, Curve, Ranking, settle
+from eckart.allocation import Allocation, Budget, Curve, Ranking, Speed, SpeedTable, settle
 from eckart.allocation.search.criteria import Criterion, search_criterion
 from eckart.allocation.search.loss_weights import probe_linears
 from eckart.allocation.search.trials import SearchInputs
@@ -48,6 +48,7 @@ class AllocationInputs:
         journals: folder for the trials of probes and searches, which resume from there; None keeps none.
         trials: a file for the trials of a search, instead of one in `journals`.
         identity: of the model, its calibration and the method, for the header of `trials`.
+        speeds: for a budget in speed, what each rank takes on this machine.
     """
 
     model: PreTrainedModel
@@ -63,12 +64,13 @@ class AllocationInputs:
     journals: Path | None = None
     trials: Path | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
+    speeds: SpeedTable | None = None
     track: Track = silent
 
 
 def rank(
     composition: Composition,
-    budget: Budget | None,
+    budget: Budget | Speed | None,
     inputs: AllocationInputs,
     *,
     rank_multiple: int = 1,
@@ -81,21 +83,28 @@ def rank(
         above: accept the ranks of a search that ended above the budget, instead of refusing.
 
     Raises:
-        ValueError: as the allocation raises it.
+        ValueError: as the allocation raises it; or a budget in speed that is out of reach, or without a table.
 
     Cost: where losses are needed every site is factored once; with probes there is a pass over some windows each. Of
     searches, see `surgical.search` and `sensitivity.measure_sensitivity`.
     """
     allocation, method, every = composition.allocation, composition.method, find_sites(inputs.model)
     joint = joint_groups(inputs.sites, every) if composition.joint else frozenset()
-    numbers = None
-    if budget is not None:
+    row, fitting = allocation.row, {"layout": composition.layout, "rank_multiple": rank_multiple}
+    numbers, options, dense = None, allocation.options, sum(site.num_params for site in inputs.sites)
+    if isinstance(budget, Speed):
+        if inputs.speeds is None:
+            raise ValueError(f"{budget}: there is no table of speeds to allocate by")
+        numbers = inputs.speeds.budget(
+            budget, inputs.sites, joint=joint, members=row.members, rank_multiple=rank_multiple
+        )
+        options, dense = {**options, "cost": inputs.speeds.cost}, inputs.speeds.dense(inputs.sites)
+    elif budget is not None:
         numbers = budget.numbers(
             inputs.model, inputs.sites, layout=composition.layout, joint=joint, bias=method.centred
         )
-        if numbers == sum(site.num_params for site in inputs.sites):
-            return Ranking(settle(every, {site.name: None for site in inputs.sites}, layout=composition.layout))
-    row, fitting = allocation.row, {"layout": composition.layout, "rank_multiple": rank_multiple}
+    if numbers == dense:
+        return Ranking(settle(every, {site.name: None for site in inputs.sites}, layout=composition.layout))
     if row.needs == "trials":
         return _search(allocation, method, inputs, numbers, joint, fitting, above)
     facts: dict[str, Any] = {}
@@ -104,7 +113,7 @@ def rank(
         units = [*measure_losses(method, inputs, joint, both=row.members)]
         if allocation.weights == "probes":
             units, facts = _weigh(units, method, inputs, joint, fitting)
-    plan = row.allocate(every, units, numbers, **fitting, **allocation.options)
+    plan = row.allocate(every, units, numbers, **fitting, **options)
     return replace(plan, facts={**facts, **plan.facts}) if isinstance(plan, Ranking) else Ranking(plan, facts)
 
 

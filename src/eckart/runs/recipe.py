@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from eckart.allocation import Allocation, Budget
+from eckart.allocation import ALLOCATIONS, Allocation, Budget, Speed
 from eckart.allocation.search.criteria import check_apart
 from eckart.calibration.sequential import Order
 from eckart.compression.baselines import BASELINES, build_baseline
@@ -34,7 +34,7 @@ from eckart.support.plain_data import read_yaml
 from eckart.support.section import Section
 
 # Ways to say how large the result may be.
-BUDGETS = ("keep", "keep_total", "max_bytes", "rules", "plan")
+BUDGETS = ("keep", "keep_total", "max_bytes", "speed", "rules", "plan")
 # What may be done around a method. What a recipe does not say is the composition's.
 AROUND = ("allocation", "layout", "order", "joint", "refit", "refine", "distil", "recover")
 # Sections that a budget of this kind replaces.
@@ -103,6 +103,18 @@ class RefineSection(Section):
 
     steps: int = Field(Refinement.steps, ge=0, description=STEPS)
     rate: float = Field(Refinement.rate, gt=0, lt=1, description=RATE)
+
+
+class SpeedSection(Section):
+    """How many times as fast as the dense model, by a table that is measured once on the machine: see `Speed`."""
+
+    times: float = Field(ge=1, lt=float("inf"), description="tokens per second over the dense model's")
+    rows: int | None = Field(
+        None,
+        gt=0,
+        description="tokens at a time: 1 is generating, more is reading a prompt of so many; default 1, or for a model "
+        "that does not generate 512 or its positions",
+    )
 
 
 class RuleSection(Section):
@@ -206,6 +218,9 @@ class Recipe(Section):
     )
     keep_total: float | None = Field(None, gt=0, le=1, description="budget: share kept of the whole model's numbers")
     max_bytes: int | None = Field(None, gt=0, description="budget: bytes of the weight files at most")
+    speed: SpeedSection | None = Field(
+        None, description="budget: speed over the dense model's on this machine; a number stands for its times"
+    )
     rules: list[RuleSection] | None = Field(
         None, description="budget: shares by place; the first that matches decides, what none matches stays dense"
     )
@@ -250,6 +265,11 @@ class Recipe(Section):
     def _allocation_by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
+    @field_validator("speed", mode="before")
+    @classmethod
+    def _speed_by_number(cls, value: Any) -> Any:
+        return {"times": value} if isinstance(value, int | float) else value
+
     @field_validator("refine", "distil", "recover", mode="before")
     @classmethod
     def _steps_or_not(cls, value: Any) -> Any:
@@ -277,6 +297,12 @@ class Recipe(Section):
         open_ended = self.composition.allocation.row.open_ended
         if len(budgets) != 1 and not (open_ended and not budgets):
             raise ValueError(f"give exactly one of {', '.join(BUDGETS)}")
+        if self.speed is not None and not self.composition.allocation.row.any_cost:
+            able = [name for name, row in ALLOCATIONS.items() if row.any_cost]
+            raise ValueError(
+                f"speed goes with the allocations {', '.join(able)}, and {self.composition.allocation.name} counts "
+                "numbers: give keep, keep_total or max_bytes"
+            )
         twice = [name for by in budgets for name in DECIDED.get(by, ()) if self._says(name)]
         if twice:
             raise ValueError(f"leave out {' and '.join(twice)}: what is in {budgets[0]} decides that")
@@ -371,8 +397,10 @@ class Recipe(Section):
         )
 
     @property
-    def budget(self) -> Budget | None:
-        """How much the selected linears may keep; None where rules or a plan decide that, or nothing does."""
+    def budget(self) -> Budget | Speed | None:
+        """What the selected linears may keep or take; None where rules or a plan decide that, or nothing does."""
+        if self.speed is not None:
+            return Speed(self.speed.times, self.speed.rows or 1)
         if self.keep is None and self.keep_total is None and self.max_bytes is None:
             return None
         return Budget(keep=self.keep, keep_total=self.keep_total, max_bytes=self.max_bytes)

@@ -224,6 +224,9 @@ def describe(recipe: Mapping[str, Any]) -> str:
             off = not value or (isinstance(value, Mapping) and value.get("steps") == 0)
             words.append(f"no {key}" if off else key + (_options(value) if isinstance(value, Mapping) else ""))
     words += [f"{key} {recipe[key]:.12g}" for key in ("keep", "keep_total", "max_bytes") if recipe.get(key) is not None]
+    if recipe.get("speed"):
+        speed = recipe["speed"]
+        words.append(f"speed {speed['times'] if isinstance(speed, Mapping) else speed:g}")
     if recipe.get("rules"):
         words.append("; ".join(f"keep {rule['keep']:g} of {_places(rule) or 'all blocks'}" for rule in recipe["rules"]))
     if recipe.get("plan"):

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.allocation import Ranking, RankPlan, Rule, plan
+from eckart.allocation import Ranking, RankPlan, Rule, Speed, SpeedTable, plan
 from eckart.calibration.moments import BlockCalibration, recorded_gradients
 from eckart.calibration.sequential import PassReport, SequentialCalibration
 from eckart.compression.tuning.recovery import Samples
@@ -28,6 +28,7 @@ from eckart.runs.how import How
 from eckart.runs.notices import notices
 from eckart.runs.ranks import AllocationInputs, joint_groups, rank
 from eckart.runs.recipe import Recipe
+from eckart.runs.speed_tables import default_rows, speeds_of
 
 # Samples in a step of block refinement. It changes numbers, so it is not the batch size that a run is given.
 REFINED_TOGETHER = 8
@@ -109,7 +110,29 @@ class Workbench:
         same_share = composition.allocation.row.same_share and recipe.keep is not None
         if recipe.plan is not None or recipe.rules is not None or same_share:
             return Ranking(make_plan(self.model, recipe))
-        return rank(composition, recipe.budget, self.allocation_inputs(), rank_multiple=recipe.rank_multiple)
+        ranking = rank(composition, recipe.budget, self.allocation_inputs(), rank_multiple=recipe.rank_multiple)
+        if self.speeds is None or not isinstance(recipe.budget, Speed):
+            return ranking
+        facts = self.speeds.facts(recipe.budget, ranking.plan, self.sites)
+        return replace(ranking, facts={**ranking.facts, "speed": facts})
+
+    @functools.cached_property
+    def speeds(self) -> SpeedTable | None:
+        """What each rank takes on this machine, measured or kept from an earlier run; None for other budgets."""
+        recipe, composition = self.recipe, self.composition
+        if recipe.speed is None:
+            return None
+        assert recipe.speed.rows is not None
+        return speeds_of(
+            self.model,
+            self.sites,
+            self.how,
+            rows=recipe.speed.rows,
+            layout=composition.layout,
+            joint=joint_groups(self.sites, find_sites(self.model)) if composition.joint else (),
+            bias=composition.method.centred,
+            rank_multiple=recipe.rank_multiple,
+        )
 
     def allocation_inputs(self) -> AllocationInputs:
         """The inputs of the recipe's allocation."""
@@ -131,6 +154,7 @@ class Workbench:
             context=recipe.context,
             engine=self.how.engine,
             journals=journals,
+            speeds=self.speeds,
             track=self.how.track,
         )
 
@@ -266,13 +290,17 @@ def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     recipe = recipe.spelled_out()
     section = recipe.calibration
     decoder = model.can_generate() or tokenizer.mask_token_id is None
+    speed = recipe.speed
+    if speed is not None and speed.rows is None:
+        speed = speed.model_copy(update={"rows": default_rows(model)})
     return recipe.model_copy(
         update={
+            "speed": speed,
             "calibration": section.model_copy(
                 update={
                     "length": section.length or default_length(model, recipe.context),
                     "cut": section.cut or ("windows" if decoder else "documents"),
                 }
-            )
+            ),
         }
     )
