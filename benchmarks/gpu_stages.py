@@ -168,11 +168,13 @@ def compress_kfac(entry: dict[str, Any], device: torch.device, config: LlamaConf
     entry |= {stage: round(value, 3) for stage, value in report.seconds.items()}
 
 
-def compress_best(entry: dict[str, Any], device: torch.device, config: LlamaConfig, tokens: Tokens) -> None:
+def compress_best(
+    entry: dict[str, Any], device: torch.device, config: LlamaConfig, tokens: Tokens, effort: str = "medium"
+) -> None:
     """`best`, stage by stage, as `eckart compress` does it, without files."""
-    model, best = make_model(config, device), COMPOSITIONS["best"]()
+    model, best = make_model(config, device), COMPOSITIONS["best"](effort)
     sites, method = find_sites(model), best.method
-    used, held_out = tokens.hold_out(0.125)
+    used, held_out = tokens.hold_out(0.125) if best.holds_out else (tokens, None)
     with lap(entry, "gradients", device):
         gradients = collect_gradients(model, used, sites, method.needs & GRADIENT_STATISTICS)
     inputs = AllocationInputs(
@@ -202,7 +204,7 @@ def compress_best(entry: dict[str, Any], device: torch.device, config: LlamaConf
         order=best.order,
         held_out=held_out,
         gradients=gradients,
-        passes=(refine,),
+        passes=(refine,) if best.refinement else (),
         batch_size=REFINED_TOGETHER,
     )
     with lap(entry, "anchored walk", device):
