@@ -205,15 +205,12 @@ def print_table(results: list[dict[str, Any]]) -> None:
     base = results[0]
     print("| method | stage | seconds | floor | peak GB |\n|---|---|---|---|---|")
     for result in results:
+        name = result["method"]
         for stage, entry in result["stages"].items():
-            print(
-                f"| {result['method']} | {stage} | {entry['seconds']:.1f} | {entry['floor']} | {entry['peak_gb']:.2f} |"
-            )
-        ratio = f"{result['seconds'] / base['seconds']:.2f} x the time, {result['peak_gb'] / base['peak_gb']:.2f} x the memory"
-        print(
-            f"| **{result['method']}** | all: {ratio} of {base['method']} | {result['seconds']:.1f} | {result['floor']} | "
-            f"{result['peak_gb']:.2f} |"
-        )
+            print(f"| {name} | {stage} | {entry['seconds']:.1f} | {entry['floor']} | {entry['peak_gb']:.2f} |")
+        time, memory = (result[key] / base[key] for key in ("seconds", "peak_gb"))
+        ratio = f"{time:.2f} x the time and {memory:.2f} x the memory of {base['method']}"
+        print(f"| {name} | all: {ratio} | {result['seconds']:.1f} | {result['floor']} | {result['peak_gb']:.2f} |")
 
 
 def main() -> None:
