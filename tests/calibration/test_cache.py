@@ -202,7 +202,8 @@ def test_a_partial_file_is_not_read(killed: tuple[Path, Calibration]) -> None:
     assert "block 1: moments" in noted.seen
 
 
-def test_gradients_are_kept_as_soon_as_they_are_there(tmp_path: Path) -> None:
+def test_gradients_are_kept_as_soon_as_they_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eckart.calibration.moments, "IN_ONE_PASS", -1)
     method = dataclasses.replace(METHOD, needs=frozenset({"second_moment", "fisher_in"}))
     model, tokens = tiny_model("llama"), tiny_tokens()
     with pytest.raises(KeyboardInterrupt):
@@ -241,9 +242,12 @@ def test_inputs_and_gradients_are_kept_apart(tmp_path: Path) -> None:
 
 def test_methods_share_what_they_have_in_common(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(3, 10)
-    expected = calibrate(model, tokens, KFAC)
-    list(calibrate_by_block(model, tokens, METHOD, cache=tmp_path))
+    walked = list(calibrate_by_block(model, tokens, METHOD, cache=tmp_path))
     gathered = gather_gradients(model, tokens, KFAC.anchored(0.1), cache=tmp_path)
+    names = {block.block: [s.name for s in find_sites(model) if s.block == block.block] for block in walked}
+    expected = [
+        dataclasses.replace(block, gradients={name: gathered[name] for name in names[block.block]}) for block in walked
+    ]
     monkeypatch.setattr(eckart.calibration.moments, "collect_gradients", refuse_to_run)
     blocks_of(model)[0].register_forward_pre_hook(refuse_to_run)
     assert alike(calibrate_by_block(model, tokens, KFAC, cache=tmp_path), expected)

@@ -81,7 +81,11 @@ def test_stored_types_are_kept(tmp_path: Path, dtype: torch.dtype, method: str) 
 
 
 @pytest.mark.parametrize(("model_type", "head"), [("bert", "masked"), ("bert", "classifier"), ("gpt2", None)])
-def test_gradients_of_other_heads(tmp_path: Path, model_type: str, head: str | None) -> None:
+def test_gradients_of_other_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, head: str | None
+) -> None:
+    """In memory in two passes as well: one sums inputs in float32, which a cut between near values shows."""
+    monkeypatch.setattr("eckart.calibration.moments.IN_ONE_PASS", 0)
     both(put_model(tmp_path, model_type, head=head), tmp_path, method="kfac")
 
 

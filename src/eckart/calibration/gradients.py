@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from eckart.calibration.walk import Tail, hidden_of, standing_in, tail_of, without_cache
+from eckart.calibration.walk import Tail, hidden_of, standing_in, summing_inputs, tail_of, without_cache
 from eckart.data.tokens import Tokens
-from eckart.lowrank import GradientMoments
+from eckart.lowrank import GradientMoments, InputMoments
 from eckart.lowrank.moments import FISHER
-from eckart.models.sites import Site, blocks_of, find_sites
+from eckart.models.sites import Site, blocks_of, find_sites, first_readers
 from eckart.support.precision import in_float32
 from eckart.support.progress import Track, silent
 
@@ -39,6 +39,7 @@ def collect_gradients(
     needs: frozenset[str],
     *,
     after: Tokens | None = None,
+    inputs: Mapping[str, InputMoments] | None = None,
     track: Track = silent,
 ) -> dict[str, GradientMoments]:
     """Fisher sums, where they are needed, and gradient covariances of every site; see `Loss` for what of.
@@ -47,9 +48,11 @@ def collect_gradients(
         needs: out of GRADIENT_STATISTICS.
         after: samples before these, of the same text, that another call takes: labels and masks are drawn as if they
             had been read, so that the sum over parts of a text is that of the whole.
+        inputs: {input group of the sites: moments}; the same forward passes add to these, in place. Not of a model that
+            does not `read_as_it_is`.
 
     Raises:
-        ValueError: a model without a head, or a gradient that is not finite (names the site).
+        ValueError: a model without a head, an input or a gradient that is not finite (names the group or site).
 
     Cost: a forward and a backward pass of each sample. Covariances alone need no gradient of a weight, and take short
     samples together. Fisher sums need the gradients of one sample at a time, and memory of one weight's. Gradients in
@@ -62,16 +65,31 @@ def collect_gradients(
     loss = Loss(model, tokens.mask_token)
     if after is not None:
         loss.draw_past(after)
-    with in_float32(model, {torch.float16}), watching(model, collected) as scale:
+    first = first_readers(sites)
+    readers = {group: model.get_submodule(first[group].name) for group in inputs or {}}
+    with (
+        in_float32(model, {torch.float16}),
+        watching(model, collected) as scale,
+        summing_inputs(readers, inputs or {}) as expect,
+    ):
         batches = rows_of_one_length(tokens, rows_together(model, needs))
         for ids in track(batches, "gradients", len(batches)):
             batch = loss.ask(ids)
+            expect(torch.ones_like(ids, dtype=torch.bool))
             with torch.enable_grad():
                 hidden, tail = _through_blocks(model, batch.read)
             gradient = loss.gradient(hidden.detach(), tail, batch)
             scale.scored = batch.scored
             hidden.backward(gradient)
     return collected
+
+
+def read_as_it_is(model: PreTrainedModel) -> bool:
+    """Whether `collect_gradients` has the model read the text as it is, in its own type.
+
+    Not so of a masked language model, nor of one in float16.
+    """
+    return not _is_masked(model) and model.dtype != torch.float16
 
 
 def place_sums(device: torch.device | str, sites: Iterable[Site], needs: frozenset[str]) -> torch.device:

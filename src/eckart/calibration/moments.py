@@ -9,13 +9,15 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from eckart.calibration.cache import Store, read_gradients
-from eckart.calibration.gradients import collect_gradients
+from eckart.calibration.gradients import collect_gradients, read_as_it_is
 from eckart.calibration.walk import Walk
 from eckart.data.positions import check_positions
 from eckart.data.tokens import Tokens, check_vocabulary
@@ -28,6 +30,12 @@ from eckart.support.progress import Track, silent
 
 # Number of this layout and of the way moments are taken; part of every digest, so that a change reuses nothing.
 FORMAT = 3
+# Bytes of input moments of all blocks at once. Within them, and only then, they come from the passes that gradients are
+# gathered in, which saves a forward pass.
+IN_ONE_PASS = 4 * 2**30
+
+# The moments of a dense model's blocks that are in memory: {block: {input group: moments}}.
+Memory = dict[int, dict[str, InputMoments]]
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,7 @@ def calibrate_by_block(
     sites: Sequence[Site] | None = None,
     cache: Path | None = None,
     gradients: dict[str, GradientMoments] | None = None,
+    memory: Memory | None = None,
     batch_size: int = 8,
     track: Track = silent,
 ) -> Iterator[BlockCalibration]:
@@ -95,6 +104,7 @@ def calibrate_by_block(
             the model's weights and configuration, the token ids and mask, the statistics and the sites. Blocks that
             are there already are read, not computed, so a killed run resumes where it was.
         gradients: of these sites, if they were gathered before (see `gather_gradients`).
+        memory: blocks of this model, text and method that `gather_gradients` left there; they are read, not computed.
         batch_size: rows at a time; it changes memory and speed only.
 
     Raises:
@@ -102,8 +112,8 @@ def calibrate_by_block(
             longer than the model reads, a model in training mode, one that does not call its blocks once each in
             order, or an anchored method.
 
-    Cost: one forward pass, and 2 n d_in^2 operations for each input group; with gradient statistics also one forward
-    and backward pass per sample.
+    Cost: one forward pass, and n d_in^2 operations for each input group; with gradient statistics also a forward and a
+    backward pass of each sample, and where `gather_gradients` gives both in one pass, only these.
     """
     sites = find_sites(model) if sites is None else sites
     needs = method.needs
@@ -111,15 +121,15 @@ def calibrate_by_block(
         raise ValueError(f"{method.name} is anchored and reads the compressed model too: give SequentialCalibration")
     if needs:
         check_readable(model, tokens)
+    known = {} if memory is None else memory
     if gradients is None:
-        gradients = gather_gradients(model, tokens, method, sites=sites, cache=cache, track=track)
-    store = None
-    if cache is not None and needs & INPUT_STATISTICS:
-        store = Store(cache / calibration_digest(model, tokens, needs & INPUT_STATISTICS, sites))
-    numbers = sorted({site.block for site in sites})
+        gradients = gather_gradients(model, tokens, method, sites=sites, cache=cache, memory=known, track=track)
     statistics = needs & INPUT_STATISTICS
+    store = _input_store(model, tokens, statistics, sites, cache)
+    numbers = sorted({site.block for site in sites})
     groups = {number: first_readers(site for site in sites if site.block == number) for number in numbers}
-    missing = [number for number in numbers if statistics and not (store and store.holds(number))]
+    held = {number for number in numbers if groups[number].keys() <= known.get(number, {}).keys()}
+    missing = [n for n in numbers if statistics and n not in held and not (store and store.holds(n))]
     walk = Walk(model, tokens.batches(batch_size), track) if missing else None
     for number in numbers:
         inputs: dict[str, InputMoments] = {}
@@ -127,8 +137,13 @@ def calibrate_by_block(
             inputs = walk.moments(number, groups[number], statistics)
             if store:
                 store.write(number, inputs)
-        elif store and statistics:
-            inputs = store.read(number)
+        elif statistics:
+            if number in held:
+                inputs = {group: known[number][group] for group in groups[number]}
+                if memory is None:
+                    del known[number]
+            elif store:
+                inputs = store.read(number)
             if walk and number < missing[-1]:
                 walk.skip(number)  # now, with the dense block: the caller may replace it
         names = [site.name for site in sites if site.block == number]
@@ -142,6 +157,7 @@ def gather_gradients(
     *,
     sites: Sequence[Site] | None = None,
     cache: Path | None = None,
+    memory: Memory | None = None,
     collect: Callable[..., dict[str, GradientMoments]] = collect_gradients,
     track: Track = silent,
 ) -> dict[str, GradientMoments]:
@@ -149,7 +165,10 @@ def gather_gradients(
 
     Args:
         sites, cache: as in `calibrate_by_block`.
-        collect: what gathers those that are not in the cache.
+        memory: gets the moments of the inputs that `method` needs, where the same passes give these too and gradients
+            are not in the cache; or the cache gets them, where there is one. So it is where all of them together take
+            no more than IN_ONE_PASS bytes, and the model reads the text as it is. They are summed in float32.
+        collect: what gathers those that are not in the cache; with `memory`, it takes `inputs` too.
 
     Raises and cost: see `collect_gradients`.
     """
@@ -160,11 +179,58 @@ def gather_gradients(
     check_readable(model, tokens)
     store = None if cache is None else Store(cache / calibration_digest(model, tokens, needs, sites))
     gradients = store.read_gradients() if store else None
-    if gradients is None:
-        gradients = collect(model, tokens, sites, needs, track=track)
-        if store:
-            store.write_gradients(gradients)
+    if gradients is not None:
+        return gradients
+    statistics = method.needs & INPUT_STATISTICS
+    kept = _input_store(model, tokens, statistics, sites, cache)
+    inputs: Memory = {}
+    if memory is not None:
+        inputs = _blank_inputs(model, statistics, sites, kept)
+        collect = partial(collect, inputs={group: sums for block in inputs.values() for group, sums in block.items()})
+    gradients = collect(model, tokens, sites, needs, track=track)
+    if store:
+        store.write_gradients(gradients)
+    for number in list(inputs):
+        block = {group: sums.compact() for group, sums in inputs.pop(number).items()}
+        if kept:
+            kept.write(number, block)
+        elif memory is not None:
+            memory[number] = block
     return gradients
+
+
+def _input_store(
+    model: PreTrainedModel, tokens: Tokens, statistics: frozenset[str], sites: Sequence[Site], cache: Path | None
+) -> Store | None:
+    """Where the moments of these sites' inputs are kept; None without a cache, or where there are none to keep."""
+    if cache is None or not statistics:
+        return None
+    return Store(cache / calibration_digest(model, tokens, statistics, sites))
+
+
+def _blank_inputs(
+    model: PreTrainedModel, statistics: frozenset[str], sites: Sequence[Site], store: Store | None
+) -> Memory:
+    """Moments without a token, to be added to by the passes for gradients; empty where those are not to: see `memory`.
+
+    Of the blocks that are not in the store.
+    """
+    if not statistics or "cross_moment" in statistics or not read_as_it_is(model):
+        return {}
+    numbers = [number for number in sorted({site.block for site in sites}) if not (store and store.holds(number))]
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    groups = first_readers(site for site in sites if site.block in numbers)
+    size = sum(site.d_in**2 for site in groups.values()) if "second_moment" in statistics else 0
+    if size * torch.finfo(dtype).bits // 8 > IN_ONE_PASS:
+        return {}
+    return {
+        number: {
+            group: InputMoments(site.d_in, statistics, device=model.device, dtype=dtype)
+            for group, site in groups.items()
+            if site.block == number
+        }
+        for number in numbers
+    }
 
 
 def recorded_gradients(model: str | Path, sites: Iterable[Site]) -> dict[str, GradientMoments]:

@@ -7,7 +7,7 @@ The embedding runs once and every block's call is recorded. What a model passes 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -159,6 +159,49 @@ def not_of_tokens(name: str, what: str) -> ValueError:
     )
 
 
+@contextmanager
+def summing_inputs(
+    readers: Mapping[str, nn.Module], sums: Mapping[str, InputMoments]
+) -> Iterator[Callable[[Tensor], None]]:
+    """Inside, what each module reads is added to the moments of its input group, in place.
+
+    Args:
+        readers: {input group: its first reader}. sums: {input group: moments}, of the same groups.
+
+    Yields: what is to be told the mask of a batch's tokens before its forward pass.
+
+    Raises:
+        ValueError: an input that is not finite or not one row for each token, or a second one in a forward pass (names
+            the group).
+    """
+    masks: list[Tensor] = []
+    seen: set[str] = set()
+
+    def expect(mask: Tensor) -> None:
+        masks[:] = [mask]
+        seen.clear()
+
+    def watch(group: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def add(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            if group in seen:
+                raise not_of_tokens(group, "is called more than once by its block")
+            seen.add(group)
+            check_rows(group, args[0], masks[0])
+            try:
+                sums[group].update(args[0], masks[0])
+            except ValueError as error:
+                raise ValueError(f"{group}: {error}") from error
+
+        return add
+
+    handles = [module.register_forward_pre_hook(watch(group)) for group, module in readers.items()]
+    try:
+        yield expect
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def hidden_of(output: Any) -> Tensor:
     """The hidden states in a block's output."""
     return output[0] if isinstance(output, tuple | list) else output
@@ -219,31 +262,10 @@ class Walk:
         self.skip(number - 1)
         device = self.held.read(0).device
         collected = {group: InputMoments(site.d_in, needs, device=device) for group, site in groups.items()}
-        seen: dict[str, Tensor] = {}
-
-        def watch(group: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
-                if group in seen:
-                    raise not_of_tokens(group, "is called more than once by its block")
-                seen[group] = args[0]
-
-            return note
-
-        handles = [
-            self.blocks[number].get_submodule(site.role).register_forward_pre_hook(watch(group))
-            for group, site in groups.items()
-        ]
-        try:
-            for mask in self._advance(f"block {number}: moments"):
-                for group in list(seen):
-                    check_rows(group, seen[group], mask)
-                    try:
-                        collected[group].update(seen.pop(group), mask)
-                    except ValueError as error:
-                        raise ValueError(f"{group}: {error}") from error
-        finally:
-            for handle in handles:
-                handle.remove()
+        readers = {group: self.blocks[number].get_submodule(site.role) for group, site in groups.items()}
+        with summing_inputs(readers, collected) as expect:
+            for _ in self._advance(f"block {number}: moments", expect):
+                pass
         return {group: collected.pop(group).compact() for group in list(collected)}
 
     @torch.no_grad()
@@ -253,11 +275,16 @@ class Walk:
             for _ in self._advance(f"block {self.next}: forward"):
                 pass
 
-    def _advance(self, description: str) -> Iterator[Tensor]:
-        """Run the next block on every batch; yields each batch's mask once its forward pass is done."""
+    def _advance(self, description: str, expect: Callable[[Tensor], None] = lambda _: None) -> Iterator[Tensor]:
+        """Run the next block on every batch; yields each batch's mask once its forward pass is done.
+
+        Args:
+            expect: is given each batch's mask before its forward pass.
+        """
         block = self.blocks[self.next]
         for index, mask in self.track(enumerate(self.masks), description, len(self.masks)):
             args, kwargs = self.calls[index][self.next]
+            expect(mask)
             self.held.write(index, hidden_of(block(self.held.read(index), *args, **kwargs)))
             yield mask
         self.held.turn()

@@ -45,8 +45,9 @@ class InputMoments:
         d_in: width of the input.
         needs: names out of INPUT_STATISTICS; the mean and the absolute mean cost nothing and are always kept.
         device: where the inputs will be.
+        dtype: of the square sums.
 
-    Memory: d_in^2 float64 for each of second_moment and cross_moment that is needed.
+    Memory: d_in^2 numbers for each of second_moment and cross_moment that is needed.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class InputMoments:
         needs: frozenset[str] | set[str] = frozenset({"second_moment"}),
         *,
         device: torch.device | None = None,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
         unknown = set(needs) - INPUT_STATISTICS
         if unknown:
@@ -67,7 +69,8 @@ class InputMoments:
         if "cross_moment" in needs:
             shapes |= {"cross_moment": (d_in, d_in), "reference_mean": (d_in,), "reference_second_moment": (d_in, d_in)}
         self._sums: dict[str, Tensor] = {
-            name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()
+            name: torch.zeros(shape, dtype=dtype if len(shape) == 2 else torch.float64, device=device)
+            for name, shape in shapes.items()
         }
 
     @property

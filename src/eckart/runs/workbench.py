@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.allocation import Ranking, RankPlan, Rule, Speed, SpeedTable, plan
-from eckart.calibration.moments import BlockCalibration, recorded_gradients
+from eckart.calibration.moments import BlockCalibration, Memory, recorded_gradients
 from eckart.calibration.sequential import PassReport, SequentialCalibration
 from eckart.compression.tuning.recovery import Samples
 from eckart.data.corpora import parts_of, read_text
@@ -46,6 +46,8 @@ class Workbench:
         self.recipe = resolve(recipe, model, tokenizer)
         self.model, self.tokenizer, self.how = model, tokenizer, how
         self.composition = recipe.composition
+        # Of the dense model's inputs, where they came with the gradients and no cache has them: see `_one_shot`.
+        self._memory: Memory = {}
 
     def check(self) -> None:
         """Raises ValueError where the recovery's data do not fit, before anything is computed."""
@@ -96,7 +98,20 @@ class Workbench:
             return {}
         if self.recipe.calibration.fisher == "recorded":
             return recorded_gradients(locate(self.recipe.model), self.sites)
-        return self.how.engine.gather_gradients(self._calibration_request(self.sites))
+        request = self._calibration_request(self.sites)
+        if not self._reads_one_shot:
+            request = replace(request, memory=None)
+        return self.how.engine.gather_gradients(request)
+
+    @property
+    def _reads_one_shot(self) -> bool:
+        """Whether the moments of the dense model's inputs are used: for the ranks, or for the cuts."""
+        return self._measures or self.composition.order == "one-shot"
+
+    @property
+    def _measures(self) -> bool:
+        """Whether the ranks depend on moments."""
+        return self.recipe.budget is not None and self.composition.allocation.row.needs != "sites"
 
     @property
     def reads_text(self) -> bool:
@@ -166,8 +181,7 @@ class Workbench:
         if composition.order == "one-shot" and not composition.holds_out:
             # Where losses decided the ranks, the moments of all selected sites are in the cache; else only the cut
             # sites' are computed.
-            measured = self.recipe.budget is not None and composition.allocation.row.needs != "sites"
-            return self._one_shot(None if measured else sites) if composition.method.needs else None
+            return self._one_shot(None if self._measures else sites) if composition.method.needs else None
         tokens, held_out = self.tokens
         return SequentialCalibration(
             self.model,
@@ -213,7 +227,10 @@ class Workbench:
         return [self.composition.recovery(self.model, self.recovery_samples, self.how.track)]
 
     def _one_shot(self, sites: Sequence[Site] | None = None) -> Iterator[BlockCalibration]:
-        """The dense model's moments of these sites; default: the selected ones."""
+        """The dense model's moments of these sites; default: the selected ones.
+
+        Cheap to ask for again where a cache has them, or where they came with the gradients and are in memory.
+        """
         sites = self.sites if sites is None else sites
         if not self.reads_text:
             for number in sorted({site.block for site in sites}):
@@ -231,6 +248,7 @@ class Workbench:
             self.composition.method,
             sites=sites,
             cache=self.how.cache,
+            memory=self._memory,
             batch_size=self.how.batch_size,
             track=self.how.track,
         )

@@ -58,7 +58,7 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole(model_type: str, head: 
         summed = parts[0][site.name] + parts[1][site.name] + parts[2][site.name]
         assert (summed.examples, summed.tokens) == (whole[site.name].examples, whole[site.name].tokens)
         for name, value in whole[site.name].sums.items():
-            assert relative(summed.sums[name], value) < 1e-9
+            assert relative(summed.sums[name], value) < (1e-6 if name == "gradient_covariance" else 1e-9)
 
 
 def share(number: int) -> tuple[Tokens, Tokens]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from eckart.allocation.search.loss_weights import Spread
 from eckart.allocation.search.trials import ScoreModel, Team
-from eckart.calibration.moments import BlockCalibration
+from eckart.calibration.moments import BlockCalibration, Memory
 from eckart.compression.cuts import Cut, CutRequest, FactorRequest
 from eckart.data.tokens import Tokens
 from eckart.evals.result import EvalResult
@@ -36,7 +36,8 @@ class CalibrationRequest:
     """A model to be read on tokens, for what a method needs.
 
     Attributes:
-        model, tokens, method, sites, cache, gradients, batch_size, track: as in `calibration.moments`'s functions.
+        model, tokens, method, sites, cache, gradients, memory, batch_size, track: as in `calibration.moments`'s
+            functions. An engine may leave the memory empty.
     """
 
     model: PreTrainedModel
@@ -45,6 +46,7 @@ class CalibrationRequest:
     sites: Sequence[Site] | None = None
     cache: Path | None = None
     gradients: dict[str, GradientMoments] | None = None
+    memory: Memory | None = None
     batch_size: int = 8
     track: Track = silent
 

@@ -34,6 +34,7 @@ class Here(Engine):
             request.method,
             sites=request.sites,
             cache=request.cache,
+            memory=request.memory,
             track=request.track,
         )
 
