@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -12,11 +12,14 @@ from transformers import PreTrainedModel
 from eckart.allocation import RankPlan
 from eckart.calibration.moments import Calibration, calibrate
 from eckart.calibration.sequential import SequentialCalibration
+from eckart.compression.cuts import FactorRequest, tails_of_units
 from eckart.compression.replace import compress
-from eckart.lowrank import InputMoments, Layout, build_method
+from eckart.lowrank import InputMoments, Layout, Method, Moments, build_method
+from eckart.lowrank.method import Prepared
 from eckart.lowrank.pivoting import LAYOUTS
 from eckart.models.linear import LowRankLinear
 from eckart.models.sites import find_sites, read_weight
+from eckart.models.units import Unit, units_of
 from tiny import tiny_model, tiny_tokens
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -118,3 +121,25 @@ def test_of_a_compressed_stream_too(dtype: torch.dtype) -> None:
         )
         energy = float(((weight @ inputs.reference_second_moment) * weight).sum())
         assert each.relative_error == pytest.approx(float(((cut @ both) * cut).sum()) / energy, rel=1e-6, abs=1e-12)
+
+
+def test_what_linears_of_one_input_share_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a method whose metric is of each linear's gradients too: its root is of the input."""
+    prepared: list[Prepared] = []
+
+    def counted(self: Method, moments: Moments) -> Prepared:
+        prepared.append(original(self, moments))
+        return prepared[-1]
+
+    original = Method.prepare
+    monkeypatch.setattr(Method, "prepare", counted)
+    model = tiny_model("llama")
+    for name, expected in (("kfac", 4), ("asvd-i", 4), ("fwsvd", 7)):
+        prepared.clear()
+        method = build_method(name)
+        part = calibrate(model, tiny_tokens(4, 16), method).blocks[0]
+        units = list(units_of([site for site in find_sites(model) if site.block == 0], ()))
+        units.sort(key=lambda unit: unit.group)
+        request = FactorRequest(method, units, part, partial(Unit.weight, model=model))
+        assert len(list(tails_of_units(request))) == len(units)
+        assert len(prepared) == expected, name

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eckart.lowrank import InputMoments, Moments, build_method, factor
-from eckart.lowrank.leading import LARGEST_EXCESS, LARGEST_TAIL_ERROR, leading_basis
-from eckart.lowrank.metrics import Root, Whitening
+from eckart.lowrank.leading import LARGEST_EXCESS, LARGEST_TAIL_ERROR, SOUGHT, all_energies, leading_basis
+from eckart.lowrank.metrics import BlockDiagonal, Root, Whitening
+from eckart.lowrank.truncation import Problem
 
 from .reference import as_matrix, laws, optimum, weighted_loss
 
@@ -108,6 +109,64 @@ def test_a_rank_that_is_known_changes_no_loss(name: str, shape: tuple[int, int])
     assert abs(losses[0] - losses[1]) < 1e-5 * losses[0]
     if name != "nid-i":  # whose tail is measured
         assert known.tail(rank) == pytest.approx(whole.tail(rank), rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["triangle", "blocks", "diagonal"])
+@pytest.mark.parametrize("scale", [1.0, 1e-9])
+def test_an_output_metric_is_factored_in_float32_too(shape: tuple[int, int], kind: str, scale: float) -> None:
+    """However small the gradients are: their squares' squares would leave float32's range."""
+    weight, moments = layer(shape, 10.0)
+    rank, d_out = 10, shape[0]
+    triangles = [
+        2 * torch.eye(n) + torch.randn(n, n, generator=torch.Generator().manual_seed(n)).triu() for n in (8, d_out - 8)
+    ]
+    whole = torch.block_diag(*triangles) * scale
+    metric = {
+        "triangle": whole,
+        "blocks": BlockDiagonal(tuple(scale * each for each in triangles)),
+        "diagonal": whole.diagonal(),
+    }[kind]
+    spectrum = factor(weight, root=Whitening(moments), metric=metric, rank=rank)
+    assert spectrum.basis.dtype == torch.float32
+    factors, side = spectrum.cut(rank), whole.diagonal() if kind == "diagonal" else whole
+    _, least = optimum(weight, rank, Whitening(moments), side)
+    lost = weight.double() - factors.left.double() @ factors.right.double()
+    assert weighted_loss(lost, Whitening(moments), side) <= least * (1 + 10 * LARGEST_EXCESS)
+    assert spectrum.tail(rank) == pytest.approx(least, rel=10 * LARGEST_TAIL_ERROR)
+
+
+# Curves
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("reach", [10.0, 1e3, 1e8])
+def test_curves_are_the_tails_of_the_spectrum(shape: tuple[int, int], reach: float) -> None:
+    weight, moments = layer(shape, reach)
+    for root in roots(moments).values():
+        expected, curve = factor(weight, root=root).tails(), Problem(weight, root).tails()
+        sought = int(SOUGHT * min(shape))
+        torch.testing.assert_close(curve[: sought + 1], expected[: sought + 1], rtol=1e-4, atol=1e-6 * float(curve[0]))
+        exact = Problem(weight.double(), root).tails()
+        torch.testing.assert_close(exact, expected, rtol=1e-9, atol=1e-12 * float(curve[0]))
+
+
+def test_a_curve_below_what_float32_resolves_takes_float64() -> None:
+    weight, moments = layer((40, 40), 1e8)
+    assert all_energies(weight, Whitening(moments)) is None
+    weight, moments = layer((40, 40), 10.0)
+    assert all_energies(weight, Whitening(moments)) is not None
+
+
+@pytest.mark.parametrize("name", ["svd", "asvd-i", "asvd-ii", "nsvd-i", "sfsd", "shrunk"])
+def test_tails_of_a_method_need_no_spectrum(name: str) -> None:
+    weight, inputs = layer((24, 60), 10.0)
+    method, moments = build_method(name), Moments(inputs)
+    expected = method.factor(weight, moments).tails()
+    whole = float(expected[0])
+    torch.testing.assert_close(method.tails(weight, moments), expected, rtol=1e-5, atol=1e-6 * whole)
+    exact = method.tails(weight.double(), moments)
+    torch.testing.assert_close(exact, expected, rtol=1e-9, atol=1e-12 * whole)
 
 
 def as_root(inputs: InputMoments) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from eckart.lowrank import DecompositionError, GradientMoments, Moments
 from eckart.lowrank.metrics import (
+    BlockDiagonal,
     absolute_mean_root,
-    anchored_target,
+    apply_metric,
     cholesky_root,
     eigen_root,
     eigh,
@@ -22,6 +23,7 @@ from eckart.lowrank.metrics import (
     of_second_moment,
     scaled_eigenvectors,
     shrink,
+    solve_metric,
     weigh_inputs,
     whitening,
 )
@@ -153,48 +155,37 @@ def test_gradient_metric_is_a_root_of_the_shrunk_covariance(layer: Layer, share:
 def test_a_gradient_covariance_that_stays_singular_is_refused() -> None:
     moments = Moments(gradients=GradientMoments(3, 4))
     moments.require_gradients().update_covariance(torch.ones(2, 3), None)
-    with pytest.raises(DecompositionError, match=r"\(3, 3\) is singular at shrinkage 0\.0; raise the shrinkage"):
+    with pytest.raises(DecompositionError, match=r"\(3, 3\) \(eigenvalues .* is singular at shrinkage 0\.0; raise"):
         gradient_metric(moments, 0.0)
     assert torch.isfinite(gradient_metric(moments, 0.3)).all()
 
 
-# The anchored target
+@pytest.mark.parametrize("kind", ["single", "stacked"])
+def test_a_metric_is_solved_with_in_any_type(kind: str) -> None:
+    """Triangular as gradient metrics are, or not; of float32 or float64; what comes out has the matrix's type."""
+    random = torch.Generator().manual_seed(0)
+    full = torch.randn(5, 5, generator=random, dtype=torch.float64) + 4 * torch.eye(5, dtype=torch.float64)
+    for metric in (full, full.triu(), full.triu().float()):
+        side = metric if kind == "single" else BlockDiagonal((metric, metric.triu()))
+        matrix = torch.randn(side.shape[0], 3, generator=random, dtype=torch.float64)
+        for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-5)):
+            solved = solve_metric(side, matrix.to(dtype))
+            assert solved.dtype == apply_metric(side, matrix.to(dtype)).dtype == dtype
+            torch.testing.assert_close(apply_metric(side, solved).double(), matrix, rtol=tolerance, atol=tolerance)
 
 
-@laws(30)
-@given(layer=layers(kinds=("rich",), tokens=(20, 40)))
-def test_anchored_target_is_the_least_squares_read_out(layer: Layer) -> None:
-    cross = layer.x.T @ layer.xh / len(layer.x)
-    target = anchored_target(layer.weight, cross, second_moment(layer.xh), 0.0)
-    expected = np.linalg.lstsq(layer.xh.numpy(), (layer.x @ layer.weight.T).numpy(), rcond=None)[0].T
-    np.testing.assert_allclose(target.numpy(), expected, rtol=1e-6, atol=1e-8)
-
-
-@laws(30)
-@given(layer=layers(kinds=("rich",), tokens=(20, 40)), share=SHARES)
-def test_a_stream_anchored_to_itself_leaves_the_weight(layer: Layer, share: float) -> None:
-    moment = second_moment(layer.x)
-    target = anchored_target(layer.weight, moment, moment, share)
-    torch.testing.assert_close(target, layer.weight, rtol=1e-8, atol=1e-8)
-
-
-@laws(30)
-@given(layer=layers(kinds=("rich", "few", "dead")))
-def test_shrinking_all_the_way_leaves_the_weight(layer: Layer) -> None:
-    if layer.xh.abs().sum() == 0:  # a single channel, and dead
-        return
-    cross, moment = layer.x.T @ layer.xh / len(layer.x), second_moment(layer.xh)
-    torch.testing.assert_close(anchored_target(layer.weight, cross, moment, 1.0), layer.weight)
-    near = anchored_target(layer.weight, cross, moment, 1 - 1e-9)
-    torch.testing.assert_close(near, layer.weight, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["dead", "zero"])
-def test_a_moment_that_stays_singular_is_refused(kind: str) -> None:
-    layer = make_layer(3, 6, 40, kind=kind)
-    moment = second_moment(layer.x)
-    with pytest.raises(DecompositionError, match=r"\(6, 6\) is singular at shrinkage 0\.0; raise the shrinkage"):
-        anchored_target(layer.weight, moment, moment, 0.0)
+def test_a_covariance_kept_in_float32_has_its_root_in_float32() -> None:
+    random = torch.Generator().manual_seed(0)
+    gradients = GradientMoments(6, 4)
+    gradients.update_covariance(torch.randn(50, 6, generator=random), None)
+    exact = gradient_metric(Moments(gradients=gradients), 0.3)
+    state = gradients.sums | {"gradient_covariance": gradients.sums["gradient_covariance"].float()}
+    kept = Moments(gradients=GradientMoments.from_state(0, gradients.tokens, state))
+    single = gradient_metric(kept, 0.3)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), exact.double(), rtol=1e-5, atol=1e-5)
+    # Shrunk by next to nothing, its root would be rounding.
+    assert gradient_metric(kept, 1e-6).dtype == torch.float64
 
 
 # What cannot be decomposed

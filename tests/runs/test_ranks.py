@@ -82,7 +82,9 @@ def test_losses_are_the_tails_of_every_unit(method: str) -> None:
         assert {curve.sites for curve in curves} == expected
         for curve in curves:
             spectrum = (together if len(curve.sites) > 1 else alone)(curve.name)
-            np.testing.assert_allclose(curve.losses, spectrum.tails().numpy(), rtol=1e-9)
+            # Of products in float32, where the moments are known to that only.
+            whole = curve.losses[0]
+            np.testing.assert_allclose(curve.losses, spectrum.tails().numpy(), rtol=1e-5, atol=1e-6 * whole)
 
 
 def test_probes_weigh_every_curve() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,10 +23,13 @@ from eckart.lowrank import (
     output_error,
     refit_left,
 )
-from eckart.lowrank.metrics import Root
+from eckart.lowrank.anchor import Anchor
+from eckart.lowrank.method import Prepared
 from eckart.lowrank.moments import JointGradients
 from eckart.models.sites import Site
 from eckart.models.units import Unit
+
+T = TypeVar("T")
 
 # Points of a site's loss curve in the report: enough to draw it.
 CURVE = 65
@@ -105,9 +109,9 @@ def cut_units(request: CutRequest) -> Iterator[tuple[Unit, Cut]]:
     # A spectrum that is kept may be cut at any rank later on; else only at this one.
     hint = plan if spectra is None else None
     missing = [unit for unit in request.factor.units if unit.name not in known]
-    fresh = factor_units(replace(request.factor, units=missing), hint)
+    fresh = _factor_units(replace(request.factor, units=missing), hint)
     for unit in request.factor.units:
-        factored = known[unit.name] if unit.name in known else next(fresh)[1]
+        factored, anchor = (known[unit.name], None) if unit.name in known else next(fresh)[1]
         if spectra is not None:
             spectra[unit.name] = factored
         weight, rank = request.factor.weight_of(unit), plan.rank(unit.sites[0])
@@ -129,7 +133,7 @@ def cut_units(request: CutRequest) -> Iterator[tuple[Unit, Cut]]:
         rows = weight.split([site.d_out for site in unit.sites])
         as_read = replace(stored, bias=_read_bias(stored.bias, request.factor.bias_of(unit), weight.dtype))
         errors = tuple(
-            _relative_error(each, member, inputs, energy)
+            _relative_error(each, member, inputs, energy, anchor)
             for each, member in zip(rows, unit.split(as_read), strict=True)
         )
         notes = tuple(note_on(part, site) for site in unit.sites)
@@ -137,7 +141,7 @@ def cut_units(request: CutRequest) -> Iterator[tuple[Unit, Cut]]:
 
 
 def factor_units(request: FactorRequest, plan: RankPlan | None = None) -> Iterator[tuple[Unit, Factored]]:
-    """Each unit's spectrum, one after the other. Units of one input group share the root.
+    """Each unit's spectrum, one after the other. Units of one input group share what is prepared of it.
 
     Args:
         plan: where the spectra will be cut at its ranks only, which is faster; None for any rank.
@@ -145,21 +149,52 @@ def factor_units(request: FactorRequest, plan: RankPlan | None = None) -> Iterat
     Raises:
         ValueError, DecompositionError: as the method raises them; the message names the unit.
     """
-    method = request.method
-    root: Root = None
+    for unit, (factored, _) in _factor_units(request, plan):
+        yield unit, factored
+
+
+def _factor_units(
+    request: FactorRequest, plan: RankPlan | None
+) -> Iterator[tuple[Unit, tuple[Factored, Anchor | None]]]:
+    """As `factor_units`, with the anchor of each unit's input."""
+
+    def factored(unit: Unit, weight: Tensor, moments: Moments, prepared: Prepared) -> tuple[Factored, Anchor | None]:
+        rank = None if plan is None else plan.rank(unit.sites[0])
+        return request.method.factor(weight, moments, prepared=prepared, rank=rank), prepared.anchor
+
+    return _each_prepared(request, factored)
+
+
+@torch.no_grad()
+def tails_of_units(request: FactorRequest) -> Iterator[tuple[Unit, Tensor]]:
+    """Each unit's loss at every rank, (max_rank + 1,), without its spectrum, which takes three times as long.
+
+    Raises: as `factor_units`.
+    """
+
+    def tails(_unit: Unit, weight: Tensor, moments: Moments, prepared: Prepared) -> Tensor:
+        return request.method.tails(weight, moments, prepared=prepared)
+
+    yield from _each_prepared(request, tails)
+
+
+def _each_prepared(
+    request: FactorRequest, work: Callable[[Unit, Tensor, Moments, Prepared], T]
+) -> Iterator[tuple[Unit, T]]:
+    """Each unit with the result of `work` on it, its weight, its moments, and what is prepared of them."""
+    prepared: Prepared | None = None
     group: str | None = None
     for unit in request.units:
         weight = request.weight_of(unit)
         moments = moments_of(unit, request.part, weight.device)
         try:
-            # A root of a linear's own gradients is no other linear's.
-            if unit.group != group or method.needs_gradients:
-                root, group = method.root(moments), unit.group
-            rank = None if plan is None else plan.rank(unit.sites[0])
-            factored = method.factor(weight, moments, root=root, rank=rank)
+            if prepared is None or unit.group != group or not prepared.is_shared:
+                prepared = None  # ends here, before the next one is made
+                prepared, group = request.method.prepare(moments), unit.group
+            result = work(unit, weight, moments, prepared)
         except (ValueError, DecompositionError) as error:
             raise type(error)(f"{unit.name}: {error}") from error
-        yield unit, factored
+        yield unit, result
 
 
 def note_on(part: BlockCalibration, site: Site) -> str | None:
@@ -229,10 +264,14 @@ def _energy(method: Method, factored: Factored, weight: Tensor, inputs: InputMom
 
 
 def _relative_error(
-    weight: Tensor, stored: Factors | Pivoted, inputs: InputMoments | None, energy: float | None
+    weight: Tensor,
+    stored: Factors | Pivoted,
+    inputs: InputMoments | None,
+    energy: float | None,
+    anchor: Anchor | None,
 ) -> float | None:
     """E||W x - M xh - d||^2 / E||W x||^2. The spectrum's tail is not it: rounded factors lose more than exact ones."""
     if inputs is None or "second_moment" not in inputs.sums:
         return None
-    error, energy = output_error(weight, stored, Moments(inputs), energy=energy)
+    error, energy = output_error(weight, stored, Moments(inputs), energy=energy, anchor=anchor)
     return error / energy if energy > 0 else 0.0

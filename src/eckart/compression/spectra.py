@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from eckart.calibration.moments import BlockCalibration
 from eckart.compression.cuts import moments_of
 from eckart.lowrank import DecompositionError, Factored, Method
-from eckart.lowrank.metrics import Root
+from eckart.lowrank.method import Prepared
 from eckart.models.sites import find_sites, low_rank_modules
 from eckart.models.units import units_of
 
@@ -42,7 +42,7 @@ def spectra_on_demand(
     parts = blocks if isinstance(blocks, Mapping) else {block.block: block for block in blocks}
     if method.needs and not parts:
         raise ValueError(f"{method.name} needs {', '.join(sorted(method.needs))}: calibrate first")
-    last: tuple[str, Root] | None = None
+    last: tuple[str, Prepared] | None = None
 
     def spectrum(name: str) -> Factored:
         nonlocal last
@@ -58,11 +58,10 @@ def spectra_on_demand(
         weight = unit.weight(model)
         moments = moments_of(unit, parts[block] if block in parts else BlockCalibration(block), weight.device)
         try:
-            # A root of a linear's own gradients is no other linear's.
-            if last is None or last[0] != group or method.needs_gradients:
+            if last is None or last[0] != group or not last[1].is_shared:
                 last = None
-                last = (group, method.root(moments))
-            return method.factor(weight, moments, root=last[1])
+                last = (group, method.prepare(moments))
+            return method.factor(weight, moments, prepared=last[1])
         except (ValueError, DecompositionError) as error:
             raise type(error)(f"{name}: {error}") from error
 

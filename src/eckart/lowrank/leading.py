@@ -8,12 +8,14 @@ sample of the dropped directions, with products in float64, which are cheap beca
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eckart.lowrank.float32 import COLUMNS, full_float32, lower_gram
-from eckart.lowrank.metrics import DecompositionError, Root, Whitening, eigh, weigh_inputs
+from eckart.lowrank.float32 import COLUMNS, full_float32
+from eckart.lowrank.metrics import DecompositionError, Root, Whitening, eigh, eigvalsh, gram_of
 
 # A float32 answer is taken where its loss exceeds the least one by at most this share of it, and where its tail, which
 # is reported, is known that well. Storing factors in bfloat16 adds 4e-6 of the output's energy, which is more still.
@@ -22,6 +24,8 @@ LARGEST_TAIL_ERROR = 3e-4
 # Directions that the measurement looks at: those next to the kept ones, where nearly all of the excess arises because
 # their values are nearly the kept ones', and some of those further on, evenly.
 NEAREST, FURTHER = 8, 16
+# See `all_energies`. Float32's rounding is 6e-8, of a Gram matrix about 1e-7 of its largest value.
+SOUGHT, SINGLE_RESOLUTION = 0.75, 1e-5
 
 
 def leading_basis(
@@ -38,20 +42,13 @@ def leading_basis(
     Cost: as `truncation.left_basis`, at twice the speed and half the memory; the measurement takes a
     product of T, T^T and M with NEAREST + FURTHER vectors.
     """
-    if isinstance(root, Tensor) and root.ndim == 2:
+    scale = _scale(target, root)
+    if scale is None:
         return None
-    scale = target.abs().max()
-    if not torch.isfinite(scale) or scale == 0:
-        return None
-    wide = target.shape[0] <= target.shape[1]
+    target, wide = target / scale, target.shape[0] <= target.shape[1]
     try:
         with full_float32():
-            if wide and isinstance(root, Whitening):
-                product = target
-                gram = lower_gram(target @ root.moment(torch.float32), target)
-            else:
-                product = weigh_inputs(target, _single(root))
-                gram = lower_gram(product, product) if wide else lower_gram(product.mT, product.mT)
+            gram, product = gram_of(target, root)
             values, vectors = eigh(gram)
     except DecompositionError:
         return None
@@ -61,7 +58,7 @@ def leading_basis(
         return None
     sampled, counts = _sample(rank, len(values))
     basis, dropped = vectors[:, :rank], vectors[:, sampled]
-    if not wide:
+    if not wide and product is not None:
         with full_float32():
             orthonormal = _orthonormal(product @ (basis / values[:rank].sqrt().float()))
             dropped = product @ dropped
@@ -72,11 +69,36 @@ def leading_basis(
         basis = orthonormal
     if not _is_enough(target, root, basis, values, dropped, sampled, counts):
         return None
-    return basis, values.clamp_min(0)
+    return basis, values.clamp_min(0) * scale**2
 
 
-def _single(root: Root) -> Root:
-    return root.float() if isinstance(root, Tensor) else root
+def all_energies(target: Float[Tensor, "out in"], root: Root) -> Float[Tensor, "p"] | None:
+    """All squared singular values of T B, leading first, of products in float32.
+
+    Rounding in the products is relative to the largest value. Ranks of more than SOUGHT of the full one are hardly ever
+    an answer: a factored linear is as large as a dense one there. Where values before that are below SINGLE_RESOLUTION,
+    the answer is None, and the caller works in float64.
+    """
+    scale = _scale(target, root)
+    if scale is None:
+        return None
+    with full_float32():
+        gram, _ = gram_of(target / scale, root)
+    try:
+        values = eigvalsh(gram.double()).flip(0)
+    except DecompositionError:
+        return None
+    sought = values[math.ceil(SOUGHT * len(values)) - 1]
+    if not sought >= SINGLE_RESOLUTION * values[0] or not values[0] > 0:
+        return None
+    return values.clamp_min(0) * scale**2
+
+
+def _scale(target: Tensor, root: Root) -> float | None:
+    """The size of T, without which its Gram matrix could leave float32's range; None where float32 will not do."""
+    scale = float(target.abs().max())
+    full = isinstance(root, Tensor) and root.ndim == 2
+    return None if full or not math.isfinite(scale) or scale == 0 else scale
 
 
 def _sample(rank: int, count: int) -> tuple[Tensor, Tensor]:

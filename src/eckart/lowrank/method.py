@@ -10,14 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eckart.lowrank.anchor import Anchor
 from eckart.lowrank.factors import Factors
-from eckart.lowrank.metrics import BlockDiagonal, Metric, Root, Whitening, anchored_target
-from eckart.lowrank.moments import GRADIENT_STATISTICS, InputMoments, Moments
+from eckart.lowrank.float32 import symmetric_trace
+from eckart.lowrank.metrics import BlockDiagonal, Metric, Root, Whitening
+from eckart.lowrank.moments import GRADIENT_STATISTICS, Moments
 from eckart.lowrank.pivoting import Pivoted
-from eckart.lowrank.truncation import Spectrum, check_rank, factor, interpolate, weigh
-
-# Moments are kept in float32: an input of which every entry varies by less than this share of its square is constant.
-CONSTANT = 1e-6
+from eckart.lowrank.truncation import Problem, Spectrum, check_rank, factor, interpolate, weigh
 
 InputRoot = Callable[[Moments], Tensor | Whitening]
 OutputMetric = Callable[[Moments], Tensor | BlockDiagonal]
@@ -52,6 +51,20 @@ class Stage:
     root: InputRoot | None = None
     metric: OutputMetric | None = None
     interpolative: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a method needs of a layer's inputs.
+
+    Attributes:
+        root: the first stage's B. anchor: of an anchored method, else None.
+        is_shared: whether it is that of every layer which reads the same input.
+    """
+
+    root: Root
+    anchor: Anchor | None
+    is_shared: bool
 
 
 @dataclass(frozen=True)
@@ -109,15 +122,22 @@ class Method:
         return replace(self, anchor=share, needs=self.needs | {"cross_moment", "second_moment"}, exact=False)
 
     def root(self, moments: Moments) -> Root:
-        """The first stage's input root. Layers that read the same input share it: make it once, pass it to `factor`."""
+        """The first stage's input root."""
         return None if self.stage.root is None else self.stage.root(moments)
+
+    def prepare(self, moments: Moments) -> Prepared:
+        """What `factor` and `tails` need of the inputs: make it once for the layers for which it `is_shared`."""
+        root = self.root(moments)
+        anchor = None if self.anchor is None else Anchor(moments.require_inputs(), self.anchor, centred=self.centred)
+        # A root of a layer's own gradients is no other layer's.
+        return Prepared(root, anchor, is_shared=isinstance(root, Whitening) or not self.needs_gradients)
 
     def factor(
         self,
         weight: Float[Tensor, "out in"],
         moments: Moments | None = None,
         *,
-        root: Root = None,
+        prepared: Prepared | None = None,
         rank: int | None = None,
     ) -> Factored:
         """Factor one layer for every rank at once.
@@ -125,63 +145,42 @@ class Method:
         Args:
             weight: (d_out, d_in); taken to float64.
             moments: what `needs` asks for; None for a method that needs nothing.
-            root: the first stage's root where the caller has it already.
-            rank: the only one that will be cut, where that is known; see `truncation.factor`.
+            prepared: where the caller has it already.
+            rank: the only one that will be cut, where that is known; see `truncation.Problem.factor`.
 
         Raises:
             ValueError: a statistic is missing, shapes disagree, an entry is not finite.
             DecompositionError: a decomposition failed.
         """
         moments = moments or Moments()
-        if moments.inputs is not None and moments.inputs.d_in != weight.shape[-1]:
-            raise ValueError(f"the inputs have width {moments.inputs.d_in}, expected {weight.shape[-1]}")
-        if root is None:
-            root = self.root(moments)
-        metric = None if self.stage.metric is None else self.stage.metric(moments)
-        target, floor, output_mean, input_mean = weight, 0.0, None, None
-        if self.centred:
-            inputs = moments.require_inputs()
-            output_mean, input_mean = weight.double() @ inputs.reference_mean, inputs.mean
-        if self.anchor is not None:
-            target, floor = self._anchor(weight.double(), moments, metric, self.anchor)
-        first = factor(
-            target,
-            root=root,
-            metric=metric,
-            output_mean=output_mean,
-            input_mean=input_mean,
-            floor=floor,
-            rank=rank if rank is None or self.residual is None else first_rank(rank, self.share),
-        )
+        problem = self._problem(weight, moments, prepared)
+        first = problem.factor(rank if rank is None or self.residual is None else first_rank(rank, self.share))
         if self.residual is None:
             return first
         second_root = None if self.residual.root is None else self.residual.root(moments)
         second_metric = None if self.residual.metric is None else self.residual.metric(moments)
-        return NestedSpectrum(first, root, self.residual, second_root, second_metric, self.share)
+        return NestedSpectrum(first, problem.root, self.residual, second_root, second_metric, self.share)
 
-    def _anchor(self, weight: Tensor, moments: Moments, metric: Metric, share: float) -> tuple[Tensor, float]:
-        """The anchored target T and the loss that no rank removes, E||A (W x - T xh)||^2 (centred: about the means).
+    def tails(
+        self, weight: Float[Tensor, "out in"], moments: Moments | None = None, *, prepared: Prepared | None = None
+    ) -> Float[Tensor, "points"]:
+        """The loss of every rank from 0 to full, as `factor(...).tails()`, at a third of the cost.
 
-        An input xh that is always zero (centred: the same for every token) tells nothing of x, and T is W.
+        Args, raises: as `factor`.
         """
-        inputs = moments.require_inputs()
+        tails = self._problem(weight, moments or Moments(), prepared).tails()
+        return tails if self.residual is None else tails[_first_ranks(len(tails), self.share)]
+
+    def _problem(self, weight: Float[Tensor, "out in"], moments: Moments, prepared: Prepared | None) -> Problem:
+        if moments.inputs is not None and moments.inputs.d_in != weight.shape[-1]:
+            raise ValueError(f"the inputs have width {moments.inputs.d_in}, expected {weight.shape[-1]}")
+        prepared = prepared or self.prepare(moments)
+        metric = None if self.stage.metric is None else self.stage.metric(moments)
+        output_mean, input_mean = None, None
         if self.centred:
-            cross, moment = inputs.cross_covariance, inputs.covariance
-            reference = inputs.reference_second_moment - torch.outer(inputs.reference_mean, inputs.reference_mean)
-        else:
-            cross, moment, reference = (
-                inputs.cross_moment,
-                inputs.second_moment,
-                inputs.reference_second_moment,
-            )
-        squares = inputs.variances()
-        constant = bool((moment.diagonal() <= CONSTANT * squares).all())
-        target = weight if constant else anchored_target(weight, cross, moment, share)
-        dense, kept = weigh(weight, metric=metric), weigh(target, metric=metric)
-        floor = float(
-            ((dense @ reference) * dense).sum() - 2 * ((dense @ cross) * kept).sum() + ((kept @ moment) * kept).sum()
-        )
-        return target, max(floor, 0.0)
+            inputs = moments.require_inputs()
+            output_mean, input_mean = weight.double() @ inputs.reference_mean, inputs.mean
+        return Problem(weight, prepared.root, metric, prepared.anchor, output_mean, input_mean)
 
 
 @dataclass(frozen=True)
@@ -210,9 +209,8 @@ class NestedSpectrum:
 
     def tails(self) -> Tensor:
         """The first stage's loss at k1 of every rank, (max_rank + 1,): what the second stage gains is not in it."""
-        ranks = torch.arange(self.max_rank + 1)
-        # round() of Python and torch both take halves to the even number.
-        return self.first.tails()[(self.share * ranks.double()).round().long().clamp(min=1).minimum(ranks)]
+        tails = self.first.tails()
+        return tails[_first_ranks(len(tails), self.share)]
 
     def losses(self, points: int) -> list[float]:
         """The first stage's curve; the second stage has another one for every rank."""
@@ -244,8 +242,20 @@ def first_rank(rank: int, share: float) -> int:
     return max(1, round(share * rank))
 
 
+def _first_ranks(count: int, share: float) -> Tensor:
+    """The first stage's rank at each of the ranks 0 ... count - 1."""
+    ranks = torch.arange(count)
+    # round() of Python and torch both take halves to the even number.
+    return (share * ranks.double()).round().long().clamp(min=1).minimum(ranks)
+
+
 def output_error(
-    weight: Float[Tensor, "out in"], factors: Factors | Pivoted, moments: Moments, *, energy: float | None = None
+    weight: Float[Tensor, "out in"],
+    factors: Factors | Pivoted,
+    moments: Moments,
+    *,
+    energy: float | None = None,
+    anchor: Anchor | None = None,
 ) -> tuple[float, float]:
     """(E||W x - M xh - d||^2, E||W x||^2) per token, from the second moments: what a replacement costs at the output.
 
@@ -255,28 +265,24 @@ def output_error(
 
     Args:
         energy: E||W x||^2, where the caller has it.
+        anchor: of these moments, where there are two streams and the caller has it; else it is made, in float64.
 
-    Cost: in float64, one product of 2 d_out d_in^2 operations for each second moment there is, and one more for the
-    energy.
+    Cost: in float64, d_out d_in (d_in + 256) operations. The same for the energy, and of two streams 3 d_out d_in^2
+    more, both in float32 where an anchor is given that knows no more.
     """
     inputs = moments.require_inputs()
-    weight = weight.double()
+    exact = weight.double()
     kept = factors.to(torch.float64).dense()
+    mean, read = kept @ inputs.mean, exact @ inputs.reference_mean
+    shift = read - mean if factors.bias is None else read - mean - factors.bias.double()
     if "cross_moment" in inputs.sums:
-        reference, second = inputs.reference_second_moment, inputs.second_moment
-        energy = float(((weight @ reference) * weight).sum())
-        error = (
-            energy - 2 * float(((weight @ inputs.cross_moment) * kept).sum()) + float(((kept @ second) * kept).sum())
-        )
+        single = anchor is not None and anchor.is_single and weight.dtype != torch.float64
+        anchor, weight = anchor or Anchor(inputs, 0.0, centred=True), weight.float() if single else exact
+        energy, error, centred = anchor.energy(weight), anchor.error(weight, kept), anchor.centred
     else:
-        energy = _of_moment(weight, inputs) if energy is None else energy
-        error = _of_moment(weight - kept, inputs)
-    if factors.bias is not None:
-        bias = factors.bias.double()
-        error += float(bias @ bias - 2 * bias @ (weight @ inputs.reference_mean - kept @ inputs.mean))
+        second, centred = inputs.sums["second_moment"], False
+        energy = symmetric_trace(exact, second) / inputs.count if energy is None else energy
+        error = symmetric_trace(exact - kept, second) / inputs.count
+    # What is about the means lacks the error at the mean; what is not has the one without a bias.
+    error += float(shift.square().sum() if centred else shift.square().sum() - (read - mean).square().sum())
     return max(error, 0.0), energy
-
-
-def _of_moment(matrix: Float[Tensor, "out in"], inputs: InputMoments) -> float:
-    """E||A x||^2 = trace(A G A^T)."""
-    return float((matrix.mT * inputs.apply_moment(matrix.mT)).sum())

@@ -6,18 +6,23 @@ root or metric is the diagonal of a diagonal matrix. No function here inverts an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eckart.lowrank.moments import InputMoments, Moments
+from eckart.lowrank.float32 import lower_gram
+from eckart.lowrank.moments import GradientMoments, InputMoments, Moments
 
 # Weight of a linear without influence in a stack with others, as a share of theirs: far above what float64 resolves,
 # far below what moves a rank.
 FAINT = 1e-9
+# A gradient covariance that is shrunk by more has a condition number below d_out / 1e-3: its Cholesky root in float32
+# is then off by less than 1e-3 in any direction even of 10,000 outputs, and mostly by 1e-6.
+LEAST_SINGLE_SHRINKAGE = 1e-3
 
 
 class DecompositionError(RuntimeError):
@@ -49,23 +54,17 @@ Metric = Tensor | BlockDiagonal | None
 
 
 def apply_metric(metric: Metric, matrix: Float[Tensor, "out n"]) -> Float[Tensor, "out n"]:
-    """A times the matrix."""
+    """A times the matrix, in the matrix's type."""
     if metric is None:
         return matrix
     if isinstance(metric, BlockDiagonal):
-        return torch.cat([block @ rows for block, rows in metric.split(matrix)])
+        return torch.cat([block.to(rows) @ rows for block, rows in metric.split(matrix)])
+    metric = metric.to(matrix)
     return metric[:, None] * matrix if metric.ndim == 1 else metric @ matrix
 
 
-def transpose_metric(metric: Metric) -> Metric:
-    """A^T."""
-    if isinstance(metric, BlockDiagonal):
-        return BlockDiagonal(tuple(block.mT for block in metric.blocks))
-    return metric if metric is None or metric.ndim == 1 else metric.mT
-
-
 def solve_metric(metric: Metric, matrix: Float[Tensor, "out n"]) -> Float[Tensor, "out n"]:
-    """A^-1 times the matrix.
+    """A^-1 times the matrix, solved in A's type and given in the matrix's.
 
     Raises:
         DecompositionError: A is singular.
@@ -77,11 +76,15 @@ def solve_metric(metric: Metric, matrix: Float[Tensor, "out n"]) -> Float[Tensor
     if metric.ndim == 1:
         if (metric == 0).any():
             raise singular(metric)
-        return matrix / metric[:, None]
-    solved, info = torch.linalg.solve_ex(metric, matrix)
+        return matrix / metric[:, None].to(matrix)
+    if not metric.tril(-1).any():
+        if not metric.diagonal().all():
+            raise singular(metric)
+        return torch.linalg.solve_triangular(metric, matrix.to(metric), upper=True).to(matrix)
+    solved, info = torch.linalg.solve_ex(metric, matrix.to(metric))
     if int(info) != 0:
         raise singular(metric)
-    return solved
+    return solved.to(matrix)
 
 
 def singular(metric: Tensor) -> DecompositionError:
@@ -101,7 +104,7 @@ def cholesky_root(moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
         DecompositionError: an entry is not finite.
     Cost: d^3 / 3 operations.
     """
-    _check_finite(moment, "moment")
+    check_finite(moment, "moment")
     factor, info = torch.linalg.cholesky_ex(moment)
     return factor if int(info) == 0 else eigen_root(moment)
 
@@ -181,7 +184,7 @@ class Whitening:
         """
         if dtype not in self._moments:
             matrix = self.inputs.moment(centred=self.centred, dtype=dtype)
-            _check_finite(matrix, "moment")
+            check_finite(matrix, "moment")
             if self.share:
                 matrix = shrink(matrix, self.share)
             self._moments[dtype] = matrix
@@ -218,9 +221,20 @@ def weigh_inputs(matrix: Float[Tensor, "n d"], root: Root) -> Float[Tensor, "n d
     """The matrix times B, in the matrix's type."""
     if root is None:
         return matrix
-    if isinstance(root, Whitening):
-        root = root.root(matrix.dtype)
+    root = root.root(matrix.dtype) if isinstance(root, Whitening) else root.to(matrix)
     return matrix * root if root.ndim == 1 else matrix @ root
+
+
+def gram_of(matrix: Float[Tensor, "m n"], root: Root) -> tuple[Float[Tensor, "p p"], Float[Tensor, "m n"] | None]:
+    """(The Gram matrix of the matrix times B on its smaller side, in its lower triangle, and that product).
+
+    On the output side of a `Whitening` the moment is enough: no product is made there, and None is given.
+    """
+    wide = matrix.shape[0] <= matrix.shape[1]
+    if wide and isinstance(root, Whitening):
+        return lower_gram(matrix @ root.moment(matrix.dtype), matrix), None
+    product = weigh_inputs(matrix, root)
+    return lower_gram(product, product) if wide else lower_gram(product.mT, product.mT), product
 
 
 def absolute_mean_root(moments: Moments, alpha: float) -> Float[Tensor, "in"]:
@@ -251,11 +265,11 @@ def gradient_metric(moments: Moments, share: float) -> Float[Tensor, "out out"] 
     Raises:
         DecompositionError: H is singular even after shrinking (share = 0 on too few tokens).
     """
-    covariances = [gradients.gradient_covariance for gradients in moments.require_gradients().members]
-    scales = torch.stack([covariance.diagonal().mean() for covariance in covariances])
+    covariances = [_covariance_of(gradients, share) for gradients in moments.require_gradients().members]
+    scales = torch.stack([covariance.diagonal().double().mean() for covariance in covariances])
     if not scales.any():
         return torch.cat([torch.zeros_like(covariance.diagonal()) for covariance in covariances])
-    faint = (FAINT * scales[scales != 0].mean()).sqrt()
+    faint = float((FAINT * scales[scales != 0].mean()).sqrt())
     blocks = [
         _gradient_root(covariance, share) if scale else faint * torch.eye(len(covariance)).to(covariance)
         for covariance, scale in zip(covariances, scales, strict=True)
@@ -271,42 +285,25 @@ def is_nothing(metric: Metric) -> bool:
     return isinstance(metric, Tensor) and not metric.any()
 
 
+def _covariance_of(gradients: GradientMoments, share: float) -> Float[Tensor, "out out"]:
+    """H: in float32 where it was kept so and its shrunk root is as good in it, else in float64."""
+    covariance = gradients.gradient_covariance
+    if gradients.sums["gradient_covariance"].dtype != torch.float32 or share <= LEAST_SINGLE_SHRINKAGE:
+        return covariance.double()
+    return covariance.float()
+
+
 def _gradient_root(covariance: Float[Tensor, "out out"], share: float) -> Float[Tensor, "out out"]:
-    _check_finite(covariance, "gradient covariance")
+    """In the covariance's type; in float64 where float32 has no root."""
+    check_finite(covariance, "gradient covariance")
     factor, info = torch.linalg.cholesky_ex(shrink(covariance, share))
+    if int(info) != 0 and covariance.dtype != torch.float64:
+        return _gradient_root(covariance.double(), share)
     if int(info) != 0:
         raise DecompositionError(
-            f"the gradient covariance {tuple(covariance.shape)} is singular at shrinkage {share}; raise the shrinkage"
+            f"the gradient covariance {describe(covariance)} is singular at shrinkage {share}; raise the shrinkage"
         )
     return factor.mT
-
-
-def anchored_target(
-    weight: Float[Tensor, "out in"],
-    cross: Float[Tensor, "in in"],
-    moment: Float[Tensor, "in in"],
-    share: float,
-) -> Float[Tensor, "out in"]:
-    """T = W X Gh^-1: the best linear read-out of the dense output W x from the compressed model's input xh.
-
-    Args:
-        cross: X = E[x xh^T] (or its centred form). moment: Gh = E[xh xh^T] (centred alike).
-        share: both are shrunk by it towards the mean diagonal of Gh before the solve, so share -> 1 gives T = W.
-
-    Raises:
-        DecompositionError: Gh is singular even after shrinking, or an entry of it is not finite.
-    """
-    _check_finite(moment, "input moment")
-    scale = share * moment.diagonal().mean()
-    mixed = (1 - share) * cross
-    mixed.diagonal().add_(scale)
-    factor, info = torch.linalg.cholesky_ex(shrink(moment, share))
-    if int(info) != 0:
-        raise DecompositionError(
-            f"the input moment {tuple(moment.shape)} is singular at shrinkage {share}; "
-            "raise the shrinkage or calibrate on more tokens"
-        )
-    return torch.cholesky_solve((weight @ mixed).mT, factor).mT
 
 
 def eigh(moment: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, "d d"]]:
@@ -315,14 +312,41 @@ def eigh(moment: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d"], Float[Tensor
     Raises:
         DecompositionError: an entry is not finite, or the eigensolver failed.
     """
-    _check_finite(moment, "moment")
-    try:
+    check_finite(moment, "moment")
+    with _converging("eigenvalues", moment):
         values, vectors = torch.linalg.eigh(moment)
+    return values, vectors
+
+
+def eigvalsh(moment: Float[Tensor, "d d"]) -> Float[Tensor, "d"]:
+    """The eigenvalues alone, at a third of the cost. Raises as `eigh`."""
+    check_finite(moment, "moment")
+    with _converging("eigenvalues", moment):
+        return torch.linalg.eigvalsh(moment)
+
+
+def svd(matrix: Float[Tensor, "m n"]) -> tuple[Float[Tensor, "m p"], Float[Tensor, "p"], Float[Tensor, "p n"]]:
+    """The reduced singular value decomposition. Raises DecompositionError where it did not converge."""
+    with _converging("the SVD", matrix):
+        basis, singular, right = torch.linalg.svd(matrix, full_matrices=False)
+    return basis, singular, right
+
+
+def svdvals(matrix: Float[Tensor, "m n"]) -> Float[Tensor, "p"]:
+    """The singular values alone. Raises as `svd`."""
+    with _converging("the SVD", matrix):
+        return torch.linalg.svdvals(matrix)
+
+
+@contextmanager
+def _converging(what: str, matrix: Tensor) -> Iterator[None]:
+    """Inside, a solver that does not converge raises DecompositionError with the matrix's shape and largest entry."""
+    try:
+        yield
     except torch.linalg.LinAlgError as error:
         raise DecompositionError(
-            f"eigenvalues of a {tuple(moment.shape)} matrix did not converge; largest entry {moment.abs().max():.3g}"
+            f"{what} of a {tuple(matrix.shape)} matrix did not converge; largest entry {matrix.abs().max():.3g}"
         ) from error
-    return values, vectors
 
 
 def _check_share(share: float) -> None:
@@ -330,6 +354,21 @@ def _check_share(share: float) -> None:
         raise ValueError(f"shrinkage {share} is outside [0, 1]")
 
 
-def _check_finite(matrix: Tensor, what: str) -> None:
+def check_finite(matrix: Tensor, what: str) -> None:
+    """Raises DecompositionError where an entry is not finite; `what` names the matrix."""
     if not torch.isfinite(matrix).all():
         raise DecompositionError(f"the {what} {tuple(matrix.shape)} has entries that are not finite")
+
+
+def describe(matrix: Float[Tensor, "d d"], values: Float[Tensor, "d"] | None = None) -> str:
+    """What to know of a symmetric matrix that failed: its shape, its extreme eigenvalues, how symmetric it is.
+
+    Args:
+        values: its eigenvalues, where they are known.
+    """
+    values = torch.linalg.eigvalsh(matrix) if values is None else values
+    skew = float((matrix - matrix.mT).abs().max() / matrix.abs().max().clamp_min(torch.finfo(matrix.dtype).tiny))
+    return (
+        f"{tuple(matrix.shape)} (eigenvalues {float(values[0]):.3g} to {float(values[-1]):.3g}, mean diagonal "
+        f"{float(matrix.diagonal().mean()):.3g}, asymmetry {skew:.1g}, on {matrix.device.type})"
+    )

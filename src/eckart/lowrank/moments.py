@@ -19,8 +19,9 @@ from eckart.lowrank.float32 import add_gram, exact_products, inner_product, is_m
 # Rows multiplied in float32 before the product is added in float64. Long enough for full-speed matrix products,
 # short enough that float32 rounding inside one product stays near 1e-7 of it.
 CHUNK_ROWS = 4096
-# Rows of a square sum that are normalised at a time, so that no second copy of it in float64 is made on the way.
-NORMALISED_ROWS = 1024
+# Rows of a square sum that are normalised at a time: no second copy of it in float64 is made on the way, and these rows
+# stay in a cache.
+NORMALISED_ROWS = 64
 # Rows whose sizes are summed at a time: a copy of them fits a cache, one of all would be fetched from the system anew.
 SIZED_ROWS = 512
 # Square sums that are symmetric; of these only the upper block triangle is added to, and mirrored when they are read.
@@ -211,9 +212,9 @@ class InputMoments:
         mean = self.mean if centred else None
         for start in range(0, self.d_in, NORMALISED_ROWS):
             place = slice(start, start + NORMALISED_ROWS)
-            rows = total[place].double() / self.count
+            rows = total[place].to(torch.float64, copy=True).div_(self.count)
             if mean is not None:
-                rows -= torch.outer(mean[place], mean)
+                rows.addr_(mean[place], mean, alpha=-1)
             yield place, rows
 
     @property

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,21 +15,24 @@ from jaxtyping import Float
 from scipy.linalg.interpolative import interp_decomp
 from torch import Tensor
 
+from eckart.lowrank.anchor import Anchor
 from eckart.lowrank.factors import Factors
-from eckart.lowrank.float32 import is_fast_in_float64, lower_gram
-from eckart.lowrank.leading import leading_basis
+from eckart.lowrank.float32 import full_float32, is_fast_in_float64
+from eckart.lowrank.leading import all_energies, leading_basis
 from eckart.lowrank.metrics import (
     BlockDiagonal,
-    DecompositionError,
     Metric,
     Root,
     Whitening,
     apply_metric,
     eigh,
+    eigvalsh,
+    gram_of,
     is_nothing,
     singular,
     solve_metric,
-    transpose_metric,
+    svd,
+    svdvals,
     weigh_inputs,
 )
 
@@ -44,7 +46,7 @@ class Spectrum:
     """Every rank of one layer: cut it anywhere, read off what the cut costs.
 
     Attributes:
-        target: (d_out, d_in) T, what is approximated.
+        weighted: (d_out, d_in) A T, what is approximated.
         basis: (d_out, q) U, left singular vectors of A T B, leading first: all p = min(d_out, d_in) of them, or as many
             as were asked for.
         energies: (p,) squared singular values, descending: the loss that each direction carries.
@@ -55,7 +57,7 @@ class Spectrum:
         floor: the part of the loss that no rank removes (an anchored target whose input lost information).
     """
 
-    target: Float[Tensor, "out in"]
+    weighted: Float[Tensor, "out in"]
     basis: Float[Tensor, "out q"]
     energies: Float[Tensor, "p"]
     metric: Metric = None
@@ -66,6 +68,11 @@ class Spectrum:
     @property
     def max_rank(self) -> int:
         return len(self.energies)
+
+    @property
+    def target(self) -> Float[Tensor, "out in"]:
+        """T. Cost: a solve with A where there is one."""
+        return solve_metric(self.metric, self.weighted)
 
     def cut(self, rank: int) -> Factors:
         """The best factors of `rank`: left = A^-1 U_r (d_out, rank), right = U_r^T A T (rank, d_in).
@@ -79,9 +86,7 @@ class Spectrum:
         if rank > self.basis.shape[1]:
             raise ValueError(f"the layer was factored for rank {self.basis.shape[1]}, and is to be cut at {rank}")
         basis = self.basis[:, :rank]
-        # U^T A first: at any rank that pays off it is no dearer than A T.
-        right = apply_metric(transpose_metric(self.metric), basis).mT @ self.target
-        return self.with_bias(Factors(solve_metric(self.metric, basis), right))
+        return self.with_bias(Factors(solve_metric(self.metric, basis), basis.mT @ self.weighted))
 
     def with_bias(self, factors: Factors) -> Factors:
         """The factors with the bias that fits them, d = W mu - M mu; unchanged where there are no means."""
@@ -98,14 +103,140 @@ class Spectrum:
 
     def tails(self) -> Float[Tensor, "points"]:
         """The loss at every rank from 0 to full, (max_rank + 1,)."""
-        left_out = self.energies.flip(0).cumsum(0).flip(0)
-        return self.floor + torch.cat([left_out, left_out.new_zeros(1)])
+        return self.floor + tails_of(self.energies)
 
     def losses(self, points: int) -> list[float]:
         """The loss at `points` ranks spread evenly from 0 to full, as shares of the loss at rank 0: a curve to draw."""
-        total = self.tail(0)
-        ranks = torch.linspace(0, self.max_rank, points).round().int().tolist()
-        return [self.tail(rank) / total if total > 0 else 0.0 for rank in ranks]
+        return shares(self.tails(), points)
+
+
+def tails_of(energies: Float[Tensor, "p"]) -> Float[Tensor, "points"]:
+    """What the cuts at ranks 0 to p leave out of the energies, (p + 1,)."""
+    left_out = energies.flip(0).cumsum(0).flip(0)
+    return torch.cat([left_out, left_out.new_zeros(1)])
+
+
+def shares(tails: Float[Tensor, "ranks"], points: int) -> list[float]:
+    """Entries of `tails`, spread evenly from the first to the last, as shares of the first."""
+    places = torch.linspace(0, len(tails) - 1, points).round().long()
+    sampled = tails.cpu()[places]
+    return (sampled / sampled[0] if sampled[0] > 0 else torch.zeros_like(sampled)).tolist()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """minimise E||A (W x - M xh - d)||^2 over rank(M) <= r, for every r at once.
+
+    Attributes:
+        weight: (d_out, d_in) W.
+        root: B of xh's moment, (d_in, d_in), its diagonal (d_in,) or a `Whitening`. None is the identity: plain SVD.
+        metric: A, (d_out, d_out), its diagonal (d_out,) or its blocks, non-singular. None is the identity.
+        anchor: of xh, which makes the target T; None for T = W, xh being x itself.
+        output_mean, input_mean: see Spectrum. floor: the part of the loss that no rank removes, without an anchor.
+
+    Where A or B is zero, every M loses nothing (but the floor), and that is what the losses are. The factors are then
+    the best ones without A, or without B: a linear without influence on the loss is cut in the input's metric alone,
+    and one whose input is always zero by plain SVD.
+
+    Raises:
+        ValueError: shapes disagree.
+        DecompositionError: a diagonal metric is singular (a full one is detected when the spectrum is cut).
+    """
+
+    weight: Float[Tensor, "out in"]
+    root: Root = None
+    metric: Metric = None
+    anchor: Anchor | None = None
+    output_mean: Float[Tensor, "out"] | None = None
+    input_mean: Float[Tensor, "in"] | None = None
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2:
+            raise ValueError(f"target has shape {tuple(self.weight.shape)}, expected (d_out, d_in)")
+        d_out, d_in = self.weight.shape
+        _check_side(self.root, d_in, "root")
+        _check_side(self.metric, d_out, "metric")
+        metric = self.metric
+        if isinstance(metric, Tensor) and metric.ndim == 1 and (metric == 0).any() and not is_nothing(metric):
+            raise singular(metric)
+
+    @property
+    def max_rank(self) -> int:
+        return min(self.weight.shape)
+
+    @property
+    def is_single(self) -> bool:
+        """Whether float32 is all that is known of the weight and the moments, and the device is faster in it."""
+        return (
+            self.weight.dtype != torch.float64
+            and (self.root.is_single if isinstance(self.root, Whitening) else self.root is None or self.root.ndim == 1)
+            and (self.anchor is None or self.anchor.is_single)
+            and not is_fast_in_float64(self.weight.device)
+        )
+
+    def factor(self, rank: int | None = None) -> Spectrum:
+        """Every rank of the linear, or those up to one.
+
+        Args:
+            rank: the largest that will be cut, where that is known: only so many vectors are made. What `is_single` is
+                then factored in float32 where that is enough (see `leading`): the loss is within 1e-5 of the least,
+                and the factors are float32.
+
+        Raises:
+            ValueError: an entry is not finite, or the rank is out of reach.
+            DecompositionError: a decomposition did not converge, or an anchor's moment is singular; the message names
+                the shape and the numbers.
+
+        Cost: the products A T and A T B or the Gram matrix A T M T^T A^T, and the symmetric eigenproblem of the Gram
+        matrix on the smaller side; one SVD of the product instead where the Gram matrix cannot resolve the singular
+        values that are needed (see `left_basis`). Of an anchor, see `Anchor`.
+        """
+        if rank is not None:
+            check_rank(rank, self.max_rank)
+        if is_nothing(self.metric):
+            return replace(_lossless(replace(self, metric=None).factor(rank)), floor=self.floor)
+        if rank is not None and self.is_single:
+            known = self._weigh(torch.float32)
+            leading = None if known is None else leading_basis(known[0], self.root, rank)
+            if known is not None and leading is not None:
+                return Spectrum(known[0], *leading, self.metric, self.output_mean, self.input_mean, known[1])
+        weighted, floor = self._weigh_exactly()
+        basis, energies = left_basis(weighted, self.root, rank)
+        if self.root is not None and energies[0] == 0:
+            return _lossless(replace(self, root=None).factor(rank))
+        return Spectrum(weighted, basis, energies, self.metric, self.output_mean, self.input_mean, floor)
+
+    def tails(self) -> Float[Tensor, "points"]:
+        """The loss at every rank from 0 to full, (max_rank + 1,), as that of `factor`.
+
+        What `is_single` is multiplied in float32 where that resolves the values (see `leading.all_energies`).
+
+        Raises: as `factor`. Cost: as that, but of the eigenproblem only the values, about a third of it.
+        """
+        if is_nothing(self.metric):
+            return self.floor + torch.zeros(self.max_rank + 1, dtype=torch.float64)
+        if self.is_single:
+            known = self._weigh(torch.float32)
+            energies = None if known is None else all_energies(known[0], self.root)
+            if known is not None and energies is not None:
+                return known[1] + tails_of(energies)
+        weighted, floor = self._weigh_exactly()
+        return floor + tails_of(left_energies(weighted, self.root))
+
+    def _weigh(self, dtype: torch.dtype) -> tuple[Tensor, float] | None:
+        """(A T, the floor) in a type; None where float32 is not enough for the anchor."""
+        with full_float32():
+            weighted = apply_metric(self.metric, self.weight.to(dtype))
+        if self.anchor is None:
+            return weighted, self.floor
+        target = self.anchor.target(weighted)
+        return None if target is None else (target, self.anchor.floor(weighted, target))
+
+    def _weigh_exactly(self) -> tuple[Tensor, float]:
+        answer = self._weigh(torch.float64)
+        assert answer is not None
+        return answer
 
 
 def factor(
@@ -123,51 +254,9 @@ def factor(
     The cut at rank r minimises ||A (T - M) B||_F over rank(M) <= r (METHODS: one problem, one solution; NSVD Theorems
     2 and 3 for A = I). B is applied, never inverted, so it may be singular.
 
-    Args:
-        target: (d_out, d_in); taken to float64.
-        root: B, (d_in, d_in), or its diagonal (d_in,), or a `Whitening`. None is the identity: plain SVD.
-        metric: A, (d_out, d_out), its diagonal (d_out,) or its blocks, non-singular. None is the identity.
-        output_mean, input_mean, floor: see Spectrum.
-        rank: the largest that will be cut, where that is known: only so many vectors are made. A target of less than
-            float64 is then factored in float32 where that is enough (see `leading`) and the device faster at it: the
-            loss is within 1e-5 of the least, and the factors are float32.
-
-    Where A or B is zero, every M loses nothing (but the floor), and that is what the spectrum's losses are. The factors
-    are then the best ones without A, or without B: a linear without influence on the loss is cut in the input's metric
-    alone, and one whose input is always zero by plain SVD.
-
-    Raises:
-        ValueError: shapes disagree, an entry is not finite, or the rank is out of reach.
-        DecompositionError: the decomposition did not converge; the message names the shape and the largest entry. Or
-            the metric is singular (a full one is detected when the spectrum is cut).
-
-    Cost: the product A T B or the Gram matrix A T M T^T A^T, and the symmetric eigenproblem of the Gram matrix on the
-    smaller side; one SVD of the product instead where the Gram matrix cannot resolve the singular values that are
-    needed (see `left_basis`).
+    Args, raises and cost: see `Problem` and `Problem.factor`.
     """
-    if target.ndim != 2:
-        raise ValueError(f"target has shape {tuple(target.shape)}, expected (d_out, d_in)")
-    d_out, d_in = target.shape
-    _check_side(root, d_in, "root")
-    _check_side(metric, d_out, "metric")
-    settings: dict[str, Any] = {"output_mean": output_mean, "input_mean": input_mean, "floor": floor, "rank": rank}
-    if is_nothing(metric):
-        return _lossless(factor(target, root=root, **settings))
-    if rank is not None:
-        check_rank(rank, min(d_out, d_in))
-        known = target.dtype != torch.float64 and (not isinstance(root, Whitening) or root.is_single)
-        if known and metric is None and not is_fast_in_float64(target.device):
-            single = target.float()
-            leading = leading_basis(single, root, rank)
-            if leading is not None:
-                return Spectrum(single, *leading, metric, output_mean, input_mean, floor)
-    target = target.double()
-    if isinstance(metric, Tensor) and metric.ndim == 1 and (metric == 0).any():
-        raise singular(metric)
-    basis, energies = left_basis(target, root, metric, rank)
-    if root is not None and energies[0] == 0:
-        return _lossless(factor(target, metric=metric, **settings))
-    return Spectrum(target, basis, energies, metric, output_mean, input_mean, floor)
+    return Problem(target, root, metric, None, output_mean, input_mean, floor).factor(rank)
 
 
 def _lossless(spectrum: Spectrum) -> Spectrum:
@@ -181,43 +270,51 @@ def weigh(matrix: Float[Tensor, "out in"], root: Root = None, metric: Metric = N
 
 
 def left_basis(
-    target: Float[Tensor, "out in"], root: Root = None, metric: Metric = None, rank: int | None = None
+    weighted: Float[Tensor, "out in"], root: Root = None, rank: int | None = None
 ) -> tuple[Float[Tensor, "out q"], Float[Tensor, "p"]]:
-    """Left singular vectors of A T B, `rank` of them or all, and all p = min(d_out, d_in) squared singular values.
+    """Left singular vectors of (A T) B, `rank` of them or all, and all p = min(d_out, d_in) squared singular values.
 
     Leading first, in float64. The route was chosen by measurement (benchmarks/decomposition.py, docs/decisions.md):
     eigenvectors of the Gram matrix on the smaller side, which on the output side needs the moment and no root. Its
     rounding error is relative to the largest eigenvalue, so where a value that is needed lies below GRAM_RESOLUTION of
     it, the product is decomposed by SVD, which resolves singular values down to 1e-16 of the largest.
     """
-    d_out, d_in = target.shape
-    wide, needed = d_out <= d_in, min(d_out, d_in) if rank is None else rank
-    product = None
-    if wide and isinstance(root, Whitening):
-        weighted = apply_metric(metric, target)
-        gram = lower_gram(weighted @ root.moment(), weighted)
-        del weighted
-    else:
-        product = weigh(target, root, metric)
-        gram = lower_gram(product, product) if wide else lower_gram(product.mT, product.mT)
-    if not torch.isfinite(gram.diagonal()).all():
-        raise ValueError(f"the weighted {d_out} x {d_in} matrix has entries that are not finite")
+    d_out, d_in = weighted.shape
+    needed = min(d_out, d_in) if rank is None else rank
+    gram, product = _finite_gram(weighted, root)
     values, vectors = eigh(gram)
     del gram
-    if values[-needed] >= GRAM_RESOLUTION * values[-1] and values[-1] > 0:
+    if _resolves(values, needed):
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)[:, :needed]
-        if product is not None and not wide:
+        if product is not None and d_out > d_in:
             # T B V has orthogonal columns of length sigma; dividing is safe because sigma is well resolved here.
             vectors = (product @ vectors) / values[:needed].sqrt()
         return vectors, values
-    product = weigh(target, root, metric) if product is None else product
-    try:
-        basis, singular, _ = torch.linalg.svd(product, full_matrices=False)
-    except torch.linalg.LinAlgError as error:
-        raise DecompositionError(
-            f"the SVD of a {tuple(product.shape)} matrix did not converge; largest entry {product.abs().max():.3g}"
-        ) from error
+    basis, singular, _ = svd(weigh_inputs(weighted, root) if product is None else product)
     return basis[:, :needed], singular.square()
+
+
+def left_energies(weighted: Float[Tensor, "out in"], root: Root = None) -> Float[Tensor, "p"]:
+    """All squared singular values of (A T) B, as `left_basis` has them, at a third of the cost."""
+    gram, product = _finite_gram(weighted, root)
+    values = eigvalsh(gram)
+    if _resolves(values, len(values)):
+        return values.flip(0).clamp_min(0)
+    return svdvals(weigh_inputs(weighted, root) if product is None else product).square()
+
+
+def _finite_gram(weighted: Tensor, root: Root) -> tuple[Tensor, Tensor | None]:
+    gram, product = gram_of(weighted, root)
+    if not torch.isfinite(gram.diagonal()).all():
+        raise ValueError(
+            f"the weighted {weighted.shape[0]} x {weighted.shape[1]} matrix has entries that are not finite"
+        )
+    return gram, product
+
+
+def _resolves(values: Float[Tensor, "p"], needed: int) -> bool:
+    """Whether the Gram matrix's eigenvalues, ascending, tell the largest `needed` from rounding."""
+    return bool(values[-needed] >= GRAM_RESOLUTION * values[-1] and values[-1] > 0)
 
 
 def interpolate(matrix: Float[Tensor, "out in"], rank: int) -> Factors:

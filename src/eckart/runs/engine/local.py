@@ -10,7 +10,7 @@ from torch import Tensor
 from eckart.allocation.search.loss_weights import Spread
 from eckart.allocation.search.trials import ScoreModel, Team
 from eckart.calibration.moments import BlockCalibration, calibrate_by_block, gather_gradients
-from eckart.compression.cuts import Cut, CutRequest, FactorRequest, cut_units, factor_units
+from eckart.compression.cuts import Cut, CutRequest, FactorRequest, cut_units, tails_of_units
 from eckart.evals.result import EvalResult
 from eckart.evals.subject import Setup, Subject
 from eckart.evals.tasks import Task, evaluate
@@ -44,8 +44,8 @@ class Here(Engine):
 
     def losses(self, request: FactorRequest) -> Iterator[tuple[Unit, Tensor]]:
         """See `Engine`."""
-        for unit, factored in factor_units(request):
-            yield unit, factored.tails().cpu()
+        for unit, tails in tails_of_units(request):
+            yield unit, tails.cpu()
 
     @contextmanager
     def team(self, request: SearchRequest, score: ScoreModel) -> Iterator[Team | None]:

@@ -1,0 +1,166 @@
+"""Anchor: what a linear is to give for the compressed model's input xh, to come nearest to W x of the dense one.
+
+All of it is written in the difference of the two inputs, which is small where the compressed model is any good, so that
+nothing here is a small difference of large numbers and float32 is enough.
+
+    E = E[(x - xh) xh^T],   D = E[(x - xh)(x - xh)^T],   Gh = E[xh xh^T]      (centred: about the means)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from eckart.lowrank.float32 import full_float32, symmetric_trace
+from eckart.lowrank.metrics import DecompositionError, check_finite, describe, eigh, shrink
+from eckart.lowrank.moments import NORMALISED_ROWS, InputMoments
+
+# Moments are kept in float32: an input of which every entry varies by less than this share of its square is constant.
+CONSTANT = 1e-6
+# The float32 solution of V Gh = P is taken where V Gh and P are as near as this on random vectors.
+LARGEST_RESIDUAL = 1e-5
+PROBES = 8
+
+
+class Anchor:
+    """The anchored target T of any linear that reads the input, and the loss that it leaves.
+
+        T = W ((1 - share) X + share m I) ((1 - share) Gh + share m I)^-1,   X = E[x xh^T], m = mean diag Gh
+          = W + (1 - share) W E ((1 - share) Gh + share m I)^-1
+
+    Linears that read one input share one object, so that the moments are prepared and factored once for all of them.
+
+    Args:
+        inputs: with a reference stream. share: of the shrinkage; 1 gives T = W. centred: about the means.
+
+    Memory: four (d_in, d_in) matrices, of each float type that is asked for.
+    """
+
+    def __init__(self, inputs: InputMoments, share: float, *, centred: bool = False) -> None:
+        self.inputs, self.share, self.centred = inputs, share, centred
+        self._matrices: dict[torch.dtype, tuple[Tensor, Tensor, Tensor]] = {}
+        self._factors: dict[torch.dtype, Tensor | None] = {}
+
+    @property
+    def is_single(self) -> bool:
+        """Whether the moments were kept in float32, so that float32 is all that is known of them."""
+        names = ("second_moment", "cross_moment", "reference_second_moment")
+        return all(self.inputs.keeps(name) == torch.float32 for name in names)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether xh is always zero (centred: the same for every token). It tells nothing of x then, and T is W."""
+        variances = self.inputs.variances(centred=self.centred)
+        return bool((variances <= CONSTANT * self.inputs.variances()).all())
+
+    def target(self, weighted: Float[Tensor, "out in"]) -> Float[Tensor, "out in"] | None:
+        """A T, given A W. In the matrix's type; None where float32 is not enough.
+
+        Raises:
+            DecompositionError: Gh is singular even after shrinking, or an entry of it is not finite.
+        Cost: two products of 2 d_out d_in^2 operations.
+        """
+        if self.is_constant:
+            return weighted
+        factor = self._factor(weighted.dtype)
+        if factor is None:
+            return None
+        change, _, _ = self._matrices_in(weighted.dtype)
+        with full_float32():
+            sought = (1 - self.share) * (weighted @ change)
+            moved = torch.cholesky_solve(sought.mT, factor).mT
+        if weighted.dtype == torch.float32 and not self._is_solution(moved, sought):
+            return None
+        return weighted + moved
+
+    def floor(self, weighted: Float[Tensor, "out in"], target: Float[Tensor, "out in"]) -> float:
+        """E||A (W x - T xh)||^2, the loss that no rank removes, given A W and A T.
+
+        Cost: 4 d_out d_in^2 operations, of which a quarter is saved by symmetry.
+        """
+        return max(self.error(weighted, target), 0.0)
+
+    def error(self, weight: Float[Tensor, "out in"], other: Float[Tensor, "out in"]) -> float:
+        """E||W x - M xh||^2 (centred: about the means) of any matrix M, given W and M. Cost: as `floor`.
+
+        What is small is multiplied in W's type, and M - W, which is to cancel the loudest inputs, in M's.
+        """
+        change, spread, moment = self._matrices_in(weight.dtype)
+        moved = other - weight
+        with full_float32():
+            crossed = ((weight @ change) * moved).sum(dtype=torch.float64)
+            return symmetric_trace(weight, spread) - 2 * float(crossed) + symmetric_trace(moved, moment)
+
+    def energy(self, weight: Float[Tensor, "out in"]) -> float:
+        """E||W x||^2."""
+        return symmetric_trace(weight, self.inputs.sums["reference_second_moment"]) / self.inputs.count
+
+    def _is_solution(self, moved: Tensor, sought: Tensor) -> bool:
+        """Whether `moved` times the shrunk Gh is `sought`, on random vectors, in float64."""
+        generator = torch.Generator().manual_seed(0)
+        probes = torch.randn(moved.shape[1], PROBES, generator=generator, dtype=torch.float64).to(moved.device)
+        variances = self.inputs.variances(centred=self.centred)
+        moment = (1 - self.share) * self.inputs.apply_moment(probes, centred=self.centred)
+        moment += self.share * variances.mean() * probes
+        expected = sought.double() @ probes
+        return bool((moved.double() @ moment - expected).norm() <= LARGEST_RESIDUAL * expected.norm())
+
+    def _factor(self, dtype: torch.dtype) -> Tensor | None:
+        """The Cholesky factor of the shrunk Gh; None where float32 has none.
+
+        A covariance is a difference, and of inputs that hardly vary it is known to the rounding of their squares only:
+        its least eigenvalues may come out below zero. They count as zero then, as in `eigen_root`.
+        """
+        if dtype not in self._factors:
+            _, _, moment = self._matrices_in(dtype)
+            check_finite(moment, "input moment")
+            factor, info = torch.linalg.cholesky_ex(shrink(moment, self.share))
+            if int(info) != 0:
+                factor = None if dtype == torch.float32 else self._factor_of_eigenvalues(moment)
+            self._factors[dtype] = factor
+        return self._factors[dtype]
+
+    def _factor_of_eigenvalues(self, moment: Tensor) -> Tensor:
+        values, vectors = eigh(moment)
+        shrunk = (1 - self.share) * values.clamp_min(0) + self.share * moment.diagonal().mean()
+        if not shrunk[0] > torch.finfo(moment.dtype).eps * shrunk[-1]:
+            raise DecompositionError(
+                f"the input moment {describe(moment, values)} is singular at shrinkage {self.share}; "
+                "raise the shrinkage or calibrate on more tokens"
+            )
+        return torch.linalg.qr((vectors * shrunk.sqrt()).mT, mode="r").R.mT
+
+    def _matrices_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """E, D and Gh, computed in float64 and kept in `dtype`."""
+        if dtype not in self._matrices:
+            size, device = self.inputs.d_in, self.inputs.mean.device
+            matrices = (
+                torch.empty(size, size, dtype=dtype, device=device),
+                torch.empty(size, size, dtype=dtype, device=device),
+                torch.empty(size, size, dtype=dtype, device=device),
+            )
+            for place, parts in self._rows():
+                for matrix, part in zip(matrices, parts, strict=True):
+                    matrix[place] = part
+            self._matrices[dtype] = matrices
+        return self._matrices[dtype]
+
+    def _rows(self) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor]]]:
+        """Some rows of E, D and Gh at a time, in float64, and which."""
+        sums, count = self.inputs.sums, self.inputs.count
+        second, cross, reference = (sums[name] for name in ("second_moment", "cross_moment", "reference_second_moment"))
+        mean, shift = self.inputs.mean, self.inputs.reference_mean - self.inputs.mean
+        for start in range(0, self.inputs.d_in, NORMALISED_ROWS):
+            place = slice(start, start + NORMALISED_ROWS)
+            moment = second[place].to(torch.float64, copy=True).div_(count)
+            change = cross[place].to(torch.float64, copy=True).div_(count).sub_(moment)
+            # D = R - X - X^T + Gh = R - E - X^T
+            spread = reference[place].to(torch.float64, copy=True).sub_(cross[:, place].mT).div_(count).sub_(change)
+            if self.centred:
+                moment.addr_(mean[place], mean, alpha=-1)
+                change.addr_(shift[place], mean, alpha=-1)
+                spread.addr_(shift[place], shift, alpha=-1)
+            yield place, (change, spread, moment)
