@@ -102,7 +102,8 @@ def test_gradients_reach_the_site_that_they_are_of(model_type: str, axis: str) -
         assert rank is not None
         weight = read_weight(dense.get_submodule(site.name))
         expected = method.factor(weight, Moments(None, gradients[site.name])).cut(rank)
-        torch.testing.assert_close(model.get_submodule(site.name).dense(), expected.dense().float(), rtol=0, atol=1e-5)
+        # A cut whose rank is known is made in float32, and this one for every rank in float64.
+        torch.testing.assert_close(model.get_submodule(site.name).dense(), expected.dense().float(), rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -116,7 +116,7 @@ def test_the_recipe_of_a_checkpoint_makes_it_again(
 
 
 def test_a_card_says_what_was_done(place: Path, tmp_path: Path) -> None:
-    make(place, tmp_path / "best", keep=0.5)
+    make(place, tmp_path / "best", keep=0.5, effort="high")
     card = (tmp_path / "best/README.md").read_text()
     assert "Ranks: global, layout: pivoted, order: anchored, blocks refined in 36 steps." in card
     assert "name: kfac" in card
