@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Tests in two processes, each of one thread, file by file.
 SHARED_OUT := -n 2 --dist loadgroup
+# The shape of the model that is compressed out of core by `make bench`.
+SMALL := --layers 6 --hidden 256 --intermediate 704 --heads 4
 
-.PHONY: setup demo test test-all bench docs lint format train-builtin clean
+.PHONY: setup demo test test-all bench models docs lint format train-builtin clean
 
 setup: $(READY)
 
@@ -41,20 +43,25 @@ docs: $(READY)
 	$(BIN)/python tools/tutorial.py
 	$(BIN)/python tools/reference.py --out build/docs
 
-# Tables on the terminal, JSON in runs/bench; docs/results.md, docs/scale.md and docs/probing.md have the long runs.
+# Tables on the terminal, JSON in runs/bench, within a quarter of an hour on two cores; every figure has its baseline in
+# the same run. docs/results.md, docs/scale.md and docs/probing.md have the long runs.
 bench: $(READY)
-	@mkdir -p runs/bench
 	$(BIN)/python benchmarks/decomposition.py --sizes 768 2048 --json runs/bench/decomposition.json
-	$(BIN)/python benchmarks/precision.py --json runs/bench/precision.json
+	$(BIN)/python benchmarks/precision.py --keeps 0.7 --json runs/bench/precision.json
+	$(BIN)/python benchmarks/best.py --quick --json runs/bench/best.json
 	$(BIN)/python benchmarks/scale.py --layers 2 --samples 16 --folder runs/bench --json runs/bench/scale.json
-	$(BIN)/python benchmarks/outofcore.py --step make --folder runs/bench/outofcore --layers 6 --hidden 256 --intermediate 704 --heads 4
-	$(BIN)/python benchmarks/outofcore.py --step compress --folder runs/bench/outofcore --layers 6 --hidden 256 --intermediate 704 --heads 4 --json runs/bench/outofcore.json
-	$(BIN)/python benchmarks/growth.py --json runs/bench/growth.json
-	$(BIN)/python benchmarks/workers.py --hidden 512 --json runs/bench/workers.json
+	$(BIN)/python benchmarks/outofcore.py --step make --folder runs/bench/outofcore $(SMALL)
+	$(BIN)/python benchmarks/outofcore.py --step compress --folder runs/bench/outofcore --json runs/bench/outofcore.json
+	$(BIN)/python benchmarks/growth.py --rounds 1 --json runs/bench/growth.json
+	$(BIN)/python benchmarks/workers.py --hidden 512 --layers 2 --workers 1 2 --json runs/bench/workers.json
 	$(BIN)/python benchmarks/inference.py --quick --json runs/bench/inference.json
-	$(BIN)/python benchmarks/identities.py
-	$(BIN)/python benchmarks/nsvd_table.py
-	$(BIN)/python benchmarks/probing.py --out runs/bench/probing.json
+	$(BIN)/python benchmarks/identities.py --samples 8
+	$(BIN)/python benchmarks/nsvd_table.py --keeps 0.7 --samples 32 --windows 8
+	$(BIN)/python benchmarks/probing.py --texts 100 200 400 --out runs/bench/probing.json
+
+# The two real models that benchmarks and slow tests take by name, into the user's cache folder.
+models: $(READY)
+	$(BIN)/python benchmarks/real_models.py
 
 train-builtin: $(READY)
 	$(BIN)/python training/train_builtin.py --out src/eckart/data/builtin/model

@@ -3,7 +3,8 @@
     python benchmarks/growth.py [--rounds 3] [--json FILE]
 
 Random Llamas in bfloat16, compressed in memory by asvd-i at keep 0.7. One of the three is doubled at a time; printed
-are the best seconds of some rounds and the exponent of the last doubling, log2 of the quotient. Moments grow with the
+are the best seconds of some rounds, over those of the series' first, and the exponent of the last doubling, log2 of the
+quotient. Moments grow with the
 square of the width and factors with its cube (less where small linears leave the cores waiting); both stages grow with
 the blocks, and calibration alone with the tokens. Workers: see workers.py.
 """
@@ -65,20 +66,23 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows = []
-    print("grows    width  blocks  tokens   calibrate (exponent)   factor (exponent)")
+    print("grows    width  blocks  tokens   calibrate, over first (exponent)   factor")
     for name, series in SERIES.items():
-        before: dict[str, float] | None = None
+        first: dict[str, float] = {}
+        before: dict[str, float] = {}
         for hidden, blocks, samples in series:
             seconds = measure(hidden, blocks, samples, arguments.rounds)
+            first = first or seconds
+            relative = {stage: seconds[stage] / first[stage] for stage in seconds}
             row = {"grows": name, "width": hidden, "blocks": blocks, "tokens": samples * LENGTH, **seconds}
             cells = {
-                stage: f"{seconds[stage]:8.2f} s "
+                stage: f"{seconds[stage]:8.2f} s x{relative[stage]:<6.1f}"
                 + (f"({math.log2(seconds[stage] / before[stage]):4.1f})" if before else " " * 6)
                 for stage in seconds
             }
             place = f"{name:8s} {hidden:5d}  {blocks:6d}  {samples * LENGTH:6d}"
-            print(f"{place}   {cells['calibrate']}       {cells['factor']}", flush=True)
-            rows.append(row)
+            print(f"{place}   {cells['calibrate']}     {cells['factor']}", flush=True)
+            rows.append({**row, "relative": relative})
             before = seconds
     write_json(arguments.json, rows)
 

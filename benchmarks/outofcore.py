@@ -5,8 +5,9 @@
 
 `make` writes random weights in bfloat16 (13.5 GB), a few blocks at a time, and the built-in tokenizer. `compress` runs
 asvd-i at keep 0.7 in a process of its own, kills it (SIGKILL) once `--kill-after` blocks are done, resumes it, and
-stops it for good after `--blocks` of them; 0 lets it come through. Printed are seconds a block, the peak resident
-memory of each process (VmHWM: mapped pages count), and what all blocks of the model would take at that pace.
+stops it for good after `--blocks` of them; 0 lets it come through. Printed are seconds a block and how many times the
+floor (floor.py) they are, the peak resident memory of each process (VmHWM: mapped pages count) over the model's bytes,
+and what all blocks of the model would take at that pace.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from floor import factor_work, forward_work, measure_rates, moments_work
 from measuring import machine, peak_bytes, write_json
 from real_models import add_model_option
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from eckart import load_tokenizer
 from eckart.data.builtin import builtin_model_path
@@ -110,6 +112,14 @@ def run_child(arguments: argparse.Namespace) -> None:
     compress_out_of_core(recipe, place_of(arguments), How(batch_size=arguments.batch), resume=True)
 
 
+def floor_of(arguments: argparse.Namespace) -> float:
+    """The seconds that a block's products take at this machine's rates, now: forward, moments and factors."""
+    config: LlamaConfig = AutoConfig.from_pretrained(source_of(arguments))
+    samples, length = arguments.samples, arguments.length
+    work = forward_work(config, samples, length) + moments_work(config, samples, length) + factor_work(config, KEEP)
+    return measure_rates(2048).seconds(work)
+
+
 def source_of(arguments: argparse.Namespace) -> Path:
     """The dense model: --model, or what `make` writes."""
     return Path(arguments.model or arguments.folder)
@@ -190,9 +200,11 @@ def main() -> None:
     dense = sum(file.stat().st_size for file in source_of(arguments).glob("*.safetensors"))
     blocks = [{"block": number, **record["seconds"]} for number, record in enumerate(seen)]
     print(f"model {dense / 2**30:.2f} GiB, {arguments.samples} x {arguments.length} tokens, {arguments.layers} blocks")
+    floor = floor_of(arguments)
     for block in blocks:
         stages = ", ".join(f"{stage} {value:.1f} s" for stage, value in block.items() if stage != "block")
-        print(f"block {block['block']}: {stages}")
+        block["over_floor"] = sum(value for stage, value in block.items() if stage != "block") / floor
+        print(f"block {block['block']}: {stages}; {block['over_floor']:.1f} x the floor of {floor:.1f} s")
     for run in runs:
         first, last = run["blocks"]
         end = "killed" if run["killed"] else "came through"
@@ -200,10 +212,9 @@ def main() -> None:
             f"blocks {first} ... {last - 1}: {run['seconds']:.1f} s, peak memory {run['peak_bytes'] / 2**20:,.0f} MiB, "
             f"{run['peak_bytes'] / dense:.0%} of the model; {end}"
         )
-    each = sum(sum(value for stage, value in block.items() if stage != "block") for block in blocks)
-    whole = each / max(len(blocks), 1) * arguments.layers
+    whole = floor * sum(block["over_floor"] for block in blocks) / max(len(blocks), 1) * arguments.layers
     print(f"all {arguments.layers} blocks at that pace: {whole / 60:.1f} min")
-    facts = {"machine": machine(), "settings": vars(arguments), "model_bytes": dense}
+    facts = {"machine": machine(), "settings": vars(arguments), "model_bytes": dense, "floor_seconds": floor}
     write_json(arguments.json, {**facts, "blocks": blocks, "runs": runs, "whole_seconds": whole})
 
 

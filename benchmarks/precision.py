@@ -88,6 +88,7 @@ def time_moments(width: int) -> dict[str, float]:
         mirror(total)
         results[f"{name}, error"] = float((total - expected).abs().max() / expected.abs().max())
         total.zero_()
+    results["add_gram over in full"] = results["add_gram"] / results["in full"]
     return results
 
 

@@ -3,9 +3,9 @@
     python benchmarks/probing.py [--model MODEL] [--task sst2] [--data DIR] [--texts 500 1000 2000] [--out FILE]
 
 Each point runs in a process of its own: hidden states of every layer of MODEL (its first blocks, for the growth with
-layers), then three seeds of probes and controls with one worker. Prints seconds of both stages, the peak resident
-memory above that of the loaded model, and the bytes of the states on disk. Without --data it makes labelled texts from
-the built-in corpus (prose or code), so that it runs anywhere.
+layers), then three seeds of probes and controls with one worker. Prints seconds of both stages, in brackets over those
+of the first point, the peak resident memory above that of the loaded model, and the bytes of the states on disk.
+Without --data it makes labelled texts from the built-in corpus (prose or code), so that it runs anywhere.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main() -> None:
         (max(arguments.texts), some) for some in layers if some != whole
     ]
     measured = []
-    print("texts  layers  states s  probes s   peak MB   disk MB")
+    print("texts  layers   states s (over first)   probes s (over first)   peak MB   disk MB")
     for texts, some in points:
         command = [sys.executable, __file__, "--model", arguments.model, "--task", arguments.task]
         command += ["--data", str(arguments.data)] if arguments.data else []
@@ -100,9 +100,13 @@ def main() -> None:
         )
         point = json.loads(finished.stdout.strip().splitlines()[-1])
         measured.append(point)
-        numbers = (point["states_seconds"], point["probes_seconds"], point["peak_above_model"] / 1e6)
-        row = "  ".join(f"{number:8.1f}" for number in (*numbers, point["states_bytes"] / 1e6))
-        print(f"{point['texts']:5d}  {point['layers']:6d}  {row}", flush=True)
+        relative = {
+            stage: point[f"{stage}_seconds"] / measured[0][f"{stage}_seconds"] for stage in ("states", "probes")
+        }
+        point["relative"] = relative
+        stages = "   ".join(f"{point[f'{stage}_seconds']:8.1f} (x{times:9.1f})" for stage, times in relative.items())
+        sizes = "  ".join(f"{point[key] / 1e6:8.1f}" for key in ("peak_above_model", "states_bytes"))
+        print(f"{point['texts']:5d}  {point['layers']:6d}   {stages}   {sizes}", flush=True)
     write_json(arguments.out, measured)
 
 

