@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from eckart.calibration.cache import is_sound, read_gradients, write_gradients
+from eckart.calibration.cache import GradientFile, is_sound, write_gradients
 from eckart.calibration.doors import Spill, whole_doors
 from eckart.calibration.gradients import place_sums, sample_input, sample_loss, watching
 from eckart.calibration.walk import Walk, hidden_of, standing_in
@@ -84,8 +84,8 @@ class Sweep:
             shutil.rmtree(folder)
 
     def read(self, number: int) -> Mapping[str, GradientMoments]:
-        """{site: statistics} of a block."""
-        return read_gradients(self._file(number))
+        """{site: statistics} of a block, of which only one is in memory at a time."""
+        return GradientFile(self._file(number))
 
     def _file(self, number: int) -> Path:
         return self.folder / f"block-{number:03d}.safetensors"

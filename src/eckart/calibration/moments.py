@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class BlockCalibration:
 
     block: int
     inputs: dict[str, InputMoments] = field(default_factory=dict)
-    gradients: dict[str, GradientMoments] = field(default_factory=dict)
+    gradients: Mapping[str, GradientMoments] = field(default_factory=dict)
     held_out: dict[str, InputMoments] = field(default_factory=dict)
 
 

@@ -72,9 +72,8 @@ def _make(recipe: Recipe, out: Path, how: How, force: bool) -> Outcome:
     with timed(seconds, "recover"):
         passes += work.recover()
     with timed(seconds, "save"):
-        files = work.side_files(ranking.plan, Facts.of(work.recipe, ranking.plan, summary, report, passes))
-        if ranking.facts:
-            files["allocation.json"] = json.dumps(ranking.facts, indent=1)
+        facts = Facts.of(work.recipe, ranking.plan, summary, report, passes)
+        files = work.side_files(ranking.plan, facts, ranking.facts)
         save(model, out, tokenizer, recipe=work.noted, files=files, force=force)
     return Outcome(work.recipe, ranking.plan, summary, report, seconds, tuple(passes), ranking.facts)
 
