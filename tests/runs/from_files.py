@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from eckart.calibration.streams import Streams
 from eckart.runs.facts import Outcome
 from eckart.runs.how import How
 from eckart.runs.in_memory import make_checkpoint
@@ -88,3 +91,45 @@ def both(place: Path, tmp_path: Path, how: How = BATCHED, **changes: Any) -> tup
     assert outcome.summary == expected.summary
     assert outcome.recipe == expected.recipe
     return outcome, expected
+
+
+class Killed(BaseException):
+    """A kill, as far as a test in one process can see one: nothing catches it."""
+
+
+@contextmanager
+def killing(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, after: int) -> Iterator[None]:
+    """Inside, the call of a function after so many others ends the run."""
+    original, calls = getattr(module, name), []
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        if len(calls) > after:
+            raise Killed
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, count)
+        yield
+
+
+def resume_until_done(
+    recipe: Recipe, out: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, after: int
+) -> int:
+    """Runs, each killed at the same call, until one comes through; how many were killed."""
+    for killed in range(200):
+        try:
+            with killing(monkeypatch, module, name, after):
+                compress_out_of_core(recipe, out, BATCHED, resume=True)
+        except Killed:
+            continue
+        return killed
+    raise AssertionError("no run gets on")
+
+
+def note_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fills with the number of each block that a stream has gone through."""
+    passed: list[int] = []
+    turn = Streams._turn
+    monkeypatch.setattr(Streams, "_turn", lambda streams, name: (passed.append(streams.number), turn(streams, name))[1])
+    return passed

@@ -109,7 +109,7 @@ def test_a_checkpoint_of_the_base_model_lacks_the_head(tmp_path: Path) -> None:
     both(place, tmp_path)  # names without the prefix, head and all
 
 
-@pytest.mark.parametrize("method", ["asvd-i", "kfac"])
+@pytest.mark.parametrize("method", ["asvd-i", "kfac", "best"])
 def test_one_block_is_resident_at_a_time(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -155,12 +155,19 @@ def test_hidden_states_are_not_all_in_memory(place: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(
-    "keys", [{"method": "best"}, {"order": "sequential"}, {"refit": True}, {"refine": {"steps": 3}}], ids=str
+    "keys",
+    [
+        {"method": "best-distilled"},
+        {"method": "best", "recover": {"steps": 2}},
+        {"allocation": {"name": "global", "weights": "probes"}},
+        {"allocation": {"name": "surgical", "score": "perplexity:wikitext2"}},
+    ],
+    ids=str,
 )
 def test_what_needs_the_whole_model_is_refused(place: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="one block is in memory at a time") as caught:
         compress_out_of_core(recipe_of(place, **keys), tmp_path / "out", BATCHED)
-    assert "--method asvd-i" in str(caught.value)
+    assert "--method best" in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 

@@ -9,9 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +22,12 @@ from eckart.runs import out_of_core
 from eckart.runs.how import How
 from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.out_of_core import compress_out_of_core
-from eckart.runs.recipe import Recipe
 from eckart.support.files import claimed
 from tiny import BLOCKS, Run, tiny_model
 
-from .from_files import BATCHED, check_same, recipe_of, tensors_of
+from .from_files import BATCHED, Killed, check_same, killing, note_blocks, recipe_of, resume_until_done, tensors_of
 
 pytestmark = pytest.mark.usefixtures("any_tokenizer")
-
-
-class Killed(BaseException):
-    """A kill, as far as a test in one process can see one: nothing catches it."""
-
-
-@contextmanager
-def killing(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, after: int) -> Iterator[None]:
-    """Inside, the call of a function after so many others ends the run."""
-    original, calls = getattr(module, name), []
-
-    def count(*args: Any, **kwargs: Any) -> Any:
-        calls.append(name)
-        if len(calls) > after:
-            raise Killed
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, name, count)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -62,27 +39,13 @@ def expected(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {method: folder / method for method in ("asvd-i", "kfac")}
 
 
-def resume_until_done(
-    recipe: Recipe, out: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, after: int
-) -> int:
-    """Runs, each killed at the same call, until one comes through; how many were killed."""
-    for killed in range(200):
-        try:
-            with killing(monkeypatch, module, name, after):
-                compress_out_of_core(recipe, out, BATCHED, resume=True)
-        except Killed:
-            continue
-        return killed
-    raise AssertionError("no run gets on")
-
-
 @pytest.mark.parametrize("method", ["asvd-i", "kfac"])
 @pytest.mark.parametrize(
     ("module", "name", "after"),
     [
         (out_of_core, "write_shard", 1),
         (out_of_core._Compression, "_factor", 1),
-        (out_of_core._Compression, "_calibrate", 1),
+        (out_of_core._Compression, "_parts", 1),
         (out_of_core, "write_index", 0),
         (shutil, "rmtree", 4),
     ],
@@ -126,11 +89,7 @@ def test_at_most_one_block_is_done_again(place: Path, tmp_path: Path, monkeypatc
     recipe, out = recipe_of(place), tmp_path / "out"
     with pytest.raises(Killed), killing(monkeypatch, out_of_core._Compression, "_factor", BLOCKS - 1):
         compress_out_of_core(recipe, out, BATCHED)
-    forward: list[int] = []
-    advance = out_of_core.Walk._advance
-    monkeypatch.setattr(
-        out_of_core.Walk, "_advance", lambda walk, text: (forward.append(walk.next), advance(walk, text))[1]
-    )
+    forward = note_blocks(monkeypatch)
     compress_out_of_core(recipe, out, BATCHED, resume=True)
     assert forward == [BLOCKS - 1]
 
@@ -261,7 +220,7 @@ def test_a_real_kill(place: Path, tmp_path: Path, expected: dict[str, Path]) -> 
 def test_the_command(place: Path, tmp_path: Path, run: Run, expected: dict[str, Path]) -> None:
     arguments = (place / "model", tmp_path / "out", "--calibration", place / "train.jsonl", "--samples", 8)
     arguments += ("--length", 16, "--keep", 0.6, "--batch-size", 3)
-    status, text = run("compress", *arguments, "--out-of-core")
+    status, text = run("compress", *arguments, "--method", "best-distilled", "--out-of-core")
     assert status == 2
     assert "--method asvd-i" in text
     status, text = run("compress", *arguments, "--method", "asvd-i", "--resume")

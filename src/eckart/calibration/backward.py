@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from eckart.calibration.cache import is_sound, read_gradients, write_gradients
+from eckart.calibration.cache import GradientFile, is_sound, write_gradients
 from eckart.calibration.doors import Spill, whole_doors
 from eckart.calibration.gradients import (
     Batch,
@@ -91,8 +91,8 @@ class Sweep:
             shutil.rmtree(folder)
 
     def read(self, number: int) -> Mapping[str, GradientMoments]:
-        """{site: statistics} of a block."""
-        return read_gradients(self._file(number))
+        """{site: statistics} of a block, of which only one is in memory at a time."""
+        return GradientFile(self._file(number))
 
     def _file(self, number: int) -> Path:
         return self.folder / f"block-{number:03d}.safetensors"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,44 @@ def read_gradients(path: Path) -> dict[str, GradientMoments]:
         }
     except (SafetensorError, KeyError, IndexError) as error:
         raise ValueError(f"{path} holds no gradient statistics: {error}") from error
+
+
+class GradientFile(Mapping[str, GradientMoments]):
+    """{site name: gradient statistics} of a file of `write_gradients`; a site's are read whenever they are asked for.
+
+    Nothing of it is kept in memory: the covariances of a large block take gigabytes.
+
+    Raises:
+        ValueError: it is no such file, is cut short, or its numbers are not those that were written.
+
+    Cost: one read of the file, and one of a site's part of it for each time it is asked for.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                _check(path, file)
+                metadata, self._keys = file.metadata() or {}, sorted(file.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{path} holds no gradient statistics: {error}") from error
+        self._counts = {name: json.loads(numbers) for name, numbers in metadata.items() if name not in RESERVED}
+
+    def __getitem__(self, site: str) -> GradientMoments:
+        counts = self._counts[site]
+        with safe_open(self.path, framework="pt") as file:
+            sums = {
+                key.rpartition("|")[2]: file.get_tensor(key).clone()  # else the file stays mapped, which is resident
+                for key in self._keys
+                if key.rpartition("|")[0] == site
+            }
+        return GradientMoments.from_state(int(counts[0]), int(counts[1]), sums)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._counts)
+
+    def __len__(self) -> int:
+        return len(self._counts)
 
 
 def read_making(path: Path) -> dict[str, Any]:

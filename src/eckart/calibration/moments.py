@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,7 @@ class BlockCalibration:
 
     block: int
     inputs: dict[str, InputMoments] = field(default_factory=dict)
-    gradients: dict[str, GradientMoments] = field(default_factory=dict)
+    gradients: Mapping[str, GradientMoments] = field(default_factory=dict)
     held_out: dict[str, InputMoments] = field(default_factory=dict)
 
 

@@ -9,13 +9,14 @@ a pass over a block (see `passes`) is undone unless it lowers the loss on them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from eckart.calibration.doors import Doors
 from eckart.calibration.moments import BlockCalibration, check_readable, gather_gradients
 from eckart.calibration.streams import OpenDoors, Sample, Samples, Streams, hold
 from eckart.data.tokens import Tokens
@@ -63,6 +64,7 @@ class SequentialCalibration:
     Args:
         model: dense; `compress` changes it on the way.
         tokens: calibration samples. held_out: samples held out, for passes and refits.
+        judged: whether a part has moments of the held-out samples too, by which a refit is judged.
         method: for what it needs. An anchored one (`Method.anchored`) is for order "anchored", and only for it.
         order: see `Order`.
         sites: those that will be replaced; default all.
@@ -89,6 +91,7 @@ class SequentialCalibration:
         sites: Sequence[Site] | None = None,
         gradients: dict[str, GradientMoments] | None = None,
         passes: Sequence[BlockPass] = (),
+        judged: bool = True,
         batch_size: int = 8,
         track: Track = silent,
     ) -> None:
@@ -99,6 +102,7 @@ class SequentialCalibration:
         self.model, self.tokens, self.method, self.order, self.held_out = model, tokens, method, order, held_out
         self.sites = find_sites(model) if sites is None else tuple(sites)
         self.gradients, self.passes, self.batch_size, self.track = gradients, tuple(passes), batch_size, track
+        self.judged = judged
         self.reports: list[PassReport] = []
         self.started = False
 
@@ -120,14 +124,28 @@ class SequentialCalibration:
         """The last block with sites; -1 where there are none."""
         return max((site.block for site in self.sites), default=-1)
 
-    def open_streams(self, open_doors: OpenDoors = hold) -> Streams:
-        """The streams that the order and the passes need, at the first block's door."""
-        names = [
+    @property
+    def names(self) -> list[str]:
+        """The streams that the order and the passes need."""
+        return [
             *(["dense"] if self.order != "sequential" or self.passes else []),
             *(["compressed"] if self.order != "one-shot" or self.passes else []),
         ]
+
+    def open_streams(
+        self, open_doors: OpenDoors = hold, start: tuple[int, Mapping[str, Doors]] | None = None
+    ) -> Streams:
+        """The streams at the first block's door, or where `start` has them; see `Streams`."""
         return Streams(
-            self.model, self.tokens, self.held_out, self.batch_size, names, open_doors=open_doors, track=self.track
+            self.model,
+            self.tokens,
+            self.held_out,
+            self.batch_size,
+            self.names,
+            open_doors=open_doors,
+            start=start,
+            judged=self.judged,
+            track=self.track,
         )
 
     def walk(self, streams: Streams, number: int) -> Iterator[BlockCalibration]:
@@ -143,6 +161,18 @@ class SequentialCalibration:
             self._run_passes(streams, number)
         if number < self.last:
             streams.go_on()
+
+    def pass_by(self, streams: Streams, number: int, put_back: Callable[[], None]) -> None:
+        """Take the streams to the next door through a block that was compressed before.
+
+        Args:
+            put_back: puts in place what replaced the block's sites.
+        """
+        if any(site.block == number for site in self.sites):
+            streams.separate()
+            streams.go_on({"dense"} & {*streams.names})
+            put_back()
+        streams.go_on()
 
     def _parts(self, streams: Streams, number: int, sites: Sequence[Site]) -> Iterator[BlockCalibration]:
         """The parts of a block. The dense stream goes on to the next door meanwhile, where anything reads it there.

@@ -100,6 +100,9 @@ class Streams:
     Args:
         names: "dense", "compressed" or both.
         open_doors: where they are kept.
+        start: the block at whose door the states of these streams are already, {stream: doors}; of the first name's at
+            least, which stands for the others up to the first block that is compressed. None to embed the text.
+        judged: whether the held-out samples have moments of their own. They are as large as those of calibration.
     """
 
     def __init__(
@@ -111,23 +114,29 @@ class Streams:
         names: Sequence[str],
         *,
         open_doors: OpenDoors = hold,
+        start: tuple[int, Mapping[str, Doors]] | None = None,
+        judged: bool = True,
         track: Track = silent,
     ) -> None:
         self.blocks, self.track, self.names, self.open_doors = blocks_of(model), track, tuple(names), open_doors
-        self.number = 0
+        self.number = 0 if start is None else start[0]
+        self.doors = {self.names[0]: open_doors(self.names[0], 0)} if start is None else dict(start[1])
         batches = tokens.batches(batch_size)
         self.first_held_out = len(batches)
         if held_out is not None:
             batches += held_out.batches(batch_size)
         self.masks = [mask for _, mask in batches]
+        # Batches from this one on have no moments.
+        self.measured = len(batches) if judged else self.first_held_out
         self.calls: list[list[Call]] = []
-        first = open_doors(self.names[0], 0)
+        first = self.doors[self.names[0]]
         for index, recording in enumerate(record_each(model, batches, track)):
-            first.write(index, recording.hidden)
+            if start is None:
+                first.write(index, recording.hidden)
             self.calls.append(shared(recording.calls, self.calls[-1] if self.calls else None))
-        first.turn()
-        # Up to the first block that is compressed both streams are the same, and the first one stands for both.
-        self.doors = {self.names[0]: first}
+            del recording
+        if start is None:
+            first.turn()
         self.ahead: set[str] = set()
 
     def read(self, name: str, index: int) -> Tensor:
@@ -176,7 +185,8 @@ class Streams:
         for index in self.track(range(len(self.masks)), f"block {self.number}: moments", len(self.masks)):
             run = Run(block, self.read("dense", index), self.calls[index][self.number], paths)
             while not isinstance(reached := run.advance(), Tensor):
-                self._add(collected[reached[0]], index, reached[0], {"dense": reached[1]})
+                if index < self.measured:
+                    self._add(collected[reached[0]], index, reached[0], {"dense": reached[1]})
             self.doors["dense"].write(index, reached)
             _check_all_read(readers, [group for group, both in collected.items() if any(each.count for each in both)])
         self._turn("dense")
@@ -217,13 +227,15 @@ class Streams:
 
     def _meet_at(self, group: str, runs: _Runs, site: Site, needs: frozenset[str]) -> tuple[InputMoments, InputMoments]:
         collected = self._start(site, needs)
-        for index in self.track(range(len(self.masks)), f"{group}: moments", len(self.masks)):
+        for index in self.track(range(self.measured), f"{group}: moments", self.measured):
             self._add(collected, index, group, runs.advance(index, group))
+        runs.passed.append(group)
         return _compact(collected)
 
     def _start(self, site: Site, needs: frozenset[str]) -> tuple[InputMoments, InputMoments]:
         device = self.read(self.names[0], 0).device
-        return InputMoments(site.d_in, needs, device=device), InputMoments(site.d_in, needs, device=device)
+        held_out = needs if self.measured > self.first_held_out else frozenset[str]()
+        return InputMoments(site.d_in, needs, device=device), InputMoments(site.d_in, held_out, device=device)
 
     def _add(
         self, collected: tuple[InputMoments, InputMoments], index: int, group: str, seen: Mapping[str, Tensor]
@@ -255,14 +267,13 @@ class _Runs:
         self.passed: list[str] = []
         self.waiting: dict[tuple[str, int], Run] = {}
         self.reached: dict[tuple[str, int], tuple[str, Tensor] | Tensor] = {}
-        width = max(site.d_in for site in readers.values())
+        width, hidden = max(site.d_in for site in readers.values()), streams.read(next(iter(blocks)), 0)
+        row = hidden.element_size() * (NARROW * hidden.shape[-1] + WIDE * width)
         free = WAITING_BYTES
         # Batches before this one wait, those from it on start again for every group.
         self.kept = 0
-        for index in range(len(streams.masks)):
-            hidden = streams.read(next(iter(blocks)), index)
-            rows = hidden.numel() // hidden.shape[-1]
-            free -= len(blocks) * rows * hidden.element_size() * (NARROW * hidden.shape[-1] + WIDE * width)
+        for mask in streams.masks[: streams.measured]:
+            free -= len(blocks) * mask.numel() * row
             if free < 0:
                 break
             self.kept += 1
@@ -295,8 +306,6 @@ class _Runs:
             seen[name] = reached[1]
             if index >= self.kept:
                 self.waiting.pop((name, index)).throw()
-        if index == len(self.streams.masks) - 1:
-            self.passed.append(group)
         return seen
 
     def finish(self, name: str, index: int) -> Tensor:

@@ -156,7 +156,7 @@ def compress(
 
     def factored() -> Iterator[list[SiteReport]]:
         for part in parts:
-            units = [unit for unit in pending if _is_of(unit, part, method)]
+            units = [unit for unit in pending if is_of(unit, part, method)]
             pending[:] = [unit for unit in pending if unit not in units]
             start = time.perf_counter()
             weight_of, bias_of = partial(Unit.weight, model=model), partial(Unit.own_bias, model=model)
@@ -190,7 +190,7 @@ def _nothing(units: Iterable[Unit]) -> list[BlockCalibration]:
     return [BlockCalibration(block) for block in dict.fromkeys(unit.sites[0].block for unit in units)]
 
 
-def _is_of(unit: Unit, part: BlockCalibration, method: Method) -> bool:
+def is_of(unit: Unit, part: BlockCalibration, method: Method) -> bool:
     """Whether the part has what the method needs of the unit: its block's turn, and its inputs' if any are needed."""
     site = unit.sites[0]
     return site.block == part.block and (not method.needs & INPUT_STATISTICS or site.input_group in part.inputs)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -105,30 +105,7 @@ class LowRankQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         sites = self.quantization_config.sites
         names = dict(zip(sites, resolve_names(model, sites), strict=True))
-        # Lenders first: their borrowers are built with them.
-        for saved in sorted(sites, key=lambda saved: "right_of" in sites[saved]):
-            name, spec = names[saved], sites[saved]
-            dense = model.get_submodule(name)
-            if not is_linear(dense):
-                raise CheckpointError(
-                    f"{name} is in the checkpoint's rank map but is a {type(dense).__name__}, not a linear"
-                )
-            weight = read_weight(dense)
-            lender = model.get_submodule(names[spec["right_of"]]) if "right_of" in spec else None
-            try:
-                low_rank = LowRankLinear(
-                    weight.shape[1],
-                    weight.shape[0],
-                    spec["rank"],
-                    bias=spec["bias"],
-                    pivots=spec.get("pivots"),
-                    right_of=lender,  # type: ignore[arg-type]
-                    device="meta",
-                    dtype=weight.dtype,
-                )
-            except ValueError as error:
-                raise CheckpointError(f"{name}: its entry {spec} does not fit the model: {error}") from error
-            replace_module(model, name, low_rank)
+        _build(model, sites, names)
         files = kwargs.get("checkpoint_files") or ()
         check_files(model, list(names.values()), [file for file in files if str(file).endswith(".safetensors")])
         return model
@@ -195,6 +172,58 @@ def specs_of(module: nn.Module, prefix: str = "") -> dict[str, dict[str, Any]]:
             spec["right_of"] = names[id(linear.lender)]
         sites[name] = spec
     return sites
+
+
+def _build(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> None:
+    """Replace the linears of a rank map by low-rank ones without numbers (on the meta device), in place.
+
+    Args:
+        names: {site of the map: its name in the model}.
+
+    Raises:
+        CheckpointError: a site is no linear, or its entry does not fit it.
+    """
+    # Lenders first: their borrowers are built with them.
+    for saved in sorted(sites, key=lambda saved: "right_of" in sites[saved]):
+        name, spec = names[saved], sites[saved]
+        dense = model.get_submodule(name)
+        if not is_linear(dense):
+            raise CheckpointError(
+                f"{name} is in the checkpoint's rank map but is a {type(dense).__name__}, not a linear"
+            )
+        weight = read_weight(dense)
+        lender = model.get_submodule(names[spec["right_of"]]) if "right_of" in spec else None
+        try:
+            low_rank = LowRankLinear(
+                weight.shape[1],
+                weight.shape[0],
+                spec["rank"],
+                bias=spec["bias"],
+                pivots=spec.get("pivots"),
+                right_of=lender,  # type: ignore[arg-type]
+                device="meta",
+                dtype=weight.dtype,
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{name}: its entry {spec} does not fit the model: {error}") from error
+        replace_module(model, name, low_rank)
+
+
+def put_back(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+    """Replace dense linears by low-rank ones that were made before, in place.
+
+    Args:
+        sites: {name in the model: entry in the rank map}, see `specs_of`.
+        tensors: {name in the model: tensor} of their state; the model has these very tensors afterwards.
+
+    Raises:
+        CheckpointError: a site is no linear, or its entry does not fit it.
+        RuntimeError: a tensor is missing or has another shape.
+    """
+    _build(model, sites, {name: name for name in sites})
+    for name in sites:
+        state = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        model.get_submodule(name).load_state_dict(state, assign=True)
 
 
 def attach(

@@ -27,6 +27,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
+from eckart.models.checkpoint import put_back
 from eckart.models.loading import check_weights, class_of, locate, read_config
 from eckart.models.matching import check_finite, stored_names
 from eckart.models.refusals import check_quantised, check_source
@@ -265,6 +266,22 @@ class Skeleton:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.device.type != "meta":
                     set_module_tensor_to_device(module, name, "meta")
+
+    def put_back(self, path: Path, sites: Mapping[str, Mapping[str, Any]]) -> None:
+        """Replace linears of a block that is resident by those of its shard, see `checkpoint.put_back`.
+
+        Args:
+            path: what `write_shard` made of the block's `tensors_of`. sites: its rank map.
+        """
+        prefix = f"{self.model.base_model_prefix}."
+        tensors = {}
+        with safe_open(path, framework="pt") as file:
+            stored = stored_names(self.model, file.keys())
+            for name in sites:
+                for key in [key for key in stored if key.startswith(f"{name.removeprefix(prefix)}.")]:
+                    rest = key.removeprefix(f"{name.removeprefix(prefix)}.")
+                    tensors[f"{name}.{rest}"] = file.get_tensor(stored[key]).to(self.device, copy=True)
+        put_back(self.model, sites, tensors)
 
     def tensors_of(self, number: int) -> dict[str, Tensor]:
         """{name in a file: tensor} of a block that is resident, in its present state."""

@@ -73,9 +73,7 @@ def _make(recipe: Recipe, out: Path, how: How, force: bool) -> Outcome:
         passes += work.recover()
     with timed(seconds, "save"):
         facts = Facts.of(work.recipe, ranking.plan, summary, report, passes, ranking.facts.get("speed"))
-        files = work.side_files(ranking.plan, facts)
-        if ranking.facts:
-            files["allocation.json"] = json.dumps(ranking.facts, indent=1)
+        files = work.side_files(ranking.plan, facts, ranking.facts)
         save(model, out, tokenizer, recipe=work.noted, files=files, force=force)
     return Outcome(work.recipe, ranking.plan, summary, report, seconds, tuple(passes), ranking.facts)
 

@@ -11,40 +11,45 @@ import hashlib
 import json
 import shutil
 import time
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eckart.allocation import RankPlan, summarise
+from eckart.allocation import Ranking, RankPlan, summarise
 from eckart.calibration.backward import Sweep
 from eckart.calibration.doors import Spill, whole_doors
 from eckart.calibration.moments import FORMAT, BlockCalibration, check_readable, recorded_gradients
-from eckart.calibration.walk import Walk
+from eckart.calibration.sequential import PassReport, SequentialCalibration
+from eckart.calibration.streams import Streams
 from eckart.compression.cuts import CutRequest, FactorRequest
-from eckart.compression.replace import CompressionReport, SiteReport, place
+from eckart.compression.replace import CompressionReport, SiteReport, is_of, place
 from eckart.data.tokens import Tokens
-from eckart.lowrank import GradientMoments, Method
+from eckart.lowrank import GradientMoments
 from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
 from eckart.models.checkpoint import attach, specs_of
 from eckart.models.loading import load_tokenizer, locate
 from eckart.models.shards import Skeleton, write_index, write_shard
-from eckart.models.sites import Site, find_sites, first_readers
+from eckart.models.sites import Site, find_sites
 from eckart.models.units import Unit, units_of
 from eckart.models.weight_files import write_digests
 from eckart.runs.facts import Facts, Outcome
 from eckart.runs.how import How
 from eckart.runs.recipe import Recipe
+from eckart.runs.recorded_losses import RecordedLosses
 from eckart.runs.workbench import Workbench
 from eckart.support.files import check_replaceable, claimed, digest_of, put_in_place, write_whole
 from eckart.support.journal import Journal, open_journal
 from eckart.support.sizes import num_bytes, num_params
+from eckart.support.timing import timed
 
 KIND = "compression out of core"
-# In the work folder: the record of each finished block, and the unfinished checkpoint.
-JOURNAL, CHECKPOINT = "journal.jsonl", "checkpoint"
+# In the work folder: the record of each finished block, the losses of each block, and the unfinished checkpoint.
+JOURNAL, LOSSES, CHECKPOINT = "journal.jsonl", "losses.jsonl", "checkpoint"
 
 
 def compress_out_of_core(recipe: Recipe, out: Path, how: How, *, resume: bool = False, force: bool = False) -> Outcome:
@@ -77,7 +82,7 @@ def compress_out_of_core(recipe: Recipe, out: Path, how: How, *, resume: bool = 
     with claimed(out) as out:
         work = out.with_name(f".{out.name}.work")
         check_replaceable(out, force=force, reads=recipe.reads)
-        if (work / JOURNAL).exists() and not resume and not force:
+        if any((work / name).exists() for name in (JOURNAL, LOSSES)) and not resume and not force:
             raise FileExistsError(f"{work} has an earlier run's work: go on with --resume, or --force to start anew")
         compression = _Compression(recipe, work, how)
         if work.exists() and not resume:
@@ -88,8 +93,67 @@ def compress_out_of_core(recipe: Recipe, out: Path, how: How, *, resume: bool = 
     return outcome
 
 
+class _Walk:
+    """A calibration's streams, in files, on their way from block to block.
+
+    Args:
+        folder: for the streams' doors. Those in it that are whole are gone on from.
+    """
+
+    def __init__(self, calibration: SequentialCalibration, skeleton: Skeleton, folder: Path) -> None:
+        self.calibration, self.skeleton, self.folder = calibration, skeleton, folder
+        self.spills: dict[str, Spill] = {}
+        self.streams: Streams | None = None
+
+    def to(self, number: int, put_back: Callable[[int], None]) -> Streams:
+        """The streams at the door of a block, from the nearest one before it that all have reached.
+
+        Args:
+            put_back: puts the linears of a block that was compressed before in their places.
+        """
+        if self.streams is None:
+            with self.skeleton.resident(0):  # it runs once, to show the form of its output
+                self.streams = self.calibration.open_streams(self._spill, self._reached(number))
+        while (at := self.streams.number) < number:
+            with self.skeleton.resident(at):
+                self.calibration.pass_by(self.streams, at, partial(put_back, at))
+            self.clear()
+        return self.streams
+
+    def clear(self) -> None:
+        """Remove the doors that have been passed."""
+        for spill in self.spills.values():
+            spill.clear()
+
+    def _reached(self, number: int) -> tuple[int, dict[str, Spill]] | None:
+        """The last door up to a block's that is whole in every stream; None where there is none."""
+        names = self.calibration.names
+        first = min(site.block for site in self.calibration.sites)  # up to which the streams are the same
+        whole = {name: whole_doors(self.folder / name) for name in names}
+        doors = [
+            door
+            for door in whole[names[0]]
+            if door <= number and (door <= first or all(door in whole[name] for name in names))
+        ]
+        if not doors:
+            return None
+        door = max(doors)
+        return door, {name: self._spill(name, 0, door) for name in names if door in whole[name]}
+
+    def _spill(self, name: str, first: int, door: int | None = None) -> Spill:
+        texts = [text for text in (self.calibration.tokens, self.calibration.held_out) if text is not None]
+        batches = sum(len(text.batches(self.calibration.batch_size)) for text in texts)
+        folder, device = self.folder / name, self.skeleton.device
+        self.spills[name] = Spill(folder, batches, first=first, door=door, device=device)
+        return self.spills[name]
+
+
 class _Compression:
     """One compression out of core, in its work folder."""
+
+    plan: RankPlan
+    planned: list[Site]
+    walk: _Walk | None
 
     def __init__(self, recipe: Recipe, work: Path, how: How) -> None:
         start = time.perf_counter()
@@ -101,42 +165,113 @@ class _Compression:
         self.tokenizer = load_tokenizer(recipe.model, trust_remote_code=how.trust_remote_code)
         self.workbench = workbench = Workbench(recipe, self.model, self.tokenizer, how)
         workbench.announce()
-        self.recipe = workbench.recipe
-        self.method: Method = recipe.composition.in_order
-        self.plan: RankPlan = workbench.rank().plan
-        self.planned = [site for site in find_sites(self.model) if self.plan.rank(site) is not None]
-        self.needs = self.method.needs & INPUT_STATISTICS
-        self.tokens: Tokens | None = workbench.tokens[0] if workbench.reads_text and self.planned else None
-        if self.tokens is not None:
-            check_readable(self.model, self.tokens)
-        self.summary = summarise(self.plan, self.model, bias=self.method.centred)
+        self.recipe, self.composition = workbench.recipe, workbench.composition
+        self.method = self.composition.in_order
         self.noted = workbench.noted
-        # What the hidden states and gradients depend on, in addition to the batch size.
-        self.stream = {
-            "model": self.skeleton.shards.fingerprint(),
-            "tokens": None if self.tokens is None else self.tokens.digest,
-        }
+        self.fingerprint = self.skeleton.shards.fingerprint()
         self.before = (num_params(self.model), num_bytes(self.model))
         blocks = self.skeleton.blocks
         self.around = (self.before[0] - num_params(blocks), self.before[1] - num_bytes(blocks))
         self.seconds = {"load": time.perf_counter() - start, "calibrate": 0.0, "factor": 0.0, "save": 0.0}
-        self.walk: Walk | None = None
-        self.spill: Spill | None = None
 
     def run(self) -> Outcome:
-        """Compress every block that is not finished, and complete the checkpoint."""
-        identity = {"recipe": self.noted, **self.stream, "ranks": dict(self.plan.ranks)}
-        with ExitStack() as stack:
-            try:
-                journal = stack.enter_context(open_journal(self.work / JOURNAL, KIND, identity))
-            except ValueError as error:
-                raise ValueError(f"{error} (--force without --resume does)") from error
-            gradients = self._gradients()
+        """Choose the ranks, compress every block that is not finished, and complete the checkpoint."""
+        with timed(self.seconds, "allocate"):
+            ranking = self._rank()
+        self.plan = ranking.plan
+        self.planned = [site for site in find_sites(self.model) if self.plan.rank(site) is not None]
+        self.summary = summarise(self.plan, self.model, bias=self.method.centred)
+        # Passes, and orders other than one-shot, read the text whatever the method needs.
+        walks = self.composition.order != "one-shot" or self.composition.holds_out
+        reads = bool(self.planned) and (walks or self.workbench.reads_text)
+        identity = {"recipe": self.noted, **self._sources(reads), "ranks": dict(self.plan.ranks)}
+        with self._open_journal(JOURNAL, KIND, identity) as journal:
+            self.walk = None
+            if self.planned and (walks or self.method.needs & INPUT_STATISTICS):
+                calibration = self.workbench.walk(self.planned, {})
+                folder = self._folder("hidden", {"together": calibration.batch_size})
+                self.walk = _Walk(calibration, self.skeleton, folder)
+            with timed(self.seconds, "calibrate"):
+                _ = self._gradients
             todo = [number for number in range(len(self.skeleton.blocks)) if not self._is_done(journal, number)]
             for number in self.how.track(todo, "blocks", len(todo)):
-                self._compress_block(number, journal, gradients)
+                self._compress_block(number, journal)
             records = [_last(journal, number) for number in range(len(self.skeleton.blocks))]
-        return self._finish([record for record in records if record is not None])
+        return self._finish([record for record in records if record is not None], ranking)
+
+    def _rank(self) -> Ranking:
+        """The ranks. Losses that they need are measured block by block, and recorded."""
+        if not self.workbench.measures_losses:
+            return self.workbench.rank()
+        identity = {"recipe": self.noted, **self._sources(self.workbench.reads_text)}
+        with self._open_journal(LOSSES, "losses out of core", identity) as journal:
+            losses = RecordedLosses(journal, self.how.engine.losses)
+            inputs = self.workbench.allocation_inputs()
+            ranking = self.workbench.rank(
+                replace(inputs, blocks=lambda: self._dense_parts(losses), losses=losses, journals=None)
+            )
+        for folder in self.work.glob("dense-*"):
+            shutil.rmtree(folder)
+        return ranking
+
+    def _dense_parts(self, losses: RecordedLosses) -> Iterator[BlockCalibration]:
+        """The dense model's moments of the selected sites; each block is in memory until the next one is asked for."""
+        walk, sites = None, self.workbench.sites
+        if self.composition.method.needs & INPUT_STATISTICS:
+            calibration = SequentialCalibration(
+                self.model,
+                self._texts[0],
+                self.composition.method,
+                order="one-shot",
+                sites=sites,
+                gradients={},
+                batch_size=self.how.batch_size,
+                track=self.how.track,
+            )
+            walk = _Walk(calibration, self.skeleton, self._folder("dense", {"together": self.how.batch_size}))
+        for number in sorted({site.block for site in sites}):
+            if losses.holds(number):
+                yield BlockCalibration(number)
+                continue
+            gradients = self._gradients_of(number)
+            streams = None if walk is None else walk.to(number, _nothing)
+            with self.skeleton.resident(number), torch.no_grad():
+                if walk is None or streams is None:
+                    yield BlockCalibration(number, gradients=gradients)
+                else:
+                    yield from _with_gradients(walk.calibration.walk(streams, number), gradients)
+            if walk is not None:
+                walk.clear()
+
+    @cached_property
+    def _texts(self) -> tuple[Tokens, Tokens | None]:
+        """(calibration samples, held-out ones), which the model can read."""
+        for text in self.workbench.tokens:
+            if text is not None:
+                check_readable(self.model, text)
+        return self.workbench.tokens
+
+    def _sources(self, reads: bool) -> dict[str, Any]:
+        """What hidden states and gradients depend on, in addition to the batch size.
+
+        Args:
+            reads: whether there are any: a text that nothing reads may be missing.
+        """
+        tokens, held_out = self._texts if reads else (None, None)
+        return {
+            "model": self.fingerprint,
+            "tokens": None if tokens is None else tokens.digest,
+            **({} if held_out is None else {"held out": held_out.digest}),
+        }
+
+    @contextmanager
+    def _open_journal(self, name: str, kind: str, identity: dict[str, Any]) -> Iterator[Journal]:
+        with ExitStack() as stack:
+            try:
+                journal = stack.enter_context(open_journal(self.work / name, kind, identity))
+            except ValueError as error:
+                raise ValueError(f"{error} (--force without --resume does)") from error
+            yield journal
 
     def _file(self, number: int) -> str:
         """Name of a block's shard; the one after the last block's holds the modules around the blocks."""
@@ -145,7 +280,7 @@ class _Compression:
 
     def _folder(self, name: str, settings: dict[str, Any]) -> Path:
         """A folder for data of this model, text and settings; those of other settings are removed."""
-        state = json.dumps({**self.stream, "dtype": str(self.skeleton.dtype), **settings}, sort_keys=True)
+        state = json.dumps({**self._sources(True), "dtype": str(self.skeleton.dtype), **settings}, sort_keys=True)
         folder = self.work / f"{name}-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
         for other in self.work.glob(f"{name}-*"):
             if other != folder:
@@ -157,27 +292,28 @@ class _Compression:
         record, path = _last(journal, number), self.checkpoint / self._file(number)
         return record is not None and path.is_file() and digest_of(path) == record["sha256"]
 
-    def _compress_block(
-        self, number: int, journal: Journal, gradients: Sweep | dict[str, GradientMoments] | None
-    ) -> None:
-        """Calibrate, factor and write a block."""
-        start = time.perf_counter()
+    def _compress_block(self, number: int, journal: Journal) -> None:
+        """Calibrate, factor, improve and write a block."""
+        start, factoring = time.perf_counter(), 0.0
         sites = [site for site in self.planned if site.block == number]
-        if sites and self.needs:
-            self._walk_to(number)
+        groups = [group for group in self.plan.joint if any(site.input_group == group for site in sites)]
+        units = units_of(sites, groups)
+        streams = None if self.walk is None or not sites else self.walk.to(number, partial(self._put_back, journal))
+        earlier = 0 if self.walk is None else len(self.walk.calibration.reports)
         with self.skeleton.resident(number) as block, torch.no_grad():
-            part = BlockCalibration(number)
-            if sites:
-                part = self._calibrate(number, sites, gradients)
-            factoring = time.perf_counter()
-            reports = self._factor(sites, part)
-            del part
+            reports: list[SiteReport] = []
+            for part in self._parts(number, streams) if sites else ():
+                began = time.perf_counter()
+                reports += self._factor([unit for unit in units if is_of(unit, part, self.method)], part)
+                factoring += time.perf_counter() - began
+                del part
+            passes = [] if self.walk is None else self.walk.calibration.reports[earlier:]
             writing = time.perf_counter()
             tensors = self.skeleton.tensors_of(number)
             digest = write_shard(self.checkpoint / self._file(number), tensors)
             spent = {
-                "calibrate": factoring - start,
-                "factor": writing - factoring,
+                "calibrate": writing - start - factoring,
+                "factor": factoring,
                 "save": time.perf_counter() - writing,
             }
             record = {
@@ -185,73 +321,64 @@ class _Compression:
                 "tensors": sorted(tensors),
                 "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
                 "reports": [report.to_record() for report in reports],
+                "passes": [asdict(report) for report in passes],
                 "params": [num_params(block), num_bytes(block)],
                 "sites": specs_of(block, f"{self.skeleton.prefix}.{number}."),
                 "seconds": {stage: round(value, 3) for stage, value in spent.items()},
             }
             del tensors, block
         journal.write(_new_key(journal, number), record)
-        if self.spill is not None:
-            self.spill.clear()
+        if self.walk is not None:
+            self.walk.clear()
 
-    def _walk_to(self, number: int) -> None:
-        """Bring the walk to the door of a block, from the nearest whole one before it."""
-        assert self.tokens is not None
-        if self.walk is None or self.spill is None:
-            folder = self._folder("hidden", {"together": self.how.batch_size})
-            batches = self.tokens.batches(self.how.batch_size)
-            door = max((door for door in whole_doors(folder) if door <= number), default=None)
-            self.spill = Spill(folder, len(batches), door=door, device=self.skeleton.device)
-            with self.skeleton.resident(0):  # it runs once, to show the form of its output
-                self.walk = Walk(self.model, batches, self.how.track, held=self.spill, start=door)
-        nearest = max(door for door in whole_doors(self.spill.folder) if door <= number)
-        if nearest > self.walk.next:  # a shard before it was damaged and made again
-            self.walk.next = self.spill.door = nearest
-        while self.walk.next < number:
-            with self.skeleton.resident(self.walk.next):
-                self.walk.skip(self.walk.next)
-            self.spill.clear()
+    def _parts(self, number: int, streams: Streams | None) -> Iterator[BlockCalibration]:
+        """The block's moments; the streams are at the next door afterwards."""
+        gradients = self._gradients_of(number)
+        if self.walk is None or streams is None:
+            yield BlockCalibration(number, gradients=gradients)
+        else:
+            yield from _with_gradients(self.walk.calibration.walk(streams, number), gradients)
 
-    def _calibrate(
-        self, number: int, sites: list[Site], gradients: Sweep | dict[str, GradientMoments] | None
-    ) -> BlockCalibration:
-        """The block's moments; the walk is at the next door afterwards."""
-        inputs = {}
-        if self.needs:
-            assert self.walk is not None
-            inputs = self.walk.moments(number, first_readers(sites), self.needs)
-        statistics = gradients.read(number) if isinstance(gradients, Sweep) else gradients or {}
-        return BlockCalibration(
-            number, inputs, {site.name: statistics[site.name] for site in sites if site.name in statistics}
-        )
-
-    def _factor(self, sites: list[Site], part: BlockCalibration) -> list[SiteReport]:
-        """Cut the block's units and put the cuts in place."""
-        groups = [group for group in self.plan.joint if any(site.input_group == group for site in sites)]
+    def _factor(self, units: Sequence[Unit], part: BlockCalibration) -> list[SiteReport]:
+        """Cut some of the block's units and put the cuts in place."""
         weight_of, bias_of = partial(Unit.weight, model=self.model), partial(Unit.own_bias, model=self.model)
         reports: list[SiteReport] = []
-        request = FactorRequest(self.method, units_of(sites, groups), part, weight_of, bias_of)
-        for unit, cut in self.how.engine.cut_units(CutRequest(request, self.plan)):
+        request = CutRequest(
+            FactorRequest(self.method, units, part, weight_of, bias_of), self.plan, refit=self.composition.refit
+        )
+        for unit, cut in self.how.engine.cut_units(request):
             reports += place(self.model, unit, cut, self.plan)
         return reports
 
-    def _gradients(self) -> Sweep | dict[str, GradientMoments] | None:
-        """Each block's gradient statistics, computed now unless recorded or on disk; None where none are needed."""
+    def _put_back(self, journal: Journal, number: int) -> None:
+        """Put the linears of a finished block in their places, where a stream goes through them."""
+        record = _last(journal, number)
+        assert record is not None
+        assert self.walk is not None
+        if "compressed" in self.walk.calibration.names:
+            self.skeleton.put_back(self.checkpoint / self._file(number), record["sites"])
+
+    def _gradients_of(self, number: int) -> Mapping[str, GradientMoments]:
+        """A block's gradient statistics."""
+        return self._gradients.read(number) if isinstance(self._gradients, Sweep) else self._gradients
+
+    @cached_property
+    def _gradients(self) -> Sweep | Mapping[str, GradientMoments]:
+        """Every block's gradient statistics, computed now unless recorded or on disk; empty where none are needed."""
         needs = self.method.needs & GRADIENT_STATISTICS
-        if not needs or not self.planned:
-            return None
+        # Where losses decide the ranks, of all sites that share the budget; else of those that are cut.
+        sites = self.workbench.sites if self.workbench.measures_losses else self.planned
+        if not needs or not sites:
+            return {}
         if self.recipe.calibration.fisher == "recorded":
-            return recorded_gradients(locate(self.recipe.model), self.planned)
-        assert self.tokens is not None
-        start = time.perf_counter()
-        settings = {"format": FORMAT, "needs": sorted(needs), "sites": [site.name for site in self.planned]}
+            return recorded_gradients(locate(self.recipe.model), sites)
+        settings = {"format": FORMAT, "needs": sorted(needs), "sites": [site.name for site in sites]}
         folder = self._folder("gradients", settings)
-        sweep = Sweep(self.skeleton, self.tokens, self.planned, needs, folder, track=self.how.track)
+        sweep = Sweep(self.skeleton, self._texts[0], sites, needs, folder, track=self.how.track)
         sweep.run()
-        self.seconds["calibrate"] += time.perf_counter() - start
         return sweep
 
-    def _finish(self, records: list[dict[str, Any]]) -> Outcome:
+    def _finish(self, records: list[dict[str, Any]], ranking: Ranking) -> Outcome:
         """Write the modules around the blocks, the index, the configuration, and the facts."""
         start = time.perf_counter()
         files = {self._file(number): record["tensors"] for number, record in enumerate(records)}
@@ -278,12 +405,26 @@ class _Compression:
         dense = tuple(site for site in self.plan.sites if self.plan.rank(site) is None)
         after = [self.around[at] + sum(record["params"][at] for record in records) for at in (0, 1)]
         report = CompressionReport(reports, dense, self.before[0], after[0], self.before[1], after[1], self.seconds)
-        facts = Facts.of(self.recipe, self.plan, self.summary, report)
-        for name, text in self.workbench.side_files(self.plan, facts).items():
+        # A record of an older eckart, which made no passes out of core, has none.
+        passes = tuple(PassReport(**each) for record in records for each in record.get("passes", ()))
+        facts = Facts.of(self.recipe, self.plan, self.summary, report, passes)
+        for name, text in self.workbench.side_files(self.plan, facts, ranking.facts).items():
             write_whole(self.checkpoint / name, text)
         write_digests(self.checkpoint, digests)
         self.seconds["save"] += time.perf_counter() - start
-        return Outcome(self.recipe, self.plan, self.summary, report, dict(self.seconds))
+        return Outcome(self.recipe, self.plan, self.summary, report, dict(self.seconds), passes, ranking.facts)
+
+
+def _with_gradients(
+    parts: Iterator[BlockCalibration], gradients: Mapping[str, GradientMoments]
+) -> Iterator[BlockCalibration]:
+    """The parts with a block's gradient statistics."""
+    # A generator would hold a part while the next one is made.
+    return map(lambda part: replace(part, gradients=gradients), parts)  # noqa: C417
+
+
+def _nothing(_number: int) -> None:
+    """In the dense model there is nothing to put back."""
 
 
 def _check_recipe(recipe: Recipe) -> None:
@@ -291,13 +432,11 @@ def _check_recipe(recipe: Recipe) -> None:
     recipe.check_makes_checkpoint()
     composition = recipe.composition
     allocation = composition.allocation
-    measured = allocation.row.needs != "sites"
+    fixed = recipe.plan is not None or recipe.rules is not None
     conditions = {
-        f"ranks by {allocation.name} (--allocation uniform)": measured and recipe.plan is None and recipe.rules is None,
-        f"the order {composition.order} (--order one-shot)": composition.order != "one-shot",
+        f"ranks by {allocation.name} (--allocation global)": allocation.row.needs == "trials" and not fixed,
+        "weights by probes (weights: equal in the recipe)": allocation.weights == "probes" and not fixed,
         "a budget in speed, for which the whole model is timed (--keep, or --plan)": recipe.speed is not None,
-        "a refit (--no-refit)": composition.refit,
-        "refined blocks (--refine 0)": composition.refinement is not None,
         "distillation (distil: 0 in the recipe)": composition.distillation is not None,
         "recovery (leave out recover)": composition.recovery is not None,
     }
@@ -305,7 +444,7 @@ def _check_recipe(recipe: Recipe) -> None:
     if obstacles:
         raise ValueError(
             f"out of core, one block is in memory at a time, and {recipe.method.name} here has {', '.join(obstacles)}: "
-            "change that, or give a method without these, such as --method asvd-i or --method kfac"
+            "change that, or give a method without these, such as --method best or --method asvd-i"
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.allocation import Allocation, Budget, Curve, Ranking, Speed, SpeedTable, settle
@@ -29,6 +30,9 @@ from eckart.runs.engine.base import Engine, SearchRequest
 from eckart.runs.engine.local import HERE
 from eckart.support.progress import Track, silent
 
+# Gives each unit of a request, in order, and its losses at every rank, as `Engine.losses` does.
+Losses = Callable[[FactorRequest], Iterable[tuple[Unit, Tensor]]]
+
 # A model's losses at one cut are measured on this many windows: the probes then cost a pass of them for every linear.
 PROBE_SAMPLES = 16
 # The calibration samples of a method that needs no text.
@@ -45,6 +49,7 @@ class AllocationInputs:
         tokens: the calibration samples; None where nothing needs any.
         tokenizer, data, batch_size, workers, context: for scores, as in `evals.tasks.evaluate`.
         engine: where work runs.
+        losses: gives each unit's losses; None for the engine's.
         journals: folder for the trials of probes and searches, which resume from there; None keeps none.
         trials: a file for the trials of a search, instead of one in `journals`.
         identity: of the model, its calibration and the method, for the header of `trials`.
@@ -61,6 +66,7 @@ class AllocationInputs:
     workers: int = 1
     context: int | None = None
     engine: Engine = HERE
+    losses: Losses | None = None
     journals: Path | None = None
     trials: Path | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
@@ -148,7 +154,7 @@ def measure_losses(method: Method, inputs: AllocationInputs, joint: frozenset[st
             units += [Unit((site,)) for site in sites if site.input_group in joint]
         # Units of one input group follow each other, so that its root is made once.
         units.sort(key=lambda unit: unit.group)
-        for unit, tails in inputs.engine.losses(FactorRequest(method, units, part, weight_of)):
+        for unit, tails in (inputs.losses or inputs.engine.losses)(FactorRequest(method, units, part, weight_of)):
             curves.append(Curve(unit.sites, tails.numpy()))
     return curves
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,14 @@ class Workbench:
         """The recipe as a checkpoint's configuration holds it."""
         return self.recipe.model_dump(exclude_none=True, exclude={"evaluate"})
 
-    def side_files(self, plan: RankPlan, facts: Facts) -> dict[str, str]:
-        """{file name: text} of the files that accompany the weights of a compressed model."""
+    def side_files(self, plan: RankPlan, facts: Facts, measured: Mapping[str, Any]) -> dict[str, str]:
+        """{file name: text} of the files that accompany the weights of a compressed model.
+
+        Args:
+            measured: facts that were measured for the plan.
+        """
         return {
+            **({"allocation.json": json.dumps(measured, indent=1)} if measured else {}),
             "README.md": write_card(self.recipe, facts),
             "plan.json": plan.to_json(),
             "recipe.yaml": self.recipe.to_yaml(),
@@ -119,13 +125,24 @@ class Workbench:
         recorded = GRADIENT_STATISTICS if self.recipe.calibration.fisher == "recorded" else frozenset()
         return bool(self.composition.method.needs - recorded)
 
-    def rank(self) -> Ranking:
-        """The recipe's ranks on this model."""
+    @property
+    def measures_losses(self) -> bool:
+        """Whether the ranks come from what each linear loses at every rank."""
+        fixed = self.recipe.plan is not None or self.recipe.rules is not None
+        return not fixed and self.composition.allocation.row.needs == "losses"
+
+    def rank(self, inputs: AllocationInputs | None = None) -> Ranking:
+        """The recipe's ranks on this model.
+
+        Args:
+            inputs: of the allocation; default `allocation_inputs`.
+        """
         recipe, composition = self.recipe, self.composition
         same_share = composition.allocation.row.same_share and recipe.keep is not None
         if recipe.plan is not None or recipe.rules is not None or same_share:
             return Ranking(make_plan(self.model, recipe))
-        ranking = rank(composition, recipe.budget, self.allocation_inputs(), rank_multiple=recipe.rank_multiple)
+        inputs = inputs or self.allocation_inputs()
+        ranking = rank(composition, recipe.budget, inputs, rank_multiple=recipe.rank_multiple)
         if self.speeds is None or not isinstance(recipe.budget, Speed):
             return ranking
         facts = self.speeds.facts(recipe.budget, ranking.plan, self.sites)
@@ -182,7 +199,11 @@ class Workbench:
             # Where losses decided the ranks, the moments of all selected sites are in the cache; else only the cut
             # sites' are computed.
             return self._one_shot(None if self._measures else sites) if composition.method.needs else None
-        tokens, held_out = self.tokens
+        return self.walk(sites, self.gradients)
+
+    def walk(self, sites: Sequence[Site], gradients: dict[str, GradientMoments]) -> SequentialCalibration:
+        """The calibration of these sites block by block, in the composition's order."""
+        composition, (tokens, held_out) = self.composition, self.tokens
         return SequentialCalibration(
             self.model,
             tokens,
@@ -190,8 +211,9 @@ class Workbench:
             order=composition.order,
             held_out=held_out,
             sites=sites,
-            gradients=self.gradients,
+            gradients=gradients,
             passes=() if composition.refinement is None else (composition.refinement,),
+            judged=composition.refit,
             batch_size=self.how.batch_size if composition.refinement is None else REFINED_TOGETHER,
             track=self.how.track,
         )
