@@ -148,7 +148,7 @@ def measure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
             recipe |= {key: json.loads(value) for key, _, value in (each.partition("=") for each in arguments.set)}
         out = arguments.out / method if arguments.out else Path(folder) / "out"
         outcome = make_checkpoint(parse_recipe(recipe, where="benchmark"), out, How(track=watch.track), force=True)
-        total = watch.stop()
+        total, peak = watch.stop(), peak_bytes()
         steps = outcome.recipe.composition.refinement
         floor = floor_of(
             load_model(model, dtype="float32"),
@@ -169,7 +169,7 @@ def measure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
     return {
         "method": method,
         "seconds": round(total, 2),
-        "peak_gb": round(peak_bytes() / 1e9, 2),
+        "peak_gb": round(peak / 1e9, 2),
         "gflops": round(rate / 1e9, 1),
         "floor": round(sum(floor.values()) / rate, 2),
         "stages": stages,

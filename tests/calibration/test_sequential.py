@@ -18,7 +18,7 @@ from eckart.calibration.sequential import Order, SequentialCalibration
 from eckart.calibration.streams import Sample
 from eckart.compression.replace import compress
 from eckart.data.tokens import Tokens
-from eckart.lowrank import Moments, build_method, output_error
+from eckart.lowrank import InputMoments, Moments, build_method, output_error
 from eckart.models.sites import Site, blocks_of, find_sites, low_rank_modules, read_weight
 from tiny import BLOCKS, logits_of, relative, tiny_model, tiny_tokens
 from walks import (
@@ -187,6 +187,29 @@ def test_batch_size_changes_nothing(model_type: str) -> None:
     for other in calibrations[1:]:
         assert other.keys() == calibrations[0].keys()
         assert max(relative(other[name], calibrations[0][name]) for name in other) < 1e-5
+
+
+def test_dense_moments_that_are_known_are_not_summed_again() -> None:
+    tokens, held_out = tiny_tokens(4, 12), tiny_tokens(2, 9, seed=1)
+    dense = calibrate(tiny_model("llama"), tokens, PLAIN)
+    calibrations, asked = [], []
+
+    def known(number: int) -> dict[str, InputMoments]:
+        asked.append(number)
+        return dense.blocks[number].inputs
+
+    for given in (None, known):
+        model = tiny_model("llama")
+        calibration = SequentialCalibration(model, tokens, ANCHORED, held_out=held_out, known=given)
+        calibrations.append(tensors_of(walk(model, calibration)))
+    assert asked == list(range(BLOCKS))
+    assert calibrations[0].keys() == calibrations[1].keys()
+    for name, tensor in calibrations[0].items():
+        torch.testing.assert_close(calibrations[1][name], tensor, rtol=1e-5, atol=1e-6)
+    other = calibrate(tiny_model("llama"), tiny_tokens(3, 12), PLAIN)
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="48 tokens were seen, and the reference's are of 36"):
+        walk(model, SequentialCalibration(model, tokens, ANCHORED, known=lambda number: other.blocks[number].inputs))
 
 
 # Gradients, and methods that need no inputs

@@ -27,6 +27,12 @@ from .from_files import BATCHED, both, check_same, put_model, recipe_of, tensors
 pytestmark = pytest.mark.usefixtures("any_tokenizer")
 
 
+@pytest.fixture(autouse=True)
+def two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In memory in two passes as well: one sums inputs in float32, which a cut between near values shows."""
+    monkeypatch.setattr("eckart.calibration.moments.IN_ONE_PASS", 0)
+
+
 @pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
 def test_every_family_comes_out_as_in_memory(tmp_path: Path, model_type: str) -> None:
     both(put_model(tmp_path, model_type), tmp_path)
@@ -81,11 +87,7 @@ def test_stored_types_are_kept(tmp_path: Path, dtype: torch.dtype, method: str) 
 
 
 @pytest.mark.parametrize(("model_type", "head"), [("bert", "masked"), ("bert", "classifier"), ("gpt2", None)])
-def test_gradients_of_other_heads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, head: str | None
-) -> None:
-    """In memory in two passes as well: one sums inputs in float32, which a cut between near values shows."""
-    monkeypatch.setattr("eckart.calibration.moments.IN_ONE_PASS", 0)
+def test_gradients_of_other_heads(tmp_path: Path, model_type: str, head: str | None) -> None:
     both(put_model(tmp_path, model_type, head=head), tmp_path, method="kfac")
 
 

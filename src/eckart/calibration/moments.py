@@ -199,6 +199,17 @@ def gather_gradients(
     return gradients
 
 
+def kept_inputs(
+    model: PreTrainedModel, tokens: Tokens, method: Method, sites: Sequence[Site], cache: Path | None
+) -> Callable[[int], dict[str, InputMoments]]:
+    """From a block's number to {input group: moments}, as `calibrate_by_block` has put them in the cache; else empty.
+
+    Cost: one read of the model's weights now, and of a block's moments at each call.
+    """
+    store = _input_store(model, tokens, method.needs & INPUT_STATISTICS, sites, cache)
+    return lambda number: store.read(number) if store is not None and store.holds(number) else {}
+
+
 def _input_store(
     model: PreTrainedModel, tokens: Tokens, statistics: frozenset[str], sites: Sequence[Site], cache: Path | None
 ) -> Store | None:

@@ -48,6 +48,10 @@ class PassReport:
     kept: bool
 
 
+# From a block's number to {input group: the dense model's moments}, of any groups.
+KnownInputs = Callable[[int], Mapping[str, InputMoments]]
+
+
 class BlockPass(Protocol):
     """Improves a block whose sites are replaced, in place, or leaves it as it was."""
 
@@ -69,6 +73,7 @@ class SequentialCalibration:
         order: see `Order`.
         sites: those that will be replaced; default all.
         gradients: of these sites, if they were gathered before.
+        known: the dense model's moments on `tokens`, where they were taken before; for order "anchored".
         passes: applied in turn to each block once its sites are replaced.
         batch_size: rows at a time; it changes memory and speed only, but for passes that take steps, where it
             changes numbers.
@@ -90,6 +95,7 @@ class SequentialCalibration:
         held_out: Tokens | None = None,
         sites: Sequence[Site] | None = None,
         gradients: dict[str, GradientMoments] | None = None,
+        known: KnownInputs | None = None,
         passes: Sequence[BlockPass] = (),
         judged: bool = True,
         batch_size: int = 8,
@@ -102,7 +108,7 @@ class SequentialCalibration:
         self.model, self.tokens, self.method, self.order, self.held_out = model, tokens, method, order, held_out
         self.sites = find_sites(model) if sites is None else tuple(sites)
         self.gradients, self.passes, self.batch_size, self.track = gradients, tuple(passes), batch_size, track
-        self.judged = judged
+        self.judged, self.known = judged, known
         self.reports: list[PassReport] = []
         self.started = False
 
@@ -196,7 +202,8 @@ class SequentialCalibration:
                 streams.go_on(onward)
             if number < self.last and not self.passes:
                 onward.add("compressed")
-            for group, moments in streams.meet(blocks, readers, needs, onward):
+            known = None if self.known is None else self.known(number)
+            for group, moments in streams.meet(blocks, readers, needs, onward, known):
                 yield self._part(number, [site for site in sites if site.input_group == group], {group: moments})
                 del moments
 

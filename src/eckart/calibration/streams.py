@@ -198,6 +198,7 @@ class Streams:
         readers: Mapping[str, Site],
         needs: frozenset[str],
         onward: Collection[str] = (),
+        known: Mapping[str, InputMoments] | None = None,
     ) -> Iterator[tuple[str, tuple[InputMoments, InputMoments]]]:
         """One input group after the other, as they are read, and its (calibration, held-out) moments.
 
@@ -208,6 +209,8 @@ class Streams:
                 dense one is the reference.
             readers: {input group: its first site}.
             onward: streams of `blocks` that are to be at the next door at the end.
+            known: {input group: moments of what the dense block reads on the calibration tokens}, of any groups; with
+                both streams they are not summed again.
 
         Raises:
             ValueError: a site is not called by its block, or more than once, or in an order that depends on the text;
@@ -218,24 +221,31 @@ class Streams:
         """
         runs = _Runs(self, blocks, readers)
         while (group := runs.next_group()) is not None:
-            yield group, self._meet_at(group, runs, readers[group], needs)
+            reference = (known or {}).get(group) if len(blocks) > 1 else None
+            yield group, self._meet_at(group, runs, readers[group], needs, reference)
         for name in onward:
             if name in blocks:
-                for index in range(len(self.masks)):
+                what = f"block {self.number}: {name}"
+                for index in self.track(range(len(self.masks)), what, len(self.masks)):
                     self.doors[name].write(index, runs.finish(name, index))
                 self._turn(name)
 
-    def _meet_at(self, group: str, runs: _Runs, site: Site, needs: frozenset[str]) -> tuple[InputMoments, InputMoments]:
-        collected = self._start(site, needs)
+    def _meet_at(
+        self, group: str, runs: _Runs, site: Site, needs: frozenset[str], reference: InputMoments | None
+    ) -> tuple[InputMoments, InputMoments]:
+        collected = self._start(site, needs, reference)
         for index in self.track(range(self.measured), f"{group}: moments", self.measured):
             self._add(collected, index, group, runs.advance(index, group))
         runs.passed.append(group)
         return _compact(collected)
 
-    def _start(self, site: Site, needs: frozenset[str]) -> tuple[InputMoments, InputMoments]:
+    def _start(
+        self, site: Site, needs: frozenset[str], reference: InputMoments | None = None
+    ) -> tuple[InputMoments, InputMoments]:
         device = self.read(self.names[0], 0).device
         held_out = needs if self.measured > self.first_held_out else frozenset[str]()
-        return InputMoments(site.d_in, needs, device=device), InputMoments(site.d_in, held_out, device=device)
+        calibration = InputMoments(site.d_in, needs, device=device, reference=reference)
+        return calibration, InputMoments(site.d_in, held_out, device=device)
 
     def _add(
         self, collected: tuple[InputMoments, InputMoments], index: int, group: str, seen: Mapping[str, Tensor]

@@ -46,6 +46,8 @@ class InputMoments:
         d_in: width of the input.
         needs: names out of INPUT_STATISTICS; the mean and the absolute mean cost nothing and are always kept.
         device: where the inputs will be.
+        reference: moments of the reference stream on the tokens that will be seen, where they are known already: they
+            are not summed again then.
         dtype: of the square sums.
 
     Memory: d_in^2 numbers for each of second_moment and cross_moment that is needed.
@@ -58,17 +60,21 @@ class InputMoments:
         *,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float64,
+        reference: InputMoments | None = None,
     ) -> None:
         unknown = set(needs) - INPUT_STATISTICS
         if unknown:
             raise ValueError(f"not statistics of an input: {sorted(unknown)}; known: {sorted(INPUT_STATISTICS)}")
         self.count = 0
+        self.reference = reference
         shapes: dict[str, tuple[int, ...]] = {"mean": (d_in,), "abs_mean": (d_in,)}
         self._mirrored = True
         if "second_moment" in needs or "cross_moment" in needs:
             shapes["second_moment"] = (d_in, d_in)
         if "cross_moment" in needs:
-            shapes |= {"cross_moment": (d_in, d_in), "reference_mean": (d_in,), "reference_second_moment": (d_in, d_in)}
+            shapes |= {"cross_moment": (d_in, d_in)}
+            if reference is None:
+                shapes |= {"reference_mean": (d_in,), "reference_second_moment": (d_in, d_in)}
         self._sums: dict[str, Tensor] = {
             name: torch.zeros(shape, dtype=dtype if len(shape) == 2 else torch.float64, device=device)
             for name, shape in shapes.items()
@@ -135,8 +141,9 @@ class InputMoments:
                     part = _widened(stored)
                     dense = stored if is_multiplied_exactly(stored) else part
                     self._on(part.device, "cross_moment").add_(inner_product(dense, factors))
-                    self._add_square("reference_second_moment", dense)
-                    self._on(part.device, "reference_mean").add_(part.sum(0))
+                    if self.reference is None:
+                        self._add_square("reference_second_moment", dense)
+                        self._on(part.device, "reference_mean").add_(part.sum(0))
         self.count += len(rows)
         # Looked at once per batch: a NaN or an infinity anywhere in the rows survives the sums.
         for name in ("abs_mean", "reference_mean"):
@@ -171,9 +178,19 @@ class InputMoments:
         return moments
 
     def compact(self) -> InputMoments:
-        """The same moments with the square sums rounded to float32: half the memory and disk, 6e-8 relative."""
+        """The same moments with the square sums rounded to float32: half the memory and disk, 6e-8 relative.
+
+        Raises:
+            ValueError: the reference stream's moments that were given are of another number of tokens.
+        """
+        sums = self.sums
+        if self.reference is not None:
+            if self.reference.count != self.count:
+                raise ValueError(f"{self.count} tokens were seen, and the reference's are of {self.reference.count}")
+            known = self.reference.sums
+            sums = {**sums, "reference_mean": known["mean"], "reference_second_moment": known["second_moment"]}
         return InputMoments.from_state(
-            self.count, {name: s.float() if s.ndim == 2 else s.clone() for name, s in self.sums.items()}
+            self.count, {name: s.float() if s.ndim == 2 else s.clone() for name, s in sums.items()}
         )
 
     def keeps(self, name: str) -> torch.dtype | None:

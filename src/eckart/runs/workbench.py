@@ -12,8 +12,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.allocation import Ranking, RankPlan, Rule, Speed, SpeedTable, plan
-from eckart.calibration.moments import BlockCalibration, Memory, recorded_gradients
-from eckart.calibration.sequential import PassReport, SequentialCalibration
+from eckart.calibration.moments import BlockCalibration, Memory, kept_inputs, recorded_gradients
+from eckart.calibration.sequential import KnownInputs, PassReport, SequentialCalibration
 from eckart.compression.tuning.recovery import Samples
 from eckart.data.corpora import parts_of, read_text
 from eckart.data.tokens import Tokens, check_vocabulary, sample_documents, sample_windows, warn_of_tokenizer
@@ -199,10 +199,20 @@ class Workbench:
             # Where losses decided the ranks, the moments of all selected sites are in the cache; else only the cut
             # sites' are computed.
             return self._one_shot(None if self._measures else sites) if composition.method.needs else None
-        return self.walk(sites, self.gradients)
+        return self.walk(sites, self.gradients, self._known())
 
-    def walk(self, sites: Sequence[Site], gradients: dict[str, GradientMoments]) -> SequentialCalibration:
-        """The calibration of these sites block by block, in the composition's order."""
+    def _known(self) -> KnownInputs | None:
+        """The dense model's moments, by block, where ranks or gradients have needed them; None in another order."""
+        if self.composition.order != "anchored":
+            return None
+        if self._memory or self.how.cache is None:
+            return lambda number: self._memory.pop(number, {})
+        return kept_inputs(self.model, self.tokens[0], self.composition.method, self.sites, self.how.cache)
+
+    def walk(
+        self, sites: Sequence[Site], gradients: dict[str, GradientMoments], known: KnownInputs | None = None
+    ) -> SequentialCalibration:
+        """The calibration of these sites block by block, in the composition's order; `known`: see there."""
         composition, (tokens, held_out) = self.composition, self.tokens
         return SequentialCalibration(
             self.model,
@@ -212,6 +222,7 @@ class Workbench:
             held_out=held_out,
             sites=sites,
             gradients=gradients,
+            known=known,
             passes=() if composition.refinement is None else (composition.refinement,),
             judged=composition.refit,
             batch_size=self.how.batch_size if composition.refinement is None else REFINED_TOGETHER,
