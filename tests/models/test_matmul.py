@@ -133,7 +133,7 @@ def test_readers_of_one_right_factor_equal_the_expression(
         (torch.bfloat16, 65, "plain", {"linear"}),
         (torch.float32, 15, "plain", {"linear"}),
         (torch.float32, 16, "plain", {"mm"}),
-        (torch.float32, 100, "pivoted", {"linear", "index_select"}),
+        (torch.float32, 100, "pivoted", {"linear", "mm", "index_select"}),
         (torch.bfloat16, 65, "pivoted", {"linear", "index_fill_"}),  # spread
         (torch.float16, 65, "pivoted", {"linear", "mm", "gather"}),
     ],

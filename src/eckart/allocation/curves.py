@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eckart.allocation.costs import Cost, pays_nothing
+from eckart.allocation.costs import Cost
 from eckart.allocation.knapsack import Item
 from eckart.lowrank import Layout
 from eckart.models.sites import Site
@@ -65,14 +65,16 @@ class Curve:
         dense weight, which loses nothing.
         """
         unit = self.unit
-        ranks = [
-            rank
+        dense = cost(unit, None, layout)
+        costs = {
+            rank: cost(unit, rank, layout)
             for rank in range(rank_multiple, len(self.losses), rank_multiple)
-            if not pays_nothing(unit, rank, layout, cost)
-        ]
+            if unit.num_stored(rank, layout) < unit.num_params
+        }
+        ranks = [rank for rank, taken in costs.items() if taken < dense]
         item = Item(
             self.name,
-            np.array([cost(unit, rank, layout) for rank in (*ranks, None)]),
+            np.array([*(costs[rank] for rank in ranks), dense]),
             np.append(self.weight * self.losses[ranks], 0.0),
         )
         return item, (*ranks, None)

@@ -138,14 +138,14 @@ def has_tiles() -> bool:
 
 
 def _reordered(rows: Tensor, left: Tensor, order: Tensor) -> Tensor:
-    """[p, left p] in the order: one copy to join and one to reorder."""
+    """[p, left p] in the order: the product is written behind a copy of p, and one more copy reorders."""
     rank = rows.shape[1]
-    if rows.element_size() != 2:
-        # Indexing with brackets takes several times as long as index_select.
-        return torch.cat((rows, linear(rows, left)), -1).index_select(-1, order)
     joined = rows.new_empty(len(rows), rank + len(left))
     joined[:, :rank] = rows
     torch.mm(rows, left.T, out=joined[:, rank:])
+    if rows.element_size() != 2:
+        # Indexing with brackets takes several times as long as index_select.
+        return joined.index_select(-1, order)
     # Types of half precision are gathered one number at a time through float32, and integers as they are.
     return joined.view(torch.int16).gather(-1, order.long().expand(len(rows), -1)).view(rows.dtype)
 
