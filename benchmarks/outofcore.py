@@ -4,9 +4,11 @@
     python benchmarks/outofcore.py --step compress --folder DIR --blocks 4 [--kill-after 2] [--json FILE]
 
 `make` writes random weights in bfloat16 (13.5 GB), a few blocks at a time, and the built-in tokenizer. `compress` runs
-asvd-i at keep 0.7 in a process of its own, kills it (SIGKILL) once `--kill-after` blocks are done, resumes it, and
-stops it for good after `--blocks` of them; 0 lets it come through. Printed are seconds a block, the peak resident
-memory of each process (VmHWM: mapped pages count), and what all blocks of the model would take at that pace.
+asvd-i, or what `--method` names, at keep 0.7 in a process of its own, kills it (SIGKILL) once `--kill-after` blocks are
+done, resumes it, and stops it for good after `--blocks` of them; 0 lets it come through. Printed are seconds a block,
+the peak resident memory of each process (VmHWM: mapped pages count), and what all blocks of the model would take at
+that pace. Of kfac and best, what comes before the first block (gradients, and losses of best) is of all the blocks that
+there are: make as many as are to be compressed.
 """
 
 from __future__ import annotations
@@ -110,7 +112,7 @@ def run_child(arguments: argparse.Namespace) -> None:
     """The compression itself."""
     calibration = {"corpus": "builtin", "samples": arguments.samples, "length": arguments.length}
     recipe = parse_recipe(
-        {"model": str(arguments.folder), "method": "asvd-i", "keep": KEEP, "calibration": calibration}
+        {"model": str(arguments.folder), "method": arguments.method, "keep": KEEP, "calibration": calibration}
     )
     compress_out_of_core(recipe, place_of(arguments), How(batch_size=arguments.batch), resume=True)
 
@@ -118,7 +120,7 @@ def run_child(arguments: argparse.Namespace) -> None:
 def place_of(arguments: argparse.Namespace) -> Path:
     """Where the compressed model goes."""
     folder: Path = arguments.folder
-    return folder.with_name(f"{folder.name}-outofcore")
+    return folder.with_name(f"{folder.name}-outofcore-{arguments.method}")
 
 
 def records_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -164,6 +166,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--intermediate", type=int, default=11008)
     parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--method", default="asvd-i", help="asvd-i, kfac, best")
     parser.add_argument("--blocks", type=int, default=4, help="stop after so many; 0 for all")
     parser.add_argument("--kill-after", type=int, default=2, help="and kill once on the way; 0 for never")
     parser.add_argument("--samples", type=int, default=64)
@@ -201,6 +204,9 @@ def main() -> None:
         )
     each = sum(sum(value for stage, value in block.items() if stage != "block") for block in blocks)
     whole = each / max(len(blocks), 1) * arguments.layers
+    first = blocks[: runs[0]["blocks"][1]]
+    before = runs[0]["seconds"] - sum(value for block in first for stage, value in block.items() if stage != "block")
+    print(f"before the first block: {before:.1f} s")
     print(f"all {arguments.layers} blocks at that pace: {whole / 60:.1f} min")
     if arguments.json:
         facts = {
