@@ -4,10 +4,12 @@
     python benchmarks/outofcore.py --step compress --folder DIR [--model smollm2] [--kill-after 2] [--json FILE]
 
 `make` writes random weights in bfloat16 (13.5 GB), a few blocks at a time, and the built-in tokenizer. `compress` runs
-asvd-i at keep 0.7 in a process of its own, kills it (SIGKILL) once `--kill-after` blocks are done, resumes it, and
-stops it for good after `--blocks` of them; 0 lets it come through. Printed are seconds a block and how many times the
-floor (floor.py) they are, the peak resident memory of each process (VmHWM: mapped pages count) over the model's bytes,
-and what all blocks of the model would take at that pace.
+asvd-i, or what `--method` names, at keep 0.7 in a process of its own, kills it (SIGKILL) once `--kill-after` blocks are
+done, resumes it, and stops it for good after `--blocks` of them; 0 lets it come through. Printed are seconds a block
+and how many times the floor (floor.py) of asvd-i they are, the peak resident memory of each process (VmHWM: mapped
+pages count) over the model's bytes, and what all blocks of the model would take at that pace. Of kfac and best, what
+comes before the first block (gradients, and losses of best) is of all the blocks that there are: make as many as are to
+be compressed.
 """
 
 from __future__ import annotations
@@ -107,7 +109,7 @@ def run_child(arguments: argparse.Namespace) -> None:
     """The compression itself."""
     calibration = {"corpus": "builtin", "samples": arguments.samples, "length": arguments.length}
     recipe = parse_recipe(
-        {"model": str(source_of(arguments)), "method": "asvd-i", "keep": KEEP, "calibration": calibration}
+        {"model": str(source_of(arguments)), "method": arguments.method, "keep": KEEP, "calibration": calibration}
     )
     compress_out_of_core(recipe, place_of(arguments), How(batch_size=arguments.batch), resume=True)
 
@@ -128,7 +130,7 @@ def source_of(arguments: argparse.Namespace) -> Path:
 def place_of(arguments: argparse.Namespace) -> Path:
     """Where the compressed model goes."""
     folder: Path = arguments.folder
-    return folder.with_name(f"{folder.name}-outofcore")
+    return folder.with_name(f"{folder.name}-outofcore-{arguments.method}")
 
 
 def records_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -175,6 +177,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--intermediate", type=int, default=11008)
     parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--method", default="asvd-i", help="asvd-i, kfac, best")
     parser.add_argument("--blocks", type=int, default=4, help="stop after so many; 0 for all")
     parser.add_argument("--kill-after", type=int, default=2, help="and kill once on the way; 0 for never")
     parser.add_argument("--samples", type=int, default=64)
@@ -213,6 +216,9 @@ def main() -> None:
             f"{run['peak_bytes'] / dense:.0%} of the model; {end}"
         )
     whole = floor * sum(block["over_floor"] for block in blocks) / max(len(blocks), 1) * arguments.layers
+    first = blocks[: runs[0]["blocks"][1]]
+    before = runs[0]["seconds"] - floor * sum(block["over_floor"] for block in first)
+    print(f"before the first block: {before:.1f} s")
     print(f"all {arguments.layers} blocks at that pace: {whole / 60:.1f} min")
     facts = {"machine": machine(), "settings": vars(arguments), "model_bytes": dense, "floor_seconds": floor}
     write_json(arguments.json, {**facts, "blocks": blocks, "runs": runs, "whole_seconds": whole})

@@ -96,6 +96,6 @@ def test_a_signal_ends_with_one_line_and_leaves_nothing(tmp_path: Path, number: 
         process.send_signal(number)
         _, told = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert told.decode().splitlines()[-1].startswith("stopped; the same command starts from the moments in the cache")
+    assert told.decode().splitlines()[-1].startswith("stopped; the same command starts from what is in the cache")
     assert b"Traceback" not in told
     assert not [file for file in tmp_path.rglob("*") if "partial" in file.name or file.name == "out"]

@@ -131,5 +131,10 @@ def note_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Fills with the number of each block that a stream has gone through."""
     passed: list[int] = []
     turn = Streams._turn
-    monkeypatch.setattr(Streams, "_turn", lambda streams, name: (passed.append(streams.number), turn(streams, name))[1])
+
+    def note(streams: Streams, name: str) -> None:
+        passed.append(streams.number)
+        turn(streams, name)
+
+    monkeypatch.setattr(Streams, "_turn", note)
     return passed

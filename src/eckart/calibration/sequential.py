@@ -113,6 +113,17 @@ class SequentialCalibration:
         self.started = False
 
     def __iter__(self) -> Iterator[BlockCalibration]:
+        self.begin()
+        streams = self.open_streams()
+        for number in range(1 + self.last):
+            yield from self.walk(streams, number)
+
+    def begin(self) -> None:
+        """Check the samples, and gather the gradients that were not given: before the first block.
+
+        Raises:
+            ValueError: the model cannot read the samples, or it was begun before.
+        """
         if self.started:
             raise ValueError("this calibration was walked through already, and the model is compressed: make a new one")
         self.started = True
@@ -121,9 +132,6 @@ class SequentialCalibration:
                 check_readable(self.model, tokens)
         if self.gradients is None:
             self.gradients = gather_gradients(self.model, self.tokens, self.method, sites=self.sites, track=self.track)
-        streams = self.open_streams()
-        for number in range(1 + self.last):
-            yield from self.walk(streams, number)
 
     @property
     def last(self) -> int:

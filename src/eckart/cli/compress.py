@@ -108,7 +108,7 @@ def command(
     eckart compress MODEL OUT --speed 1.5
     eckart compress MODEL OUT --method svd --keep 0.9 --include mlp
     eckart compress MODEL OUT --method sfsd --keep 0.46 --blocks "last 12"
-    eckart compress MODEL OUT --method asvd-i --keep 0.7 --out-of-core --resume
+    eckart compress MODEL OUT --keep 0.7 --out-of-core --resume
     """
     recipe = parse_recipe(
         {
@@ -144,7 +144,7 @@ def command(
     if speed_rows is not None and speed is None:
         raise ValueError("--speed-rows goes with --speed: leave it out")
     if resume and not out_of_core:
-        raise ValueError("--resume is for --out-of-core; other runs keep their moments in the cache")
+        raise ValueError("--resume is for --out-of-core; other runs go on from what is in the cache")
     if out_of_core and engine != ENGINE:
         raise ValueError("--out-of-core takes one block after another in this process: leave out --engine")
     check_replaceable(out, force=force, reads=recipe.reads)  # and claimed, before a cluster is started

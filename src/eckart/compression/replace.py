@@ -116,6 +116,8 @@ def compress(
     spectra: dict[str, Factored] | None = None,
     refit: bool = False,
     cut: Callable[[CutRequest], Iterable[tuple[Unit, Cut]]] = cut_units,
+    finished: Sequence[SiteReport] = (),
+    note: Callable[[list[SiteReport]], None] | None = None,
     recipe: dict[str, Any] | None = None,
     track: Track = silent,
 ) -> CompressionReport:
@@ -133,6 +135,8 @@ def compress(
         refit: fit the left factors once more by least squares. Where the calibration has moments of tokens held out,
             a refit that does not lower the squared output error on them is undone.
         cut: makes the cuts, in place of `cut_units`; it may do so on other machines.
+        finished: reports of planned sites that the calibration itself puts in place, see `runs.kept_blocks`.
+        note: called with the reports of each unit that was replaced.
         recipe: written into the model's config, for the checkpoint.
 
     Raises:
@@ -150,8 +154,10 @@ def compress(
     _check_sites(model, planned)
     before = (num_params(model), num_bytes(model))
     pending = list(units_of(planned, [group for group in plan.joint if any(s.input_group == group for s in planned)]))
+    there = {report.name for report in finished}
+    pending = [unit for unit in pending if unit.sites[0].name not in there]
     seconds = {"calibrate": 0.0, "factor": 0.0}
-    reports: list[SiteReport] = []
+    reports = [*finished]
     parts = _timed(calibration or _nothing(pending), seconds)
 
     def factored() -> Iterator[list[SiteReport]]:
@@ -168,6 +174,8 @@ def compress(
 
     for placed in track(factored(), "linears", len(pending)):
         reports += placed
+        if note is not None:
+            note(placed)
     if pending:
         raise ValueError(f"the calibration has no moments of {pending[0].name}, which the plan compresses")
     if planned:  # else the model is an ordinary dense one, and is saved as one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -13,8 +14,10 @@ from eckart.compression.baselines import build_baseline
 from eckart.compression.replace import compress
 from eckart.models.loading import load_model, load_tokenizer, own_memory, save
 from eckart.models.matching import check_finite
+from eckart.models.sites import find_sites
 from eckart.runs.facts import FACTS, Facts, Outcome
 from eckart.runs.how import How
+from eckart.runs.kept_blocks import KeptBlocks, blocks_of_plan, folder_of, kept_ranking
 from eckart.runs.recipe import Recipe
 from eckart.runs.workbench import Workbench, make_tokens, resolve
 from eckart.support.files import check_replaceable, claimed, write_whole
@@ -50,11 +53,18 @@ def _make(recipe: Recipe, out: Path, how: How, force: bool) -> Outcome:
     work = Workbench(recipe, model, tokenizer, how)
     work.check()
     work.announce()
+    folder = None if how.cache is None or not work.walks else folder_of(how.cache, work.walk_identity(out))
     with timed(seconds, "allocate"):
-        ranking = work.rank()
+        if folder is None or not work.measures_losses:
+            ranking = work.rank()
+        else:
+            ranking = kept_ranking(folder / "ranks.json", find_sites(model), work.rank)
     composition = recipe.composition
     summary = summarise(ranking.plan, model, bias=composition.method.centred)
     blocks = work.calibration(ranking.plan)
+    kept = None
+    if isinstance(blocks, SequentialCalibration) and folder is not None:
+        blocks = kept = KeptBlocks(blocks, blocks_of_plan(folder, ranking.plan))
     report = compress(
         model,
         composition.in_order,
@@ -62,11 +72,13 @@ def _make(recipe: Recipe, out: Path, how: How, force: bool) -> Outcome:
         blocks,
         refit=composition.refit,
         cut=how.engine.cut_units,
+        finished=() if kept is None else kept.finished,
+        note=None if kept is None else kept.note,
         recipe=work.noted,
         track=how.track,
     )
     seconds |= report.seconds
-    passes = [*blocks.reports] if isinstance(blocks, SequentialCalibration) else []
+    passes = [*blocks.reports] if isinstance(blocks, SequentialCalibration | KeptBlocks) else []
     with timed(seconds, "distil"):
         passes += work.distil()
     with timed(seconds, "recover"):
@@ -75,6 +87,8 @@ def _make(recipe: Recipe, out: Path, how: How, force: bool) -> Outcome:
         facts = Facts.of(work.recipe, ranking.plan, summary, report, passes, ranking.facts.get("speed"))
         files = work.side_files(ranking.plan, facts, ranking.facts)
         save(model, out, tokenizer, recipe=work.noted, files=files, force=force)
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)  # it is as large as the model
     return Outcome(work.recipe, ranking.plan, summary, report, seconds, tuple(passes), ranking.facts)
 
 

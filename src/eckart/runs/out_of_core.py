@@ -1,7 +1,8 @@
 """Out of core: a model compressed from its files to files, one block in memory at a time.
 
 The work folder `.<name>.work`, next to `out`, has a journal, the unfinished checkpoint, the hidden states of the
-calibration text at the door of the next block, and for a method with gradients the statistics of each block. It is
+calibration text at the door of the next block (in the dense model and, where the order or a pass reads it, in the
+compressed one), for ranks by losses those of each block, and for a method with gradients the statistics of each. It is
 removed once the checkpoint is whole and in its place, and kept when anything fails: a resumed run goes on from it.
 """
 
@@ -56,12 +57,13 @@ def compress_out_of_core(recipe: Recipe, out: Path, how: How, *, resume: bool = 
     """What `make_checkpoint` does, for a model that need not fit into memory.
 
     The checkpoint is the same, with one shard for each block and one for the modules around the blocks (embeddings and
-    head). In memory at a time: those modules, one block and its moments, one batch of hidden states. A method with
-    gradients keeps the hidden states at every door on disk, and takes a backward pass block by block, each recomputed
-    from its door.
+    head). In memory at a time: those modules, one block (in the anchored order a copy too), the moments of what is
+    factored of it, one batch of hidden states, and `streams.WAITING_BYTES` of batches on their way through the block. A
+    method with gradients keeps the hidden states at every door on disk, and takes a backward pass block by block, each
+    recomputed from its door.
 
     Args:
-        recipe: any method of the catalogue, with ranks that need no measured losses.
+        recipe: without searches, probes, distillation and recovery.
         resume: go on from the work folder of an earlier run of the same recipe. Finished shards are checked by their
             digests; a damaged one is written again.
         force: discard the work folder of an earlier run, and replace `out` once the new checkpoint is complete.
@@ -75,8 +77,9 @@ def compress_out_of_core(recipe: Recipe, out: Path, how: How, *, resume: bool = 
         OSError: the disk is full. Finished blocks are kept.
         DecompositionError: a decomposition failed; the message names the site.
 
-    Cost: as `calibrate_by_block` and `compress`; the model's files are read once (with gradients three times). Disk:
-    the compressed model, and the hidden states at two doors, or with gradients at every door.
+    Cost: as `calibrate_by_block` and `compress`; the model's files are read once (with gradients three times, for
+    ranks by losses once more). Disk: the compressed model, the hidden states of each stream at two doors, with
+    gradients at every door, and the gradient statistics.
     """
     _check_recipe(recipe)
     with claimed(out) as out:
@@ -182,7 +185,7 @@ class _Compression:
         self.planned = [site for site in find_sites(self.model) if self.plan.rank(site) is not None]
         self.summary = summarise(self.plan, self.model, bias=self.method.centred)
         # Passes, and orders other than one-shot, read the text whatever the method needs.
-        walks = self.composition.order != "one-shot" or self.composition.holds_out
+        walks = self.workbench.walks
         reads = bool(self.planned) and (walks or self.workbench.reads_text)
         identity = {"recipe": self.noted, **self._sources(reads), "ranks": dict(self.plan.ranks)}
         with self._open_journal(JOURNAL, KIND, identity) as journal:

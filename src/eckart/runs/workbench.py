@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,13 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.allocation import Ranking, RankPlan, Rule, Speed, SpeedTable, plan
-from eckart.calibration.moments import BlockCalibration, Memory, kept_inputs, recorded_gradients
+from eckart.calibration.moments import (
+    BlockCalibration,
+    Memory,
+    calibration_digest,
+    kept_inputs,
+    recorded_gradients,
+)
 from eckart.calibration.sequential import KnownInputs, PassReport, SequentialCalibration
 from eckart.compression.tuning.recovery import Samples
 from eckart.data.corpora import parts_of, read_text
@@ -30,6 +37,7 @@ from eckart.runs.notices import notices
 from eckart.runs.ranks import AllocationInputs, joint_groups, rank
 from eckart.runs.recipe import Recipe
 from eckart.runs.speed_tables import default_rows, speeds_of
+from eckart.support.files import GRADIENTS, digest_of
 
 # Samples in a step of block refinement. It changes numbers, so it is not the batch size that a run is given.
 REFINED_TOGETHER = 8
@@ -195,7 +203,7 @@ class Workbench:
         composition, sites = self.composition, [site for site in plan.sites if plan.rank(site) is not None]
         if not sites:
             return ()
-        if composition.order == "one-shot" and not composition.holds_out:
+        if not self.walks:
             # Where losses decided the ranks, the moments of all selected sites are in the cache; else only the cut
             # sites' are computed.
             return self._one_shot(None if self._measures else sites) if composition.method.needs else None
@@ -228,6 +236,23 @@ class Workbench:
             batch_size=self.how.batch_size if composition.refinement is None else REFINED_TOGETHER,
             track=self.how.track,
         )
+
+    @property
+    def walks(self) -> bool:
+        """Whether the blocks are compressed one after another on what those before them give, or improved by passes."""
+        return self.composition.order != "one-shot" or self.composition.holds_out
+
+    def walk_identity(self, out: Path) -> dict[str, Any]:
+        """What losses, and blocks of one plan, depend on, by content; and the place that the run claims."""
+        (tokens, held_out), recorded = self.tokens, self.recipe.calibration.fisher == "recorded"
+        return {
+            "of": calibration_digest(self.model, tokens, self.composition.in_order.needs, self.sites),
+            "held out": None if held_out is None else held_out.digest,
+            "fisher": digest_of(Path(locate(self.recipe.model)) / GRADIENTS) if recorded and self.gradients else None,
+            "recipe": self.noted,
+            "together": REFINED_TOGETHER if self.composition.refinement else None,
+            "out": os.path.realpath(out),
+        }
 
     def distil(self) -> list[PassReport]:
         """Distil the compressed model, in place. Gives the report; nothing without a distillation."""
