@@ -87,7 +87,7 @@ def measure_speed(
     Cost: some ten seconds, of a large model some of its steps. POOL bytes, or twice its largest linear's.
     """
     units = {Shape.of(unit): unit for unit in (*units_of(sites), *units_of(sites, joint))}
-    step, steps = _step(model, rows)
+    step, steps = step_of(model, rows)
     pool = _Pool(model)
     x = {width: pool.filled(torch.Size((1, rows, width))) for width in {unit.d_in for unit in units.values()}}
     runs: dict[tuple[Shape, int | None], Run] = {}
@@ -219,8 +219,12 @@ def _grid(unit: Unit, layout: Layout, rank_multiple: int) -> tuple[int, ...]:
     return tuple(sorted(rank for rank in ranks if 1 <= rank <= min(unit.d_out, unit.d_in)))
 
 
-def _step(model: PreTrainedModel, rows: int) -> tuple[Run, int]:
-    """(what is timed of the whole model, how many steps it is): generating tokens, or reading a text of `rows`."""
+def step_of(model: PreTrainedModel, rows: int) -> tuple[Callable[[], float], int]:
+    """(what is timed of the whole model, how many steps it is): generating tokens, or reading a text of `rows`.
+
+    Raises:
+        ValueError: more rows than the model's positions.
+    """
     clock = _clock(model.device)
     if rows > 1 or not model.can_generate():
         check_positions(model, rows, "speed: rows")
@@ -228,7 +232,13 @@ def _step(model: PreTrainedModel, rows: int) -> tuple[Run, int]:
     positions = usable_positions(model) or CACHED + STEPS
     steps = max(1, min(STEPS, positions // 2))
     cached = max(1, min(CACHED, positions - steps))
-    return lambda: time_once(model, tokens=steps, prompt=cached, clock=clock).decode, steps
+
+    def generate() -> float:
+        seconds = time_once(model, tokens=steps, prompt=cached, clock=clock).decode
+        assert seconds is not None
+        return seconds
+
+    return generate, steps
 
 
 def _in_turns(runs: Sequence[Run], device: torch.device, track: Track) -> list[int]:
