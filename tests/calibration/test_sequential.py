@@ -14,8 +14,9 @@ import eckart.calibration.sequential
 from eckart.allocation import RankPlan, plan
 from eckart.calibration.gradients import collect_gradients
 from eckart.calibration.moments import BlockCalibration, calibrate, calibrate_by_block
+from eckart.calibration.pausing import Run
 from eckart.calibration.sequential import Order, SequentialCalibration
-from eckart.calibration.streams import Sample
+from eckart.calibration.streams import Sample, _Runs
 from eckart.compression.replace import compress
 from eckart.data.tokens import Tokens
 from eckart.lowrank import InputMoments, Moments, build_method, output_error
@@ -210,6 +211,33 @@ def test_dense_moments_that_are_known_are_not_summed_again() -> None:
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="48 tokens were seen, and the reference's are of 36"):
         walk(model, SequentialCalibration(model, tokens, ANCHORED, known=lambda number: other.blocks[number].inputs))
+
+
+@pytest.mark.parametrize("order", ["sequential", "anchored"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert"])
+def test_batches_that_may_not_wait_start_again(model_type: str, order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    open_run = _Runs._open
+
+    def count(runs: _Runs, name: str, index: int) -> Run:
+        opened.append(name)
+        return open_run(runs, name, index)
+
+    monkeypatch.setattr(_Runs, "_open", count)
+    calibrations, started = [], []
+    for room in (2**30, 40_000, 0):  # all batches wait, some, none
+        monkeypatch.setattr("eckart.calibration.streams.WAITING_BYTES", room)
+        model, (tokens, held_out) = tiny_model(model_type), tokens_of()
+        calibration = SequentialCalibration(
+            model, tokens, METHOD_OF[order], order=order, held_out=held_out, batch_size=1
+        )
+        calibrations.append(walk(model, calibration))
+        started.append(len(opened))
+        opened.clear()
+    assert started[0] < started[1] < started[2]
+    for other in calibrations[1:]:
+        for held in (False, True):
+            assert same(tensors_of(calibrations[0], held_out=held), tensors_of(other, held_out=held))
 
 
 # Gradients, and methods that need no inputs

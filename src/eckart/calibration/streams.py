@@ -18,8 +18,8 @@ from eckart.lowrank import InputMoments
 from eckart.models.sites import Site, blocks_of
 from eckart.support.progress import Track, silent
 
-# Bytes that waiting runs may hold, by estimate; batches beyond it are run from the door again for every group. It
-# changes memory and time, and no number.
+# Bytes of main memory that waiting runs may hold, by estimate; batches beyond it are run from the door again for every
+# group. It changes memory and time, and no number.
 WAITING_BYTES = 2**30
 # Tensors of the hidden states' width, and of the widest input's, that a block has in memory while it waits.
 NARROW, WIDE = 6, 2
@@ -264,6 +264,12 @@ class Streams:
         self.ahead.add(name)
 
 
+def waiting_bytes(device: torch.device) -> float:
+    """Bytes that waiting runs may hold: WAITING_BYTES, on a GPU half of what it has free, if that is more."""
+    free = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 0
+    return max(WAITING_BYTES, free)
+
+
 class _Runs:
     """Runs of one block or two on all batches, which wait for each other at every input group.
 
@@ -279,7 +285,7 @@ class _Runs:
         self.reached: dict[tuple[str, int], tuple[str, Tensor] | Tensor] = {}
         width, hidden = max(site.d_in for site in readers.values()), streams.read(next(iter(blocks)), 0)
         row = hidden.element_size() * (NARROW * hidden.shape[-1] + WIDE * width)
-        free = WAITING_BYTES
+        free = waiting_bytes(hidden.device)
         # Batches before this one wait, those from it on start again for every group.
         self.kept = 0
         for mask in streams.masks[: streams.measured]:
