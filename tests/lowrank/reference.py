@@ -59,8 +59,9 @@ class Layer:
         gradients = None
         if needs & GRADIENT_STATISTICS:
             gradients = GradientMoments(d_out, d_in, needs & GRADIENT_STATISTICS)
-            for gradient in self.dw:
-                gradients.update_fisher(gradient)
+            if gradients.keeps_fisher:
+                for gradient in self.dw:
+                    gradients.update_fisher(gradient)
             if "gradient_covariance" in needs:
                 gradients.update_covariance(self.dy, None)
         return Moments(inputs if needs & INPUT_STATISTICS else None, gradients)
