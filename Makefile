@@ -52,7 +52,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/scale.py --layers 2 --samples 16 --folder runs/bench --json runs/bench/scale.json
 	$(BIN)/python benchmarks/outofcore.py --step make --folder runs/bench/outofcore $(SMALL)
 	$(BIN)/python benchmarks/outofcore.py --step compress --folder runs/bench/outofcore --json runs/bench/outofcore.json
-	$(BIN)/python benchmarks/growth.py --rounds 1 --json runs/bench/growth.json
+	$(BIN)/python benchmarks/growth.py --quick --json runs/bench/growth.json
 	$(BIN)/python benchmarks/workers.py --hidden 512 --layers 2 --workers 1 2 --json runs/bench/workers.json
 	$(BIN)/python benchmarks/inference.py --quick --json runs/bench/inference.json
 	$(BIN)/python benchmarks/identities.py --samples 8

@@ -1,6 +1,6 @@
 """How seconds grow with the width, the number of blocks and the number of calibration tokens.
 
-    python benchmarks/growth.py [--rounds 3] [--json FILE]
+    python benchmarks/growth.py [--rounds 3] [--quick] [--json FILE]
 
 Random Llamas in bfloat16, compressed in memory by asvd-i at keep 0.7. One of the three is doubled at a time; printed
 are the best seconds of some rounds, over those of the series' first, and the exponent of the last doubling, log2 of the
@@ -64,14 +64,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="one round, without the last doubling of each series")
     arguments = parser.parse_args()
-    rows = []
+    rows, rounds, doublings = [], 1 if arguments.quick else arguments.rounds, -1 if arguments.quick else None
+    measure(*SERIES["width"][0], rounds=1)  # to warm up
     print("grows    width  blocks  tokens   calibrate, over first (exponent)   factor")
     for name, series in SERIES.items():
         first: dict[str, float] = {}
         before: dict[str, float] = {}
-        for hidden, blocks, samples in series:
-            seconds = measure(hidden, blocks, samples, arguments.rounds)
+        for hidden, blocks, samples in series[:doublings]:
+            seconds = measure(hidden, blocks, samples, rounds)
             first = first or seconds
             relative = {stage: seconds[stage] / first[stage] for stage in seconds}
             row = {"grows": name, "width": hidden, "blocks": blocks, "tokens": samples * LENGTH, **seconds}
