@@ -10,6 +10,7 @@ import torch
 
 from eckart.evals import windows as module
 from eckart.evals.perplexity import perplexity
+from eckart.evals.predictions import token_losses
 from eckart.evals.result import EvalResult
 from tiny import DECODERS, POSITIONS, VOCABULARY, tiny_model, tiny_tokens
 
@@ -48,6 +49,15 @@ def test_equals_a_loop_by_hand(model_type: str) -> None:
     spread = math.sqrt(sum((nll - sum(by_hand) / 4) ** 2 for nll in by_hand) / 3)
     assert result.stderr == pytest.approx(result.value * spread / 2, rel=1e-3)
     assert (result.metric, result.n) == ("perplexity", 4)
+
+
+def test_many_classes_are_summed_as_exactly_as_few() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2, 8, 50_000, generator=generator)
+    targets = torch.randint(0, 50_000, (2, 8), generator=generator)
+    exact = -logits.double().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    for read in (logits, logits.transpose(0, 1).contiguous().transpose(0, 1)):
+        torch.testing.assert_close(token_losses(read, targets).double(), exact, rtol=0, atol=3e-5)
 
 
 def test_settings_count_windows_and_scored_tokens() -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.data.positions import usable_positions
 from eckart.data.tokens import check_vocabulary
+from eckart.evals.predictions import token_losses
 from eckart.support.progress import Track, silent
 
 
@@ -111,9 +112,7 @@ def mean_log_likelihoods(
         ids, mask = _pad(batch)
         logits = _read_logits(model, batch).logits.float()
         _check_finite(logits, mask, batch, batching.task)
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].transpose(1, 2), ids[:, 1:].to(logits.device), reduction="none"
-        )
+        losses = token_losses(logits[:, :-1], ids[:, 1:].to(logits.device))
         for row, number, loss in zip(batch, numbers, losses.double(), strict=True):
             total = -float(loss[max(row.scored, 1) - 1 : len(row.ids) - 1].sum())
             if row.scored == 0:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eckart.data.tokens import check_vocabulary
+from eckart.evals.predictions import token_losses
 from eckart.evals.result import TRAITS, EvalResult
 from eckart.evals.windows import check_causal, check_finite, cut_windows, windows_per_batch
 from eckart.support.progress import Track, silent
@@ -55,12 +56,7 @@ def perplexity(
         batch = batch.to(model.device)
         logits = model(input_ids=batch).logits[:, :-1].float()
         check_finite(logits, task, sum(map(len, losses)))
-        losses.append(
-            torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
-            .double()
-            .mean(1)
-            .cpu()
-        )
+        losses.append(token_losses(logits, batch[:, 1:]).double().mean(1).cpu())
     means = torch.cat(losses)
     value = float(means.mean().exp())  # infinite where math.exp would raise
     stderr = value * float(means.std()) / math.sqrt(windows) if windows > 1 else None
