@@ -17,6 +17,7 @@ import statistics
 from pathlib import Path
 
 from inference import low_rank
+from real_models import add_model_option
 from transformers import PreTrainedModel
 
 from eckart.allocation import RankPlan, Speed, uniform
@@ -48,7 +49,7 @@ def measured(dense: PreTrainedModel, compressed: PreTrainedModel, rows: int, rou
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="builtin", help="a directory, a hub name, or builtin")
+    add_model_option(parser)
     parser.add_argument("--times", type=float, nargs="+", default=[1.2, 1.4])
     parser.add_argument("--rows", type=int, nargs="+", default=[1])
     parser.add_argument("--layouts", nargs="+", choices=["plain", "pivoted"], default=["plain", "pivoted"])

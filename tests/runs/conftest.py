@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_place(place: Path, tmp_path: Path) -> Path:
     """The place, for a test that damages it."""
     return shutil.copytree(place, tmp_path / "own")
+
+
+@pytest.fixture(scope="module")
+def two_passes() -> Iterator[None]:
+    """In memory in two passes, as out of core: one sums inputs in float32, which a cut between near values shows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eckart.calibration.moments.IN_ONE_PASS", 0)
+        yield

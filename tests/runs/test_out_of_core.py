@@ -24,13 +24,7 @@ from tiny import BLOCKS, FAMILY_CONFIGS, logits_of
 
 from .from_files import BATCHED, both, check_same, put_model, recipe_of, tensors_of
 
-pytestmark = pytest.mark.usefixtures("any_tokenizer")
-
-
-@pytest.fixture(autouse=True)
-def two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In memory in two passes as well: one sums inputs in float32, which a cut between near values shows."""
-    monkeypatch.setattr("eckart.calibration.moments.IN_ONE_PASS", 0)
+pytestmark = pytest.mark.usefixtures("any_tokenizer", "two_passes")
 
 
 @pytest.mark.parametrize("model_type", FAMILY_CONFIGS)

@@ -27,11 +27,11 @@ from tiny import BLOCKS, Run, tiny_model
 
 from .from_files import BATCHED, Killed, check_same, killing, note_blocks, recipe_of, resume_until_done, tensors_of
 
-pytestmark = pytest.mark.usefixtures("any_tokenizer")
+pytestmark = pytest.mark.usefixtures("any_tokenizer", "two_passes")
 
 
 @pytest.fixture(scope="module")
-def expected(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def expected(two_passes: None, place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """{method: what it makes in memory}."""
     folder = tmp_path_factory.mktemp("expected")
     for method in ("asvd-i", "kfac"):

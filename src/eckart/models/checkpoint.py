@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -278,7 +279,8 @@ def check_files(model: PreTrainedModel, names: list[str], files: Iterable[Any]) 
             them.
     """
     prefix = f"{model.base_model_prefix}."
-    headers = read_headers([str(file) for file in files])
+    paths = [str(file) for file in files]
+    headers = read_headers(paths)
     stored = {name: headers[key] for name, key in stored_names(model, headers).items()}
     if not stored:
         return  # the caller passed a state dict; the stock loader checks its shapes
@@ -305,7 +307,7 @@ def check_files(model: PreTrainedModel, names: list[str], files: Iterable[Any]) 
         if stored[key].shape != tuple(expected[key].shape)
     ]
     complaints += wrong_types({key: expected[key] for key in both}, stored)
-    refuse("the checkpoint", complaints, "what its rank map says")
+    refuse(f"the checkpoint {Path(paths[0]).parent}", complaints, "what its rank map says")
 
 
 def _block_prefix(name: str) -> str:
