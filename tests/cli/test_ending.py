@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -12,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
-from eckart.cli.ending import BAD_INPUT, FAULT, tell
+from eckart.cli.ending import BAD_INPUT, FAULT, Stopped, stopping, tell
+from eckart.cli.terminal import TerminalTrack
 from eckart.lowrank import DecompositionError
 from tiny import Run
 
@@ -99,3 +103,19 @@ def test_a_signal_ends_with_one_line_and_leaves_nothing(tmp_path: Path, number: 
     assert told.decode().splitlines()[-1].startswith("stopped; the same command starts from what is in the cache")
     assert b"Traceback" not in told
     assert not [file for file in tmp_path.rglob("*") if "partial" in file.name or file.name == "out"]
+
+
+def test_a_signal_that_a_callback_dropped_ends_the_next_step_of_progress() -> None:
+    track, steps = TerminalTrack(Console(file=io.StringIO())), []
+
+    def work() -> None:
+        for step in track(range(5), "steps", 5):
+            steps.append(step)
+            if step == 1:
+                with contextlib.suppress(Stopped):
+                    signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Stopped), stopping():
+        work()
+    assert steps == [0, 1]
+    assert [*track(range(3), "steps", 3)] == [0, 1, 2]

@@ -33,6 +33,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_SPACE = (*map(os.strerror, FULL), "PytorchStreamWriter failed")
 
 
+# The signal that was heard, if any: of the process, as signals are.
+_HEARD: list[int] = []
+
+
 class Stopped(BaseException):
     """A signal asked the process to end. As KeyboardInterrupt, it is no error that a program handles and goes on.
 
@@ -50,6 +54,7 @@ def stopping() -> Iterator[None]:
     """Inside, Ctrl-C and SIGTERM unwind the process: locks, staging folders and workers go with it."""
 
     def stop(number: int, frame: FrameType | None) -> None:
+        _HEARD.append(number)
         raise Stopped(number)
 
     # A shell script's background jobs ignore Ctrl-C, and go on doing so.
@@ -58,8 +63,15 @@ def stopping() -> Iterator[None]:
     try:
         yield
     finally:
+        _HEARD.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def check_stopped() -> None:
+    """Raises Stopped where a signal was heard: what it raised then may have ended in a callback, which drops it."""
+    if _HEARD:
+        raise Stopped(_HEARD[0])
 
 
 def tell(error: Exception) -> tuple[int, str]:

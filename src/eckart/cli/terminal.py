@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from eckart.cli.ending import check_stopped
+
 T = TypeVar("T")
 
 # Names of files, models and text are printed as they are: brackets in them are no styles, colons no emoji.
@@ -38,9 +40,10 @@ class TerminalTrack:
         self.depth = 0
 
     def __call__(self, items: Iterable[T], description: str, total: int) -> Iterator[T]:
-        return (
-            self._live(items, description, total) if self.console.is_terminal else self._log(items, description, total)
-        )
+        show = self._live if self.console.is_terminal else self._log
+        for item in show(items, description, total):
+            check_stopped()
+            yield item
 
     def _live(self, items: Iterable[T], description: str, total: int) -> Iterator[T]:
         if self.depth == 0:
