@@ -40,13 +40,6 @@ class Recording:
     tail: Tail = None
 
 
-def record_calls(
-    model: PreTrainedModel, batches: Sequence[tuple[Tensor, Tensor]], track: Track = silent
-) -> list[Recording]:
-    """The recordings of all batches, see `record_each`."""
-    return list(record_each(model, batches, track))
-
-
 @torch.no_grad()
 def record_each(
     model: PreTrainedModel, batches: Sequence[tuple[Tensor, Tensor]], track: Track = silent
