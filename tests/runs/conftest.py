@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from eckart.runs import in_memory, out_of_core
+from eckart.runs.in_memory import make_checkpoint
 from tiny import tiny_tokenizer
 
-from .from_files import put_model
+from .from_files import BATCHED, BEST, put_model, recipe_of
 
 
 @pytest.fixture
@@ -38,3 +39,11 @@ def two_passes() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("eckart.calibration.moments.IN_ONE_PASS", 0)
         yield
+
+
+@pytest.fixture(scope="module")
+def expected(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `best` makes in memory in a run that nothing stopped and that keeps nothing."""
+    folder = tmp_path_factory.mktemp("expected") / "best"
+    make_checkpoint(recipe_of(place, **BEST), folder, BATCHED)
+    return folder

@@ -22,6 +22,8 @@ from eckart.runs.recipe import Recipe, parse_recipe
 from tiny import tiny_model, tiny_text, tiny_tokenizer
 
 BATCHED = How(batch_size=3)
+# With steps of refinement, so that passes are there to be kept.
+BEST: dict[str, Any] = {"method": "best", "refine": {"steps": 4}}
 
 
 def put_model(folder: Path, model_type: str, **changes: Any) -> Path:

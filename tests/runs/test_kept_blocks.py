@@ -19,19 +19,9 @@ from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.kept_blocks import KeptBlocks
 from tiny import BLOCKS
 
-from .from_files import BATCHED, Killed, check_same, killing, note_blocks, recipe_of
+from .from_files import BATCHED, BEST, Killed, check_same, killing, note_blocks, recipe_of
 
 pytestmark = pytest.mark.usefixtures("any_tokenizer")
-
-BEST: dict[str, Any] = {"method": "best", "refine": {"steps": 4}}
-
-
-@pytest.fixture(scope="module")
-def expected(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run makes that nothing stopped and that keeps nothing."""
-    folder = tmp_path_factory.mktemp("expected") / "best"
-    make_checkpoint(recipe_of(place, **BEST), folder, BATCHED)
-    return folder
 
 
 def cached(tmp_path: Path) -> How:

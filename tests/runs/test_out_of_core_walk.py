@@ -11,23 +11,23 @@ from eckart.calibration.doors import whole_doors
 from eckart.calibration.streams import Streams
 from eckart.compression.tuning.refinement import Refinement
 from eckart.runs import out_of_core, recorded_losses
-from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.out_of_core import compress_out_of_core
 from tiny import BLOCKS
 
-from .from_files import BATCHED, Killed, both, check_same, killing, note_blocks, put_model, recipe_of, resume_until_done
+from .from_files import (
+    BATCHED,
+    BEST,
+    Killed,
+    both,
+    check_same,
+    killing,
+    note_blocks,
+    put_model,
+    recipe_of,
+    resume_until_done,
+)
 
 pytestmark = pytest.mark.usefixtures("any_tokenizer")
-
-BEST: dict[str, Any] = {"method": "best", "refine": {"steps": 4}}
-
-
-@pytest.fixture(scope="module")
-def expected(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `best` makes in memory."""
-    folder = tmp_path_factory.mktemp("expected") / "best"
-    make_checkpoint(recipe_of(place, **BEST), folder, BATCHED)
-    return folder
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "gemma2", "opt", "gpt2", "gpt_neox", "bert"])
