@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -146,7 +147,8 @@ def test_a_real_kill(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "in_memory.make_checkpoint(load_recipe(sys.argv[1]), Path(sys.argv[2]), how)\n"
     )
     out, cache = tmp_path / "out", tmp_path / "cache"
-    child = subprocess.Popen([sys.executable, "-c", code, str(recipe), str(out), str(cache)])
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # as the tests: bits follow threads
+    child = subprocess.Popen([sys.executable, "-c", code, str(recipe), str(out), str(cache)], env=one_thread)
     try:
         deadline = time.monotonic() + 240
         while not files_of(tmp_path):
