@@ -109,7 +109,13 @@ def run_child(arguments: argparse.Namespace) -> None:
     """The compression itself."""
     calibration = {"corpus": "builtin", "samples": arguments.samples, "length": arguments.length}
     recipe = parse_recipe(
-        {"model": str(source_of(arguments)), "method": arguments.method, "keep": KEEP, "calibration": calibration}
+        {
+            "model": str(source_of(arguments)),
+            "dtype": arguments.dtype,
+            "method": arguments.method,
+            "keep": KEEP,
+            "calibration": calibration,
+        }
     )
     compress_out_of_core(recipe, place_of(arguments), How(batch_size=arguments.batch), resume=True)
 
@@ -180,6 +186,7 @@ def main() -> None:
     parser.add_argument("--method", default="asvd-i", help="asvd-i, kfac, best")
     parser.add_argument("--blocks", type=int, default=4, help="stop after so many; 0 for all")
     parser.add_argument("--kill-after", type=int, default=2, help="and kill once on the way; 0 for never")
+    parser.add_argument("--dtype", default="auto", help="float32 where a processor has no units for 16 bits")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8)

@@ -3,12 +3,14 @@
     python benchmarks/quality.py table [--model MODEL --data DIR] [--samples 64] [--out runs/quality.jsonl]
     python benchmarks/quality.py ablation ...
     python benchmarks/quality.py samples ...                # how many calibration tokens a method needs
+    python benchmarks/quality.py bytes --keeps 0.9 0.8 ...  # against quantisation and pruning, by the size of the file
     python benchmarks/quality.py show --out runs/quality.jsonl                # what is there, as Markdown
 
 Every variant of one keep gets the same `max_bytes`: the size of the weight files of plain factors at that share of each
-linear. Printed is the increase of log-perplexity over the dense model, in nats: in the domain of the calibration text
-and the mean over the other corpora; in brackets KL(dense || compressed). Rows are appended to --out as they come, and
-what is there is not computed again.
+linear; of `bytes`, that share of the dense model's file, as it is in bfloat16. Printed is the increase of
+log-perplexity over the dense model, in nats: in the domain of the calibration text and the mean over the other corpora;
+in brackets KL(dense || compressed). `show` adds every corpus with its standard error over windows, and the difference
+to `best` on the same windows. Rows are appended to --out as they come, and what is there is not computed again.
 
 Without --data: the built-in model, calibrated on prose, evaluated on prose and code. With --data: calibrated on
 WikiText-2 train, evaluated on its test split and on whichever of the others the folder has.
@@ -19,30 +21,28 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from losing import Texts, mean_and_error
 from measuring import append_line, read_lines
 from real_models import add_model_option
 from rich.console import Console
-from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 import eckart
 from eckart.allocation import plan, weight_bytes
 from eckart.cli.terminal import TerminalTrack
-from eckart.data.corpora import read_text
-from eckart.data.tokens import encode
-from eckart.evals.predictions import log_probabilities, summed_divergence
+from eckart.models.sites import find_sites
 from eckart.runs.how import How
-from eckart.runs.in_memory import make_checkpoint
+from eckart.runs.in_memory import make_baseline, make_checkpoint
 from eckart.runs.recipe import parse_recipe
+from eckart.support.sizes import num_params, tensor_bytes
 
-# Windows at a time.
-BATCH = 8
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
-OTHERS = ("ptb", "c4", "snips", "alpaca_eval", "mctest", "japanese")
+OTHERS = ("ptb", "c4", "snips", "alpaca_eval", "mctest", "cmrc2018", "japanese")
 CUT = {"allocation": "global"}
 FULL: dict[str, Any] = {"method": "best"}
 OFF = {"refine": False}
@@ -82,7 +82,18 @@ ABLATION: dict[str, dict[str, Any]] = {
 SAMPLES: dict[str, dict[str, Any]] = {
     name: TABLE[name] for name in ("asvd-0", "asvd-i", "nsvd-i", "sfsd", "kfac", "best")
 }
-STUDIES = {"table": TABLE, "ablation": ABLATION, "samples": SAMPLES}
+# Rivals that are no low-rank models; those of one size are measured once.
+RIVALS: dict[str, dict[str, Any]] = {
+    "int8": {"method": "int8"},
+    **{f"int4, {group}": {"method": {"name": "int4", "options": {"group_size": group}}} for group in (32, 64, 128)},
+    "llm-pruner": {"method": "llm-pruner"},
+}
+OF_ONE_SIZE = ("int8", "int4")
+BYTES: dict[str, dict[str, Any]] = {
+    **RIVALS,
+    **{name: TABLE[name] for name in ("best", "asvd-i", "nsvd-i", "svd", "asvd-0", "sfsd")},
+}
+STUDIES = {"table": TABLE, "ablation": ABLATION, "samples": SAMPLES, "bytes": BYTES}
 # 512 to 64k tokens, in windows of 256.
 COUNTS = (2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -97,6 +108,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", help="calibration windows")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=48, help="windows read of each corpus")
+    parser.add_argument("--calibration", help="text or mixture; default: the train split of the first corpus")
     parser.add_argument("--cache", type=Path, help="folder for moments, shared by the variants")
     parser.add_argument("--out", type=Path, help="JSON lines; a stopped run goes on from it")
     arguments = parser.parse_args()
@@ -111,23 +123,62 @@ def main() -> None:
 
 
 def show_rows(rows: list[dict[str, Any]]) -> None:
-    """Tables of variants by keep, nats and KL in domain / out of it; one for every model and number of samples."""
-    for model, samples in dict.fromkeys((row["key"][0], row["key"][3]) for row in rows):
-        by_variant = {
-            (row["key"][1], row["key"][2]): row for row in rows if (row["key"][0], row["key"][3]) == (model, samples)
-        }
-        keeps = sorted({keep for _, keep in by_variant}, reverse=True)
+    """Tables of variants by keep: nats and KL in domain / out of it, then every corpus; for every model and text."""
+    for setting in dict.fromkeys(setting_of(row) for row in rows):
+        of_setting = {(row["key"][1], row["key"][2]): row for row in rows if setting_of(row) == setting}
+        keeps = sorted({keep for _, keep in of_setting}, key=lambda keep: -(keep or 2))
+        names = list(dict.fromkeys(name for name, _ in of_setting))
+        model, samples, calibration = setting
+        title = f"{Path(model).name}, {samples} samples of {calibration}"
         for measure in ("nats", "kl"):
-            print(f"\n{Path(model).name}, {samples} samples, {measure}\n")
-            print("| |" + "".join(f" {keep} |" for keep in keeps) + "\n|---|" + "---|" * len(keeps))
-            for name in dict.fromkeys(name for name, _ in by_variant):
-                cells = [both(by_variant[name, keep][measure]) if (name, keep) in by_variant else "" for keep in keeps]
-                print(f"| {name} |" + "".join(f" {cell} |" for cell in cells))
+            print(f"\n{title}, {measure}\n")
+            print(row_of("", [heading(keep) for keep in keeps]) + "\n" + row_of("---", ["---"] * len(keeps)))
+            for name in names:
+                some = [of_setting.get((name, keep)) for keep in keeps]
+                print(row_of(name, [both(row[measure]) if row else "" for row in some]))
+        for keep in keeps:
+            show_corpora(f"{title}, {heading(keep)}", [of_setting[n, keep] for n in names if (n, keep) in of_setting])
 
 
-def both(values: dict[str, float]) -> str:
+def show_corpora(title: str, rows: list[dict[str, Any]]) -> None:
+    """Nats of every corpus with their standard errors over windows; then less those of `best` on the same windows."""
+    corpora = list(rows[0]["nats"])
+    print(f"\n{title}, nats\n")
+    print(row_of("", ["file", *corpora]) + "\n" + row_of("---", ["---"] * (1 + len(corpora))))
+    base = next((row for row in rows if row["key"][1] == "best"), None)
+    for row in rows:
+        cells = [spread(row["nats"][corpus]) for corpus in corpora]
+        print(row_of(row["key"][1], [f"{row['share']:.3f}", *cells]))
+    for row in rows:
+        if base is not None and row is not base:
+            pairs = [zip(row["nats"][corpus], base["nats"][corpus], strict=True) for corpus in corpora]
+            cells = [spread([ours - theirs for ours, theirs in pair]) for pair in pairs]
+            print(row_of(f"{row['key'][1]} less best", ["", *cells]))
+
+
+def setting_of(row: dict[str, Any]) -> tuple[str, int, str]:
+    """(model, samples, calibration text) of a row."""
+    model, _, _, samples, calibration = row["key"]
+    return model, samples, calibration
+
+
+def heading(keep: float | None) -> str:
+    return "of one size" if keep is None else f"keep {keep}"
+
+
+def row_of(name: str, cells: Sequence[str]) -> str:
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def spread(windows: Sequence[float]) -> str:
+    """A mean and its standard error, to the error's first two digits at most."""
+    mean, error = mean_and_error(windows)
+    return f"{mean:.3f} ± {error:.3f}"
+
+
+def both(values: dict[str, list[float]]) -> str:
     """The value in the domain, which comes first, and the mean over the other corpora."""
-    own, *others = values.values()
+    own, *others = (mean_and_error(windows)[0] for windows in values.values())
     return f"{own:.4f} / {sum(others) / len(others):.4f}"
 
 
@@ -137,91 +188,107 @@ class Comparison:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.own = "builtin/prose" if arguments.data is None else "wikitext2"
+        self.calibration: str = arguments.calibration or self.own
         self.model = eckart.load_model(arguments.model, dtype="float32")
-        self.tokenizer = eckart.load_tokenizer(arguments.model)
         others = ("builtin/code",) if arguments.data is None else OTHERS
-        self.rows_of = {name: rows for name in (self.own, *others) if len(rows := self.windows(name))}
-        self.dense: dict[tuple[str, int], Tensor] = {}
+        self.texts = Texts(
+            self.model,
+            eckart.load_tokenizer(arguments.model),
+            (self.own, *others),
+            arguments.data,
+            windows=arguments.windows,
+            length=arguments.length,
+        )
         self.rows: list[dict[str, Any]] = read_lines(arguments.out)
-
-    def windows(self, name: str) -> Tensor:
-        """(windows, length) of a corpus's test split; none where it is shorter than one."""
-        stream = encode(read_text(name, split="test", data=self.arguments.data), self.tokenizer)
-        length = self.arguments.length
-        return stream[: len(stream) // length * length].view(-1, length)[: self.arguments.windows]
 
     def run(self, variants: dict[str, dict[str, Any]], keeps: Any, counts: Any) -> None:
         print(
-            f"{self.arguments.model}: calibrated on {self.own}; nats over dense, in domain / out of it (KL)", flush=True
+            f"{self.arguments.model}: calibrated on {self.calibration}; nats over dense, in domain / out of it (KL)",
+            flush=True,
         )
         for samples in counts:
             for keep in keeps:
-                limit = weight_bytes(self.model, plan(self.model, keep))
                 for name, keys in variants.items():
-                    self.show(self.find(name, keep, samples) or self.measure(name, keys, keep, samples, limit))
+                    alone = name.startswith(OF_ONE_SIZE)
+                    row = self.find(name, None if alone else keep, samples)
+                    show_row(row or self.measure(name, keys, None if alone else keep, samples))
 
-    def find(self, name: str, keep: float, samples: int) -> dict[str, Any] | None:
-        key = [str(self.arguments.model), name, keep, samples]
+    def key(self, name: str, keep: float | None, samples: int) -> list[Any]:
+        """What a row is of."""
+        return [str(self.arguments.model), name, keep, samples, self.calibration]
+
+    def limit(self, keep: float) -> int:
+        """Bytes that every variant of a keep may take."""
+        if self.arguments.study == "bytes":
+            return int(keep * weight_bytes(self.model, plan(self.model, 1.0)))
+        return weight_bytes(self.model, plan(self.model, keep))
+
+    def find(self, name: str, keep: float | None, samples: int) -> dict[str, Any] | None:
+        key = self.key(name, keep, samples)
         return next((row for row in self.rows if row["key"] == key), None)
 
-    def measure(self, name: str, keys: dict[str, Any], keep: float, samples: int, limit: int) -> dict[str, Any]:
-        recipe = parse_recipe(
-            {
-                "model": str(self.arguments.model),
-                "dtype": "float32",
-                "max_bytes": limit,
-                "calibration": {"corpus": self.own, "samples": samples, "length": self.arguments.length},
-                **keys,
-            }
-        )
-        how = How(cache=self.arguments.cache, data=self.arguments.data, track=TerminalTrack(Console(stderr=True)))
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "model"
-            start = time.perf_counter()
-            outcome = make_checkpoint(recipe, out, how)
-            seconds = time.perf_counter() - start
-            size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-            assert size <= limit, f"{name} at keep {keep}: {size} bytes are more than {limit}"
-            changes = self.compare(eckart.load_model(out))
-        row = {
-            "key": [str(self.arguments.model), name, keep, samples],
-            "bytes": size,
-            "limit": limit,
-            "macs": outcome.summary.macs_per_token[1] / outcome.summary.macs_per_token[0],
-            "seconds": round(seconds, 1),
-            "nats": {corpus: change for corpus, (change, _) in changes.items()},
-            "kl": {corpus: kl for corpus, (_, kl) in changes.items()},
-            "undone": sum(not report.kept for report in outcome.passes),
+    def measure(self, name: str, keys: dict[str, Any], keep: float | None, samples: int) -> dict[str, Any]:
+        recipe = {
+            "model": str(self.arguments.model),
+            "dtype": "float32",
+            "calibration": {"corpus": self.calibration, "samples": samples, "length": self.arguments.length},
+            **keys,
         }
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            make = self._rival if name in RIVALS else self._low_rank
+            compressed, facts = make(recipe, keep, Path(folder))
+            facts["seconds"] = round(time.perf_counter() - start, 1)
+            changes = self.texts.compare(compressed)
+        row = {"key": self.key(name, keep, samples), **facts, **changes}
         self.rows.append(row)
         append_line(self.arguments.out, row)
         return row
 
-    @torch.no_grad()
-    def compare(self, model: PreTrainedModel) -> dict[str, tuple[float, float]]:
-        """{corpus: (increase of log-perplexity, KL)}."""
-        changes = {}
-        for name, rows in self.rows_of.items():
-            nats, kl, count = 0.0, 0.0, 0
-            for number, ids in enumerate(rows.split(BATCH)):
-                mask, targets = torch.ones_like(ids, dtype=torch.bool), ids[:, 1:].flatten()[:, None]
-                # The dense model's are computed once: they fit, and every variant is compared with them.
-                if (name, number) not in self.dense:
-                    self.dense[name, number] = log_probabilities(self.model, ids, mask)
-                log_p, log_q = self.dense[name, number], log_probabilities(model, ids, mask)
-                nats += float((log_p.gather(1, targets) - log_q.gather(1, targets)).sum(dtype=torch.float64))
-                kl += summed_divergence(log_p, log_q)
-                count += len(targets)
-            changes[name] = (nats / count, kl / count)
-        return changes
+    def _how(self) -> How:
+        track = TerminalTrack(Console(stderr=True))
+        return How(cache=self.arguments.cache, data=self.arguments.data, track=track)
 
-    def show(self, row: dict[str, Any]) -> None:
-        _, name, keep, samples = row["key"]
-        print(
-            f"{samples:5d} x {self.arguments.length}  keep {keep:.1f}  {name:34s} {both(row['nats'])}   "
-            f"({both(row['kl'])})  {row['bytes'] / 1e6:6.2f} MB  {row['seconds']:6.1f} s",
-            flush=True,
+    def _low_rank(
+        self, recipe: dict[str, Any], keep: float | None, folder: Path
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The compressed model, and its share of the dense file; at most what `limit` allows."""
+        assert keep is not None
+        limit, out = self.limit(keep), folder / "model"
+        outcome = make_checkpoint(parse_recipe({**recipe, "max_bytes": limit}), out, self._how())
+        size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+        assert size <= limit, f"{recipe['method']} at keep {keep}: {size} bytes are more than {limit}"
+        before, after = outcome.summary.macs_per_token[:2]
+        facts = {
+            "share": size / weight_bytes(self.model, plan(self.model, 1.0)),
+            "macs": after / before,
+            "undone": sum(not report.kept for report in outcome.passes),
+        }
+        return eckart.load_model(out), facts
+
+    def _rival(
+        self, recipe: dict[str, Any], keep: float | None, folder: Path
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The pruned or quantised model, and its share of the dense model's bytes, what is no code in bfloat16."""
+        if keep is not None:  # of the linears' numbers, so that with the others the model has as many as it may
+            linears = sum(site.d_out * site.d_in for site in find_sites(self.model))
+            numbers = self.limit(keep) / 4 - (num_params(self.model) - linears)
+            recipe = {**recipe, "keep": max(numbers, 1) / linears}
+        compressed = make_baseline(parse_recipe(recipe), folder, self._how())
+        size = sum(
+            tensor_bytes(tensor) if is_traceable_wrapper_subclass(tensor) else 2 * tensor.numel()
+            for tensor in compressed.parameters()
         )
+        return compressed, {"share": size / (2 * num_params(self.model))}
+
+
+def show_row(row: dict[str, Any]) -> None:
+    _, name, keep, samples, _ = row["key"]
+    print(
+        f"{samples:5d} samples  {'' if keep is None else f'keep {keep:.2f}':9s}  {name:34s} {both(row['nats'])}   "
+        f"({both(row['kl'])})  {row['share']:6.3f} of the dense file  {row['seconds']:6.1f} s",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

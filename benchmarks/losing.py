@@ -1,0 +1,84 @@
+"""What a model loses on some corpora: log-probabilities beside the dense model's, window by window. Not a program."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eckart.data.corpora import read_text
+from eckart.data.tokens import encode
+from eckart.evals.predictions import log_probabilities, summed_divergence
+
+# Bytes of log-probabilities that exist at a time, and of the dense model's that are kept for the next model.
+AT_A_TIME, KEPT = 2**29, 2**31
+
+
+class Texts:
+    """The first windows of the test split of some corpora, and what the dense model says of them.
+
+    Args:
+        names: of corpora; one that is shorter than a window is left out.
+        data: folder with local copies.
+        windows: of each corpus at most. length: of a window, in tokens.
+    """
+
+    def __init__(
+        self,
+        dense: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        names: Iterable[str],
+        data: Path | None,
+        *,
+        windows: int,
+        length: int,
+    ) -> None:
+        self.dense = dense
+        self.rows = {}
+        for name in names:
+            stream = encode(read_text(name, split="test", data=data), tokenizer)
+            if len(stream) >= length:
+                self.rows[name] = stream[: len(stream) // length * length].view(-1, length)[:windows]
+        width = 4 * dense.get_input_embeddings().num_embeddings * length
+        self.together = max(1, AT_A_TIME // width)
+        self.keeps = width * sum(len(rows) for rows in self.rows.values()) <= KEPT
+        self.kept: dict[tuple[str, int], Tensor] = {}
+
+    @torch.no_grad()
+    def compare(self, model: PreTrainedModel) -> dict[str, dict[str, list[float]]]:
+        """{"nats": increase of the mean log-loss, "kl": mean KL(dense || model)}, each {corpus: a value a window}."""
+        nats: dict[str, list[float]] = {name: [] for name in self.rows}
+        kl: dict[str, list[float]] = {name: [] for name in self.rows}
+        for name, rows in self.rows.items():
+            for start in range(0, len(rows), self.together):
+                ids = rows[start : start + self.together]
+                log_p, log_q = self._of_dense(name, start, ids), self._of(model, ids)
+                targets = ids[:, 1:, None]
+                changes = (log_p.gather(2, targets) - log_q.gather(2, targets)).mean((1, 2), dtype=torch.float64)
+                nats[name] += changes.tolist()
+                kl[name] += [summed_divergence(p, q) / len(p) for p, q in zip(log_p, log_q, strict=True)]
+        return {"nats": nats, "kl": kl}
+
+    def _of_dense(self, name: str, start: int, ids: Tensor) -> Tensor:
+        known = self.kept.get((name, start))
+        if known is None:
+            known = self._of(self.dense, ids)
+            if self.keeps:
+                self.kept[name, start] = known
+        return known
+
+    @staticmethod
+    def _of(model: PreTrainedModel, ids: Tensor) -> Tensor:
+        """(windows, length - 1, vocabulary)."""
+        flat = log_probabilities(model, ids, torch.ones_like(ids, dtype=torch.bool))
+        return flat.view(len(ids), -1, flat.shape[-1])
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of some windows' values and its standard error; 0 of one window."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return statistics.fmean(values), error
