@@ -1,16 +1,24 @@
-"""Draw docs/demo.svg from the demo's table.
+"""Draw docs/demo.svg from the demo's table, or docs/bytes-MODEL.svg from the rows of `quality.py bytes`.
 
 eckart demo --out runs/demo.json && python benchmarks/picture.py runs/demo.json docs/demo.svg
+python benchmarks/quality.py bytes --model smollm2 --data DATA --out runs/bytes.jsonl
+python benchmarks/picture.py runs/bytes.jsonl docs/bytes-smollm2.svg
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+from losing import mean_and_error
+from matplotlib.axes import Axes
+from measuring import read_lines
 
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "eckart"  # the same table gives the same file
@@ -23,26 +31,62 @@ STYLES = {
     "asvd-i": ("#0067b8", "^", "-"),
     "nsvd-i": ("#9b2fae", "v", "-"),
     "sfsd": ("#00795c", "D", "-"),
+    "best": ("#c0143c", "*", "-"),
+    "llm-pruner": ("#5a3d2b", "P", "--"),
+    "int8": ("black", "s", ""),
+    "int4, 32": ("black", "^", ""),
+    "int4, 64": ("black", "v", ""),
+    "int4, 128": ("black", "D", ""),
 }
 
 
 def main() -> None:
     source, target = map(Path, sys.argv[1:3])
-    rows = json.loads(source.read_text())
-    dense = next(row for row in rows if row["method"] == "dense")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, (column, title) in zip(axes, PANELS, strict=True):
-        for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "dense"):
-            points = sorted((row["keep"], row[column]) for row in rows if row["method"] == method)
-            colour, marker, line = STYLES.get(method, (None, "x", "-"))
-            keeps, values = zip(*points, strict=True)
-            axis.plot(keeps, values, color=colour, marker=marker, linestyle=line, markersize=5, label=method)
-        axis.axhline(dense[column], color="black", linewidth=1, label="dense")
-        axis.set(xlabel="keep (share of each linear kept)", ylabel="perplexity", title=title)
-        axis.invert_xaxis()
+    if source.suffix == ".jsonl":
+        draw_bytes(read_lines(source), axes)
+    else:
+        draw_demo(json.loads(source.read_text()), axes)
+    for axis in axes:
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(target, metadata={"Date": None})
+
+
+def draw_demo(rows: list[dict[str, Any]], axes: Sequence[Axes]) -> None:
+    """Perplexity against the share of each linear kept."""
+    dense = next(row for row in rows if row["method"] == "dense")
+    for axis, (column, title) in zip(axes, PANELS, strict=True):
+        for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "dense"):
+            draw_line(axis, method, [(row["keep"], row[column]) for row in rows if row["method"] == method])
+        axis.axhline(dense[column], color="black", linewidth=1, label="dense")
+        axis.set(xlabel="keep (share of each linear kept)", ylabel="perplexity", title=title)
+        axis.invert_xaxis()
+
+
+def draw_bytes(rows: list[dict[str, Any]], axes: Sequence[Axes]) -> None:
+    """Nats over dense against the size of the file."""
+    calibration = next(iter(rows[0]["nats"]))
+    titles = (f"{calibration}: the calibration domain", "mean of the other corpora")
+    for number, (axis, title) in enumerate(zip(axes, titles, strict=True)):
+        for name in dict.fromkeys(row["key"][1] for row in rows):
+            points = [(row["share"], losses_of(row)[number]) for row in rows if row["key"][1] == name]
+            draw_line(axis, name, points)
+        axis.set(xlabel="bytes of the dense file in bfloat16", ylabel="nats a token over dense", title=title)
+        axis.set_yscale("symlog", linthresh=0.01)
+        axis.invert_xaxis()
+
+
+def losses_of(row: dict[str, Any]) -> tuple[float, float]:
+    """(in the domain of the calibration text, the mean over the other corpora)."""
+    own, *others = (mean_and_error(windows)[0] for windows in row["nats"].values())
+    return own, statistics.fmean(others)
+
+
+def draw_line(axis: Axes, name: str, points: list[tuple[float, float]]) -> None:
+    colour, marker, line = STYLES.get(name, (None, "x", "-"))
+    x, y = zip(*sorted(points), strict=True)
+    axis.plot(x, y, color=colour, marker=marker, linestyle=line, markersize=5, label=name)
 
 
 if __name__ == "__main__":
