@@ -5,7 +5,8 @@
 # load
 from .data.corpora import read_text as read_text
 from .data.labelled import Labelled as Labelled, read_labelled as read_labelled
-from .data.tokens import Tokens as Tokens, sample_documents as sample_documents, sample_windows as sample_windows
+from .data.tokens import Tokens as Tokens, read_tokens as read_tokens
+from .data.tokens import sample_documents as sample_documents, sample_windows as sample_windows
 from .models.checkpoint import CheckpointError as CheckpointError
 from .models.families import UnsupportedModelError as UnsupportedModelError
 from .models.loading import load_model as load_model, load_tokenizer as load_tokenizer

@@ -27,6 +27,32 @@ def compress(run: Run, place: Path, out: Path, *more: str | Path) -> tuple[int, 
     return run("compress", place / "model", out, *calibration, *more)
 
 
+def test_a_mixture_with_weights_from_the_command_line_to_the_card(run: Run, place: Path, tmp_path: Path) -> None:
+    mixture = f"{place / 'train.txt'}*3+{place / 'test.txt'}"
+    text = ("--calibration", mixture, "--samples", "8", "--length", "16")
+    status, printed = run("compress", place / "model", tmp_path / "small", *text, "--method", "asvd-i", "--keep", "0.6")
+    assert status == 0, printed
+    card = (tmp_path / "small/README.md").read_text()
+    assert "Calibrated on 128 tokens" in card
+    assert "| train.txt | 6 | 96 | 0.750 |\n| test.txt | 2 | 32 | 0.250 |" in card
+    facts = json.loads((tmp_path / "small/compression.json").read_text())
+    assert [part["tokens"] for part in facts["calibration"]] == [96, 32]
+
+    task = f"similarity:{place / 'test.txt'}"
+    arguments = ("--calibration", mixture, "--samples", "4", "--length", "16", "--out", tmp_path / "e")
+    status, printed = run("eval", place / "model", "--task", task, *arguments)
+    assert status == 0, printed
+    (file,) = (tmp_path / "e").glob("*.json")
+    parts = EvalResult.from_json(file.read_text()).settings["calibration"]["parts"]
+    assert [part["samples"] for part in parts] == [3, 1]
+
+
+def test_a_method_that_reads_no_text_names_none_in_its_card(run: Run, place: Path, tmp_path: Path) -> None:
+    status, printed = compress(run, place, tmp_path / "small", "--method", "svd", "--keep", "0.6")
+    assert status == 0, printed
+    assert "Calibrated on" not in (tmp_path / "small/README.md").read_text()
+
+
 def test_compress_then_eval_then_inspect_then_export(run: Run, place: Path, tmp_path: Path) -> None:
     status, printed = compress(run, place, tmp_path / "small", "--method", "nsvd-i", "--keep", "0.6")
     assert status == 0, printed
@@ -36,7 +62,9 @@ def test_compress_then_eval_then_inspect_then_export(run: Run, place: Path, tmp_
     }
     resolved = yaml.safe_load((tmp_path / "small/recipe.yaml").read_text())
     assert resolved["calibration"]["cut"] == "windows"
-    assert "nsvd-i" in (tmp_path / "small/README.md").read_text()
+    card = (tmp_path / "small/README.md").read_text()
+    assert "nsvd-i" in card
+    assert "| train.txt | 8 | 128 | 1.000 |" in card
 
     task = f"perplexity:{place / 'test.txt'}"
     arguments = ("eval", tmp_path / "small", "--task", task, "--length", "16", "--limit", "4", "--out", tmp_path / "e")

@@ -17,7 +17,8 @@ import torch
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
-from eckart.data.corpora import CORPORA, MIXTURES, Text, is_hub_name, parts_of, read_text
+from eckart.data.corpora import CORPORA, Text, is_hub_name, read_text
+from eckart.data.mixtures import MIXTURES, parts_of
 from eckart.data.tokens import (
     check_vocabulary,
     encode,
@@ -531,7 +532,7 @@ def test_check_vocabulary() -> None:
 def test_a_name_is_one_corpus_several_or_a_file(tmp_path: Path) -> None:
     assert parts_of("ptb") == ("ptb",)
     assert parts_of("ptb+c4") == ("ptb", "c4")
-    assert parts_of("commonsense") == MIXTURES["commonsense"]
+    assert parts_of("commonsense") == tuple(MIXTURES["commonsense"])
     file = write(tmp_path / "a+b.txt", "text")
     assert parts_of(str(file)) == (str(file),)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from eckart.data import questions
-from eckart.data.corpora import CORPORA, MIXTURES, read_text
+from eckart.data.corpora import CORPORA, read_text
+from eckart.data.mixtures import MIXTURES
 
 
 def test_every_layout() -> None:

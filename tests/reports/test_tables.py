@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,6 +89,26 @@ def test_the_average_improvement_is_the_papers(tmp_path: Path) -> None:
     assert cells[column(table, "Gain on asvd-i")].value == pytest.approx(0.5)
     assert cells[column(table, "Gain on asvd-i")].text == "+50.0 %"
     assert table.rows[row(table, method="asvd-i", keep="0.7")][column(table, "Gain on asvd-i")].text == "baseline"
+
+
+@pytest.mark.parametrize(
+    ("corpus", "parts"),
+    [("wikitext2*3+mine.jsonl", None), ("broad", [{"corpus": "wikitext2", "samples": 3, "tokens": 9}])],
+)
+def test_every_part_of_a_mixture_is_the_calibrations_own(
+    tmp_path: Path, corpus: str, parts: list[dict[str, Any]] | None
+) -> None:
+    for name, method in (("a", "asvd-i"), ("b", "nsvd-i")):
+        folder = make_run(tmp_path / name, method=method, corpus=corpus)
+        facts = json.loads((folder / "model" / "compression.json").read_text())
+        if parts is not None:
+            (folder / "model" / "compression.json").write_text(json.dumps({**facts, "calibration": parts}))
+        for task in ("wikitext2", "ptb", "snips", "cmrc"):
+            value = 100 if method == "asvd-i" else 1 if task == "wikitext2" else 50
+            change_result(folder / "evals" / f"perplexity-{task}.json", value=value)
+    table = summary(read_runs([tmp_path]))
+    cells = table.rows[row(table, method="nsvd-i", keep="0.7")]
+    assert cells[column(table, "Gain on asvd-i")].value == pytest.approx(0.5)
 
 
 def test_no_improvement_on_another_size_or_an_infinite_baseline(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from eckart.compression.tuning.refinement import Refinement
+from eckart.data.mixtures import BROAD, spell_out
 from eckart.lowrank import METHODS, build_method
 from eckart.runs.composition import COMPOSITIONS, Composition
 from eckart.runs.recipe import Recipe, load_recipe, parse_recipe
@@ -86,8 +88,10 @@ def test_a_recipe_that_is_spelled_out_outlives_the_meaning_of_its_name(
         before = replace(before, layout=again.composition.layout, joint=again.composition.joint)
     before = replace(before, allocation=before.allocation.spelled_out())
     assert parts(again.composition) == parts(before)
-    for name in ("keep", "keep_total", "max_bytes", "speed", "rules", "plan", "sites", "rank_multiple", "calibration"):
+    for name in ("keep", "keep_total", "max_bytes", "speed", "rules", "plan", "sites", "rank_multiple"):
         assert getattr(again, name) == getattr(recipe, name)
+    assert again.calibration.corpus == spell_out(recipe.calibration.corpus)
+    assert again.calibration.model_copy(update={"corpus": recipe.calibration.corpus}) == recipe.calibration
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -189,6 +193,27 @@ def test_what_does_not_go_together_is_refused(keys: dict[str, Any], message: str
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("model", "calibration", "corpus"),
+    [
+        ("m", {}, BROAD),
+        ("m", None, BROAD),
+        ("m", {"samples": 32}, BROAD),
+        ("m", {"corpus": None}, BROAD),
+        ("builtin", {"samples": 32}, "builtin"),
+        ("builtin", "c4", "c4"),
+        ("m", "broad*3+mine.jsonl", "broad*3+mine.jsonl"),
+        ("m", {"corpus": "ptb"}, "ptb"),
+    ],
+)
+def test_the_text_is_broad_where_nobody_names_one(model: str, calibration: Any, corpus: str) -> None:
+    recipe = parse_recipe({"model": model, "keep": 0.5, "calibration": calibration})
+    assert recipe.calibration.corpus == corpus
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+    if not calibration:
+        assert parse_recipe({"model": model, "keep": 0.5}) == recipe
+
+
 def test_a_method_may_be_a_bare_name() -> None:
     assert parse_recipe({"model": "m", "method": "sfsd", "keep": 0.5}).method.name == "sfsd"
 
@@ -207,6 +232,7 @@ def test_a_method_may_be_a_bare_name() -> None:
         ({"keep": 0.5}, "give exactly one of keep, keep_total, max_bytes, speed, rules, plan"),
         ({"rules": None}, "give exactly one of keep, keep_total, max_bytes, speed, rules, plan"),
         ({"calibration": {"samples": 0}}, "calibration.samples"),
+        ({"calibration": "ptb*two+c4"}, "calibration: 'ptb*two+c4': weight 'two' of 'ptb' is no positive number"),
         ({"dtype": "int8"}, "dtype"),
     ],
 )

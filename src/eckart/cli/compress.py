@@ -75,7 +75,7 @@ def command(
     joint: Annotated[bool | None, typer.Option(help="Let linears that read one input share a right factor")] = None,
     refit: Annotated[bool | None, typer.Option(help="Fit left factors once more by least squares")] = None,
     refine: Annotated[int | None, typer.Option(min=0, help="Gradient steps on each block; 0 for none")] = None,
-    calibration: CalibrationText = "wikitext2",
+    calibration: CalibrationText = None,
     split: CalibrationSplit = "train",
     column: TextColumn = None,
     samples: Annotated[int, typer.Option(help="Calibration windows or documents")] = 256,
@@ -103,7 +103,7 @@ def command(
     """Factor a model's linears and write a checkpoint that stock transformers loads after `import eckart`.
 
     \b
-    eckart compress MODEL OUT --keep 0.7 --calibration wikitext2
+    eckart compress MODEL OUT --keep 0.7 --calibration 'broad*3+mydomain.jsonl'
     eckart compress MODEL OUT --max-bytes 8000000000
     eckart compress MODEL OUT --speed 1.5
     eckart compress MODEL OUT --method svd --keep 0.9 --include mlp

@@ -23,8 +23,8 @@ from eckart.cli.options import (
     open_run,
 )
 from eckart.cli.terminal import TerminalTrack, console, number, print_line, table
-from eckart.data.corpora import parts_of, read_text
-from eckart.data.tokens import sample_windows
+from eckart.data.mixtures import parts_of
+from eckart.data.tokens import read_tokens
 from eckart.evals.result import EvalResult
 from eckart.evals.similarity import read_activations
 from eckart.evals.subject import Setup, Subject
@@ -93,8 +93,8 @@ def command(
             if reference is not None:
                 dense = load_model(reference, dtype=dtype, device=device, trust_remote_code=trust)
             if calibration is not None:
-                text, window = read_text(calibration, data=data, tokenizer=tokenizer), length or default_length(loaded)
-                tokens = sample_windows(text, tokenizer, samples=samples, length=window, seed=seed)
+                window = length or default_length(loaded)
+                tokens = read_tokens(calibration, tokenizer, samples=samples, length=window, seed=seed, data=data)
                 groups = input_groups(dense or loaded)
                 activations = read_activations(loaded, tokens, groups, track=TerminalTrack(console))
             with open_run(

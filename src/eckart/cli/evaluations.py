@@ -5,6 +5,7 @@ from __future__ import annotations
 from eckart.cli.terminal import console, table
 from eckart.data.corpora import CORPORA
 from eckart.data.labelled import LABELLED
+from eckart.data.mixtures import MIXTURES, describe, shares_of
 from eckart.evals.harness_tasks import LOCAL_TASKS
 from eckart.evals.tasks import EVALUATIONS
 
@@ -19,6 +20,8 @@ def command() -> None:
     console.print(
         table("Corpora (or a file, or a hub data set)", ["name", "hub", "local splits"], rows, text_columns=3)
     )
+    rows = [[name, describe(shares_of(name))] for name in MIXTURES]
+    console.print(table("Mixtures, to calibrate on (or c4*2+ptb)", ["name", "shares"], rows, text_columns=2))
     rows = [[name, f"{known.hub}:{known.config}", ", ".join(known.splits)] for name, known in LABELLED.items()]
     console.print(
         table("Labelled sets (or a file, or a hub data set)", ["name", "hub", "splits"], rows, text_columns=3)

@@ -40,7 +40,11 @@ RankMultiple = Annotated[int, typer.Option(min=1, help="Ranks are multiples of t
 
 # The calibration text
 CalibrationText = Annotated[
-    str, typer.Option(help="Corpus name, 'builtin', hub data set owner/name, or a file of text, JSON, CSV or parquet")
+    str | None,
+    typer.Option(
+        help="Corpus name, 'builtin', hub data set owner/name, a file of text, JSON, CSV or parquet, or a mixture: "
+        "'wikitext2*2+c4', broad (default; of the model builtin its own text)"
+    ),
 ]
 CalibrationSplit = Annotated[str, typer.Option(help="Split of the calibration corpus")]
 CalibrationSeed = Annotated[int, typer.Option(help="Which calibration windows are drawn")]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from eckart.data import questions
 from eckart.data.builtin import builtin_texts
 from eckart.data.files import Row, check_length, read_lines, read_rows, table_kind
+from eckart.data.mixtures import LANGUAGES, parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +60,7 @@ class Corpus:
         distinct: a row for each question repeats its text on the hub; each text is read once. A text that is read again
             and again is predicted from its own copy, and its perplexity is too low.
         rows: read from the hub at most; it has sets of terabytes, and WikiText-2's 36,718 rows are plenty.
+        plain: where the tokenizer has no chat template, conversations are their messages with an empty line between.
     """
 
     hub: str | None
@@ -71,6 +73,7 @@ class Corpus:
     compose: Callable[[dict[str, Any]], str] | None = None
     distinct: bool = False
     rows: int = 50_000
+    plain: bool = False
 
 
 def _wikitext_row(line: str) -> str:
@@ -84,6 +87,15 @@ def _questions(hub: str, config: str | None, compose: Callable[[dict[str, Any]],
     splits = {"train": "train", "test": "validation"}
     return Corpus(hub, config, splits, "text", "\n", files, compose=compose)
 
+
+def _wikipedia(language: str, rows: int) -> Corpus:
+    """An edition of Wikipedia: a row is an article."""
+    config = f"20231101.{language}"
+    return Corpus("wikimedia/wikipedia", config, {"train": "train"}, "text", "\n\n", LOCAL_FILES, rows=rows)
+
+
+# Local copies of sets that have no usual layout of their own: train.jsonl and the like.
+LOCAL_FILES = {split: tuple(f"{split}*.{kind}*" for kind in ("json", "parquet", "txt")) for split in ("train", "test")}
 
 CORPORA: dict[str, Corpus] = {
     "wikitext2": Corpus(
@@ -164,6 +176,25 @@ CORPORA: dict[str, Corpus] = {
         "\n\n",
         {"test": ("*.jsonl*",)},
     ),
+    # The parts of broad; none needs a login. Their rows are long, and the first hundreds more than is drawn.
+    # Wikipedia of November 2023: CC BY-SA 3.0 and GFDL.
+    **{f"wikipedia_{language}": _wikipedia(language, 100) for language in LANGUAGES},
+    "wikipedia_en": _wikipedia("en", 200),
+    # Python files of GitHub; each row names the licence of its repository.
+    "codeparrot": Corpus(
+        "codeparrot/codeparrot-clean-valid", None, {"train": "train"}, "content", "\n\n", LOCAL_FILES, rows=500
+    ),
+    # Conversations of a user with an assistant: MIT.
+    "ultrachat": Corpus(
+        "HuggingFaceH4/ultrachat_200k",
+        None,
+        {"train": "train_sft", "test": "test_sft"},
+        "messages",
+        "\n\n",
+        LOCAL_FILES,
+        rows=500,
+        plain=True,
+    ),
     # The six commonsense tasks that SFSD calibrates on: questions with their right answers.
     "boolq": _questions("google/boolq", None, questions.boolq),
     "piqa": _questions("ybisk/piqa", None, questions.piqa),
@@ -171,11 +202,6 @@ CORPORA: dict[str, Corpus] = {
     "winogrande": _questions("allenai/winogrande", "winogrande_xl", questions.winogrande),
     "arc_easy": _questions("allenai/ai2_arc", "ARC-Easy", questions.arc),
     "arc_challenge": _questions("allenai/ai2_arc", "ARC-Challenge", questions.arc),
-}
-
-# {name: the corpora it is made of, in equal parts}.
-MIXTURES: dict[str, tuple[str, ...]] = {
-    "commonsense": ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"),
 }
 
 BUILTIN = "builtin"
@@ -211,6 +237,10 @@ def read_text(
             or more text than `text_limit` allows.
     """
     path = Path(name)
+    if len(parts_of(name)) > 1:
+        raise ValueError(
+            f"{name} is a mixture, which is for calibration: name one of its parts, {', '.join(parts_of(name))}"
+        )
     if name == BUILTIN or name.startswith(f"{BUILTIN}/"):
         domains = ("prose", "code") if name == BUILTIN else (name.removeprefix(f"{BUILTIN}/"),)
         part = "train" if split == "train" else "heldout"
@@ -248,11 +278,6 @@ def is_hub_name(name: str) -> bool:
     return HUB_NAME.fullmatch(name) is not None and table_kind(Path(hub)) is None and not hub.endswith((".txt", ".gz"))
 
 
-def parts_of(name: str) -> tuple[str, ...]:
-    """The corpora that a name asks for: a row of MIXTURES, "boolq+arc_easy", or just the one."""
-    return MIXTURES.get(name) or ((name,) if Path(name).is_file() else tuple(name.split("+")))
-
-
 def _read_known_file(
     name: str, split: str, data: Path, column: str | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> Text:
@@ -265,7 +290,7 @@ def _read_known_file(
             if table_kind(file) is None:
                 return Text(tuple(map(corpus.row, read_lines(file))), corpus.joiner, source)
             columns = (column,) if column else ("text", corpus.column)
-            text = _read_file(file, columns, source, tokenizer, answered=corpus.compose is not None)
+            text = _read_file(file, columns, source, tokenizer, corpus)
             return Text(tuple(map(corpus.row, text.documents)), corpus.joiner, text.source, text.templated)
     raise ValueError(
         f"{name}: no file for split {split!r} in {folder}; "
@@ -283,7 +308,7 @@ def _read_hub(
     if corpus.compose is not None and column is None:
         return Text(tuple(corpus.compose(dict(row)) for _, row in rows), corpus.joiner, source)
     known = COLUMNS if corpus.column in COLUMNS else (corpus.column,)
-    text = _gather(name, rows, (column,) if column else known, source, tokenizer)
+    text = _gather(name, rows, (column,) if column else known, source, tokenizer, plain=corpus.plain)
     documents = [corpus.row(document) for document in text.documents]
     unique = tuple(dict.fromkeys(documents) if corpus.distinct else documents)
     return Text(unique, text.joiner if text.templated else corpus.joiner, text.source, text.templated)
@@ -366,12 +391,17 @@ def _read_file(
     columns: tuple[str, ...],
     source: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase | None,
-    answered: bool = False,
+    corpus: Corpus | None = None,
 ) -> Text:
-    """Its documents: see `_gather`; a file of plain text is one."""
+    """Its documents: see `_gather`; a file of plain text is one.
+
+    Args:
+        corpus: the known one that it is of.
+    """
     if table_kind(path) is None:
         return Text(("".join(read_lines(path)),), "\n\n", source)
-    return _gather(str(path), read_rows(path), columns, source, tokenizer, answered=answered)
+    answered, plain = (False, False) if corpus is None else (corpus.compose is not None, corpus.plain)
+    return _gather(str(path), read_rows(path), columns, source, tokenizer, answered=answered, plain=plain)
 
 
 def _gather(
@@ -381,8 +411,14 @@ def _gather(
     source: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase | None,
     answered: bool = False,
+    plain: bool = False,
 ) -> Text:
-    """The first of `columns` that a row has, or (answered) its question with the right answer, from every row."""
+    """The first of `columns` that a row has, or (answered) its question with the right answer, from every row.
+
+    Args:
+        plain: without a chat template conversations are joined plainly, and `source` says so.
+    """
+    plain = plain and not getattr(tokenizer, "chat_template", None)
     documents: list[str] = []
     kinds: set[str] = set()
     for place, row in rows:
@@ -395,7 +431,7 @@ def _gather(
             continue
         value = row[present[0]]
         if isinstance(value, list):
-            documents.append(_write_out(place, present[0], value, tokenizer))
+            documents.append(_write_out(place, present[0], value, tokenizer, plain))
             kinds.add("conversations")
         elif isinstance(value, str):
             documents.append(value)
@@ -412,7 +448,9 @@ def _gather(
         )
     if len(kinds) > 1:
         raise ValueError(f"{name} holds texts and conversations; choose a field by `column` (--column)")
-    templated = kinds == {"conversations"}
+    templated = kinds == {"conversations"} and not plain
+    if kinds == {"conversations"} and plain:
+        source = {**source, "conversations": "joined plainly: the tokenizer has no chat template"}
     skipped = len(rows) - len(documents)
     if skipped:
         warnings.warn(f"{name}: {skipped} of {len(rows)} rows have no text and are left out", stacklevel=2)
@@ -420,10 +458,14 @@ def _gather(
     return Text(tuple(documents), "" if templated else "\n\n", source, templated)
 
 
-def _write_out(place: str, column: str, messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """A conversation as one text, by the tokenizer's chat template."""
+def _write_out(
+    place: str, column: str, messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase | None, plain: bool
+) -> str:
+    """A conversation as one text, by the tokenizer's chat template, or plainly."""
     if not all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages):
         raise ValueError(f"{place}: field {column!r} is no conversation: a list of messages with role and content")
+    if plain:
+        return "\n\n".join(str(message["content"]) for message in messages)
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"{place}: field {column!r} is a conversation, and the tokenizer has no chat template to write it out: "

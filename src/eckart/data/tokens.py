@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.data.corpora import Text
+from eckart.data.corpora import CORPORA, Text, read_text
+from eckart.data.mixtures import interleaved, share_out
 from eckart.data.pieces import pieces
 
 
@@ -27,12 +30,14 @@ class Tokens:
         mask: (samples, length), True for real tokens, False for padding.
         source: where the text came from and how it was cut.
         mask_token: the tokenizer's, where it has one; masked language models need it for their loss.
+        part_of: (samples,) of a mixture: which of `source["parts"]` each sample is of; None is all of one text.
     """
 
     ids: Int[Tensor, "samples length"]
     mask: Bool[Tensor, "samples length"]
     source: dict[str, Any] = field(default_factory=dict)
     mask_token: int | None = None
+    part_of: Int[Tensor, "samples"] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -50,6 +55,21 @@ class Tokens:
         state.update(self.mask.numpy().tobytes())
         return state.hexdigest()
 
+    @property
+    def parts(self) -> list[dict[str, Any]]:
+        """Of each text that it is drawn from: its name as "corpus", "samples", and real "tokens"."""
+        sources = self.source.get("parts", [self.source])
+        tokens = self.mask.sum(1)
+        rows = [self._own_part == number for number in range(len(sources))]
+        return [
+            {"corpus": source.get("corpus"), "samples": int(own.sum()), "tokens": int(tokens[own].sum())}
+            for source, own in zip(sources, rows, strict=True)
+        ]
+
+    @property
+    def _own_part(self) -> Int[Tensor, "samples"]:
+        return torch.zeros(len(self), dtype=torch.int64) if self.part_of is None else self.part_of
+
     def __add__(self, other: Tokens) -> Tokens:
         """Both, one after the other; the shorter rows are padded."""
         width = max(self.ids.shape[1], other.ids.shape[1])
@@ -57,15 +77,19 @@ class Tokens:
         def widened(rows: Tensor) -> Tensor:
             return nn.functional.pad(rows, (0, width - rows.shape[1]))
 
+        mine, others = (each.source.get("parts", [each.source]) for each in (self, other))
         return Tokens(
             torch.cat([widened(self.ids), widened(other.ids)]),
             torch.cat([widened(self.mask), widened(other.mask)]),
-            {"parts": [*self.source.get("parts", [self.source]), *other.source.get("parts", [other.source])]},
+            {"parts": [*mine, *others]},
             self.mask_token,
+            torch.cat([self._own_part, other._own_part + len(mine)]),
         )
 
     def hold_out(self, share: float) -> tuple[Tokens, Tokens]:
         """(used, held out): the second is a share of the samples, at least one, evenly spread over all of them.
+
+        Of a mixture it is spread over the parts, so that each gives its share of it, whatever the samples' order is.
 
         Raises:
             ValueError: the share is outside (0, 1), or there are fewer than two samples.
@@ -75,12 +99,19 @@ class Tokens:
         if len(self) < 2:
             raise ValueError("one sample cannot be both used and held out: give at least two")
         count = min(max(1, round(share * len(self))), len(self) - 1)
+        by_part = self._own_part.argsort(stable=True)
         held_out = torch.zeros(len(self), dtype=torch.bool)
-        held_out[[(2 * index + 1) * len(self) // (2 * count) for index in range(count)]] = True
-        return self._rows(~held_out, "used"), self._rows(held_out, "aside")
+        held_out[by_part[[(2 * index + 1) * len(self) // (2 * count) for index in range(count)]]] = True
+        used, aside = self.take(~held_out), self.take(held_out)
+        return (
+            replace(used, source={**self.source, "part": "used"}),
+            replace(aside, source={**self.source, "part": "aside"}),
+        )
 
-    def _rows(self, selected: Tensor, part: str) -> Tokens:
-        return Tokens(self.ids[selected], self.mask[selected], {**self.source, "part": part}, self.mask_token)
+    def take(self, rows: Tensor | slice) -> Tokens:
+        """These samples."""
+        part_of = None if self.part_of is None else self.part_of[rows]
+        return replace(self, ids=self.ids[rows], mask=self.mask[rows], part_of=part_of)
 
     def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
         """(ids, mask) in order, `size` rows at a time."""
@@ -140,6 +171,65 @@ def sample_documents(
     )
     source = {**text.source, "samples": samples, "length": length, "seed": seed, "cut": "documents"}
     return Tokens(batch["input_ids"], batch["attention_mask"].bool(), source, tokenizer.mask_token_id)
+
+
+def read_tokens(
+    corpus: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    length: int,
+    seed: int = 0,
+    cut: Literal["windows", "documents"] = "windows",
+    split: str = "train",
+    data: Path | None = None,
+    column: str | None = None,
+) -> Tokens:
+    """`samples` samples of a corpus or of a mixture, "broad" or "wikitext2*2+c4", as `mixtures` shares them out.
+
+    The samples of a mixture are interleaved: the first few are of all parts by their shares.
+
+    Args:
+        cut: see `sample_windows` and `sample_documents`.
+        split, data: see `read_text`. Of a mixture `data` has a folder for each known corpus, DATA/<corpus>/.
+        column: see `read_text`. Of a mixture, a known corpus keeps its own where a part is none.
+
+    Raises:
+        ValueError: what `read_text` and the cut raise, with the name of the part; fewer samples than parts.
+    """
+    _positive(samples=samples, length=length)
+    counts = share_out(corpus, samples)
+    if len(counts) > 1 and data is not None:
+        _check_folders(corpus, [part for part in counts if part in CORPORA], data)
+    known = all(part in CORPORA for part in counts)
+    sample = sample_windows if cut == "windows" else sample_documents
+    drawn = []
+    for part, count in counts.items():
+        own = column if known or part not in CORPORA else None
+        try:
+            text = read_text(part, split=split, data=data, column=own, tokenizer=tokenizer)
+            drawn.append(sample(text, tokenizer, samples=count, length=length, seed=seed))
+        except ValueError as error:
+            if len(counts) == 1:
+                raise
+            raise ValueError(
+                f"the mixture {corpus} lacks its part {part}: {error}. It is not made smaller: give what is missing, "
+                "or calibrate on another text (--calibration NAME)"
+            ) from error
+    if len(drawn) == 1:
+        return drawn[0]
+    return functools.reduce(Tokens.__add__, drawn).take(torch.tensor(interleaved(list(counts.values()))))
+
+
+def _check_folders(corpus: str, parts: Sequence[str], data: Path) -> None:
+    """Raises ValueError unless every part has a folder: without its own, one would read another's file in DATA."""
+    missing = [part for part in parts if not (data / part).is_dir()]
+    if missing:
+        raise ValueError(
+            f"the mixture {corpus} lacks its {'part' if len(missing) == 1 else 'parts'} {', '.join(missing)}: no "
+            f"folder of that name in {data}. It is not made smaller: put {data / missing[0] / 'train.jsonl'} there, "
+            "leave --data out to ask the hub, or calibrate on another text (--calibration NAME)"
+        )
 
 
 def encode(text: Text | str, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "tokens"]:

@@ -115,6 +115,13 @@ class Run:
         return section.get("corpus") if isinstance(section, Mapping) else None
 
     @property
+    def corpora(self) -> set[str]:
+        """The corpora that it was calibrated on, each by its name: the parts of a mixture."""
+        named = {name.partition("*")[0] for name in re.split(r"[+,]", self.corpus or "")}
+        parts = (self.compression or {}).get("calibration")
+        return named | {part["corpus"] for part in parts or [] if isinstance(part, Mapping) and "corpus" in part}
+
+    @property
     def recovery(self) -> Mapping[str, Any] | None:
         """The settings of the fine-tuning after the compression; None where there was none."""
         section = self.recipe.get("recover")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -102,7 +101,7 @@ def gain(run: Run, baseline: Run | None) -> float | None:
     """
     if baseline is None:
         return None
-    own = re.split(r"[+,]", run.corpus or "")
+    own = run.corpora
     values, bases = (
         {
             task: result.value

@@ -68,6 +68,7 @@ def write_card(recipe: Recipe, facts: Facts, results: Sequence[tuple[EvalResult,
             f"Relative squared error of the stored factors at their outputs,{when} on the calibration tokens: "
             f"mean {sum(errors) / len(errors):.4g}, largest {max(errors):.4g}."
         )
+    lines += _calibration(facts.calibration)
     undone = [report["place"] for report in facts.passes if not report["kept"]]
     if undone:
         lines.append(f"Gradient steps were undone where they did not help on held-out samples: {', '.join(undone)}.")
@@ -84,6 +85,24 @@ def describe_speed(speed: Mapping[str, Any]) -> str:
         f"Speed, modelled: {speed['modelled']:.2f} times the dense model's where {speed['asked']:g} was asked for, "
         f"{describe_rows(speed['rows'])} ({where}{threads}); `eckart eval --task cost --reference` measures it."
     )
+
+
+def _calibration(parts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines on the texts that it was calibrated on: their shares of the tokens."""
+    total = sum(part["tokens"] for part in parts)
+    if not total:
+        return []
+    return [
+        f"Calibrated on {total:,} tokens:",
+        "",
+        "| text | samples | tokens | share of the tokens |",
+        "|---|---|---|---|",
+        *(
+            f"| {part['corpus']} | {part['samples']} | {part['tokens']:,} | {part['tokens'] / total:.3f} |"
+            for part in parts
+        ),
+        "",
+    ]
 
 
 def _share(whole: str, kept: float) -> str:

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from eckart.compression.baselines import build_baseline
-from eckart.data.corpora import parts_of
+from eckart.data.mixtures import parts_of
 from eckart.evals.agreement import agreement, has_answers
 from eckart.evals.result import EvalResult, read_result, write_result
 from eckart.evals.similarity import Activations, read_activations

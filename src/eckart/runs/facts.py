@@ -38,6 +38,7 @@ class Facts:
         speed: where the budget was a speed, what was asked for and what the table makes of the plan, see
             `SpeedTable.facts`.
         fisher: where recorded Fisher sums come from; None where they were not recorded.
+        calibration: the texts that were calibrated on, with samples and tokens of each, see `Tokens.parts`.
     """
 
     layout: Layout
@@ -57,6 +58,7 @@ class Facts:
     fisher: dict[str, Any] | None = None
     keep_of_planned: float | None = None
     speed: dict[str, Any] | None = None
+    calibration: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -67,6 +69,7 @@ class Facts:
         report: CompressionReport,
         passes: Sequence[PassReport] = (),
         speed: dict[str, Any] | None = None,
+        calibration: Sequence[dict[str, Any]] = (),
     ) -> Facts:
         """The facts of a finished compression. Parameters are counted in the model, not the plan's forecast."""
         planned = {key: value for key, value in asdict(summary).items() if key != "params"}
@@ -78,6 +81,7 @@ class Facts:
             passes=[asdict(each) for each in passes],
             fisher=read_making(Path(locate(recipe.model)) / GRADIENTS) if recorded else None,
             speed=speed,
+            calibration=list(calibration),
             **planned,
             **report.to_dict(),
         )

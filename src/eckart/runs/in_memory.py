@@ -84,7 +84,8 @@ def _make(recipe: Recipe, out: Path, how: How, force: bool) -> Outcome:
     with timed(seconds, "recover"):
         passes += work.recover()
     with timed(seconds, "save"):
-        facts = Facts.of(work.recipe, ranking.plan, summary, report, passes, ranking.facts.get("speed"))
+        speed = ranking.facts.get("speed")
+        facts = Facts.of(work.recipe, ranking.plan, summary, report, passes, speed, work.parts)
         files = work.side_files(ranking.plan, facts, ranking.facts)
         save(model, out, tokenizer, recipe=work.noted, files=files, force=force)
     if folder is not None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from eckart.data.corpora import BUILTIN, parts_of
+from eckart.data.corpora import BUILTIN
 from eckart.data.labelled import LABELLED
+from eckart.data.mixtures import parts_of
 from eckart.evals.harness_tasks import LOCAL_TASKS
 from eckart.models.loading import locate
 from eckart.models.shards import COMPANIONS

@@ -21,7 +21,8 @@ from eckart.compression.baselines import BASELINES, build_baseline
 from eckart.compression.tuning.distillation import Distillation
 from eckart.compression.tuning.recovery import Recovery
 from eckart.compression.tuning.refinement import Refinement
-from eckart.data.corpora import parts_of
+from eckart.data.corpora import BUILTIN
+from eckart.data.mixtures import BROAD, parts_of, shares_of, spell_out
 from eckart.evals.hidden_states import Pooling
 from eckart.evals.probing import Control
 from eckart.evals.tasks import Task, find_task
@@ -130,9 +131,10 @@ class CalibrationSection(Section):
     """Which text calibrates, and how it is cut."""
 
     corpus: str = Field(
-        "wikitext2",
-        description="a known corpus, a hub data set, a file (.txt, .jsonl, .json, .csv, .tsv, .parquet), or several, "
-        "joined by +: ptb+c4",
+        BROAD,
+        description="a known corpus, a hub data set, a file (.txt, .jsonl, .json, .csv, .tsv, .parquet), or a mixture: "
+        "several joined by +, with weights ptb*2+c4, or by name, broad or broad*3+mine.jsonl; a name in place of the "
+        "section; of the model builtin the default is its own text, builtin",
     )
     split: str = Field("train", description="which split of it is read")
     column: str | None = Field(None, description="field that holds the text; default: the corpus's own, or text")
@@ -151,6 +153,11 @@ class CalibrationSection(Section):
         "gathered",
         description="gathered on this text, or recorded while the model was fine-tuned, see `eckart finetune`",
     )
+
+    @model_validator(mode="after")
+    def _mixes(self) -> CalibrationSection:
+        shares_of(self.corpus)  # refuses a weight that is none
+        return self
 
 
 class EvaluationSection(Section):
@@ -254,6 +261,18 @@ class Recipe(Section):
     evaluate: list[EvaluationSection] = Field(
         default_factory=list, description="what is measured, of the dense and of the compressed model"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_by_name(cls, data: Any) -> Any:
+        """A calibration that is only named, and the default text, which depends on the model."""
+        if not isinstance(data, dict):
+            return data
+        section = data.get("calibration")
+        section = {"corpus": section} if isinstance(section, str) else {} if section is None else section
+        if isinstance(section, dict) and section.get("corpus") is None:
+            section = {**section, "corpus": BUILTIN if data.get("model") == BUILTIN else BROAD}
+        return {**data, "calibration": section}
 
     @field_validator("method", mode="before")
     @classmethod
@@ -369,7 +388,7 @@ class Recipe(Section):
     def spelled_out(self) -> Recipe:
         """The same recipe without a composition's name: its method with every setting, and what is done around it.
 
-        A name may mean something else in a later eckart; a recipe that is kept should not.
+        A name may mean something else in a later eckart; a recipe that is kept should not. Nor should a mixture's.
         """
         if self.is_baseline:
             return self
@@ -391,6 +410,7 @@ class Recipe(Section):
         return Recipe.model_validate(
             {
                 **self.model_dump(exclude_none=True, exclude={"effort"}),
+                "calibration": {**self.calibration.model_dump(), "corpus": spell_out(self.calibration.corpus)},
                 "method": {"name": composition.method.name, "options": composition.method.options},
                 **{name: value for name, value in parts.items() if name not in decided},
             }

@@ -22,8 +22,7 @@ from eckart.calibration.moments import (
 )
 from eckart.calibration.sequential import KnownInputs, PassReport, SequentialCalibration
 from eckart.compression.tuning.recovery import Samples
-from eckart.data.corpora import parts_of, read_text
-from eckart.data.tokens import Tokens, check_vocabulary, sample_documents, sample_windows, warn_of_tokenizer
+from eckart.data.tokens import Tokens, check_vocabulary, read_tokens, warn_of_tokenizer
 from eckart.evals.tasks import default_length
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.moments import GRADIENT_STATISTICS
@@ -97,10 +96,19 @@ class Workbench:
     @functools.cached_property
     def tokens(self) -> tuple[Tokens, Tokens | None]:
         """(calibration samples, held-out ones); None where no part of the composition is judged on held-out samples."""
-        tokens = make_tokens(self.recipe, self.model, self.tokenizer, self.how.data)
+        tokens = self._all_tokens
         if not self.composition.holds_out:
             return tokens, None
         return tokens.hold_out(self.recipe.calibration.aside)
+
+    @functools.cached_property
+    def _all_tokens(self) -> Tokens:
+        return make_tokens(self.recipe, self.model, self.tokenizer, self.how.data)
+
+    @property
+    def parts(self) -> list[dict[str, Any]]:
+        """The texts that it was calibrated on, as `Tokens.parts` has them; nothing where no text was read."""
+        return self._all_tokens.parts if "_all_tokens" in vars(self) else []
 
     @functools.cached_property
     def gradients(self) -> dict[str, GradientMoments]:
@@ -340,20 +348,22 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> RankPlan:
 def make_tokens(
     recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path | None
 ) -> Tokens:
-    """The calibration tokens of a recipe; a mixture of corpora gives each an equal part of the samples."""
+    """The calibration tokens of a recipe: see `read_tokens`."""
     warn_of_tokenizer(model, tokenizer)
     section = resolve(recipe, model, tokenizer).calibration
     assert section.length is not None
-    sample = sample_windows if section.cut == "windows" else sample_documents
-    corpora = parts_of(section.corpus)
-    if section.samples < len(corpora):
-        raise ValueError(f"{section.samples} samples are fewer than the {len(corpora)} corpora of {section.corpus}")
-    drawn = []
-    for index, name in enumerate(corpora):
-        text = read_text(name, split=section.split, data=data, column=section.column, tokenizer=tokenizer)
-        share = section.samples // len(corpora) + (index < section.samples % len(corpora))
-        drawn.append(sample(text, tokenizer, samples=share, length=section.length, seed=section.seed))
-    tokens = functools.reduce(Tokens.__add__, drawn)
+    assert section.cut is not None
+    tokens = read_tokens(
+        section.corpus,
+        tokenizer,
+        samples=section.samples,
+        length=section.length,
+        seed=section.seed,
+        cut=section.cut,
+        split=section.split,
+        data=data,
+        column=section.column,
+    )
     check_vocabulary(model, tokens.ids, tokenizer)
     return tokens
 

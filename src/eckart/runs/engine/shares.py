@@ -71,8 +71,8 @@ def share_of(tokens: Tokens, number: int) -> tuple[Tokens, Tokens]:
     count = count_shares(tokens)
     start, stop = number * len(tokens) // count, (number + 1) * len(tokens) // count
     return (
-        replace(tokens, ids=tokens.ids[start:stop], mask=tokens.mask[start:stop]),
-        replace(tokens, ids=tokens.ids[:start], mask=tokens.mask[:start]),
+        tokens.take(slice(start, stop)),
+        tokens.take(slice(start)),
     )
 
 
