@@ -38,6 +38,8 @@ class Facts:
         speed: where the budget was a speed, what was asked for and what the table makes of the plan, see
             `SpeedTable.facts`.
         fisher: where recorded Fisher sums come from; None where they were not recorded.
+        origin: of a model that was made of a GGUF file or of an adapter, what `describe_origin` says and "files", the
+            digest of every file it was made of; None of a plain checkpoint.
     """
 
     layout: Layout
@@ -57,6 +59,7 @@ class Facts:
     fisher: dict[str, Any] | None = None
     keep_of_planned: float | None = None
     speed: dict[str, Any] | None = None
+    origin: dict[str, Any] | None = None
 
     @classmethod
     def of(
@@ -67,6 +70,7 @@ class Facts:
         report: CompressionReport,
         passes: Sequence[PassReport] = (),
         speed: dict[str, Any] | None = None,
+        origin: dict[str, Any] | None = None,
     ) -> Facts:
         """The facts of a finished compression. Parameters are counted in the model, not the plan's forecast."""
         planned = {key: value for key, value in asdict(summary).items() if key != "params"}
@@ -78,13 +82,14 @@ class Facts:
             passes=[asdict(each) for each in passes],
             fisher=read_making(Path(locate(recipe.model)) / GRADIENTS) if recorded else None,
             speed=speed,
+            origin=origin,
             **planned,
             **report.to_dict(),
         )
 
     def to_json(self) -> str:
         """The file's text."""
-        omitted = [name for name in ("fisher", "speed") if getattr(self, name) is None]
+        omitted = [name for name in ("fisher", "speed", "origin") if getattr(self, name) is None]
         return json.dumps({key: value for key, value in asdict(self).items() if key not in omitted}, indent=2)
 
     @classmethod
