@@ -34,7 +34,7 @@ from transformers.modeling_utils import local_torch_dtype
 
 from eckart.models.families import UnsupportedModelError
 from eckart.models.gguf_header import GgufHeader, damaged_gguf, read_gguf_header
-from eckart.models.matching import check_counts, check_finite, refuse
+from eckart.models.matching import check_finite, refuse
 
 # {entry of the metadata, after the architecture's name: entry of the configuration}.
 LLAMA = {
@@ -245,7 +245,6 @@ def read_gguf_config(header: GgufHeader) -> PreTrainedConfig:
     except (ValueError, TypeError, ArithmeticError) as error:
         raise damaged_gguf(header.path, f"its metadata describe no {row.model_type}: {error}") from error
     config.name_or_path = str(header.path)
-    check_counts(config, len(header.tensors))
     return config
 
 
@@ -262,6 +261,9 @@ def _check_entries(header: GgufHeader, row: Architecture, entries: Mapping[str, 
     wrong = [key for key in row.entries if key in entries and not _is_size(entries[key], key in NEEDED)]
     if wrong:
         raise damaged_gguf(header.path, f"{wrong[0]} is {entries[wrong[0]]!r}")
+    if entries["block_count"] > len(header.tensors):
+        held = f"{len(header.tensors):,} tensors"
+        raise damaged_gguf(header.path, f"block_count is {entries['block_count']:,}, and it holds {held}")
     ignored = [
         f"{key} ({value})"
         for key, value in sorted(entries.items())

@@ -68,9 +68,7 @@ def gguf_file(path: str | Path) -> Path | None:
     place = Path(path)
     if place.suffix.lower() == SUFFIX and not place.is_dir():
         if not place.is_file():
-            raise ValueError(
-                f"there is no file {place}; one on the hub: `hf download` it first, and give its place here"
-            )
+            raise ValueError(f"there is no file {place}; if it is on the hub, `hf download` it and give its place here")
         return _whole(place)
     if not place.is_dir() or any(file.suffix in (".safetensors", ".bin") for file in place.iterdir()):
         return None

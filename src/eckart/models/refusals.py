@@ -38,7 +38,7 @@ def check_source(path: str | Path, *, trust_remote_code: bool = False) -> None:
     made_of = "a GGUF file" if gguf_file(path) is not None else "an adapter" if (place / ADAPTER).is_file() else None
     if made_of is not None:
         raise UnsupportedModelError(
-            f"{path} is {made_of}, of which a model is made in memory, and no plain checkpoint whose blocks can be read "
+            f"{path} is {made_of}, of which a model is made in memory, and no checkpoint whose blocks can be read "
             f"one by one: `eckart export {path} DENSE --dense` writes one, give that"
         )
     if place.is_file():
