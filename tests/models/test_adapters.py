@@ -123,7 +123,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "more blocks": ({"layer_replication": [[0, 2], [1, 3]]}, "with layer_replication"),
     "no base": ({"base_model_name_or_path": None}, "names no base model"),
     "no kind": ({"peft_type": 3}, "names no base model"),
-    "another base": (
+    "another base": ({"base_model_name_or_path": "no/such"}, "an adapter of no/such: cannot load the model no/such"),
         {"base_model_name_or_path": "no/such"},
         "holds an adapter of no/such: cannot load the model no/such",
     ),
