@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from eckart.models.loading import load_model, load_tokenizer, save
+from eckart.runs.engine.source import Source
 from eckart.runs.experiment import run as carry_out
 from eckart.runs.how import How
 from eckart.runs.inputs import INPUTS, inputs_of
@@ -62,7 +63,7 @@ def test_a_run_of_a_gguf_file_knows_it_again(text: Path, tmp_path: Path) -> None
     carry_out(recipe, tmp_path / "run", How())
     assert json.loads((tmp_path / "run" / INPUTS).read_text())[f"the model {file}"] == {"m.gguf": digest_of(file)}
     write_gguf(file, quantised="F16")
-    with pytest.raises(ValueError, match=r"m\.gguf is changed"):
+    with pytest.raises(FileExistsError, match=r"m\.gguf is changed"):
         carry_out(recipe, tmp_path / "run", How())
 
 
@@ -88,3 +89,13 @@ def test_an_adapter_is_its_files_and_its_bases(run: Run, tmp_path: Path) -> None
     assert status == 0, printed
     merged = load_model(lora).state_dict()
     assert all(torch.equal(merged[name], value) for name, value in load_model(tmp_path / "dense").state_dict().items())
+
+
+def test_a_worker_makes_the_same_model_of_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_gguf(tmp_path / "m.gguf", quantised="Q8_0")
+    model = load_model("m.gguf", dtype="bfloat16")
+    source = Source.of(model)
+    monkeypatch.chdir("/")
+    loaded = source.load_own()
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
