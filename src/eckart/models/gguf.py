@@ -144,7 +144,7 @@ def load_gguf(file: Path, dtype: str = "auto") -> PreTrainedModel:
     types = _types(header, gguf)
     config = read_gguf_config(header)
     config.dtype = stored_type(types.values()) if dtype == "auto" else getattr(torch, dtype)
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
         with init_empty_weights(include_buffers=False), local_torch_dtype(config.dtype, model_class.__name__):
             model: PreTrainedModel = model_class(config)
@@ -234,13 +234,14 @@ def read_gguf_config(header: GgufHeader) -> PreTrainedConfig:
         values |= _rotary(header, row, entries)
     ids = {name: header.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in IDS.items()}
     values |= {name: number for name, number in ids.items() if number is not None}
-    config_class = CONFIG_MAPPING[row.model_type]
+    config_class: Any = CONFIG_MAPPING[row.model_type]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     try:
-        config = config_class(
+        config: PreTrainedConfig = config_class(
             **values,
             vocab_size=header.tensors[EMBEDDING].shape[0],  # the tokenizer may have fewer words, where it was padded
             tie_word_embeddings=HEAD not in header.tensors,
-            architectures=[MODEL_FOR_CAUSAL_LM_MAPPING[config_class].__name__],
+            architectures=[model_class.__name__],
         )
     except (ValueError, TypeError, ArithmeticError) as error:
         raise damaged_gguf(header.path, f"its metadata describe no {row.model_type}: {error}") from error
@@ -324,7 +325,8 @@ def _scaling(header: GgufHeader, entries: Mapping[str, Any], head: int, base: fl
     gguf = import_gguf()
     factors = torch.from_numpy(_values(header, ROPE_FACTORS, _types(header, gguf)[ROPE_FACTORS])).double()
     scaling = {"rope_type": "llama3", "rope_theta": base, "factor": float(factors.max()), **LLAMA_3}
-    config = CONFIG_MAPPING["llama"](head_dim=head, rope_parameters=scaling)
+    llama: Any = CONFIG_MAPPING["llama"]
+    config = llama(head_dim=head, rope_parameters=scaling)
     frequencies = base ** -(torch.arange(0, head, 2).double() / head) / factors
     if not torch.allclose(ROPE_INIT_FUNCTIONS["llama3"](config)[0].double(), frequencies, rtol=1e-4, atol=0):
         raise UnsupportedModelError(

@@ -45,7 +45,7 @@ def read_inputs(recipe: Recipe, data: Path | None) -> Inputs:
 
 def inputs_of(models: Iterable[str], names: Iterable[str], data: Path | None) -> Inputs:
     """The files of models, and of the texts and sets of these names, as `read_inputs` gives them."""
-    inputs = {}
+    inputs: Inputs = {}
     for name in models:
         inputs |= _files_of_model(name)
     for name in names:
