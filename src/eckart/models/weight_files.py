@@ -166,7 +166,7 @@ def verify(path: str | Path, names: Collection[str] | None = None) -> int:
     A file that was added later is not looked at.
 
     Args:
-        path: a directory, or a hub name, all of which is downloaded.
+        path: a directory, or a hub name, all of which is downloaded; a single file has no digests.
         names: of the files to look at; default all.
 
     Raises:
@@ -175,7 +175,7 @@ def verify(path: str | Path, names: Collection[str] | None = None) -> int:
 
     Cost: every file is read once.
     """
-    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path)))
+    folder = Path(path) if Path(path).exists() else Path(snapshot_download(str(path)))
     if not (folder / DIGESTS).is_file():
         return 0
     digests = {name: digest for name, digest in _read_digests(folder).items() if names is None or name in names}

@@ -60,6 +60,8 @@ def write_card(recipe: Recipe, facts: Facts, results: Sequence[tuple[EvalResult,
         "",
         f"{facts.sites_low_rank} linears are low-rank, {facts.sites_dense} compressible ones stay dense.",
     ]
+    if facts.origin is not None:
+        lines.append(describe_origin(facts.origin))
     if facts.speed is not None:
         lines.append(describe_speed(facts.speed))
     when = " before gradient steps," if any(report["kept"] for report in facts.passes) else ""
@@ -74,6 +76,20 @@ def write_card(recipe: Recipe, facts: Facts, results: Sequence[tuple[EvalResult,
         lines.append(f"Gradient steps were undone where they did not help on held-out samples: {', '.join(undone)}.")
     lines += ["", "## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def describe_origin(origin: Mapping[str, Any]) -> str:
+    """A line on a model that was no plain checkpoint, of `Facts.origin`."""
+    digests = [digest for files in origin["files"].values() for digest in files.values()]
+    if "gguf" in origin:
+        return (
+            f"The dense model was read of the GGUF file {origin['gguf']} (SHA-256 {digests[0]}), whose weights were "
+            f"stored as {origin['quantised']}: no figure here can be better than those weights are."
+        )
+    return (
+        f"The dense model is {origin['base']} with an adapter ({origin['adapter']}) merged into it; compression.json "
+        "has the digests of both."
+    )
 
 
 def describe_speed(speed: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ from eckart.evals.similarity import Activations, read_activations
 from eckart.evals.subject import Setup, Subject
 from eckart.evals.tasks import Task, find_task
 from eckart.lowrank import DecompositionError
-from eckart.models.loading import load_model, load_tokenizer, locate
+from eckart.models.loading import load_model, load_tokenizer, locate, plain_folder
 from eckart.models.sites import input_groups
 from eckart.runs.card import write_card
 from eckart.runs.engine.base import EvaluationRequest
@@ -257,13 +257,12 @@ class _Models:
             except ValueError as error:
                 yield from [error] * len(together)
                 continue
-            path = Path(locate(self.recipe.model)) if which == "dense" else self.directory
-            stored = path.is_dir() and not (which == "compressed" and self.recipe.is_baseline)
+            path = plain_folder(locate(self.recipe.model)) if which == "dense" else self.directory
+            if which == "compressed" and self.recipe.is_baseline:
+                path = None
             # A baseline is made in memory: no worker elsewhere could load it.
             engine = HERE if which == "compressed" and self.recipe.is_baseline else self.how.engine
-            subject = Subject(
-                model, self.tokenizer, path if stored else None, reference, activations, self.recipe.context
-            )
+            subject = Subject(model, self.tokenizer, path, reference, activations, self.recipe.context)
             how = self.how
             setup = Setup(how.data, how.batch_size, how.workers, how.cache, how.track)
             yield from engine.outcomes(EvaluationRequest(subject, together, setup))

@@ -39,6 +39,8 @@ class Facts:
             `SpeedTable.facts`.
         fisher: where recorded Fisher sums come from; None where they were not recorded.
         calibration: the texts that were calibrated on, with samples and tokens of each, see `Tokens.parts`.
+        origin: of a model that was made of a GGUF file or of an adapter, what `describe_origin` says and "files", the
+            digest of every file it was made of; None of a plain checkpoint.
     """
 
     layout: Layout
@@ -59,6 +61,7 @@ class Facts:
     keep_of_planned: float | None = None
     speed: dict[str, Any] | None = None
     calibration: list[dict[str, Any]] = field(default_factory=list)
+    origin: dict[str, Any] | None = None
 
     @classmethod
     def of(
@@ -70,6 +73,7 @@ class Facts:
         passes: Sequence[PassReport] = (),
         speed: dict[str, Any] | None = None,
         calibration: Sequence[dict[str, Any]] = (),
+        origin: dict[str, Any] | None = None,
     ) -> Facts:
         """The facts of a finished compression. Parameters are counted in the model, not the plan's forecast."""
         planned = {key: value for key, value in asdict(summary).items() if key != "params"}
@@ -82,13 +86,14 @@ class Facts:
             fisher=read_making(Path(locate(recipe.model)) / GRADIENTS) if recorded else None,
             speed=speed,
             calibration=list(calibration),
+            origin=origin,
             **planned,
             **report.to_dict(),
         )
 
     def to_json(self) -> str:
         """The file's text."""
-        omitted = [name for name in ("fisher", "speed") if getattr(self, name) is None]
+        omitted = [name for name in ("fisher", "speed", "origin") if getattr(self, name) is None]
         return json.dumps({key: value for key, value in asdict(self).items() if key not in omitted}, indent=2)
 
     @classmethod

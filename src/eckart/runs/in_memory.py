@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -12,11 +13,12 @@ from eckart.allocation import summarise
 from eckart.calibration.sequential import SequentialCalibration
 from eckart.compression.baselines import build_baseline
 from eckart.compression.replace import compress
-from eckart.models.loading import load_model, load_tokenizer, own_memory, save
+from eckart.models.loading import describe_origin, load_model, load_tokenizer, own_memory, save
 from eckart.models.matching import check_finite
 from eckart.models.sites import find_sites
 from eckart.runs.facts import FACTS, Facts, Outcome
 from eckart.runs.how import How
+from eckart.runs.inputs import inputs_of
 from eckart.runs.kept_blocks import KeptBlocks, blocks_of_plan, folder_of, kept_ranking
 from eckart.runs.recipe import Recipe
 from eckart.runs.workbench import Workbench, make_tokens, resolve
@@ -50,6 +52,7 @@ def _make(recipe: Recipe, out: Path, how: How, force: bool) -> Outcome:
         own_memory(model)
         check_finite(recipe.model, model.named_parameters())
         tokenizer = load_tokenizer(recipe.model, trust_remote_code=how.trust_remote_code)
+        origin = origin_of(recipe.model)
     work = Workbench(recipe, model, tokenizer, how)
     work.check()
     work.announce()
@@ -85,12 +88,21 @@ def _make(recipe: Recipe, out: Path, how: How, force: bool) -> Outcome:
         passes += work.recover()
     with timed(seconds, "save"):
         speed = ranking.facts.get("speed")
-        facts = Facts.of(work.recipe, ranking.plan, summary, report, passes, speed, work.parts)
+        facts = Facts.of(work.recipe, ranking.plan, summary, report, passes, speed, work.parts, origin)
         files = work.side_files(ranking.plan, facts, ranking.facts)
         save(model, out, tokenizer, recipe=work.noted, files=files, force=force)
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)  # it is as large as the model
     return Outcome(work.recipe, ranking.plan, summary, report, seconds, tuple(passes), ranking.facts)
+
+
+def origin_of(model: str) -> dict[str, Any] | None:
+    """What a model was made of that is no plain checkpoint, as `Facts.origin` has it; None of one that is."""
+    described = describe_origin(model)
+    if not described:
+        return None
+    files = inputs_of([model], (), None)
+    return {**described, "files": {source.removeprefix("the model "): digests for source, digests in files.items()}}
 
 
 def make_baseline(recipe: Recipe, directory: Path, how: How) -> PreTrainedModel:

@@ -15,6 +15,8 @@ from eckart.data.corpora import BUILTIN
 from eckart.data.labelled import LABELLED
 from eckart.data.mixtures import parts_of
 from eckart.evals.harness_tasks import LOCAL_TASKS
+from eckart.models.adapters import read_adapter
+from eckart.models.gguf_header import gguf_file
 from eckart.models.loading import locate
 from eckart.models.shards import COMPANIONS
 from eckart.runs.facts import FACTS
@@ -44,10 +46,9 @@ def read_inputs(recipe: Recipe, data: Path | None) -> Inputs:
 
 def inputs_of(models: Iterable[str], names: Iterable[str], data: Path | None) -> Inputs:
     """The files of models, and of the texts and sets of these names, as `read_inputs` gives them."""
-    inputs = {}
+    inputs: Inputs = {}
     for name in models:
-        model = Path(locate(name))
-        inputs[f"the model {name}"] = _files_of_model(model) if model.is_dir() else _commit_of(name)
+        inputs |= _files_of_model(name)
     for name in names:
         if name == BUILTIN or name.startswith(f"{BUILTIN}/"):
             inputs[f"the text {BUILTIN}"] = {"Python's documentation": platform.python_version()}
@@ -120,7 +121,18 @@ def _files_of_set(name: str, data: Path) -> dict[str, str]:
     return _digests(found or data.glob("*.*"))
 
 
-def _files_of_model(folder: Path) -> dict[str, str]:
+def _files_of_model(name: str) -> Inputs:
+    """Of a model; and of an adapter's base model, as of a model of its own."""
+    place = Path(locate(name))
+    if (file := gguf_file(place)) is not None:
+        return {f"the model {name}": _digests([file])}
+    if not place.is_dir():
+        return {f"the model {name}": _commit_of(name)}
+    adapter = read_adapter(place)
+    return {f"the model {name}": _files_in(place), **({} if adapter is None else _files_of_model(adapter.base))}
+
+
+def _files_in(folder: Path) -> dict[str, str]:
     weights = "*.safetensors" if any(folder.glob("*.safetensors")) else "*.bin"
     return _digests(file for pattern in (*COMPANIONS, weights) for file in folder.glob(pattern))
 

@@ -210,7 +210,7 @@ class RecoverSection(Section):
 class Recipe(Section):
     """A model, a method, an allocation, a calibration, and what to measure."""
 
-    model: str = Field(description="a directory, a hub name, or builtin")
+    model: str = Field(description="a directory, a hub name, a .gguf file, an adapter's directory, or builtin")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the weights, in memory and in the checkpoint; auto is what the model is stored in"
     )

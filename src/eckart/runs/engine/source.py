@@ -18,7 +18,7 @@ class Source:
     """A model by its place.
 
     Attributes:
-        path: a directory that every machine sees, or a hub name.
+        path: a directory or a GGUF file that every machine sees, or a hub name.
         dtype: of its weights.
         sketch: of the model, see `fingerprint.sketch`.
         trust_remote_code: its class is of code that came with the files, which this process was told to run.
@@ -43,7 +43,7 @@ class Source:
             )
         if model.device.type != "cpu":
             raise ValueError(f"the workers of a cluster compute on the CPU, and the model is on {model.device}")
-        if Path(path).is_dir():
+        if Path(path).exists():
             path = str(Path(path).resolve())
         return cls(path, str(model.dtype).removeprefix("torch."), sketch(model), model.is_remote_code())
 

@@ -1,0 +1,115 @@
+"""Adapters as models: a folder of PEFT's with a low-rank change of some base model, merged into that model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from eckart.models.families import UnsupportedModelError
+from eckart.models.weight_files import CheckpointError, damaged, some_of
+from eckart.support.plain_data import read_json
+
+ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# PEFT's kinds that are a change of weights, so that they can be added to them; others are prompts or modules.
+MERGEABLE = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3")
+# Entries with which the result is no model of the base's class and weights.
+UNMERGEABLE = ("modules_to_save", "layer_replication", "alora_invocation_tokens")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter: its folder, its kind in PEFT ("LORA"), and the model that it was trained on."""
+
+    folder: Path
+    kind: str
+    base: str
+
+
+def import_peft() -> ModuleType:
+    """PEFT.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(f"an adapter is merged with PEFT: pip install 'eckart[peft]' ({error})") from error
+    return peft
+
+
+def read_adapter(path: str | Path) -> Adapter | None:
+    """The adapter in a folder; None where there is none.
+
+    Raises:
+        CheckpointError: its description is damaged, or names no base model.
+        UnsupportedModelError: it cannot be merged.
+    """
+    folder, file = Path(path), Path(path) / ADAPTER
+    if not file.is_file():
+        return None
+    try:
+        settings = read_json(file)
+        kind, base = settings["peft_type"], settings["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error!r}). Save or download it again") from error
+    if not isinstance(kind, str) or not isinstance(base, str) or not base:
+        raise CheckpointError(f"{file} names no base model, base_model_name_or_path: enter where it is")
+    if Path(base).is_dir() and Path(base).resolve() == folder.resolve():
+        raise CheckpointError(f"{file} names its own folder as the base model: enter where the base model is")
+    if kind not in MERGEABLE:
+        raise UnsupportedModelError(
+            f"{folder} holds an adapter of {base} of the kind {kind}, which cannot be merged into its weights; "
+            f"{', '.join(MERGEABLE)} can"
+        )
+    more = [name for name in UNMERGEABLE if settings.get(name)]
+    if more:
+        raise UnsupportedModelError(
+            f"{folder} holds an adapter of {base} with {more[0]} ({settings[more[0]]}), which is more than a change of "
+            "its weights: merge it with PEFT, merge_and_unload(), save_pretrained() elsewhere, and give that"
+        )
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"{folder} holds no {WEIGHTS}, so the adapter is not whole. Save or download it again")
+    return Adapter(folder, kind, base)
+
+
+def merge_adapter(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
+    """The base model with the adapter's change added to its weights; the model that is given is used up.
+
+    Raises:
+        ValueError: PEFT is not installed.
+        CheckpointError: the adapter's file is damaged, or is of another base model.
+    """
+    peft = import_peft()
+    try:
+        stored = load_file(adapter.folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise damaged(adapter.folder / WEIGHTS, error) from error
+    try:
+        wrapped = peft.PeftModel.from_pretrained(model, str(adapter.folder))
+        _check_names(adapter, peft.get_peft_model_state_dict(wrapped), stored)
+        merged: PreTrainedModel = wrapped.merge_and_unload(safe_merge=True)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, RuntimeError, LookupError, AttributeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{adapter.folder} cannot be merged into {adapter.base}: {reason}") from error
+    merged.config.name_or_path = merged.name_or_path = str(adapter.folder)
+    return merged.eval()
+
+
+def _check_names(adapter: Adapter, expected: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Raises CheckpointError unless the file has the adapter's tensors: PEFT leaves at random what it lacks."""
+    complaints = [f"missing tensor {name}" for name in sorted(expected.keys() - stored.keys())]
+    complaints += [f"unknown tensor {name}" for name in sorted(stored.keys() - expected.keys())]
+    if complaints:
+        raise CheckpointError(
+            f"{adapter.folder / WEIGHTS} does not hold the {adapter.kind} adapter of {adapter.base} that its {ADAPTER} "
+            f"describes: {some_of(complaints)}. Save or download it again"
+        )
