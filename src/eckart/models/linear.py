@@ -147,10 +147,10 @@ class LowRankLinear(nn.Module):
         right, product = self.right, (self.lender or self).product
         alone, same_type = product.readers == 1, bias is None or bias.dtype == x.dtype
         if alone and same_type and (weights := bare_weights(x, right, left)) is not None:
-            return run(*weights, order, bias, x)
+            return run(weights[0], weights[1], order, bias, x)
         p = product.take(right, x, self)
         if not alone and same_type and (weights := bare_weights(p, left)) is not None:
-            return combine(*weights, p, order, bias)
+            return combine(weights[0], p, order, bias)
         y = left(p)
         if order is not None:
             y = reorder(torch.cat((p, y), -1), order)

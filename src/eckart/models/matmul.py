@@ -56,7 +56,7 @@ def bare_weights(x: Tensor, *modules: nn.Module) -> list[Tensor] | None:
         or _has_any_global_hook()
     ):
         return None
-    weights = []
+    weights: list[Tensor] = []
     for module in modules:
         if type(module) is not nn.Linear:
             return None
@@ -87,7 +87,7 @@ def multiply(module: nn.Module, x: Tensor) -> Tensor:
     if weights is None:
         product: Tensor = module(x)
         return product
-    return _product(*weights, x)
+    return _product(weights[0], x)
 
 
 def combine(left: Tensor, p: Tensor, order: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -193,7 +193,9 @@ def _combine_one(left: Tensor, p: Tensor, order: Tensor | None, bias: Tensor | N
 
 def _finished(joined: Tensor, order: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
     """The rows of [p, left p] in the order, plus bias, in the batch shape of `like`."""
-    if joined.element_size() == 2:
+    if len(joined) == 1:
+        y = joined.view(-1).index_select(0, order)
+    elif joined.element_size() == 2:
         # Types of half precision are gathered one number at a time through float32, and integers as they are.
         y = reorder(joined.view(torch.int16), order).view(joined.dtype)
     else:
