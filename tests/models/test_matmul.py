@@ -15,7 +15,7 @@ from eckart.lowrank import Factors, Layout, pivot, split
 from eckart.lowrank.pivoting import LAYOUTS
 from eckart.models import matmul
 from eckart.models.linear import LowRankLinear
-from eckart.models.matmul import combine, is_bare, multiply, spread
+from eckart.models.matmul import bare_weights, combine, multiply, reorder, spread
 
 CPU = torch.device("cpu")
 D_IN, D_OUT, RANK = 12, 20, 6
@@ -127,13 +127,14 @@ def test_readers_of_one_right_factor_equal_the_expression(
     [
         (torch.bfloat16, 1, "plain", {"mv"}),
         (torch.bfloat16, 1, "pivoted", {"mv", "index_select"}),
-        (torch.float32, 1, "plain", {"linear"}),
+        (torch.float32, 1, "plain", {"mv"}),
         (torch.bfloat16, 2, "plain", {"mm"}),
         (torch.bfloat16, 16, "pivoted", {"mm", "index_select"}),
         (torch.bfloat16, 65, "plain", {"linear"}),
         (torch.float32, 15, "plain", {"linear"}),
         (torch.float32, 16, "plain", {"mm"}),
-        (torch.float32, 100, "pivoted", {"linear", "mm", "index_select"}),
+        (torch.float32, 4, "pivoted", {"linear", "index_select"}),
+        (torch.float32, 100, "pivoted", {"mm", "index_select"}),
         (torch.bfloat16, 65, "pivoted", {"linear", "index_fill_"}),  # spread
         (torch.float16, 65, "pivoted", {"linear", "mm", "gather"}),
     ],
@@ -213,14 +214,24 @@ def test_what_was_put_around_a_factor_is_called(side: str, what: str) -> None:
 
 def test_only_a_plain_linear_on_a_processor_is_bare() -> None:
     linear, x = nn.Linear(4, 3, bias=False), torch.ones(2, 4)
-    assert not is_bare(linear, x)  # gradients
+    assert bare_weights(x, linear) is None  # gradients
     with torch.no_grad():
-        assert is_bare(linear, x)
-        assert not is_bare(linear, x.bfloat16())
-        assert not is_bare(linear.to("meta"), x.to("meta"))
-        assert not is_bare(nn.Linear(4, 3), x)
+        weights = bare_weights(x, linear, linear)
+        assert weights is not None
+        assert [id(weight) for weight in weights] == [id(linear.weight)] * 2
+        assert bare_weights(x, linear, nn.Linear(3, 2)) is None
+        assert bare_weights(x.bfloat16(), linear) is None
+        assert bare_weights(x, nn.Linear(4, 3)) is None
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+        try:
+            assert bare_weights(x, linear) is None
+        finally:
+            handle.remove()
         with torch.autocast("cpu", torch.bfloat16):
-            assert not is_bare(nn.Linear(4, 3, bias=False), x)
+            assert bare_weights(x, linear) is None
+        renormed = nn.utils.weight_norm(nn.Linear(4, 3, bias=False))
+        assert bare_weights(x, renormed) is None
+        assert bare_weights(x.to("meta"), linear.to("meta")) is None
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -248,10 +259,70 @@ def test_nothing_is_kept_of_a_call() -> None:
     assert len(tree_leaves(vars(module)["_buffers"])) == 2
 
 
-def test_small_matrices_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_matrices_are_not_transposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "has_tiles", lambda: True)
     monkeypatch.setattr(matmul, "SMALL", 33)
-    x = torch.zeros(2, 8, dtype=torch.bfloat16)
-    assert not matmul.is_worth(nn.Linear(8, 4, bias=False), x)
-    assert matmul.is_worth(nn.Linear(8, 5, bias=False), x)
-    assert not matmul.is_worth(nn.Linear(8, 5, bias=False), torch.zeros(matmul.FEW + 1, 8))
-    assert not matmul.is_worth(nn.Sequential(), x)
+    with torch.no_grad():
+        for d_out, count, called in ((4, 2, "linear"), (5, 2, "mm"), (5, matmul.FEW + 1, "linear")):
+            with Recorder() as recorder:
+                multiply(nn.Linear(8, d_out, bias=False, dtype=torch.bfloat16), torch.zeros(count, 8).bfloat16())
+            assert {"linear", "mm"} & set(recorder.called) == {called}
+
+
+# The order of outputs
+
+
+@pytest.mark.parametrize("shape", [(9,), (1, 1, 9), (4, 9), (2, 3, 9), (0, 9)], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
+def test_reordering_and_its_gradient_are_those_of_brackets(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    order = torch.tensor([3, 8, 0, 5, 1], dtype=torch.int32)  # as of a linear that has not all of the shared pivots
+    x, weights = rows(shape, dtype).requires_grad_(), rows((*shape[:-1], 5), dtype)
+    expected = x[..., order.long()]
+    (gradient,) = torch.autograd.grad(expected, x, weights)
+    y = reorder(x, order)
+    assert torch.equal(y, expected)
+    assert torch.equal(torch.autograd.grad(y, x, weights)[0], gradient)
+    with torch.no_grad():
+        assert torch.equal(reorder(x, order), expected)
+        assert reorder(x.to("meta"), order.to("meta")).shape == expected.shape
+
+
+@pytest.mark.parametrize("count", [4, 100])
+@pytest.mark.parametrize("grad", [True, False], ids=["gradients", "no_grad"])
+def test_outputs_in_batches_are_reordered_as_one_matrix(grad: bool, count: int) -> None:
+    """Of more than two dimensions, torch's index_select takes several times as long."""
+    module, x = make_linear("pivoted", torch.float32), rows((2, count, D_IN), torch.float32)
+    shapes = []
+
+    class Watcher(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if getattr(func, "__name__", "") == "index_select":
+                shapes.append(args[0].dim())
+            return func(*args, **(kwargs or {}))
+
+    with torch.set_grad_enabled(grad), Watcher():
+        module(x)
+    assert shapes == ([] if grad else [2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda dtype: str(dtype)[6:])
+def test_both_products_of_a_prompt_are_written_into_one_memory(dtype: torch.dtype) -> None:
+    """Where nobody else reads the first; members of a group copy theirs."""
+    x = rows((matmul.FEW + 1, D_IN), dtype)
+    for modules, products in ((make_linear("pivoted", dtype),), 2), (group("pivoted", dtype), 3):
+        with torch.no_grad(), Recorder() as recorder:
+            outputs = [module(x) for module in modules]
+        assert recorder.called.count("mm") == products
+        assert recorder.called.count("linear") == (len(modules) > 1)  # the shared product
+        assert "cat" not in recorder.called
+        for module, y in zip(modules, outputs, strict=True):
+            torch.testing.assert_close(y, expression(module, x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_bias_of_another_type_is_promoted() -> None:
+    for layout in LAYOUTS:
+        module, x = make_linear(layout, torch.bfloat16, bias=True), rows((3, D_IN), torch.bfloat16)
+        module.bias = nn.Parameter(module.bias.detach().float())
+        with torch.no_grad():
+            assert module(x).dtype == torch.float32
+            torch.testing.assert_close(module(x), expression(module, x), rtol=2e-2, atol=8e-2)

@@ -4,14 +4,16 @@ y = left(right(x)) is two products of torch's, and nothing here changes their re
 torch takes different times for the same product, depending on how it is asked; benchmarks/inference.py measures what
 is used here, docs/decisions.md has the numbers:
 
-    one row, bfloat16:    `mv` reads the matrix once, where a linear first packs it for the processor's tiles.
+    one row:              `mv` takes less time to be called than a linear, which in bfloat16 also packs the matrix for
+                          the processor's tiles first.
     few rows:             W xᵀ instead of x Wᵀ: the large matrix comes first and is read as stored. The result stays
                           transposed for the next product, and reordering it moves whole rows.
-    many rows, pivoted:   the outputs are reordered by what is cheapest: as integers where they have 16 bits; or never,
-                          where the rank is small and the left factor is spread to all rows for the time of a call.
+    many rows, pivoted:   both products are written next to each other into one piece of memory; or the left factor is
+                          spread to all rows for the time of a call, where the rank is small, and nothing is reordered.
+    pivoted:              outputs are put in order by whichever of torch's functions is fastest, see `reorder`.
 
-The first two and the spreading are for processors with tiles for matrices (Intel AMX): without them torch has another
-product of bfloat16, which is up to four times as slow that way round.
+Few rows transposed, the spreading and `mv` in bfloat16 are for processors with tiles for matrices (Intel AMX): without
+them torch has another product of bfloat16, which is up to four times as slow transposed.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.functional import linear
+from torch.nn.modules.module import _has_any_global_hook
 
-# More rows than these are faster the ordinary way.
+# More rows than these are faster the ordinary way, and are worth the calls that save a pass over them.
 FEW = 64
-# A matrix of fewer numbers is in the cache, where the order matters less than the time to decide on it.
+# A matrix of fewer numbers is in the cache, where the order matters less than the calls that change it.
 SMALL = 2**18
 # In float32, fewer rows than these are faster the ordinary way: a linear then reads the matrix row by row as well.
 FEWEST_FLOAT32 = 16
@@ -33,44 +36,45 @@ FEWEST_FLOAT32 = 16
 MOVE = 800
 
 
-def is_bare(module: nn.Module, x: Tensor) -> bool:
-    """Whether module(x) is the product x Wᵀ and nothing else, on a processor, with no gradient or graph to be kept.
+def bare_weights(x: Tensor, *modules: nn.Module) -> list[Tensor] | None:
+    """The modules' weights, if each module(x) is x Wᵀ and nothing else, on a processor, without a gradient or a graph.
 
-    A linear with a hook, a wrapper or another kind of weight in its place has to be called as it is.
+    None otherwise: a linear with a hook, a wrapper or another kind of weight in its place has to be called as it is.
 
-    Cost: some microseconds, so ask `is_worth` or `is_prompt` first.
+    Args:
+        x: an input of the first module, of whose type and device those of the others are.
+
+    Cost: some three microseconds, less than calling the modules takes besides their products.
     """
-    return (
-        not _is_recorded()
-        and not torch.is_grad_enabled()
-        and type(module) is nn.Linear
-        and type(x) is Tensor
-        and x.device.type == "cpu"
-        and type(module.weight) is nn.Parameter
-        and module.weight.dtype == x.dtype
-        and module.weight.device == x.device
-        and module.bias is None
-        and not (module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001 (torch has no public name for them)
-        and "forward" not in vars(module)
-        and not torch.is_autocast_enabled("cpu")
-        and not _is_transformed()
-    )
-
-
-def is_worth(module: nn.Module, x: Tensor) -> bool:
-    """Whether there are few rows, and a matrix so large that the order of operations outweighs the decision.
-
-    Deciding takes some ten microseconds, as long as a product with SMALL numbers.
-    """
-    if type(module) is not nn.Linear or module.in_features * module.out_features < SMALL or _is_recorded():
-        return False
-    least = FEWEST_FLOAT32 if x.dtype == torch.float32 else 1
-    return least <= x.numel() // max(x.shape[-1], 1) <= FEW
-
-
-def is_prompt(x: Tensor) -> bool:
-    """Whether there are more than few rows."""
-    return not _is_recorded() and x.numel() > FEW * x.shape[-1]
+    if (
+        torch.is_grad_enabled()
+        or _is_recorded()
+        or type(x) is not Tensor
+        or not x.is_cpu
+        or torch.is_autocast_enabled("cpu")
+        or _is_transformed()
+        or _has_any_global_hook()
+    ):
+        return None
+    weights: list[Tensor] = []
+    for module in modules:
+        if type(module) is not nn.Linear:
+            return None
+        # Read where torch keeps it, and has no public name for: as an attribute it takes a microsecond.
+        parameters = module._parameters  # noqa: SLF001
+        weight = parameters.get("weight")
+        if (
+            type(weight) is not nn.Parameter
+            or weight.dtype != x.dtype
+            or not weight.is_cpu
+            or parameters.get("bias", weight) is not None
+            or module._forward_hooks  # noqa: SLF001
+            or module._forward_pre_hooks  # noqa: SLF001
+            or "forward" in module.__dict__
+        ):
+            return None
+        weights.append(weight)
+    return weights
 
 
 def multiply(module: nn.Module, x: Tensor) -> Tensor:
@@ -79,16 +83,11 @@ def multiply(module: nn.Module, x: Tensor) -> Tensor:
     Args:
         x: (..., d_in).
     """
-    # What is small or gains nothing is called as it is, before any dearer test.
-    if not is_worth(module, x) or not is_bare(module, x):
+    weights = bare_weights(x, module)
+    if weights is None:
         product: Tensor = module(x)
         return product
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    if _is_one(x):
-        return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
-    if not _prefers_transposed(x):
-        return linear(x, weight)
-    return _shaped(torch.mm(weight, x.reshape(-1, x.shape[-1]).T).T, x)
+    return _product(weights[0], x)
 
 
 def combine(left: Tensor, p: Tensor, order: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -100,9 +99,7 @@ def combine(left: Tensor, p: Tensor, order: Tensor | None, bias: Tensor | None) 
         order, bias: (d_out,).
     """
     if _is_one(p):
-        y = torch.mv(left, p.reshape(-1))
-        y = y if order is None else torch.cat((p.reshape(-1), y)).index_select(0, order)
-        return (y if bias is None else y.add_(bias)).view(*p.shape[:-1], -1)
+        return _combine_one(left, p.reshape(-1), order, bias).view(*p.shape[:-1], -1)
     rows = p.reshape(-1, p.shape[-1])
     if rows.shape[0] > 1 and not rows.is_contiguous():
         transposed = torch.mm(left, rows.T)
@@ -112,10 +109,50 @@ def combine(left: Tensor, p: Tensor, order: Tensor | None, bias: Tensor | None) 
         return _shaped(y if bias is None else y.add_(bias), p)
     if order is None:
         return linear(p, left, bias)
+    if len(rows) <= FEW:
+        return _finished(torch.cat((rows, linear(rows, left)), 1), order, bias, p)
     if _spreads(rows, left, order):
         return linear(p, spread(left, order), bias)
-    y = _shaped(_reordered(rows, left, order), p)
-    return y if bias is None else y.add_(bias)
+    rank = rows.shape[1]
+    joined = rows.new_empty(len(rows), rank + len(left))
+    joined[:, :rank] = rows
+    torch.mm(rows, left.T, out=joined[:, rank:])
+    return _finished(joined, order, bias, p)
+
+
+def run(right: Tensor, left: Tensor, order: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor:
+    """`combine` of the product with the right factor, which nobody else reads. For two bare linears.
+
+    Args:
+        right: (rank, d_in).
+        left, order, bias: as of `combine`.
+        x: (..., d_in).
+    """
+    if _is_one(x):
+        p = torch.mv(right, x.reshape(-1))
+        return _combine_one(left, p, order, bias).view(*x.shape[:-1], -1)
+    if order is None or not _is_joined(x):
+        return combine(left, _product(right, x), order, bias)
+    rows, rank = x.reshape(-1, x.shape[-1]), len(right)
+    joined = rows.new_empty(len(rows), rank + len(left))
+    torch.mm(rows, right.T, out=joined[:, :rank])
+    torch.mm(joined[:, :rank], left.T, out=joined[:, rank:])
+    return _finished(joined, order, bias, x)
+
+
+def reorder(joined: Tensor, order: Tensor) -> Tensor:
+    """joined[..., order].
+
+    On a processor index_select is fast for a float32 matrix and has no fast backward pass; of more dimensions or of
+    other types it takes two to ten times as long as `gather`, whose indices have the shape of the result.
+    """
+    if _is_recorded() or not joined.is_cpu:
+        return joined.index_select(-1, order)
+    if joined.dtype != torch.float32 or joined.requires_grad:
+        return joined.gather(-1, order.long().expand(*joined.shape[:-1], -1))
+    if joined.dim() == 2:
+        return joined.index_select(1, order)
+    return _shaped(joined.reshape(-1, joined.shape[-1]).index_select(1, order), joined)
 
 
 def spread(coefficients: Tensor, order: Tensor) -> Tensor:
@@ -137,27 +174,56 @@ def has_tiles() -> bool:
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
-def _reordered(rows: Tensor, left: Tensor, order: Tensor) -> Tensor:
-    """[p, left p] in the order: the product is written behind a copy of p, and one more copy reorders."""
-    rank = rows.shape[1]
-    joined = rows.new_empty(len(rows), rank + len(left))
-    joined[:, :rank] = rows
-    torch.mm(rows, left.T, out=joined[:, rank:])
-    if rows.element_size() != 2:
-        # Indexing with brackets takes several times as long as index_select.
-        return joined.index_select(-1, order)
-    # Types of half precision are gathered one number at a time through float32, and integers as they are.
-    return joined.view(torch.int16).gather(-1, order.long().expand(len(rows), -1)).view(rows.dtype)
+def _product(weight: Tensor, x: Tensor) -> Tensor:
+    """x Wᵀ, see `multiply`."""
+    if _is_one(x):
+        return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
+    if not _prefers_transposed(weight, x):
+        return linear(x, weight)
+    return _shaped(torch.mm(weight, x.reshape(-1, x.shape[-1]).T).T, x)
+
+
+def _combine_one(left: Tensor, p: Tensor, order: Tensor | None, bias: Tensor | None) -> Tensor:
+    """(d_out,): `combine` of one row p (rank,)."""
+    y = torch.mv(left, p)
+    if order is not None:
+        y = torch.cat((p, y)).index_select(0, order)
+    return y if bias is None else y.add_(bias)
+
+
+def _finished(joined: Tensor, order: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
+    """The rows of [p, left p] in the order, plus bias, in the batch shape of `like`."""
+    if len(joined) == 1:
+        y = joined.view(-1).index_select(0, order)
+    elif joined.element_size() == 2:
+        # Types of half precision are gathered one number at a time through float32, and integers as they are.
+        y = reorder(joined.view(torch.int16), order).view(joined.dtype)
+    else:
+        y = reorder(joined, order)
+    return _shaped(y if bias is None else y.add_(bias), like)
 
 
 def _is_one(x: Tensor) -> bool:
     """Whether it is one row whose product `mv` is fastest with."""
-    return x.dtype == torch.bfloat16 and x.numel() == x.shape[-1] and has_tiles()
+    if x.numel() != x.shape[-1]:
+        return False
+    return x.dtype in (torch.float32, torch.float64) or (x.dtype == torch.bfloat16 and has_tiles())
 
 
-def _prefers_transposed(x: Tensor) -> bool:
-    """Whether W xᵀ is faster than x Wᵀ, for an input that `is_worth` it and that is not one row for `mv`."""
-    return x.dtype in (torch.bfloat16, torch.float32) and x.numel() > x.shape[-1] and has_tiles()
+def _prefers_transposed(weight: Tensor, x: Tensor) -> bool:
+    """Whether W xᵀ is faster than x Wᵀ: few rows, and a matrix so large that it matters."""
+    if not has_tiles() or weight.numel() < SMALL or x.dtype not in (torch.bfloat16, torch.float32):
+        return False
+    least = FEWEST_FLOAT32 if x.dtype == torch.float32 else 2
+    return least <= x.numel() // max(x.shape[-1], 1) <= FEW
+
+
+def _is_joined(x: Tensor) -> bool:
+    """Whether it has so many rows that writing both products into one memory pays.
+
+    Torch's products of bfloat16 are slower with rows that are not next to each other.
+    """
+    return x.numel() > FEW * x.shape[-1] and x.dtype in (torch.float32, torch.float64)
 
 
 def _spreads(rows: Tensor, left: Tensor, order: Tensor) -> bool:
