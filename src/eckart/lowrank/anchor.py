@@ -112,8 +112,8 @@ class Anchor:
     def _factor(self, dtype: torch.dtype) -> Tensor | None:
         """The Cholesky factor of the shrunk Gh; None where float32 has none.
 
-        A covariance is a difference, and of inputs that hardly vary it is known to the rounding of their squares only:
-        its least eigenvalues may come out below zero. They count as zero then, as in `eigen_root`.
+        A covariance is known to the rounding of its sums, which is largest for 16-bit inputs on tensor cores: its least
+        eigenvalues may come out below zero. They count as zero then, as in `eigen_root`.
         """
         if dtype not in self._factors:
             _, _, moment = self._matrices_in(dtype)
