@@ -111,7 +111,8 @@ class InputMoments:
             name: torch.zeros(shape, dtype=dtype if len(shape) == 2 else torch.float64, device=device)
             for name, shape in shapes.items()
         }
-        # By the name of the stream's mean, once they are chosen; None for zero. Of moments that were read, the mean.
+        # By the name of the stream's mean, once they are chosen; None for zero. Moments that were read have none: their
+        # square sums are about the mean.
         self._shifts: dict[str, Tensor | None] = {}
         self._is_read = False
 
@@ -182,11 +183,10 @@ class InputMoments:
     def _choose_shifts(self, streams: dict[str, Tensor]) -> None:
         """The shift of each stream, by its first rows and for good. Moments that were read go on near their mean."""
         if self._is_read:
-            for name in streams:
-                self._shifts[name] = self._stream_mean(name).float().double()
-            moved = {name: self._about(name, self._shifts) for name in SQUARES if name in self._sums}
+            shifts: dict[str, Tensor | None] = {name: self._stream_mean(name).float().double() for name in streams}
+            moved = {name: self._about(name, shifts) for name in SQUARES if name in self._sums}
             self._sums = {name: total.clone() for name, total in self._sums.items()} | moved
-            self._is_read = False
+            self._shifts, self._is_read = shifts, False
         for name, rows in streams.items():
             if name not in self._shifts:
                 shift = _shift_for(rows)
@@ -229,8 +229,15 @@ class InputMoments:
             return self.reference.mean
         return self._sums[name].double() / max(self.count, 1)
 
-    def _offsets(self, name: str, shifts: Mapping[str, Tensor | None]) -> tuple[Tensor, Tensor] | None:
-        """By what the mean is off the shifts of a square sum's rows and columns; None where that changes nothing."""
+    def _offsets(self, name: str, shifts: Mapping[str, Tensor | None] | None = None) -> tuple[Tensor, Tensor] | None:
+        """By what the means are off the shifts of a square sum's rows and columns; None where that changes nothing.
+
+        Args:
+            shifts: default those that the sum is about.
+        """
+        if shifts is None and self._is_read:
+            return None
+        shifts = self._shifts if shifts is None else shifts
         pair = []
         for stream in SQUARES[name]:
             mean, shift = self._stream_mean(stream), shifts.get(stream)
@@ -246,7 +253,7 @@ class InputMoments:
         + n (mu - t)(mu - t)^T.
         """
         total = self._whole(name)
-        before, after = self._offsets(name, self._shifts), None if shifts is None else self._offsets(name, shifts)
+        before, after = self._offsets(name), None if shifts is None else self._offsets(name, shifts)
         if before is None and after is None:
             return total if dtype is None else total.to(dtype)
         moved = torch.empty_like(total, dtype=dtype or total.dtype)
@@ -277,9 +284,6 @@ class InputMoments:
         """The moments with this `count` and these `sums`, as read from a file."""
         moments = cls(sums["mean"].shape[0], frozenset())
         moments.count, moments._sums, moments._is_read = count, dict(sums), True
-        for name in STREAMS:
-            if name in sums:
-                moments._shifts[name] = moments._stream_mean(name)
         return moments
 
     def compact(self) -> InputMoments:
@@ -334,7 +338,7 @@ class InputMoments:
         """The diagonal of G or C."""
         self._require("covariance", "second_moment")
         squares = self._sums["covariance"].diagonal().double() / self.count
-        offsets = self._offsets("covariance", self._shifts)
+        offsets = self._offsets("covariance")
         if offsets is not None:
             squares = squares - offsets[0].square()
         return squares if centred else squares + self.mean.square()
@@ -353,7 +357,7 @@ class InputMoments:
     def _moment_rows(self, centred: bool) -> Iterator[tuple[slice, Tensor]]:
         """Some rows of G or C at a time, in float64, and which."""
         self._require("covariance", "second_moment")
-        total, offsets = self._whole("covariance"), self._offsets("covariance", self._shifts)
+        total, offsets = self._whole("covariance"), self._offsets("covariance")
         mean = None if centred else self.mean
         for start in range(0, self.d_in, NORMALISED_ROWS):
             place = slice(start, start + NORMALISED_ROWS)
