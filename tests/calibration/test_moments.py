@@ -93,7 +93,7 @@ def test_moments_are_of_the_stored_type_in_float32() -> None:
     rows = site_inputs(model, tokens, find_sites(model))
     assert rows["model.layers.0.mlp.down_proj"].dtype == torch.bfloat16
     moments = calibrate(model, tokens, METHOD, batch_size=1).blocks[0].inputs["model.layers.0.mlp.down_proj"]
-    assert moments.sums["second_moment"].dtype == torch.float32
+    assert moments.sums["covariance"].dtype == torch.float32
     exact = rows["model.layers.0.mlp.down_proj"].double()
     assert relative(moments.second_moment, exact.T @ exact / len(exact)) < 1e-6
 

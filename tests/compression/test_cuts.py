@@ -120,7 +120,7 @@ def test_of_a_compressed_stream_too(dtype: torch.dtype) -> None:
             ]
         )
         energy = float(((weight @ inputs.reference_second_moment) * weight).sum())
-        assert each.relative_error == pytest.approx(float(((cut @ both) * cut).sum()) / energy, rel=1e-6, abs=1e-12)
+        assert each.relative_error == pytest.approx(float(((cut @ both) * cut).sum()) / energy, rel=1e-5, abs=1e-12)
 
 
 def test_what_linears_of_one_input_share_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:

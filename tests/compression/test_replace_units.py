@@ -232,7 +232,7 @@ def test_a_refit_that_is_worse_on_held_out_samples_is_undone() -> None:
             {
                 "mean": torch.zeros(moments.d_in, dtype=torch.float64),
                 "abs_mean": torch.ones(moments.d_in, dtype=torch.float64),
-                "second_moment": 10 * torch.eye(moments.d_in, dtype=torch.float64),
+                "covariance": 10 * torch.eye(moments.d_in, dtype=torch.float64),
             },
         )
         for part in calibration

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eckart.lowrank import DecompositionError, InputMoments
 from eckart.lowrank.anchor import Anchor
+from eckart.lowrank.moments import STREAMS
 
 from .reference import Layer, laws, layers, make_layer
 
@@ -131,8 +132,8 @@ def test_a_moment_that_stays_singular_is_refused_with_its_numbers() -> None:
 def test_a_covariance_below_its_rounding_is_no_reason_to_stop() -> None:
     """Inputs that hardly vary, of squares that were added by cutting off, as tensor cores do it.
 
-    The covariance is the small difference of a second moment that is 4e-6 too small and a mean's square: its least
-    eigenvalue is below zero by more than a shrinkage of 0.1 lifts it.
+    The sums are about zero, as those of 16-bit inputs whose means are not dominant; second moments are 4e-6 too small,
+    and the least eigenvalue of the covariance is below zero by more than a shrinkage of 0.1 lifts it.
     """
     random = torch.Generator().manual_seed(0)
     x = 5 + 0.05 * torch.randn(300, 64, generator=random, dtype=torch.float64)
@@ -140,9 +141,13 @@ def test_a_covariance_below_its_rounding_is_no_reason_to_stop() -> None:
     weight = torch.randn(12, 64, generator=random, dtype=torch.float64)
     layer = Layer(weight, x, xh, x, x)
     true = layer.moments(ANCHORED).require_inputs()
-    square = {"second_moment", "reference_second_moment", "cross_moment"}
-    cut_off = {name: value * (1 - 4e-6) if name in square else value for name, value in true.sums.items()}
-    kept = InputMoments.from_state(true.count, cut_off).compact()
+    second = {
+        "covariance": true.second_moment,
+        "cross_covariance": true.cross_moment,
+        "reference_covariance": true.reference_second_moment,
+    }
+    cut_off = {name: value - 4e-6 * true.count * second.get(name, 0) for name, value in true.sums.items()}
+    kept = InputMoments.from_state(true.count, cut_off | {name: true.sums[name] for name in STREAMS}).compact()
     covariance = kept.covariance
     shrunk = 0.9 * covariance + 0.1 * covariance.diagonal().mean() * torch.eye(64, dtype=torch.float64)
     assert torch.linalg.eigvalsh(shrunk)[0] < 0

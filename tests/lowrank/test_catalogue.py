@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eckart.lowrank import METHODS, DecompositionError, build_method, method_options
+from eckart.lowrank import METHODS, DecompositionError, InputMoments, Moments, build_method, method_options
 from eckart.lowrank.method import Prepared
 from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
 
@@ -195,10 +195,15 @@ def test_numbers_that_are_not_finite_are_refused(entry: Entry, value: float) -> 
     weight[2, 3] = value
     with pytest.raises((ValueError, DecompositionError), match="not finite"):
         method.factor(weight, layer.moments(method.needs))
+    kept = {"second_moment": "covariance", "cross_moment": "cross_covariance"}
     for name in method.needs:
         moments = layer.moments(method.needs)
-        source = moments.inputs if name in INPUT_STATISTICS else moments.gradients
-        source.sums[name].view(-1)[3] = value
+        if name in INPUT_STATISTICS:
+            sums = {key: total.clone() for key, total in moments.require_inputs().sums.items()}
+            sums[kept.get(name, name)].view(-1)[3] = value
+            moments = Moments(InputMoments.from_state(moments.require_inputs().count, sums), moments.gradients)
+        else:
+            moments.require_gradients().sums[name].view(-1)[3] = value
         with pytest.raises((ValueError, DecompositionError), match="not finite"):
             method.factor(layer.weight, moments)
 

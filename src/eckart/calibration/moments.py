@@ -29,7 +29,7 @@ from eckart.support.fingerprint import describe_architecture, hash_weights
 from eckart.support.progress import Track, silent
 
 # Number of this layout and of the way moments are taken; part of every digest, so that a change reuses nothing.
-FORMAT = 3
+FORMAT = 4
 # Bytes of input moments of all blocks at once. Within them, and only then, they come from the passes that gradients are
 # gathered in, which saves a forward pass.
 IN_ONE_PASS = 4 * 2**30

@@ -121,7 +121,7 @@ def cut_units(request: CutRequest) -> Iterator[tuple[Unit, Cut]]:
         try:
             factors, took = factored.cut(rank), None
             if refit:
-                if inputs is None or "second_moment" not in inputs.sums:
+                if inputs is None or inputs.keeps("covariance") is None:
                     raise ValueError(f"a refit needs second moments, and {method.name}'s calibration has none")
                 factors, took = _refit(weight, factors, inputs, held_out)
             stored = unit.stored(factors, plan.layout, weight.dtype)
@@ -271,7 +271,7 @@ def _relative_error(
     anchor: Anchor | None,
 ) -> float | None:
     """E||W x - M xh - d||^2 / E||W x||^2. The spectrum's tail is not it: rounded factors lose more than exact ones."""
-    if inputs is None or "second_moment" not in inputs.sums:
+    if inputs is None or inputs.keeps("covariance") is None:
         return None
     error, energy = output_error(weight, stored, Moments(inputs), energy=energy, anchor=anchor)
     return error / energy if energy > 0 else 0.0

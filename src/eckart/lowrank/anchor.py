@@ -18,8 +18,9 @@ from eckart.lowrank.float32 import full_float32, symmetric_trace
 from eckart.lowrank.metrics import DecompositionError, check_finite, describe, eigh, shrink
 from eckart.lowrank.moments import NORMALISED_ROWS, InputMoments
 
-# Moments are kept in float32: an input of which every entry varies by less than this share of its square is constant.
-CONSTANT = 1e-6
+# An input of which every entry varies by less than this share of its square is constant: twice the rounding of float32
+# (6e-8), squared.
+CONSTANT = 1.5e-14
 # The float32 solution of V Gh = P is taken where V Gh and P are as near as this on random vectors.
 LARGEST_RESIDUAL = 1e-5
 PROBES = 8
@@ -47,7 +48,7 @@ class Anchor:
     @property
     def is_single(self) -> bool:
         """Whether the moments were kept in float32, so that float32 is all that is known of them."""
-        names = ("second_moment", "cross_moment", "reference_second_moment")
+        names = ("covariance", "cross_covariance", "reference_covariance")
         return all(self.inputs.keeps(name) == torch.float32 for name in names)
 
     @property
@@ -96,7 +97,7 @@ class Anchor:
 
     def energy(self, weight: Float[Tensor, "out in"]) -> float:
         """E||W x||^2."""
-        return symmetric_trace(weight, self.inputs.sums["reference_second_moment"]) / self.inputs.count
+        return self.inputs.energy(weight, reference=True)
 
     def _is_solution(self, moved: Tensor, sought: Tensor) -> bool:
         """Whether `moved` times the shrunk Gh is `sought`, on random vectors, in float64."""
@@ -111,8 +112,8 @@ class Anchor:
     def _factor(self, dtype: torch.dtype) -> Tensor | None:
         """The Cholesky factor of the shrunk Gh; None where float32 has none.
 
-        A covariance is a difference, and of inputs that hardly vary it is known to the rounding of their squares only:
-        its least eigenvalues may come out below zero. They count as zero then, as in `eigen_root`.
+        A covariance is known to the rounding of its sums, which is largest for 16-bit inputs on tensor cores: its least
+        eigenvalues may come out below zero. They count as zero then, as in `eigen_root`.
         """
         if dtype not in self._factors:
             _, _, moment = self._matrices_in(dtype)
@@ -151,16 +152,16 @@ class Anchor:
     def _rows(self) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor]]]:
         """Some rows of E, D and Gh at a time, in float64, and which."""
         sums, count = self.inputs.sums, self.inputs.count
-        second, cross, reference = (sums[name] for name in ("second_moment", "cross_moment", "reference_second_moment"))
+        own, cross, reference = (sums[name] for name in ("covariance", "cross_covariance", "reference_covariance"))
         mean, shift = self.inputs.mean, self.inputs.reference_mean - self.inputs.mean
         for start in range(0, self.inputs.d_in, NORMALISED_ROWS):
             place = slice(start, start + NORMALISED_ROWS)
-            moment = second[place].to(torch.float64, copy=True).div_(count)
+            moment = own[place].to(torch.float64, copy=True).div_(count)
             change = cross[place].to(torch.float64, copy=True).div_(count).sub_(moment)
-            # D = R - X - X^T + Gh = R - E - X^T
+            # About the means D = R - X - X^T + Ch = R - E - X^T.
             spread = reference[place].to(torch.float64, copy=True).sub_(cross[:, place].mT).div_(count).sub_(change)
-            if self.centred:
-                moment.addr_(mean[place], mean, alpha=-1)
-                change.addr_(shift[place], mean, alpha=-1)
-                spread.addr_(shift[place], shift, alpha=-1)
+            if not self.centred:
+                moment.addr_(mean[place], mean)
+                change.addr_(shift[place], mean)
+                spread.addr_(shift[place], shift)
             yield place, (change, spread, moment)

@@ -37,10 +37,16 @@ def exact_products(x: Tensor) -> Iterator[None]:
     exactly the float32 products of such numbers, several times as fast; there, and for such an input only, it may.
     Anything else is multiplied in `full_float32`.
     """
-    units = torch.cpu.get_capabilities()
-    exact = x.dtype == torch.bfloat16 and x.device.type == "cpu" and (units.get("amx_bf16") or units.get("avx512_bf16"))
-    with _precision("medium" if exact else "highest"):
+    with _precision("medium" if x.device.type == "cpu" and has_units_for(x) else "highest"):
         yield
+
+
+def has_units_for(x: Tensor) -> bool:
+    """Whether the device multiplies numbers of this type as they are, of 16 bits, and adds in float32."""
+    if x.device.type != "cpu":
+        return is_multiplied_exactly(x)
+    units = torch.cpu.get_capabilities()
+    return x.dtype == torch.bfloat16 and bool(units.get("amx_bf16") or units.get("avx512_bf16"))
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from eckart.lowrank.anchor import Anchor
 from eckart.lowrank.factors import Factors
-from eckart.lowrank.float32 import symmetric_trace
 from eckart.lowrank.metrics import BlockDiagonal, Metric, Root, Whitening
 from eckart.lowrank.moments import GRADIENT_STATISTICS, Moments
 from eckart.lowrank.pivoting import Pivoted
@@ -275,14 +274,12 @@ def output_error(
     kept = factors.to(torch.float64).dense()
     mean, read = kept @ inputs.mean, exact @ inputs.reference_mean
     shift = read - mean if factors.bias is None else read - mean - factors.bias.double()
-    if "cross_moment" in inputs.sums:
+    if inputs.keeps("cross_covariance") is not None:
         single = anchor is not None and anchor.is_single and weight.dtype != torch.float64
         anchor, weight = anchor or Anchor(inputs, 0.0, centred=True), weight.float() if single else exact
         energy, error, centred = anchor.energy(weight), anchor.error(weight, kept), anchor.centred
     else:
-        second, centred = inputs.sums["second_moment"], False
-        energy = symmetric_trace(exact, second) / inputs.count if energy is None else energy
-        error = symmetric_trace(exact - kept, second) / inputs.count
+        energy, error, centred = inputs.energy(exact) if energy is None else energy, inputs.spread(exact - kept), True
     # What is about the means lacks the error at the mean; what is not has the one without a bias.
     error += float(shift.square().sum() if centred else shift.square().sum() - (read - mean).square().sum())
     return max(error, 0.0), energy

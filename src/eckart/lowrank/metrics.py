@@ -152,7 +152,7 @@ def of_second_moment(root: Callable[[Tensor], Tensor]) -> Callable[[Moments], Te
 class Whitening:
     """The Cholesky root B of an input moment M, B B^T = M, computed when it is asked for.
 
-        M = (1 - share) G + share mean(diag G) I,   or the same of C = G - mu mu^T where it is centred
+        M = (1 - share) G + share mean(diag G) I,   or the same of the covariance C where it is centred
 
     What a cut needs is often M alone: the Gram matrix of W B on its output side is W M W^T. Linears that read one input
     share one object, so that moment and root are computed once for all of them.
@@ -174,7 +174,7 @@ class Whitening:
     @property
     def is_single(self) -> bool:
         """Whether the moments were kept in float32, so that float32 is all that is known of M."""
-        return self.inputs.keeps("second_moment") == torch.float32
+        return self.inputs.keeps("covariance") == torch.float32
 
     def moment(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "d d"]:
         """M. Computed in float64, and once for each type.

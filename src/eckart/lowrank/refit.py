@@ -32,7 +32,7 @@ def refit_left(weight: Float[Tensor, "out in"], factors: Factors, moments: Momen
     Cost: products of 2 rank d_in^2 operations, one symmetric eigenproblem of size rank.
     """
     inputs = moments.require_inputs()
-    crossed = "cross_moment" in inputs.sums
+    crossed = inputs.keeps("cross_covariance") is not None
     if factors.bias is None:
         moment, cross = inputs.second_moment, inputs.cross_moment if crossed else inputs.second_moment
     else:
