@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.data.corpora import read_text
@@ -43,7 +44,7 @@ class Texts:
             stream = encode(read_text(name, split="test", data=data), tokenizer)
             if len(stream) >= length:
                 self.rows[name] = stream[: len(stream) // length * length].view(-1, length)[:windows]
-        width = 4 * dense.get_input_embeddings().num_embeddings * length
+        width = 4 * cast(nn.Embedding, dense.get_input_embeddings()).num_embeddings * length
         self.together = max(1, AT_A_TIME // width)
         self.keeps = width * sum(len(rows) for rows in self.rows.values()) <= KEPT
         self.kept: dict[tuple[str, int], Tensor] = {}
