@@ -57,7 +57,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/inference.py --quick --json runs/bench/inference.json
 	$(BIN)/python benchmarks/identities.py --samples 8
 	$(BIN)/python benchmarks/nsvd_table.py --keeps 0.7 --samples 32 --windows 8
-	$(BIN)/python benchmarks/probing.py --texts 100 200 400 --out runs/bench/probing.json
+	$(BIN)/python benchmarks/probing.py --texts 60 120 --layers 2 --out runs/bench/probing.json
 
 # The two real models that benchmarks and slow tests take by name, into the user's cache folder.
 models: $(READY)

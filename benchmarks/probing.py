@@ -28,6 +28,7 @@ from eckart.evals.hidden_states import read_hidden_states
 from eckart.models.sites import blocks_of
 
 SEEDS = 3
+WARM_UP = 40
 
 
 def read_rows(task: str, data: Path | None, count: int) -> Labelled:
@@ -51,8 +52,8 @@ def measure(model_name: str, task: str, data: Path | None, texts: int, layers: i
     layers = min(layers, len(blocks))
     del blocks[layers:]
     rows = read_rows(task, data, texts)
-    import sklearn.neural_network  # noqa: F401 (what has to be in memory anyway)
-
+    with tempfile.TemporaryDirectory() as folder:  # once unmeasured: imports, and what is compiled at its first use
+        probe(model, tokenizer, rows.draw(WARM_UP), seeds=1, cache=Path(folder))
     with tempfile.TemporaryDirectory() as folder:
         before, seconds = peak_bytes(), dict[str, float]()
         with lap(seconds, "states"), read_hidden_states(model, tokenizer, rows.texts, cache=Path(folder)):
