@@ -151,6 +151,19 @@ def test_on_tiles_each_has_its_order(
     assert expected <= set(recorder.called)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("count", [4, 16, 100])
+def test_without_tiles_a_bias_rounds_as_with_gradients(
+    count: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is added to a rounded product."""
+    monkeypatch.setattr(matmul, "has_tiles", lambda: False)
+    module, x = make_linear("plain", dtype, bias=True), rows((count, D_IN), dtype)
+    with torch.no_grad():
+        y = module(x)
+    assert torch.equal(y, module(x))
+
+
 def test_without_tiles_products_are_linears(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "has_tiles", lambda: False)
     for count in (1, 2, 16, 65):

@@ -108,7 +108,9 @@ def combine(left: Tensor, p: Tensor, order: Tensor | None, bias: Tensor | None) 
         y = transposed.T.contiguous()
         return _shaped(y if bias is None else y.add_(bias), p)
     if order is None:
-        return linear(p, left, bias)
+        y = linear(p, left)
+        # Not the linear's own bias, which rounds once less than the same module does with gradients.
+        return y if bias is None else y.add_(bias)
     if len(rows) <= FEW:
         return _finished(torch.cat((rows, linear(rows, left)), 1), order, bias, p)
     if _spreads(rows, left, order):
