@@ -22,7 +22,7 @@ from eckart.support.files import set_aside, write_whole
 from eckart.support.fingerprint import describe_architecture
 
 # Raised when the way of measuring changes: tables of another way are not read.
-FORMAT = 1
+FORMAT = 2
 # Tokens that a model reads at a time where it does not generate and nobody says how many.
 TEXT = 512
 
