@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from eckart.compression.baselines import build_baseline
 from eckart.data.mixtures import parts_of
 from eckart.evals.agreement import agreement, has_answers
+from eckart.evals.distance import LinearErrors
 from eckart.evals.result import EvalResult, read_result, write_result
 from eckart.evals.similarity import Activations, read_activations
 from eckart.evals.subject import Setup, Subject
@@ -29,6 +30,7 @@ from eckart.evals.tasks import Task, find_task
 from eckart.lowrank import DecompositionError
 from eckart.models.loading import load_model, load_tokenizer, locate
 from eckart.models.sites import input_groups
+from eckart.runs.calibration_errors import calibration_errors
 from eckart.runs.card import write_card
 from eckart.runs.engine.base import EvaluationRequest
 from eckart.runs.engine.local import HERE
@@ -243,17 +245,18 @@ class _Models:
     def evaluate(self, tasks: Sequence[Task], which: str) -> Iterator[EvalResult | ValueError]:
         """The results of one of the models, in the tasks' order; or why one was refused."""
 
-        def needs(task: Task) -> tuple[bool, bool]:
-            """(the dense model to compare with, the dense model's activations)."""
+        def needs(task: Task) -> tuple[bool, bool, bool]:
+            """(the dense model to compare with, the dense model's activations, the compressed linears' errors)."""
             row = find_task(task.name)
-            return which == "compressed" and row.wants_reference, "activations" in row.needs
+            return which == "compressed" and row.wants_reference, "activations" in row.needs, "errors" in row.needs
 
-        for (compare, read), group in itertools.groupby(tasks, needs):
+        for (compare, read, compare_errors), group in itertools.groupby(tasks, needs):
             together = list(group)
             try:
                 model = self.get(which)
                 reference = self.get("dense") if compare else None
                 activations = self.activations if read else None
+                errors = self.errors if compare_errors else None
             except ValueError as error:
                 yield from [error] * len(together)
                 continue
@@ -262,7 +265,7 @@ class _Models:
             # A baseline is made in memory: no worker elsewhere could load it.
             engine = HERE if which == "compressed" and self.recipe.is_baseline else self.how.engine
             subject = Subject(
-                model, self.tokenizer, path if stored else None, reference, activations, self.recipe.context
+                model, self.tokenizer, path if stored else None, reference, activations, errors, self.recipe.context
             )
             how = self.how
             setup = Setup(how.data, how.batch_size, how.workers, how.cache, how.track)
@@ -274,6 +277,12 @@ class _Models:
         model = self.get("dense")
         tokens = make_tokens(self.recipe, model, self.tokenizer, self.how.data)
         return read_activations(model, tokens, input_groups(model), track=self.how.track)
+
+    @functools.cached_property
+    def errors(self) -> LinearErrors:
+        """Of the compressed model's linears on text like its calibration text."""
+        models = [self.get(which) for which in ("compressed", "dense")]
+        return calibration_errors(self.directory, *models, self.tokenizer, data=self.how.data, track=self.how.track)
 
 
 class _Results:
