@@ -112,7 +112,6 @@ def test_what_is_far_has_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     calibration, text = tiny_tokens(6, LENGTH), tiny_tokens(6, LENGTH, seed=5)
     model = compressed("llama", calibration)
     value = measure(model, calibration, text).value
-    assert value < FAR
     for far, warned in ((value * 1.001, False), (value * 0.999, True)):
         monkeypatch.setattr("eckart.evals.distance.FAR", far)
         assert (measure(model, calibration, text).warning is not None) == warned
@@ -120,6 +119,20 @@ def test_what_is_far_has_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     line = measure(model, mixture, text, task="distance:c").warning
     assert line is not None
     assert "--calibration 'broad*3+c'" in line
+
+
+def test_a_text_is_not_far_that_is_like_one_part_of_a_mixture() -> None:
+    """One part is one token, on which the cut is exact; the errors on the other are what the whole is far from."""
+    tokens = tiny_tokens(4, LENGTH)
+    one = Tokens(torch.full_like(tokens.ids, 9), tokens.mask, {"corpus": "one"})
+    both, model = one + Tokens(tokens.ids, tokens.mask, {"corpus": "many"}), compressed("llama", one)
+    result = measure(model, both, tokens, task="distance:many")
+    parts = result.details["parts"]
+    assert parts["one"] == pytest.approx(1 / parts["many"], rel=1e-4)
+    assert parts["many"] == pytest.approx(result.value, rel=1e-4)
+    assert result.value > FAR
+    assert result.warning is None
+    assert measure(model, one, tokens).warning is not None
 
 
 def test_padding_is_left_out() -> None:

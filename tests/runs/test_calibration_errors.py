@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from eckart.evals.distance import FAR
 from eckart.evals.result import EvalResult
 from eckart.models.loading import load_model, load_tokenizer
 from eckart.reports.page import render
@@ -56,9 +57,21 @@ def test_the_samples_are_others_than_the_calibrations_of_the_same_text(place: Pa
     assert not rows(tokens.ids) & rows(used.ids)
     whole = TOKENIZER((place / "words.txt").read_text(), return_tensors="pt")["input_ids"].view(-1, LENGTH)
     assert rows(tokens.ids) < rows(whole)
-    assert tokens.source == {**used.source, "seed": 1, "part": "unseen"}
+    assert tokens.source == {**used.source, "seed": 1, "part": "unseen", "read": [len(tokens), LENGTH]}
     many = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"samples": 49})})
     assert READ - 15 < len(comparable_tokens(many, MODEL, TOKENIZER, None)) <= READ
+
+
+def test_no_more_is_read_of_them_than_of_the_text(place: Path) -> None:
+    """Windows of the same length, and no more of them, but one of each part of a mixture."""
+    recipe = recipe_of(place, f"{place / 'words.txt'}+{place / 'train.txt'}")
+    tokens = comparable_tokens(recipe, MODEL, TOKENIZER, None)
+    for limit, samples in ((1, 2), (3, 3), (99, len(tokens))):
+        short = comparable_tokens(recipe, MODEL, TOKENIZER, None, length=10, limit=limit)
+        torch.testing.assert_close(short.ids, tokens.ids[:samples, :10])
+        assert short.mask.shape == short.ids.shape
+        assert short.source["read"] == [samples, 10]
+    assert {part["samples"] > 0 for part in comparable_tokens(recipe, MODEL, TOKENIZER, None, limit=1).parts} == {True}
 
 
 def test_documents_are_others_too(place: Path, tmp_path: Path) -> None:
@@ -115,7 +128,7 @@ def test_a_run_measures_distances_and_its_report_warns(place: Path, tmp_path: Pa
     assert near is not None
     assert far is not None
     assert near.warning is None
-    assert 0.5 < near.value < 2 < far.value
+    assert 0.5 < near.value < FAR < far.value
     assert far.warning is not None
     assert near.settings["calibration"]["part"] in ("unseen", "used")
     stored = {json.loads(file.read_text())["value"] for file in (folder / "evals").glob("distance-*.json")}

@@ -53,7 +53,7 @@ def command(
         str | None, typer.Option(help="The dense model, for divergence, distance, and cost's ratios")
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="The calibration corpus, for similarity; of distance, default the checkpoint's")
+        str | None, typer.Option(help="The calibration corpus, for similarity; of distance, default its own")
     ] = None,
     samples: Annotated[int, typer.Option(help="Windows of that corpus")] = 256,
     dtype: Dtype = "auto",
@@ -106,7 +106,15 @@ def command(
                 activations = read_activations(loaded, tokens, input_groups(dense or loaded), track=track)
             if "errors" in needs and dense is not None:
                 errors = calibration_errors(
-                    Path(model), loaded, dense, tokenizer, tokens=tokens, data=data, track=track
+                    Path(model),
+                    loaded,
+                    dense,
+                    tokenizer,
+                    tokens=tokens,
+                    length=length,
+                    limit=limit,
+                    data=data,
+                    track=track,
                 )
             with open_run(
                 engine, address=address, workers=workers, device=device, batch_size=batch_size, data=data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from eckart.runs.recipe import Recipe, load_recipe
 from eckart.runs.workbench import make_tokens
 from eckart.support.progress import Track, silent
 
-# Samples that errors are read on. The 32 of broad are shared out exactly among its parts.
+# Samples that errors are read on at most. The 32 of broad are shared out exactly among its parts.
 READ = 32
 
 
@@ -26,6 +27,8 @@ def calibration_errors(
     tokenizer: PreTrainedTokenizerBase,
     *,
     tokens: Tokens | None = None,
+    length: int | None = None,
+    limit: int | None = None,
     data: Path | None = None,
     track: Track = silent,
 ) -> LinearErrors:
@@ -35,6 +38,7 @@ def calibration_errors(
         checkpoint: the directory of `model`.
         reference: the dense model that it came from.
         tokens: of the calibration text; default: see `comparable_tokens`, of the recorded recipe.
+        length, limit: of the windows of text that are compared with it.
 
     Raises:
         ValueError: no low-rank linear, no calibration text or none that can be had, and what `read_errors` raises.
@@ -46,7 +50,8 @@ def calibration_errors(
             "eckart compressed by low rank"
         )
     if tokens is None:
-        tokens = comparable_tokens(recorded_recipe(checkpoint), model, tokenizer, data)
+        recipe = recorded_recipe(checkpoint)
+        tokens = comparable_tokens(recipe, model, tokenizer, data, length=length, limit=limit)
     return read_errors(model, reference, tokens, linears, track=track)
 
 
@@ -73,13 +78,24 @@ def recorded_recipe(checkpoint: Path) -> Recipe:
 
 
 def comparable_tokens(
-    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path | None
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Path | None,
+    *,
+    length: int | None = None,
+    limit: int | None = None,
 ) -> Tokens:
     """At most READ samples of the calibration text that the model was not fit to, drawn as those that it was fit to.
 
     On samples that it was fit to, its errors are smaller than on any other text, the more so the fewer they were. Where
     the text, or a part of a mixture, has no other samples, they are the calibration's own. `source["part"]` says which:
     "unseen" or "used".
+
+    Args:
+        length: of the windows of text that are compared with them; longer samples are cut, for a model errs otherwise
+            at the beginning of a window.
+        limit: of those windows; no more samples are read, but those of one for each part of a mixture.
 
     Raises:
         ValueError: the text cannot be had; the message names it.
@@ -98,5 +114,6 @@ def comparable_tokens(
     unseen = others.take(torch.tensor(is_new))
     whole = all(part["samples"] for part in unseen.parts)
     tokens, part = (unseen, "unseen") if whole else (used, "used")
-    few = tokens.take(slice(READ))
-    return Tokens(few.ids, few.mask, {**few.source, "part": part}, few.mask_token, few.part_of)
+    few = tokens.take(slice(READ if limit is None else min(READ, max(limit, len(tokens.parts)))))
+    source = {**few.source, "part": part, "read": [len(few), min(few.ids.shape[1], length or few.ids.shape[1])]}
+    return replace(few, ids=few.ids[:, :length], mask=few.mask[:, :length], source=source)

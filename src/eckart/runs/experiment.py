@@ -205,12 +205,17 @@ def _note_refusals(directory: Path, refusals: dict[str, dict[str, str]]) -> None
         file.unlink(missing_ok=True)
 
 
+# (length, limit) of a task.
+_Windows = tuple[int | None, int | None]
+
+
 class _Models:
     """The two models of a run, each loaded when something first asks for it."""
 
     def __init__(self, recipe: Recipe, directory: Path, how: How) -> None:
         self.recipe, self.directory, self.how = recipe, directory, how
         self.loaded: dict[str, PreTrainedModel] = {}
+        self._errors: dict[_Windows, LinearErrors] = {}
         self.tokenizer = load_tokenizer(recipe.model, trust_remote_code=how.trust_remote_code)
 
     def get(self, which: str) -> PreTrainedModel:
@@ -245,18 +250,19 @@ class _Models:
     def evaluate(self, tasks: Sequence[Task], which: str) -> Iterator[EvalResult | ValueError]:
         """The results of one of the models, in the tasks' order; or why one was refused."""
 
-        def needs(task: Task) -> tuple[bool, bool, bool]:
-            """(the dense model to compare with, the dense model's activations, the compressed linears' errors)."""
+        def needs(task: Task) -> tuple[bool, bool, _Windows | None]:
+            """(the dense model to compare with, the dense model's activations, the windows to read errors for)."""
             row = find_task(task.name)
-            return which == "compressed" and row.wants_reference, "activations" in row.needs, "errors" in row.needs
+            windows = (task.length, task.limit) if "errors" in row.needs else None
+            return which == "compressed" and row.wants_reference, "activations" in row.needs, windows
 
-        for (compare, read, compare_errors), group in itertools.groupby(tasks, needs):
+        for (compare, read, windows), group in itertools.groupby(tasks, needs):
             together = list(group)
             try:
                 model = self.get(which)
                 reference = self.get("dense") if compare else None
                 activations = self.activations if read else None
-                errors = self.errors if compare_errors else None
+                errors = self.errors(windows) if windows is not None else None
             except ValueError as error:
                 yield from [error] * len(together)
                 continue
@@ -278,11 +284,20 @@ class _Models:
         tokens = make_tokens(self.recipe, model, self.tokenizer, self.how.data)
         return read_activations(model, tokens, input_groups(model), track=self.how.track)
 
-    @functools.cached_property
-    def errors(self) -> LinearErrors:
-        """Of the compressed model's linears on text like its calibration text."""
-        models = [self.get(which) for which in ("compressed", "dense")]
-        return calibration_errors(self.directory, *models, self.tokenizer, data=self.how.data, track=self.how.track)
+    def errors(self, windows: _Windows) -> LinearErrors:
+        """Of the compressed model's linears on text like its calibration text, to compare windows of text with."""
+        if windows not in self._errors:
+            self._errors[windows] = calibration_errors(
+                self.directory,
+                self.get("compressed"),
+                self.get("dense"),
+                self.tokenizer,
+                length=windows[0],
+                limit=windows[1],
+                data=self.how.data,
+                track=self.how.track,
+            )
+        return self._errors[windows]
 
 
 class _Results:
