@@ -141,7 +141,7 @@ def distance(
         }
         within += details["parts"].values()
     if value >= FAR * max(within):
-        details["warning"] = _warning(task, value, calibration.source)
+        details["warning"] = _warning(task, value)
     return EvalResult(
         task=task,
         metric="error ratio",
@@ -210,11 +210,10 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _warning(task: str, value: float, source: dict[str, Any]) -> str:
+def _warning(task: str, value: float) -> str:
     text = task.partition(":")[2].partition("@")[0] or "the text"
-    corpus = source.get("corpus", "broad")
     return (
         f"{text} is far from the text that the model was calibrated on: its linears err {value:.2g} times as much "
         f"there ({FAR:g} is far). To use the model on such text, calibrate on a mixture with it, as in "
-        f"--calibration '{corpus}*3+{text}'"
+        f"--calibration 'broad*3+{text}'"
     )
