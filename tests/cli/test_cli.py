@@ -379,3 +379,38 @@ def test_what_there_is_can_be_listed(run: Run) -> None:
     status, printed = run("compress", "nowhere", "out", "--method", "llm-pruner", "--keep", "0.7")
     assert status == 2
     assert "makes no checkpoint" in printed
+
+
+def test_a_text_far_from_the_calibration_has_a_warning(run: Run, place: Path, tmp_path: Path) -> None:
+    """The calibration text is the checkpoint's own, or a named one."""
+    (tmp_path / "near.txt").write_text("w1 w2 w3 w4 w5 " * 200)
+    text = ("--calibration", tmp_path / "near.txt", "--samples", "8", "--length", "16")
+    status, printed = run("compress", place / "model", tmp_path / "small", *text, "--method", "asvd-i", "--keep", "0.5")
+    assert status == 0, printed
+    tasks = [f"distance:{file}" for file in (tmp_path / "near.txt", place / "test.txt")]
+    arguments = ("eval", tmp_path / "small", "--task", tasks[0], "--task", tasks[1], "--out", tmp_path / "e")
+    status, printed = run(*arguments)
+    assert status == 2, printed
+    assert "the dense model to compare with (--reference)" in printed
+
+    status, printed = run(*arguments, "--reference", place / "model")
+    assert status == 0, printed
+    assert printed.count("is far from the text that the model was calibrated on") == 1
+    assert f"+{place / 'test.txt'}'" in printed
+    status, printed = run(*arguments, "--reference", place / "model")
+    assert status == 0, printed
+    assert "2 of 2 are there already" in printed
+    assert printed.count("is far from") == 1
+
+    (tmp_path / "near.txt").write_text("w1 w2 w3 w4 w5 w6 " * 200)
+    status, printed = run(*arguments, "--reference", place / "model")
+    assert status == 2
+    assert "near.txt is changed" in printed
+    named = ("--calibration", place / "test.txt", "--samples", "4", "--length", "16", "--reference", place / "model")
+    (tmp_path / "near.txt").unlink()
+    status, printed = run("eval", tmp_path / "small", "--task", tasks[1], "--reference", place / "model")
+    assert status == 2
+    assert "near.txt, and that cannot be had" in printed
+    status, printed = run("eval", tmp_path / "small", "--task", tasks[1], *named)
+    assert status == 0, printed
+    assert "is far from" not in printed

@@ -10,9 +10,9 @@ import torch
 
 from eckart.data.tokens import Tokens
 from eckart.evals.result import EvalResult
-from eckart.evals.similarity import BINS, read_activations, similarity, watch_inputs
+from eckart.evals.similarity import BINS, read_activations, similarity
 from eckart.models.sites import find_sites
-from tiny import FAMILY_CONFIGS, POSITIONS, tiny_model, tiny_tokens
+from tiny import FAMILY_CONFIGS, POSITIONS, site_inputs, tiny_model, tiny_tokens
 
 WATCHED = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")
 
@@ -41,13 +41,11 @@ def test_by_hand() -> None:
     result = compare(model, calibration, rows_of(text), watched=WATCHED, length=8)
     expected = []
     for name in WATCHED:
-        with torch.no_grad(), watch_inputs(model, [name]) as seen:
-            model(input_ids=calibration.ids)
-            centre = seen[name].double().flatten(0, 1).mean(0)
-            for window in text.ids:
-                model(input_ids=window[None])
-                mean = seen[name][0].double().mean(0)
-                expected.append(float(mean @ centre / (mean.norm() * centre.norm())))
+        (site,) = (each for each in find_sites(model) if each.name == name)
+        centre = site_inputs(model, calibration, [site])[name].double().mean(0)
+        for row in range(len(text)):
+            mean = site_inputs(model, text.take(slice(row, row + 1)), [site])[name].double().mean(0)
+            expected.append(float(mean @ centre / (mean.norm() * centre.norm())))
     assert result.value == pytest.approx(sum(expected) / len(expected), abs=1e-6)
     assert result.examples[1] == pytest.approx((expected[1] + expected[3]) / 2, abs=1e-5)
     assert result.scores["std"].value == pytest.approx(float(torch.tensor(expected).std(correction=0)), abs=1e-5)
@@ -76,7 +74,7 @@ def test_every_family_can_be_watched_and_keeps_no_hook(family: str) -> None:
     result = compare(model, tiny_tokens(2, 8), rows_of(tiny_tokens(2, 8, seed=5)), watched=watched, length=8)
     assert -1 <= result.value <= 1
     assert set(result.details["modules"]) == set(watched)
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_refusals() -> None:
@@ -91,4 +89,4 @@ def test_refusals() -> None:
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"an input of model\.layers\.2\.mlp\.down_proj is not finite"):
         compare(model, tokens, rows_of(tokens), watched=WATCHED[1:], length=8)
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())

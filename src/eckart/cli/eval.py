@@ -22,7 +22,7 @@ from eckart.cli.options import (
     Workers,
     open_run,
 )
-from eckart.cli.terminal import TerminalTrack, console, number, print_line, table
+from eckart.cli.terminal import TerminalTrack, console, number, print_line, print_warnings, table
 from eckart.data.mixtures import parts_of
 from eckart.data.tokens import read_tokens
 from eckart.evals.result import EvalResult
@@ -31,6 +31,7 @@ from eckart.evals.subject import Setup, Subject
 from eckart.evals.tasks import Task, default_length, find_task
 from eckart.models.loading import load_model, load_tokenizer, plain_folder
 from eckart.models.sites import input_groups
+from eckart.runs.calibration_errors import calibration_errors, recorded_recipe
 from eckart.runs.engine.base import EvaluationRequest
 from eckart.runs.results import open_results
 
@@ -49,10 +50,12 @@ def command(
         bool, typer.Option("--leave-out-long", help="StereoSet: leave out what is past the model's positions")
     ] = False,
     reference: Annotated[
-        str | None, typer.Option(help="The dense model, for divergence, and for cost's ratios")
+        str | None, typer.Option(help="The dense model, for divergence, distance, and cost's ratios")
     ] = None,
-    calibration: Annotated[str | None, typer.Option(help="The calibration corpus, for similarity")] = None,
-    samples: Annotated[int, typer.Option(help="Calibration windows, for similarity")] = 256,
+    calibration: Annotated[
+        str | None, typer.Option(help="The calibration corpus, for similarity; of distance, default its own")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Windows of that corpus")] = 256,
     dtype: Dtype = "auto",
     data: Data = None,
     device: Device = "cpu",
@@ -69,16 +72,19 @@ def command(
     eckart eval MODEL --task perplexity:wikitext2 --data DIR --limit 100 --out results/
     eckart eval MODEL --task lm-eval:piqa --task lm-eval:mmlu --shots 5
     eckart eval OUT --task stereoset --task divergence:wikitext2 --task cost --reference MODEL
+    eckart eval OUT --task distance:notes.txt --reference MODEL
     """
     tasks = [Task(name, split, column, length, limit, shots, seed, leave_out_long) for name in task]
-    for item in tasks:
-        find_task(item.name)
+    needs = frozenset[str]().union(*(find_task(item.name).needs for item in tasks))
+    texts = [] if calibration is None else [calibration]
+    if "errors" in needs and calibration is None:
+        texts = [recorded_recipe(Path(model)).calibration.corpus]
     with open_results(
         out,
         tasks,
         {"model": model, "dtype": dtype, "reference": reference, "calibration": calibration, "samples": samples},
         models=[model] if reference is None else [model, reference],
-        texts=[] if calibration is None else parts_of(calibration),
+        texts=[part for text in texts for part in parts_of(text)],
         data=data,
         force=force,
     ) as (results, kept):
@@ -89,18 +95,36 @@ def command(
             trust = trust_remote_code
             loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust)
             tokenizer = load_tokenizer(model, trust_remote_code=trust)
-            dense, activations = None, None
+            dense, activations, errors, tokens = None, None, None, None
             if reference is not None:
                 dense = load_model(reference, dtype=dtype, device=device, trust_remote_code=trust)
             if calibration is not None:
                 window = length or default_length(loaded)
                 tokens = read_tokens(calibration, tokenizer, samples=samples, length=window, seed=seed, data=data)
-                groups = input_groups(dense or loaded)
-                activations = read_activations(loaded, tokens, groups, track=TerminalTrack(console))
+            track = TerminalTrack(console)
+            if "activations" in needs and tokens is not None:
+                activations = read_activations(loaded, tokens, input_groups(dense or loaded), track=track)
+            if "errors" in needs and dense is not None:
+                errors = calibration_errors(
+                    Path(model),
+                    loaded,
+                    dense,
+                    tokenizer,
+                    tokens=tokens,
+                    length=length,
+                    limit=limit,
+                    data=data,
+                    track=track,
+                )
             with open_run(
                 engine, address=address, workers=workers, device=device, batch_size=batch_size, data=data
             ) as how:
+<<<<<<< HEAD
                 subject = Subject(loaded, tokenizer, plain_folder(model), dense, activations)
+=======
+                path = Path(model) if Path(model).is_dir() else None
+                subject = Subject(loaded, tokenizer, path, dense, activations, errors)
+>>>>>>> distance
                 setup = Setup(how.data, how.batch_size, how.workers, track=how.track)
                 outcomes = how.engine.outcomes(EvaluationRequest(subject, missing, setup))
                 for item, outcome in zip(missing, outcomes, strict=True):
@@ -118,6 +142,7 @@ def command(
         ]
     ]
     console.print(table(model, ["task", "metric", "value", "stderr", "n"], rows, text_columns=2))
+    print_warnings(measured)
 
 
 def _score_row(task: str, metric: str, value: float, stderr: float | None, n: int) -> list[str]:

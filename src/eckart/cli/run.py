@@ -22,7 +22,7 @@ from eckart.cli.options import (
     Workers,
     open_run,
 )
-from eckart.cli.terminal import console, number, table
+from eckart.cli.terminal import console, number, print_warnings, table
 from eckart.runs.experiment import run
 from eckart.runs.recipe import load_recipe
 
@@ -80,3 +80,4 @@ def command(
             ]
         )
     console.print(table(str(out), ["task", "metric", "dense", "compressed", "change"], rows, text_columns=2))
+    print_warnings(item.compressed for item in measured if item.compressed is not None)

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from eckart.cli.ending import check_stopped
+from eckart.evals.result import EvalResult
 
 T = TypeVar("T")
 
@@ -78,6 +79,13 @@ class TerminalTrack:
 def print_line(line: str) -> None:
     """Print a line as it is, brackets and all."""
     console.print(line, highlight=False, soft_wrap=True)
+
+
+def print_warnings(results: Iterable[EvalResult]) -> None:
+    """Print what results warn of: a line for each."""
+    for result in results:
+        if result.warning is not None:
+            errors.print(f"warning: {result.warning}", style="yellow", highlight=False, soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> Table:

@@ -17,7 +17,9 @@ from eckart.support.plain_data import parse_json, read_json
 
 Better = Literal["higher", "lower"]
 # The parts of a report. Results that have no part of their own are tasks.
-SectionName = Literal["perplexity", "tasks", "stereoset", "agreement", "divergence", "probing", "similarity", "cost"]
+SectionName = Literal[
+    "perplexity", "tasks", "stereoset", "agreement", "divergence", "distance", "probing", "similarity", "cost"
+]
 # Where the weighted F1 of a probe is not above its control's by this much, a layer is no evidence (the probing paper).
 CHECK = 0.2
 
@@ -52,6 +54,7 @@ TRAITS: dict[str, Traits] = {
     "lm-eval": Traits(),
     "stereoset": Traits("stereoset", "higher", quality=False),
     "divergence": Traits("divergence", "lower", "windows", quality=False, of="compressed"),
+    "distance": Traits("distance", "lower", "windows", quality=False, of="compressed"),
     "similarity": Traits("similarity", None, "windows", quality=False, of="dense"),
     "probing": Traits("probing", "higher", quality=False, shown=("selectivity",)),
     "classification": Traits(better="higher"),
@@ -94,7 +97,7 @@ class EvalResult:
         settings: everything that changes the value.
         examples: outcome per example, for paired comparisons.
         scores: further numbers of the same evaluation by name, such as {"acc_norm": Score(0.41, 0.01, 1172)}.
-        details: plain data for tables and figures: answers, histograms.
+        details: plain data for tables and figures: answers, histograms; a `warning`.
         traits: how the value is to be read. Default, as of a file without them: what is known by the task's name.
 
     Raises:
@@ -123,6 +126,12 @@ class EvalResult:
         for name, value in {self.metric: self.value, **{key: s.value for key, s in self.scores.items()}}.items():
             if math.isnan(value):
                 raise ValueError(f"{self.task}: {name} is not a number; the model or its data is broken")
+
+    @property
+    def warning(self) -> str | None:
+        """A line for people on what to do, where the value calls for it."""
+        line = self.details.get("warning")
+        return None if line is None else str(line)
 
     def read(self, score: str | None = None) -> float:
         """The main value, or the score of that name; the main metric's name gives the main value, "n" the examples.

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float, Int
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from eckart.data.positions import check_positions
 from eckart.data.tokens import Tokens, check_vocabulary
+from eckart.evals.module_inputs import ROWS, read_inputs, whole_rows
 from eckart.evals.result import TRAITS, EvalResult, Score
 from eckart.evals.windows import check_evaluating, cut_windows
 from eckart.support.progress import Track, silent
 
 # Of the histogram over [-1, 1].
 BINS = 40
-# Rows read at a time: memory and speed only.
-ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def similarity(
     """
     length = length or calibration.length
     windows = cut_windows(model, stream, length=length, limit=limit)
-    texts = [(batch, torch.ones_like(batch, dtype=torch.bool)) for batch in windows.split(ROWS)]
+    texts = whole_rows(windows)
     own, weights = calibration.means, calibration.counts.double()
     means = _means(model, list(own), track(texts, task, len(texts)), task)
     cosines, ceiling = {}, []
@@ -149,43 +147,12 @@ def _means(
 ) -> dict[str, Float[Tensor, "rows width"]]:
     """{module: mean input over each row's tokens}, in float64 on the CPU."""
     means: dict[str, list[Tensor]] = {name: [] for name in watched}
-    with watch_inputs(model, watched) as seen:
-        for ids, mask in batches:
-            whole = bool(mask.all())
-            model(input_ids=ids.to(model.device), attention_mask=None if whole else mask.to(model.device).long())
-            for name in watched:
-                means[name].append(_masked_mean(seen[name], mask.to(seen[name].device)).cpu())
-                if not torch.isfinite(means[name][-1]).all():
-                    raise ValueError(f"{task}: an input of {name} is not finite; the model is broken")
-            seen.clear()
+
+    def note(name: str, x: Tensor, _y: Tensor, mask: Tensor) -> None:
+        kept = torch.where(mask[..., None], x.double(), 0.0)
+        means[name].append((kept.sum(1) / mask.sum(1, keepdim=True)).cpu())
+        if not torch.isfinite(means[name][-1]).all():
+            raise ValueError(f"{task}: an input of {name} is not finite; the model is broken")
+
+    read_inputs(model, watched, batches, note)
     return {name: torch.cat(parts) for name, parts in means.items()}
-
-
-def _masked_mean(x: Float[Tensor, "*tokens width"], mask: Bool[Tensor, "rows tokens"]) -> Float[Tensor, "rows width"]:
-    x = x.reshape(*mask.shape, x.shape[-1])  # some models flatten rows and tokens before their MLP
-    kept = torch.where(mask[..., None], x.double(), 0.0)
-    return kept.sum(1) / mask.sum(1, keepdim=True)
-
-
-@contextmanager
-def watch_inputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Inside, {name: the last input} of the named modules; the hooks are taken off at the end.
-
-    Raises:
-        ValueError: the model has no module of that name.
-    """
-    seen: dict[str, Tensor] = {}
-    handles = []
-    try:
-        for name in names:
-            try:
-                module = model.get_submodule(name)
-            except AttributeError:
-                raise ValueError(f"{type(model).__name__} has no module {name!r}") from None
-            handles.append(
-                module.register_forward_pre_hook(lambda _module, args, name=name: seen.__setitem__(name, args[0]))
-            )
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eckart.evals.distance import LinearErrors
 from eckart.evals.similarity import Activations
 from eckart.support.progress import Track, silent
 
@@ -20,6 +21,7 @@ class Subject:
         path: the directory that it was loaded from, for its bytes on disk.
         reference: the dense model that it came from, for comparisons.
         activations: of the model on its calibration text; see `similarity.read_activations`.
+        errors: of a compressed model's linears on its calibration text; see `distance.read_errors`.
         context: the window for text where a task names none; a model with fewer positions is read at its own.
     """
 
@@ -28,6 +30,7 @@ class Subject:
     path: Path | None = None
     reference: PreTrainedModel | None = None
     activations: Activations | None = None
+    errors: LinearErrors | None = None
     context: int | None = None
 
 

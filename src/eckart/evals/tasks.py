@@ -19,6 +19,7 @@ from eckart.data.positions import usable_positions
 from eckart.data.tokens import check_vocabulary, encode, warn_of_tokenizer
 from eckart.evals.classification import classification
 from eckart.evals.cost import cost
+from eckart.evals.distance import LinearErrors, distance
 from eckart.evals.divergence import divergence
 from eckart.evals.harness import harness_direction, run_harness
 from eckart.evals.harness_tasks import SPLITS, is_family, split_rows
@@ -161,6 +162,7 @@ def evaluate(
     path: Path | None = None,
     reference: PreTrainedModel | None = None,
     activations: Activations | None = None,
+    errors: LinearErrors | None = None,
     context: int | None = None,
     workers: int = 1,
     cache: Path | None = None,
@@ -172,7 +174,7 @@ def evaluate(
         tasks: names such as "perplexity:wikitext2", "perplexity:notes.txt", "lm-eval:piqa", "stereoset", or `Task`s.
         data: folder with local copies of known corpora and tasks; None asks the hub.
         batch_size: examples at a time, for tasks of examples.
-        path, reference, activations, context: see `Subject`; only some evaluations need them.
+        path, reference, activations, errors, context: see `Subject`; only some evaluations need them.
         workers, cache: see `Setup`.
 
     Raises:
@@ -182,7 +184,7 @@ def evaluate(
     Warns where the tokenizer may be another model's.
     """
     to_run = [task if isinstance(task, Task) else Task(task) for task in tasks]
-    subject = Subject(model, tokenizer, path, reference, activations, context)
+    subject = Subject(model, tokenizer, path, reference, activations, errors, context)
     for task in to_run:
         missing = [name for name in sorted(find_task(task.name).needs) if not getattr(subject, name)]
         if missing:
@@ -321,6 +323,13 @@ def _divergence(subject: Subject, task: Task, setup: Setup) -> EvalResult:
     return divergence(subject.model, subject.reference, stream, length=_length(subject, task), **shared)
 
 
+def _distance(subject: Subject, task: Task, setup: Setup) -> EvalResult:
+    assert subject.reference is not None
+    assert subject.errors is not None
+    stream, shared = _text(subject, task, setup)
+    return distance(subject.model, subject.reference, subject.errors, stream, length=task.length, **shared)
+
+
 def _similarity(subject: Subject, task: Task, setup: Setup) -> EvalResult:
     assert subject.activations is not None
     stream, shared = _text(subject, task, setup)
@@ -419,8 +428,9 @@ NOUNS = {"corpus": "corpus", "task": "task", "labelled": "labelled set"}
 PLACES = {"corpus": "CORPUS", "task": "TASK", "labelled": "SET"}
 
 NEEDS = {
-    "reference": "the dense model to compare with",
+    "reference": "the dense model to compare with (--reference)",
     "activations": "the model's activations on the calibration text",
+    "errors": "the errors of its linears on the calibration text",
 }
 
 # Of a labelled set: the rows to train on whose text is in no row of test.
@@ -455,6 +465,12 @@ EVALUATIONS: dict[str, Evaluation] = {
         "KL divergence and top-1 agreement of next tokens, against the dense model",
         TRAITS["divergence"],
         needs=frozenset({"reference"}),
+    ),
+    "distance": Evaluation(
+        _distance,
+        "how many times as much the compressed linears err as on the calibration text",
+        TRAITS["distance"],
+        needs=frozenset({"reference", "errors"}),
     ),
     "similarity": Evaluation(
         _similarity,

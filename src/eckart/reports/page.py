@@ -17,7 +17,7 @@ from eckart.reports.figures import all_figures
 from eckart.reports.formats import finite
 from eckart.reports.palette import DARK
 from eckart.reports.runs import Collection, Run, naming_damage, read_runs
-from eckart.reports.tables import Table, environments, incomplete, paper_table, summary
+from eckart.reports.tables import Table, environments, incomplete, paper_table, summary, warnings
 from eckart.reports.verdicts import pitfalls_of
 from eckart.support.files import write_whole
 
@@ -70,6 +70,7 @@ def render(collection: Collection, *, title: str | None = None, baseline: str | 
         charts=charts,
         questions=pitfalls_of(collection),
         incomplete=incomplete(collection),
+        warnings=warnings(collection),
         environments=environments(collection),
         runs=[(run, _settings_text(run)) for run in collection.runs],
         css=(TEMPLATES / "page.css").read_text(encoding="utf-8"),

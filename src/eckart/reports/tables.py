@@ -20,6 +20,7 @@ TITLES: dict[SectionName, str] = {
     "perplexity": "Perplexity",
     "stereoset": "StereoSet",
     "divergence": "Divergence from dense",
+    "distance": "Distance from the calibration text",
     "probing": "Probing, mean of layers",
     "tasks": "Tasks",
 }
@@ -331,6 +332,16 @@ def _signed(value: float | None, show: Callable[[float | None], str]) -> str:
 def incomplete(collection: Collection) -> list[tuple[str, str]]:
     """(run, what it lacks) for every run that is not whole."""
     return [(run.name, "; ".join(run.missing)) for run in collection.runs if run.missing]
+
+
+def warnings(collection: Collection) -> list[tuple[str, str]]:
+    """(run, what a result of its compressed model warns of), such as a text far from the calibration text."""
+    return [
+        (run.name, result.warning)
+        for run in collection.runs
+        for result in run.compressed.values()
+        if result.warning is not None
+    ]
 
 
 def environments(collection: Collection) -> list[tuple[str, list[str]]]:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from eckart.compression.baselines import build_baseline
 from eckart.data.mixtures import parts_of
 from eckart.evals.agreement import agreement, has_answers
+from eckart.evals.distance import LinearErrors
 from eckart.evals.result import EvalResult, read_result, write_result
 from eckart.evals.similarity import Activations, read_activations
 from eckart.evals.subject import Setup, Subject
@@ -29,6 +30,7 @@ from eckart.evals.tasks import Task, find_task
 from eckart.lowrank import DecompositionError
 from eckart.models.loading import load_model, load_tokenizer, locate, plain_folder
 from eckart.models.sites import input_groups
+from eckart.runs.calibration_errors import calibration_errors
 from eckart.runs.card import write_card
 from eckart.runs.engine.base import EvaluationRequest
 from eckart.runs.engine.local import HERE
@@ -203,12 +205,17 @@ def _note_refusals(directory: Path, refusals: dict[str, dict[str, str]]) -> None
         file.unlink(missing_ok=True)
 
 
+# (length, limit) of a task.
+_Windows = tuple[int | None, int | None]
+
+
 class _Models:
     """The two models of a run, each loaded when something first asks for it."""
 
     def __init__(self, recipe: Recipe, directory: Path, how: How) -> None:
         self.recipe, self.directory, self.how = recipe, directory, how
         self.loaded: dict[str, PreTrainedModel] = {}
+        self._errors: dict[_Windows, LinearErrors] = {}
         self.tokenizer = load_tokenizer(recipe.model, trust_remote_code=how.trust_remote_code)
 
     def get(self, which: str) -> PreTrainedModel:
@@ -243,17 +250,19 @@ class _Models:
     def evaluate(self, tasks: Sequence[Task], which: str) -> Iterator[EvalResult | ValueError]:
         """The results of one of the models, in the tasks' order; or why one was refused."""
 
-        def needs(task: Task) -> tuple[bool, bool]:
-            """(the dense model to compare with, the dense model's activations)."""
+        def needs(task: Task) -> tuple[bool, bool, _Windows | None]:
+            """(the dense model to compare with, the dense model's activations, the windows to read errors for)."""
             row = find_task(task.name)
-            return which == "compressed" and row.wants_reference, "activations" in row.needs
+            windows = (task.length, task.limit) if "errors" in row.needs else None
+            return which == "compressed" and row.wants_reference, "activations" in row.needs, windows
 
-        for (compare, read), group in itertools.groupby(tasks, needs):
+        for (compare, read, windows), group in itertools.groupby(tasks, needs):
             together = list(group)
             try:
                 model = self.get(which)
                 reference = self.get("dense") if compare else None
                 activations = self.activations if read else None
+                errors = self.errors(windows) if windows is not None else None
             except ValueError as error:
                 yield from [error] * len(together)
                 continue
@@ -262,7 +271,13 @@ class _Models:
                 path = None
             # A baseline is made in memory: no worker elsewhere could load it.
             engine = HERE if which == "compressed" and self.recipe.is_baseline else self.how.engine
+<<<<<<< HEAD
             subject = Subject(model, self.tokenizer, path, reference, activations, self.recipe.context)
+=======
+            subject = Subject(
+                model, self.tokenizer, path if stored else None, reference, activations, errors, self.recipe.context
+            )
+>>>>>>> distance
             how = self.how
             setup = Setup(how.data, how.batch_size, how.workers, how.cache, how.track)
             yield from engine.outcomes(EvaluationRequest(subject, together, setup))
@@ -273,6 +288,21 @@ class _Models:
         model = self.get("dense")
         tokens = make_tokens(self.recipe, model, self.tokenizer, self.how.data)
         return read_activations(model, tokens, input_groups(model), track=self.how.track)
+
+    def errors(self, windows: _Windows) -> LinearErrors:
+        """Of the compressed model's linears on text like its calibration text, to compare windows of text with."""
+        if windows not in self._errors:
+            self._errors[windows] = calibration_errors(
+                self.directory,
+                self.get("compressed"),
+                self.get("dense"),
+                self.tokenizer,
+                length=windows[0],
+                limit=windows[1],
+                data=self.how.data,
+                track=self.how.track,
+            )
+        return self._errors[windows]
 
 
 class _Results:

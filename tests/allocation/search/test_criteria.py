@@ -23,7 +23,7 @@ SCORES = {
     "probing": "probing:cola",
     "classification": "classification:cola",
 }
-REFUSED = {"divergence": "divergence:wikitext2", "similarity": "similarity:wikitext2", "cost": "cost"}
+REFUSED = {**{kind: f"{kind}:wikitext2" for kind in ("divergence", "distance", "similarity")}, "cost": "cost"}
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
