@@ -119,12 +119,7 @@ def command(
             with open_run(
                 engine, address=address, workers=workers, device=device, batch_size=batch_size, data=data
             ) as how:
-<<<<<<< HEAD
-                subject = Subject(loaded, tokenizer, plain_folder(model), dense, activations)
-=======
-                path = Path(model) if Path(model).is_dir() else None
-                subject = Subject(loaded, tokenizer, path, dense, activations, errors)
->>>>>>> distance
+                subject = Subject(loaded, tokenizer, plain_folder(model), dense, activations, errors)
                 setup = Setup(how.data, how.batch_size, how.workers, track=how.track)
                 outcomes = how.engine.outcomes(EvaluationRequest(subject, missing, setup))
                 for item, outcome in zip(missing, outcomes, strict=True):

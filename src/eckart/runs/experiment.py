@@ -271,13 +271,7 @@ class _Models:
                 path = None
             # A baseline is made in memory: no worker elsewhere could load it.
             engine = HERE if which == "compressed" and self.recipe.is_baseline else self.how.engine
-<<<<<<< HEAD
-            subject = Subject(model, self.tokenizer, path, reference, activations, self.recipe.context)
-=======
-            subject = Subject(
-                model, self.tokenizer, path if stored else None, reference, activations, errors, self.recipe.context
-            )
->>>>>>> distance
+            subject = Subject(model, self.tokenizer, path, reference, activations, errors, self.recipe.context)
             how = self.how
             setup = Setup(how.data, how.batch_size, how.workers, how.cache, how.track)
             yield from engine.outcomes(EvaluationRequest(subject, together, setup))
