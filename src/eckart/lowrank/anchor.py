@@ -24,6 +24,8 @@ CONSTANT = 1.5e-14
 # The float32 solution of V Gh = P is taken where V Gh and P are as near as this on random vectors.
 LARGEST_RESIDUAL = 1e-5
 PROBES = 8
+# Outputs whose error is computed at a time: what is in between is a small part of the weight then.
+OUTPUTS = 1024
 
 
 class Anchor:
@@ -90,10 +92,13 @@ class Anchor:
         What is small is multiplied in W's type, and M - W, which is to cancel the loudest inputs, in M's.
         """
         change, spread, moment = self._matrices_in(weight.dtype)
-        moved = other - weight
+        total = 0.0
         with full_float32():
-            crossed = ((weight @ change) * moved).sum(dtype=torch.float64)
-            return symmetric_trace(weight, spread) - 2 * float(crossed) + symmetric_trace(moved, moment)
+            for rows, replaced in zip(weight.split(OUTPUTS), other.split(OUTPUTS), strict=True):
+                moved = replaced - rows
+                crossed = float(((rows @ change) * moved).sum(dtype=torch.float64))
+                total += symmetric_trace(rows, spread) - 2 * crossed + symmetric_trace(moved, moment)
+        return total
 
     def energy(self, weight: Float[Tensor, "out in"]) -> float:
         """E||W x||^2."""

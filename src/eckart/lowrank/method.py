@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eckart.lowrank.anchor import Anchor
+from eckart.lowrank.anchor import OUTPUTS, Anchor
 from eckart.lowrank.factors import Factors
 from eckart.lowrank.metrics import BlockDiagonal, Metric, Root, Whitening
 from eckart.lowrank.moments import GRADIENT_STATISTICS, Moments
@@ -270,15 +270,16 @@ def output_error(
     more, both in float32 where an anchor is given that knows no more.
     """
     inputs = moments.require_inputs()
-    exact = weight.double()
     kept = factors.to(torch.float64).dense()
-    mean, read = kept @ inputs.mean, exact @ inputs.reference_mean
+    read = torch.cat([rows.double() @ inputs.reference_mean for rows in weight.split(OUTPUTS)])
+    mean = kept @ inputs.mean
     shift = read - mean if factors.bias is None else read - mean - factors.bias.double()
     if inputs.keeps("cross_covariance") is not None:
         single = anchor is not None and anchor.is_single and weight.dtype != torch.float64
-        anchor, weight = anchor or Anchor(inputs, 0.0, centred=True), weight.float() if single else exact
+        anchor, weight = anchor or Anchor(inputs, 0.0, centred=True), weight.float() if single else weight.double()
         energy, error, centred = anchor.energy(weight), anchor.error(weight, kept), anchor.centred
     else:
+        exact = weight.double()
         energy, error, centred = inputs.energy(exact) if energy is None else energy, inputs.spread(exact - kept), True
     # What is about the means lacks the error at the mean; what is not has the one without a bias.
     error += float(shift.square().sum() if centred else shift.square().sum() - (read - mean).square().sum())
