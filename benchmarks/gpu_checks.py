@@ -40,7 +40,8 @@ from eckart.lowrank import (
     pivot,
     split,
 )
-from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
+from eckart.lowrank.input_moments import INPUT_STATISTICS
+from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.models.linear import LowRankLinear
 from eckart.models.sites import find_sites
 from eckart.runs.how import How

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eckart.lowrank import Factors, GradientMoments, InputMoments, Moments
+from eckart.lowrank.input_moments import INPUT_STATISTICS
 from eckart.lowrank.metrics import Whitening
-from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
+from eckart.lowrank.moments import GRADIENT_STATISTICS
 
 # "few": fewer tokens than channels; "dead": channels that never fire; "zero": no input at all.
 # All but "rich" have singular moments.

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from eckart.lowrank import Moments, build_method, factor
+from eckart.lowrank.input_moments import InputMoments
 from eckart.lowrank.metrics import cholesky_root, eigen_root
-from eckart.lowrank.moments import InputMoments
 from eckart.lowrank.truncation import GRAM_RESOLUTION
 
 from .reference import make_layer, optimum, random_orthogonal, token_loss, weighted_loss

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eckart.lowrank import DecompositionError, InputMoments
 from eckart.lowrank.anchor import Anchor
-from eckart.lowrank.moments import STREAMS
+from eckart.lowrank.input_moments import STREAMS
 
 from .reference import Layer, laws, layers, make_layer
 

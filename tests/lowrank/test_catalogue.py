@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eckart.lowrank import METHODS, DecompositionError, InputMoments, Moments, build_method, method_options
+from eckart.lowrank.input_moments import INPUT_STATISTICS
 from eckart.lowrank.method import Prepared
-from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
+from eckart.lowrank.moments import GRADIENT_STATISTICS
 
 from .entries import ENTRIES, NESTED, OTHER_SETTINGS, RELATIVE, Case, Entry, every_entry, single_stage
 from .reference import (

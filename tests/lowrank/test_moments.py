@@ -14,7 +14,8 @@ from torch import Tensor
 
 from eckart.lowrank import GradientMoments, InputMoments, Moments, moments
 from eckart.lowrank.float32 import full_float32
-from eckart.lowrank.moments import CHUNK_ROWS, FISHER, GRADIENT_STATISTICS, INPUT_STATISTICS
+from eckart.lowrank.input_moments import CHUNK_ROWS, INPUT_STATISTICS
+from eckart.lowrank.moments import FISHER, GRADIENT_STATISTICS
 
 from .reference import Layer, laws, layers, make_layer
 

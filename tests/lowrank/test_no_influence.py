@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eckart.lowrank import GradientMoments, InputMoments, Method, Moments, build_method, pivot
+from eckart.lowrank.input_moments import INPUT_STATISTICS
 from eckart.lowrank.metrics import BlockDiagonal, gradient_metric, is_nothing
-from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS, JointGradients
+from eckart.lowrank.moments import GRADIENT_STATISTICS, JointGradients
 from eckart.lowrank.truncation import factor
 
 from .entries import Entry, every_entry

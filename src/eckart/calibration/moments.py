@@ -22,7 +22,8 @@ from eckart.calibration.walk import Walk
 from eckart.data.positions import check_positions
 from eckart.data.tokens import Tokens, check_vocabulary
 from eckart.lowrank import GradientMoments, InputMoments, Method
-from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
+from eckart.lowrank.input_moments import INPUT_STATISTICS
+from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.models.sites import Site, find_sites, first_readers
 from eckart.support.files import GRADIENTS
 from eckart.support.fingerprint import describe_architecture, hash_weights

@@ -21,7 +21,7 @@ from eckart.calibration.moments import BlockCalibration, check_readable, gather_
 from eckart.calibration.streams import OpenDoors, Sample, Samples, Streams, hold
 from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments, InputMoments, Method
-from eckart.lowrank.moments import INPUT_STATISTICS
+from eckart.lowrank.input_moments import INPUT_STATISTICS
 from eckart.models.sites import Site, find_sites, first_readers
 from eckart.support.progress import Track, silent
 

@@ -15,7 +15,7 @@ from eckart.allocation import RankPlan
 from eckart.calibration.moments import BlockCalibration
 from eckart.compression.cuts import Cut, CutRequest, FactorRequest, cut_units
 from eckart.lowrank import DecompositionError, Factored, Method, build_method
-from eckart.lowrank.moments import INPUT_STATISTICS
+from eckart.lowrank.input_moments import INPUT_STATISTICS
 from eckart.models.checkpoint import describe
 from eckart.models.sites import Site, read_weight, replace_module
 from eckart.models.units import Unit, units_of

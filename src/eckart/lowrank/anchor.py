@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eckart.lowrank.float32 import full_float32, symmetric_trace
+from eckart.lowrank.input_moments import NORMALISED_ROWS, InputMoments
 from eckart.lowrank.metrics import DecompositionError, check_finite, describe, eigh, shrink
-from eckart.lowrank.moments import NORMALISED_ROWS, InputMoments
 
 # An input of which every entry varies by less than this share of its square is constant: twice the rounding of float32
 # (6e-8), squared.

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eckart.lowrank.float32 import lower_gram
-from eckart.lowrank.moments import GradientMoments, InputMoments, Moments
+from eckart.lowrank.input_moments import InputMoments
+from eckart.lowrank.moments import GradientMoments, Moments
 
 # Weight of a linear without influence in a stack with others, as a share of theirs: far above what float64 resolves,
 # far below what moves a rank.

@@ -31,7 +31,8 @@ from eckart.compression.cuts import CutRequest, FactorRequest
 from eckart.compression.replace import CompressionReport, SiteReport, is_of, place
 from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments
-from eckart.lowrank.moments import GRADIENT_STATISTICS, INPUT_STATISTICS
+from eckart.lowrank.input_moments import INPUT_STATISTICS
+from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.models.checkpoint import attach, specs_of
 from eckart.models.loading import load_tokenizer, locate
 from eckart.models.shards import Skeleton, write_index, write_shard

@@ -30,7 +30,7 @@ from eckart.evals.result import EvalResult
 from eckart.evals.subject import Setup, Subject
 from eckart.evals.tasks import Task, find_task
 from eckart.lowrank import GradientMoments
-from eckart.lowrank.moments import INPUT_STATISTICS
+from eckart.lowrank.input_moments import INPUT_STATISTICS
 from eckart.models.sites import Site, find_sites
 from eckart.models.units import Unit
 from eckart.runs.engine.base import CalibrationRequest, Engine, EvaluationRequest, SearchRequest

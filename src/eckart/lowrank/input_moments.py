@@ -1,0 +1,477 @@
+"""Moments of an input: what calibration remembers of the tensor that a group of linears reads.
+
+All statistics are running sums in float64, so that streams can be cut anywhere, merged with `+`, and normalised last.
+
+Square sums are about the mean, and second moments are made of them: C + mu mu^T loses nothing, where G - mu mu^T is
+rounding as soon as a feature varies by less than a thousandth of its mean. The mean is not known before the last batch,
+so sums run about a shift near it, the first batch's mean, and are moved to the mean when they are read (shifted data;
+Chan, Golub and LeVeque 1983).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from eckart.lowrank.float32 import (
+    HALF,
+    add_gram,
+    exact_products,
+    full_float32,
+    has_units_for,
+    inner_product,
+    is_multiplied_exactly,
+    mirror,
+    symmetric_trace,
+)
+
+# Rows multiplied in float32 before the product is added in float64. Long enough for full-speed matrix products,
+# short enough that float32 rounding inside one product stays near 1e-7 of it.
+CHUNK_ROWS = 4096
+# Rows of a square sum that are normalised at a time: no second copy of it in float64 is made on the way, and these rows
+# stay in a cache.
+NORMALISED_ROWS = 64
+# Rows whose sizes are summed at a time: a copy of them fits a cache, one of all would be fetched from the system anew.
+SIZED_ROWS = 512
+# An input feature of 16 bits is shifted where its mean is more than so many times its spread. There x - shift has 16
+# bits too, but for a few rows, and below it a sum about zero loses at most 64 times its rounding (docs/decisions.md).
+DOMINANT = 8.0
+# The square sums of an input that are symmetric; of these only the upper block triangle is added to, and mirrored when
+# they are read.
+SYMMETRIC = ("covariance", "reference_covariance")
+# The names of the two streams' means.
+STREAMS = ("mean", "reference_mean")
+# Square sums, and of which streams' deviations each is: rows, columns.
+SQUARES = {
+    "covariance": ("mean", "mean"),
+    "cross_covariance": ("reference_mean", "mean"),
+    "reference_covariance": ("reference_mean", "reference_mean"),
+}
+
+# What a method may ask for, of a layer's input; it is shared by every layer that reads the same tensor.
+INPUT_STATISTICS = frozenset({"mean", "abs_mean", "second_moment", "cross_moment"})
+
+
+class InputMoments:
+    """Streamed statistics of the tensor that one input group of layers reads (q, k and v share one).
+
+        mean mu = E[x],  abs_mean a = E[|x|],  covariance C = E[(x - mu)(x - mu)^T],  second_moment G = C + mu mu^T,
+        cross_moment X = E[x xh^T]   (x in the dense model, xh the same input in the compressed one)
+
+    With a reference stream (`update(xh, reference=x)`), mean / second_moment are of xh, `reference_mean` of x.
+
+    Args:
+        d_in: width of the input.
+        needs: names out of INPUT_STATISTICS; the mean and the absolute mean cost nothing and are always kept.
+        device: where the inputs will be.
+        reference: moments of the reference stream on the tokens that will be seen, where they are known already: they
+            are not summed again then.
+        dtype: of the square sums.
+
+    Accuracy: a variance is off by 3e-7 of itself, times at most 1 + tokens / tokens of the first batch, whatever the
+    mean is: the shift is no further from it. Of 16-bit inputs, where the mean is below DOMINANT times the spread,
+    DOMINANT^2 times that.
+
+    Memory: d_in^2 numbers for each of second_moment and cross_moment that is needed.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        needs: frozenset[str] | set[str] = frozenset({"second_moment"}),
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float64,
+        reference: InputMoments | None = None,
+    ) -> None:
+        unknown = set(needs) - INPUT_STATISTICS
+        if unknown:
+            raise ValueError(f"not statistics of an input: {sorted(unknown)}; known: {sorted(INPUT_STATISTICS)}")
+        self.count = 0
+        self.reference = reference
+        shapes: dict[str, tuple[int, ...]] = {"mean": (d_in,), "abs_mean": (d_in,)}
+        self._mirrored = True
+        if "second_moment" in needs or "cross_moment" in needs:
+            shapes["covariance"] = (d_in, d_in)
+        if "cross_moment" in needs:
+            shapes |= {"cross_covariance": (d_in, d_in)}
+            if reference is None:
+                shapes |= {"reference_mean": (d_in,), "reference_covariance": (d_in, d_in)}
+        # Sums of x and of |x|, and of products of x - shift.
+        self._sums: dict[str, Tensor] = {
+            name: torch.zeros(shape, dtype=dtype if len(shape) == 2 else torch.float64, device=device)
+            for name, shape in shapes.items()
+        }
+        # By the name of the stream's mean, once they are chosen; None for zero. Moments that were read have none: their
+        # square sums are about the mean.
+        self._shifts: dict[str, Tensor | None] = {}
+        self._is_read = False
+
+    @property
+    def d_in(self) -> int:
+        return self._sums["mean"].shape[0]
+
+    @property
+    def are_zero(self) -> bool:
+        """Whether the input was zero on every token."""
+        return self.count > 0 and not bool(self._sums["abs_mean"].any())
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """The sums by name, whole: of x and |x|, and of products of deviations from the mean.
+
+        Cost: a copy of each square sum where the stream's sums are not about the mean, as those of `compact` are.
+        """
+        return {name: self._about(name) if name in SQUARES else total for name, total in self._sums.items()}
+
+    def update(
+        self,
+        x: Float[Tensor, "*batch in"],
+        mask: Bool[Tensor, "*batch"] | None = None,
+        *,
+        reference: Float[Tensor, "*batch in"] | None = None,
+    ) -> None:
+        """Add a batch, in place. Rows where `mask` is False (padding) are left out.
+
+        Args:
+            x: (..., d_in); any float type, products are taken in float32 (float64 for float64 input).
+            mask: (...), True for real tokens.
+            reference: (..., d_in), the same input in the dense model; required when cross_moment is kept.
+
+        Raises:
+            ValueError: shapes disagree, an entry is not finite, a reference is missing or needs cross_moment.
+
+        Cost: n d_in (d_in + 512) operations for each symmetric statistic, 2 n d_in^2 for the cross moment.
+        """
+        if x.shape[-1] != self.d_in:
+            raise ValueError(f"input has width {x.shape[-1]}, expected {self.d_in}")
+        if (reference is not None) != ("cross_covariance" in self._sums):
+            raise ValueError("a reference stream is for the statistic cross_moment, and only for it")
+        if reference is not None and reference.shape != x.shape:
+            raise ValueError(f"reference {tuple(reference.shape)} does not fit input {tuple(x.shape)}")
+        streams = {"mean": rows_of(x, mask)}
+        if reference is not None:
+            streams["reference_mean"] = rows_of(reference, mask)
+        if len(streams["mean"]) and "covariance" in self._sums:
+            self._choose_shifts(streams)
+        for start in range(0, len(streams["mean"]), CHUNK_ROWS):
+            parts = {name: rows[start : start + CHUNK_ROWS] for name, rows in streams.items()}
+            for some in parts["mean"].split(SIZED_ROWS if x.device.type == "cpu" else CHUNK_ROWS):
+                self._on(x.device, "abs_mean").add_(widened(some).abs().sum(0))
+            deviations = {name: _Deviations.of(part, self._shifts.get(name)) for name, part in parts.items()}
+            for name, stream in deviations.items():
+                self._add_rows(name, stream.wide)
+            if "covariance" in self._sums:
+                for factors, exact in _factors(list(deviations.values())):
+                    with exact_products(x) if exact else full_float32():
+                        self._add_squares(*factors)
+        self.count += len(streams["mean"])
+        # Looked at once per batch: a NaN or an infinity anywhere in the rows survives the sums.
+        for name in ("abs_mean", "reference_mean"):
+            if name in self._sums and not torch.isfinite(self._sums[name]).all():
+                raise ValueError("an input is not finite; the model is broken or overflows in its stored type")
+
+    def _choose_shifts(self, streams: dict[str, Tensor]) -> None:
+        """The shift of each stream, by its first rows and for good. Moments that were read go on near their mean."""
+        if self._is_read:
+            shifts: dict[str, Tensor | None] = {name: self._stream_mean(name).float().double() for name in streams}
+            moved = {name: self._about(name, shifts) for name in SQUARES if name in self._sums}
+            self._sums = {name: total.clone() for name, total in self._sums.items()} | moved
+            self._shifts, self._is_read = shifts, False
+        for name, rows in streams.items():
+            if name not in self._shifts:
+                shift = _shift_for(rows)
+                self._shifts[name] = shift if bool(shift.any()) else None
+
+    def _on(self, device: torch.device, name: str) -> Tensor:
+        """A sum, moved to where the inputs are."""
+        if self._sums[name].device != device:
+            self._sums[name] = self._sums[name].to(device)
+        return self._sums[name]
+
+    def _add_rows(self, name: str, deviations: Tensor) -> None:
+        """Add rows to the sum of a stream, unless its mean is known."""
+        if name in self._sums:
+            total, shift = self._on(deviations.device, name).add_(deviations.sum(0)), self._shifts.get(name)
+            if shift is not None:
+                total.add_(shift, alpha=len(deviations))
+
+    def _add_squares(self, own: Tensor, reference: Tensor | None = None) -> None:
+        """Add products of rows to the square sums; of symmetric ones to the upper block triangle."""
+        add_gram(self._on(own.device, "covariance"), own)
+        self._mirrored = False
+        if reference is not None:
+            self._on(own.device, "cross_covariance").add_(inner_product(reference, own))
+            if "reference_covariance" in self._sums:
+                add_gram(self._on(own.device, "reference_covariance"), reference)
+
+    def _whole(self, name: str) -> Tensor:
+        """A sum about the shift, mirrored."""
+        if not self._mirrored:
+            for symmetric in SYMMETRIC:
+                if symmetric in self._sums:
+                    mirror(self._sums[symmetric])
+            self._mirrored = True
+        return self._sums[name]
+
+    def _stream_mean(self, name: str) -> Tensor:
+        """The mean of a stream, zero where no token was seen."""
+        if name not in self._sums and self.reference is not None:
+            return self.reference.mean
+        return self._sums[name].double() / max(self.count, 1)
+
+    def _offsets(self, name: str, shifts: Mapping[str, Tensor | None] | None = None) -> tuple[Tensor, Tensor] | None:
+        """By what the means are off the shifts of a square sum's rows and columns; None where that changes nothing.
+
+        Args:
+            shifts: default those that the sum is about.
+        """
+        if shifts is None and self._is_read:
+            return None
+        shifts = self._shifts if shifts is None else shifts
+        pair = []
+        for stream in SQUARES[name]:
+            mean, shift = self._stream_mean(stream), shifts.get(stream)
+            pair.append(mean if shift is None else mean - shift.to(mean.device))
+        return (pair[0], pair[1]) if bool(pair[0].any()) and bool(pair[1].any()) else None
+
+    def _about(
+        self, name: str, shifts: Mapping[str, Tensor | None] | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """A square sum, moved to other shifts, or to the mean; the sum itself where nothing is to be changed.
+
+        Of n tokens with the mean mu, sum (x - t)(x - t)^T = sum (x - s)(x - s)^T - n (mu - s)(mu - s)^T
+        + n (mu - t)(mu - t)^T.
+        """
+        total = self._whole(name)
+        before, after = self._offsets(name), None if shifts is None else self._offsets(name, shifts)
+        if before is None and after is None:
+            return total if dtype is None else total.to(dtype)
+        moved = torch.empty_like(total, dtype=dtype or total.dtype)
+        for start in range(0, self.d_in, NORMALISED_ROWS):
+            place = slice(start, start + NORMALISED_ROWS)
+            rows = total[place].to(torch.float64, copy=True)
+            for offsets, sign in ((before, -1), (after, 1)):
+                if offsets is not None:
+                    rows.addr_(offsets[0][place], offsets[1], alpha=sign * self.count)
+            moved[place] = rows
+        return moved
+
+    def __add__(self, other: InputMoments) -> InputMoments:
+        """The moments of both streams together: Chan's update, in which nothing cancels."""
+        if self.d_in != other.d_in or self._sums.keys() != other._sums.keys():
+            raise ValueError("only moments of the same width and the same statistics can be merged")
+        first, second = self._state(torch.float64), other._state(torch.float64)
+        merged = {name: first[name] + second[name] for name in first}
+        count = self.count + other.count
+        apart = {name: other._stream_mean(name) - self._stream_mean(name) for name in STREAMS if name in first}
+        for name, (rows, columns) in SQUARES.items():
+            if name in merged:
+                merged[name].addr_(apart[rows], apart[columns], alpha=self.count * other.count / max(count, 1))
+        return InputMoments.from_state(count, merged)
+
+    @classmethod
+    def from_state(cls, count: int, sums: Mapping[str, Tensor]) -> InputMoments:
+        """The moments with this `count` and these `sums`, as read from a file."""
+        moments = cls(sums["mean"].shape[0], frozenset())
+        moments.count, moments._sums, moments._is_read = count, dict(sums), True
+        return moments
+
+    def compact(self) -> InputMoments:
+        """The same moments with the square sums rounded to float32: half the memory and disk, 6e-8 relative.
+
+        Raises:
+            ValueError: the reference stream's moments that were given are of another number of tokens.
+        """
+        return InputMoments.from_state(self.count, self._state(torch.float32))
+
+    def _state(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The sums, those of products about the mean and in a type, with what is known of the reference stream."""
+        own = {
+            name: self._about(name, dtype=dtype) if name in SQUARES else total.clone()
+            for name, total in self._sums.items()
+        }
+        if self.reference is None:
+            return own
+        if self.reference.count != self.count:
+            raise ValueError(f"{self.count} tokens were seen, and the reference's are of {self.reference.count}")
+        known = self.reference.sums
+        return own | {"reference_mean": known["mean"], "reference_covariance": known["covariance"].to(dtype)}
+
+    def keeps(self, name: str) -> torch.dtype | None:
+        """The type in which a sum is kept, or None where it is not."""
+        return self._sums[name].dtype if name in self._sums else None
+
+    def _require(self, name: str, statistic: str) -> None:
+        """Raises ValueError where the sum that a statistic is made of is not kept, or no token was seen."""
+        if name not in self._sums:
+            raise ValueError(f"{statistic} was not collected; calibrate with a method that needs it")
+        if self.count == 0:
+            raise ValueError("no token was seen: the calibration text is empty or masked out")
+
+    def _mean_of(self, name: str) -> Tensor:
+        self._require(name, name)
+        return self._sums[name].double() / self.count
+
+    def moment(self, *, centred: bool = False, dtype: torch.dtype = torch.float64) -> Float[Tensor, "in in"]:
+        """G, or C where centred: computed in float64, returned in `dtype`, without a copy in between."""
+        self._require("covariance", "second_moment")
+        matrix = torch.empty(self.d_in, self.d_in, dtype=dtype, device=self._sums["covariance"].device)
+        for place, rows in self._moment_rows(centred):
+            matrix[place] = rows
+        return matrix
+
+    def apply_moment(self, vectors: Float[Tensor, "in n"], *, centred: bool = False) -> Float[Tensor, "in n"]:
+        """G or C times some vectors, in float64, without the matrix in float64."""
+        return torch.cat([rows @ vectors.double() for _, rows in self._moment_rows(centred)])
+
+    def variances(self, *, centred: bool = False) -> Float[Tensor, "in"]:
+        """The diagonal of G or C."""
+        self._require("covariance", "second_moment")
+        squares = self._sums["covariance"].diagonal().double() / self.count
+        offsets = self._offsets("covariance")
+        if offsets is not None:
+            squares = squares - offsets[0].square()
+        return squares if centred else squares + self.mean.square()
+
+    def energy(self, weight: Float[Tensor, "out in"], *, reference: bool = False) -> float:
+        """E||W x||^2, of the reference stream where that is asked for. Cost: as `spread`."""
+        mean = self.reference_mean if reference else self.mean
+        return self.spread(weight, reference=reference) + float((weight.double() @ mean).square().sum())
+
+    def spread(self, weight: Float[Tensor, "out in"], *, reference: bool = False) -> float:
+        """E||W (x - mu)||^2. Cost: d_out d_in (d_in + 256) operations."""
+        name = "reference_covariance" if reference else "covariance"
+        self._require(name, "reference_second_moment" if reference else "second_moment")
+        return symmetric_trace(weight, self._about(name)) / self.count
+
+    def _moment_rows(self, centred: bool) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows of G or C at a time, in float64, and which."""
+        self._require("covariance", "second_moment")
+        total, offsets = self._whole("covariance"), self._offsets("covariance")
+        mean = None if centred else self.mean
+        for start in range(0, self.d_in, NORMALISED_ROWS):
+            place = slice(start, start + NORMALISED_ROWS)
+            rows = total[place].to(torch.float64, copy=True).div_(self.count)
+            if offsets is not None:
+                rows.addr_(offsets[0][place], offsets[1], alpha=-1)
+            if mean is not None:
+                rows.addr_(mean[place], mean)
+            yield place, rows
+
+    def _covariance_of(self, name: str, statistic: str) -> Tensor:
+        self._require(name, statistic)
+        return self._about(name, dtype=torch.float64) / self.count
+
+    @property
+    def mean(self) -> Float[Tensor, "in"]:
+        return self._mean_of("mean")
+
+    @property
+    def abs_mean(self) -> Float[Tensor, "in"]:
+        return self._mean_of("abs_mean")
+
+    @property
+    def second_moment(self) -> Float[Tensor, "in in"]:
+        """G = E[x x^T], uncentred."""
+        return self.moment()
+
+    @property
+    def covariance(self) -> Float[Tensor, "in in"]:
+        """C = E[(x - mu)(x - mu)^T]."""
+        return self.moment(centred=True)
+
+    @property
+    def cross_moment(self) -> Float[Tensor, "in in"]:
+        """X = E[x xh^T], dense input by compressed input."""
+        return self.cross_covariance + torch.outer(self.reference_mean, self.mean)
+
+    @property
+    def cross_covariance(self) -> Float[Tensor, "in in"]:
+        return self._covariance_of("cross_covariance", "cross_moment")
+
+    @property
+    def reference_mean(self) -> Float[Tensor, "in"]:
+        """E[x] of the dense model's input; the mean itself where no reference was streamed."""
+        if "cross_covariance" in self._sums:
+            self._require("mean", "mean")
+            return self._stream_mean("reference_mean")
+        return self.mean
+
+    @property
+    def reference_second_moment(self) -> Float[Tensor, "in in"]:
+        spread = self._covariance_of("reference_covariance", "reference_second_moment")
+        return spread + torch.outer(self.reference_mean, self.reference_mean)
+
+
+def rows_of(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(..., d) -> (n, d) without the masked rows."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if mask is not None:
+        if mask.numel() != len(rows):
+            raise ValueError(f"mask {tuple(mask.shape)} does not fit input {tuple(x.shape)}")
+        if not bool(mask.all()):
+            rows = rows[mask.reshape(-1).to(rows.device)]
+    return rows
+
+
+def widened(rows: Tensor) -> Tensor:
+    """The rows in float32, or in float64 as they are."""
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def _shift_for(rows: Float[Tensor, "n in"]) -> Float[Tensor, "in"]:
+    """Near the mean of the rows, zero where that is of no use, in float64.
+
+    It has the bits of float32, of 16-bit rows those of their type, so that its difference to rows near it is exact.
+    """
+    rows = rows[:CHUNK_ROWS]
+    mean = rows.mean(0, dtype=torch.float64)
+    if rows.dtype not in HALF:
+        return mean.float().double()
+    spread = (rows.float() - mean.float()).square().mean(0).sqrt()
+    return torch.where(mean.abs() > DOMINANT * spread, mean.to(rows.dtype).double(), torch.zeros_like(mean))
+
+
+@dataclass(frozen=True)
+class _Deviations:
+    """Some rows of an input, and what is left of them after the shift.
+
+    Attributes:
+        wide: in float32, or float64 as they came. factors: the same as they are multiplied, in the input's own type
+            where a product is_multiplied_exactly.
+        exact: (n,) rows whose differences have the bits of the input's type; None where all have, or it is not asked.
+    """
+
+    wide: Float[Tensor, "n in"]
+    factors: Float[Tensor, "n in"]
+    exact: Bool[Tensor, "n"] | None
+
+    @classmethod
+    def of(cls, rows: Float[Tensor, "n in"], shift: Float[Tensor, "in"] | None) -> _Deviations:
+        wide, exact = widened(rows), None
+        factors = rows
+        if shift is not None:
+            wide = wide - shift.to(wide)
+            if has_units_for(rows):
+                factors = wide.to(rows.dtype)
+                exact = (factors == wide).all(1)
+        return cls(wide, factors if is_multiplied_exactly(rows) else wide, exact)
+
+
+def _factors(streams: Sequence[_Deviations]) -> Iterator[tuple[tuple[Tensor, ...], bool]]:
+    """Rows to be multiplied, of one stream or two, and whether units for 16 bits may do it.
+
+    They may where all differences of a row have so few bits. The other rows, a handful, are multiplied in float32.
+    """
+    known = [stream.exact for stream in streams if stream.exact is not None]
+    exact = torch.stack(known).all(0) if known else None
+    if exact is None or bool(exact.all()):
+        yield tuple(stream.factors for stream in streams), True
+        return
+    yield tuple(stream.factors[exact] for stream in streams), True
+    yield tuple(stream.wide[~exact] for stream in streams), False
