@@ -244,3 +244,15 @@ def test_conversations_of_a_mixture_need_no_chat_template(tmp_path: Path, templa
     assert text.documents == (("w0 w1\n\nw2",) if template is None else ("<s> w0 w1</s><s> w2</s>",))
     assert text.templated is (template is not None)
     assert ("conversations" in text.source) is (template is None)
+
+
+def test_files_of_one_name_are_told_apart_and_one_file_is_one_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "t.txt").write_text(" ".join(f"w{number % 50}" for number in range(400)))
+    tokens = read_tokens("x/t.txt+y/t.txt*3", tiny_tokenizer(), samples=4, length=16)
+    assert [(part["corpus"], part["samples"]) for part in tokens.parts] == [("x/t.txt", 1), ("y/t.txt", 3)]
+    assert shares_of("x/t.txt+./x/t.txt") == {"x/t.txt": 1}

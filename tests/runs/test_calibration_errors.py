@@ -119,6 +119,25 @@ def test_a_checkpoint_says_what_it_was_calibrated_on(place: Path, tmp_path: Path
         calibration_errors(place / "model", model, model, load_tokenizer(place / "model"))
 
 
+def test_a_copy_of_the_text_gives_the_samples_that_the_text_gives(place: Path, tmp_path: Path) -> None:
+    """What was seen is left out of the copy too."""
+    make_checkpoint(recipe_of(place, str(place / "words.txt")), tmp_path / "out", How())
+    copy = tmp_path / "moved.txt"
+    copy.write_text((place / "words.txt").read_text())
+    model = load_model(tmp_path / "out", dtype="float32")
+    own = calibration_errors(tmp_path / "out", model, MODEL, TOKENIZER)
+    moved = calibration_errors(tmp_path / "out", model, MODEL, TOKENIZER, text=str(copy))
+    assert own.source["part"] == moved.source["part"] == "unseen"
+    assert all(torch.equal(own.logs[name], moved.logs[name]) for name in own.logs)
+
+
+def test_a_reference_of_low_rank_is_refused(place: Path, tmp_path: Path) -> None:
+    make_checkpoint(recipe_of(place), tmp_path / "out", How())
+    model = load_model(tmp_path / "out", dtype="float32")
+    with pytest.raises(ValueError, match=r"the reference has low-rank linears itself"):
+        calibration_errors(tmp_path / "out", model, model, TOKENIZER)
+
+
 def test_a_run_measures_distances_and_its_report_warns(place: Path, tmp_path: Path) -> None:
     tasks = [f"distance:{place / name}.txt" for name in ("train", "far")]
     folder = tmp_path / "run"

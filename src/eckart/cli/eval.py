@@ -110,6 +110,7 @@ def command(
                     loaded,
                     dense,
                     tokenizer,
+                    text=calibration,
                     tokens=tokens,
                     length=length,
                     limit=limit,

@@ -11,6 +11,7 @@ have in its name; a shell may want the name in quotes.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -126,4 +127,6 @@ def _weighed(name: str, term: str) -> tuple[str, Fraction]:
         raise ValueError(f"{name!r}: weight {weight!r} of {corpus!r} is no positive number, as in wikitext2*2+c4")
     if not corpus:
         raise ValueError(f"{name!r}: the name of a corpus is missing")
+    if Path(corpus).is_file():
+        corpus = os.path.normpath(corpus)  # a file that is named in two ways is one part
     return corpus, Fraction(weight) if mark else Fraction(1)

@@ -200,7 +200,7 @@ def read_tokens(
     _positive(samples=samples, length=length)
     counts = share_out(corpus, samples)
     if len(counts) > 1 and data is not None:
-        _check_folders(corpus, [part for part in counts if part in CORPORA], data)
+        _check_folders(corpus, [part for part in counts if part in CORPORA], data, split)
     known = all(part in CORPORA for part in counts)
     sample = sample_windows if cut == "windows" else sample_documents
     drawn = []
@@ -218,17 +218,24 @@ def read_tokens(
             ) from error
     if len(drawn) == 1:
         return drawn[0]
+    names = [tokens.source.get("corpus") for tokens in drawn]
+    drawn = [  # files of one name in two folders: as they were asked for
+        tokens if names.count(name) == 1 else replace(tokens, source={**tokens.source, "corpus": part})
+        for tokens, name, part in zip(drawn, names, counts, strict=True)
+    ]
     return functools.reduce(Tokens.__add__, drawn).take(torch.tensor(interleaved(list(counts.values()))))
 
 
-def _check_folders(corpus: str, parts: Sequence[str], data: Path) -> None:
+def _check_folders(corpus: str, parts: Sequence[str], data: Path, split: str) -> None:
     """Raises ValueError unless every part has a folder: without its own, one would read another's file in DATA."""
     missing = [part for part in parts if not (data / part).is_dir()]
     if missing:
+        patterns = CORPORA[missing[0]].files
+        wanted = ", ".join(patterns.get(split) or next(iter(patterns.values())))
         raise ValueError(
             f"the mixture {corpus} lacks its {'part' if len(missing) == 1 else 'parts'} {', '.join(missing)}: no "
-            f"folder of that name in {data}. It is not made smaller: put {data / missing[0] / 'train.jsonl'} there, "
-            "leave --data out to ask the hub, or calibrate on another text (--calibration NAME)"
+            f"folder of that name in {data}. It is not made smaller: put its text there ({wanted} in "
+            f"{data / missing[0]}), leave --data out to ask the hub, or calibrate on another text (--calibration NAME)"
         )
 
 

@@ -26,6 +26,7 @@ def calibration_errors(
     reference: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    text: str | None = None,
     tokens: Tokens | None = None,
     length: int | None = None,
     limit: int | None = None,
@@ -37,7 +38,9 @@ def calibration_errors(
     Args:
         checkpoint: the directory of `model`.
         reference: the dense model that it came from.
-        tokens: of the calibration text; default: see `comparable_tokens`, of the recorded recipe.
+        text: what it was calibrated on, in place of what its recipe names, as another copy of it; the recipe says
+            which samples the model was fit to, and others are read.
+        tokens: of that text, read where no recipe says that the model was fit to any.
         length, limit: of the windows of text that are compared with it.
 
     Raises:
@@ -49,8 +52,21 @@ def calibration_errors(
             f"{checkpoint} has no low-rank linear, so none was fit to a calibration text: distance is of models that "
             "eckart compressed by low rank"
         )
-    if tokens is None:
+    if low_rank_modules(reference):
+        raise ValueError(
+            "distance: the reference has low-rank linears itself: give the dense model that this one came from "
+            "(--reference)"
+        )
+    try:
         recipe = recorded_recipe(checkpoint)
+    except ValueError:
+        if tokens is None:
+            raise
+        tokens = shortened(tokens, length, limit)
+    else:
+        if text is not None:
+            calibration = recipe.calibration.model_copy(update={"corpus": text})
+            recipe = recipe.model_copy(update={"calibration": calibration})
         tokens = comparable_tokens(recipe, model, tokenizer, data, length=length, limit=limit)
     return read_errors(model, reference, tokens, linears, track=track)
 
@@ -114,6 +130,11 @@ def comparable_tokens(
     unseen = others.take(torch.tensor(is_new))
     whole = all(part["samples"] for part in unseen.parts)
     tokens, part = (unseen, "unseen") if whole else (used, "used")
+    return shortened(replace(tokens, source={**tokens.source, "part": part}), length, limit)
+
+
+def shortened(tokens: Tokens, length: int | None, limit: int | None) -> Tokens:
+    """At most READ samples, cut at `length`; see `comparable_tokens`. `source["read"]` is how many, and how long."""
     few = tokens.take(slice(READ if limit is None else min(READ, max(limit, len(tokens.parts)))))
-    source = {**few.source, "part": part, "read": [len(few), min(few.ids.shape[1], length or few.ids.shape[1])]}
+    source = {**few.source, "read": [len(few), min(few.ids.shape[1], length or few.ids.shape[1])]}
     return replace(few, ids=few.ids[:, :length], mask=few.mask[:, :length], source=source)
