@@ -40,7 +40,8 @@ STYLE: Final = "rich"
 # How a command that was stopped goes on. Of one that is not here, nothing is kept.
 GOES_ON = {
     "compress": "the same command starts from what is in the cache, and with --out-of-core goes on by --resume",
-    **dict.fromkeys(("eval", "run", "reproduce"), "the same command goes on with what is missing"),
+    "eval": "with --out, the same command goes on with what is missing",
+    **dict.fromkeys(("run", "reproduce"), "the same command goes on with what is missing"),
     **dict.fromkeys(("search", "probe", "finetune"), "the same command goes on where it was"),
 }
 NOTHING_KEPT = "nothing was changed"

@@ -187,6 +187,8 @@ def evaluate(
     subject = Subject(model, tokenizer, path, reference, activations, errors, context)
     for task in to_run:
         missing = [name for name in sorted(find_task(task.name).needs) if not getattr(subject, name)]
+        if "errors" in missing and "reference" in missing:
+            missing.remove("errors")  # they are read beside the reference
         if missing:
             raise ValueError(f"{task.name} needs {' and '.join(NEEDS[name] for name in missing)}")
     check_evaluating(model)
