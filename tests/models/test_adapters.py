@@ -122,7 +122,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "whole modules": ({"modules_to_save": ["lm_head"]}, r"with modules_to_save \(\['lm_head'\]\), which is more than"),
     "more blocks": ({"layer_replication": [[0, 2], [1, 3]]}, "with layer_replication"),
     "no base": ({"base_model_name_or_path": None}, "names no base model"),
-    "no kind": ({"peft_type": 3}, "names no base model"),
+    "no kind": ({"peft_type": 3}, "its peft_type is 3"),
     "another base": ({"base_model_name_or_path": "no/such"}, "an adapter of no/such: cannot load the model no/such"),
     "another rank": ({"r": 3}, r"lora cannot be merged into .*base: .*size mismatch"),
     "more linears": ({"target_modules": ["v_proj", "down_proj", "q_proj"]}, "missing tensor base_model.*q_proj.lora_A"),
@@ -139,6 +139,15 @@ def test_what_cannot_be_merged_is_named(what: str, lora: Path) -> None:
         load_model(lora)
     assert str(error.value).startswith(str(lora))
     assert "\n" not in str(error.value)
+
+
+def test_an_adapter_without_the_entry_names_no_base(lora: Path) -> None:
+    file = lora / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    del settings["base_model_name_or_path"]
+    file.write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="names no base model"):
+        load_model(lora)
 
 
 def test_a_damaged_adapter_is_one_error(lora: Path) -> None:

@@ -56,10 +56,12 @@ def read_adapter(path: str | Path) -> Adapter | None:
         return None
     try:
         settings = read_json(file)
-        kind, base = settings["peft_type"], settings["base_model_name_or_path"]
+        kind, base = settings["peft_type"], settings.get("base_model_name_or_path")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged ({error!r}). Save or download it again") from error
-    if not isinstance(kind, str) or not isinstance(base, str) or not base:
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{file} is damaged (its peft_type is {kind!r}). Save or download it again")
+    if not isinstance(base, str) or not base:
         raise CheckpointError(f"{file} names no base model, base_model_name_or_path: enter where it is")
     if Path(base).is_dir() and Path(base).resolve() == folder.resolve():
         raise CheckpointError(f"{file} names its own folder as the base model: enter where the base model is")
