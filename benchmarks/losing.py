@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eckart.data.corpora import read_text
 from eckart.data.tokens import encode
 from eckart.evals.predictions import log_probabilities, summed_divergence
+from eckart.evals.windows import cut_windows, windows_per_batch
 
-# Bytes of log-probabilities that exist at a time, and of the dense model's that are kept for the next model.
-AT_A_TIME, KEPT = 2**29, 2**31
+# Bytes of the dense model's log-probabilities that are kept for the next model, or none of them.
+KEPT = 2**31
 
 
 class Texts:
@@ -43,10 +44,10 @@ class Texts:
         for name in names:
             stream = encode(read_text(name, split="test", data=data), tokenizer)
             if len(stream) >= length:
-                self.rows[name] = stream[: len(stream) // length * length].view(-1, length)[:windows]
-        width = 4 * cast(nn.Embedding, dense.get_input_embeddings()).num_embeddings * length
-        self.together = max(1, AT_A_TIME // width)
-        self.keeps = width * sum(len(rows) for rows in self.rows.values()) <= KEPT
+                self.rows[name] = cut_windows(dense, stream, length=length, limit=windows)
+        vocabulary = cast(nn.Embedding, dense.get_input_embeddings()).num_embeddings
+        self.together = windows_per_batch(length, vocabulary, models=2)
+        self.keeps = 4 * length * vocabulary * sum(len(rows) for rows in self.rows.values()) <= KEPT
         self.kept: dict[tuple[str, int], Tensor] = {}
 
     @torch.no_grad()

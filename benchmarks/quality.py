@@ -199,6 +199,7 @@ class Comparison:
             windows=arguments.windows,
             length=arguments.length,
         )
+        self.dense_bytes = weight_bytes(self.model, plan(self.model, 1.0))
         self.rows: list[dict[str, Any]] = read_lines(arguments.out)
 
     def run(self, variants: dict[str, dict[str, Any]], keeps: Any, counts: Any) -> None:
@@ -220,7 +221,7 @@ class Comparison:
     def limit(self, keep: float) -> int:
         """Bytes that every variant of a keep may take."""
         if self.arguments.study == "bytes":
-            return int(keep * weight_bytes(self.model, plan(self.model, 1.0)))
+            return int(keep * self.dense_bytes)
         return weight_bytes(self.model, plan(self.model, keep))
 
     def find(self, name: str, keep: float | None, samples: int) -> dict[str, Any] | None:
@@ -260,7 +261,7 @@ class Comparison:
         assert size <= limit, f"{recipe['method']} at keep {keep}: {size} bytes are more than {limit}"
         before, after = outcome.summary.macs_per_token[:2]
         facts = {
-            "share": size / weight_bytes(self.model, plan(self.model, 1.0)),
+            "share": size / self.dense_bytes,
             "macs": after / before,
             "undone": sum(not report.kept for report in outcome.passes),
         }

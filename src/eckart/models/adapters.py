@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from eckart.models.families import UnsupportedModelError
 from eckart.models.weight_files import CheckpointError, damaged, some_of
+from eckart.support.extras import import_extra
 from eckart.support.plain_data import read_json
 
 ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -37,11 +38,7 @@ def import_peft() -> ModuleType:
     Raises:
         ValueError: it is not installed.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise ValueError(f"an adapter is merged with PEFT: pip install 'eckart[peft]' ({error})") from error
-    return peft
+    return import_extra("peft", "peft", "an adapter is merged with PEFT")
 
 
 def read_adapter(path: str | Path) -> Adapter | None:

@@ -35,6 +35,7 @@ from transformers.modeling_utils import local_torch_dtype
 from eckart.models.families import UnsupportedModelError
 from eckart.models.gguf_header import GgufHeader, damaged_gguf, read_gguf_header
 from eckart.models.matching import check_finite, refuse
+from eckart.support.extras import import_extra
 
 # {entry of the metadata, after the architecture's name: entry of the configuration}.
 LLAMA = {
@@ -117,11 +118,7 @@ def import_gguf() -> ModuleType:
     Raises:
         ValueError: it is not installed.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise ValueError(f"a GGUF file needs the package gguf: pip install 'eckart[gguf]' ({error})") from error
-    return gguf
+    return import_extra("gguf", "gguf", "a GGUF file needs the package gguf")
 
 
 def load_gguf(file: Path, dtype: str = "auto") -> PreTrainedModel:
