@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from eckart.lowrank import GradientMoments, InputMoments, Moments, moments
 from eckart.lowrank.float32 import full_float32
-from eckart.lowrank.input_moments import CHUNK_ROWS, INPUT_STATISTICS
+from eckart.lowrank.input_moments import CHUNK_ROWS, INPUT_STATISTICS, SQUARES
 from eckart.lowrank.moments import FISHER, GRADIENT_STATISTICS
 
 from .reference import Layer, laws, layers, make_layer
@@ -293,8 +294,7 @@ def test_matrix_products_keep_float32_and_the_setting_comes_back(before: str) ->
 
 def test_compact_is_the_same_within_float32() -> None:
     layer = make_layer(3, 16, 200)
-    whole = stream(layer.xh, layer.x)
-    compact = whole.compact()
+    whole, compact = stream(layer.xh, layer.x), stream(layer.xh, layer.x).compact()
     assert compact.count == whole.count
     for name in (*STATISTICS, *REFERENCE_STATISTICS):
         moments, expected = getattr(compact, name), getattr(whole, name)
@@ -305,13 +305,30 @@ def test_compact_is_the_same_within_float32() -> None:
     assert {s.dtype for s in squares} == {torch.float32}
 
 
-def test_compact_does_not_change_with_the_original() -> None:
+def test_compact_rounds_in_place_and_goes_on() -> None:
     layer = make_layer(3, 5, 20)
-    whole = stream(layer.x)
-    compact = whole.compact()
-    mean = compact.mean.clone()
-    whole.update(layer.x + 1)
-    assert torch.equal(compact.mean, mean)
+    whole, sums = stream(layer.xh, layer.x), stream(layer.xh, layer.x)
+    assert sums.compact() is sums
+    for each in (whole, sums):
+        each.update(layer.xh + 1, reference=layer.x)
+    for name in (*STATISTICS, *REFERENCE_STATISTICS):
+        assert torch.allclose(getattr(sums, name), getattr(whole, name), rtol=1e-5, atol=1e-6), name
+
+
+def test_compact_holds_one_sum_in_both_types_at_a_time() -> None:
+    layer = make_layer(3, 64, 200)
+    moments = stream(layer.xh, layer.x)
+    alive: list[weakref.ref[Tensor]] = [weakref.ref(moments._sums[name]) for name in SQUARES]
+    moved, seen = InputMoments._about, []
+
+    def about(self: InputMoments, name: str, *rest: Any, **options: Any) -> Tensor:
+        seen.append(sum(each() is not None for each in alive))
+        return moved(self, name, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InputMoments, "_about", about)
+        moments.compact()
+    assert seen == [3, 2, 1]
 
 
 # To a file and back

@@ -39,12 +39,13 @@ class Anchor:
     Args:
         inputs: with a reference stream. share: of the shrinkage; 1 gives T = W. centred: about the means.
 
-    Memory: four (d_in, d_in) matrices, of each float type that is asked for.
+    Memory: three (d_in, d_in) matrices in the float type that was asked for last, and a factor in each that was asked
+    for.
     """
 
     def __init__(self, inputs: InputMoments, share: float, *, centred: bool = False) -> None:
         self.inputs, self.share, self.centred = inputs, share, centred
-        self._matrices: dict[torch.dtype, tuple[Tensor, Tensor, Tensor]] = {}
+        self._matrices: tuple[Tensor, Tensor, Tensor] | None = None
         self._factors: dict[torch.dtype, Tensor | None] = {}
 
     @property
@@ -140,8 +141,9 @@ class Anchor:
         return torch.linalg.qr((vectors * shrunk.sqrt()).mT, mode="r").R.mT
 
     def _matrices_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """E, D and Gh, computed in float64 and kept in `dtype`."""
-        if dtype not in self._matrices:
+        """E, D and Gh, computed in float64 and kept in `dtype`; those of another type are let go."""
+        if self._matrices is None or self._matrices[0].dtype != dtype:
+            self._matrices = None
             size, device = self.inputs.d_in, self.inputs.mean.device
             matrices = (
                 torch.empty(size, size, dtype=dtype, device=device),
@@ -151,8 +153,8 @@ class Anchor:
             for place, parts in self._rows():
                 for matrix, part in zip(matrices, parts, strict=True):
                     matrix[place] = part
-            self._matrices[dtype] = matrices
-        return self._matrices[dtype]
+            self._matrices = matrices
+        return self._matrices
 
     def _rows(self) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor]]]:
         """Some rows of E, D and Gh at a time, in float64, and which."""

@@ -282,25 +282,36 @@ class InputMoments:
         return moments
 
     def compact(self) -> InputMoments:
-        """The same moments with the square sums rounded to float32: half the memory and disk, 6e-8 relative.
+        """These moments, their square sums now about the mean and in float32: half the memory and disk, 6e-8 relative.
+
+        Each sum is let go as soon as it is rounded, so that there is never more than one in both types.
 
         Raises:
             ValueError: the reference stream's moments that were given are of another number of tokens.
         """
-        return InputMoments.from_state(self.count, self._state(torch.float32))
+        known = self._known()
+        for name in SQUARES:
+            if name in self._sums:
+                self._sums[name] = self._about(name, dtype=torch.float32)
+        self._sums |= {name: total.float() if name in SQUARES else total for name, total in known.items()}
+        self._shifts, self._is_read, self.reference = {}, True, None
+        return self
 
     def _state(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The sums, those of products about the mean and in a type, with what is known of the reference stream."""
-        own = {
+        return {
             name: self._about(name, dtype=dtype) if name in SQUARES else total.clone()
             for name, total in self._sums.items()
-        }
+        } | {name: total.to(dtype) if name in SQUARES else total for name, total in self._known().items()}
+
+    def _known(self) -> dict[str, Tensor]:
+        """The sums of the reference stream that were given."""
         if self.reference is None:
-            return own
+            return {}
         if self.reference.count != self.count:
             raise ValueError(f"{self.count} tokens were seen, and the reference's are of {self.reference.count}")
         known = self.reference.sums
-        return own | {"reference_mean": known["mean"], "reference_covariance": known["covariance"].to(dtype)}
+        return {"reference_mean": known["mean"], "reference_covariance": known["covariance"]}
 
     def keeps(self, name: str) -> torch.dtype | None:
         """The type in which a sum is kept, or None where it is not."""
