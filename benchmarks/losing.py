@@ -65,6 +65,17 @@ class Texts:
                 kl[name] += [summed_divergence(p, q) / len(p) for p, q in zip(log_p, log_q, strict=True)]
         return {"nats": nats, "kl": kl}
 
+    @torch.no_grad()
+    def dense_losses(self) -> dict[str, list[float]]:
+        """{corpus: the dense model's mean log-loss of each window}."""
+        losses: dict[str, list[float]] = {}
+        for name, rows in self.rows.items():
+            for start in range(0, len(rows), self.together):
+                ids = rows[start : start + self.together]
+                told = self._of_dense(name, start, ids).gather(2, ids[:, 1:, None])
+                losses.setdefault(name, []).extend((-told).mean((1, 2), dtype=torch.float64).tolist())
+        return losses
+
     def _of_dense(self, name: str, start: int, ids: Tensor) -> Tensor:
         known = self.kept.get((name, start))
         if known is None:
