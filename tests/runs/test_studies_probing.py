@@ -20,7 +20,7 @@ TABLES = [f"probing-table-{name}" for name in ("2-cola", "2-mmlu", "3", "4", "5"
 FIGURES = [f"probing-figure-{number}" for number in (2, 3, 4)]
 # Figure 1: the curves of Table 2 with pruning and quantisation.
 RIVALS = ["probing-figure-1-cola", "probing-figure-1-mmlu"]
-OTHERS = ["probing-questions", "probing-questions-encoder", "probing-search", "probing-table-2-sst2"]
+OTHERS = ["probing-methods", "probing-questions", "probing-questions-encoder", "probing-search", "probing-table-2-sst2"]
 NAMES = [name for name in studies() if name.startswith("probing-")]
 # Labelled text does not come with eckart, so what reads nothing else cannot run without data.
 WITHOUT_DATA = ["probing-figure-1-mmlu", "probing-table-2-mmlu", "probing-questions", "probing-search"]

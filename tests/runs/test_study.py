@@ -341,6 +341,19 @@ def test_limits_bound_the_scores_of_searches() -> None:
     assert [recipe.allocation and recipe.allocation.limit for *_, recipe in shared.at("small").recipes()] == [3, 3]
 
 
+def test_limits_can_be_changed_by_hand() -> None:
+    runs = [{"method": "svd", "keep": 0.5, "evaluate": ["perplexity:text.txt", "probing:cola", "lm-eval:mmlu", "cost"]}]
+    small = {"base": {"model": "small"}, "limits": {"windows": 3, "documents": 5}}
+    study = Study.model_validate({**BASE, "runs": runs, "scales": {"small": small}, "compare": None})
+    changes = {"limits.documents": 7, "limits.members": 1}
+    for scale, windows in (("small", 3), ("paper", None)):
+        ((_, _, recipe),) = study.at(scale, changes).recipes()
+        assert [task.limit for task in recipe.tasks] == [windows, 7, 1, None]
+    for key, value in (("limits.rows", 7), ("limits.windows", 0), ("limits.windows", "few"), ("limits", 7)):
+        with pytest.raises(ValueError, match=r"is no limit: give limits\.windows, limits\.documents, limits\.members"):
+            study.at("small", {key: value})
+
+
 def test_a_search_that_stays_above_its_size_is_a_gap_with_its_reason(place: Path, tmp_path: Path) -> None:
     search = {"name": "surgical", "score": f"perplexity:{place / 'text.txt'}", "tolerance": "-90%", "limit": 1}
     runs = [{"method": "svd", "keep": 0.5}, {"method": "svd", "allocation": search, "keep": 0.5}]

@@ -42,7 +42,8 @@ def command(
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="KEY=VALUE over every run: model=DIR, models=[A,B], calibration.samples=64, data=DIR"
+            "--set",
+            help="KEY=VALUE over every run: model=DIR, models=[A,B], keep=0.7, limits.windows=12, data=DIR",
         ),
     ] = None,
     keep_models: Annotated[

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -15,6 +15,9 @@ from eckart.evals.tasks import counted_by
 from eckart.runs.recipe import MethodSection, Recipe, parse_recipe
 from eckart.support.plain_data import read_yaml
 from eckart.support.section import Section
+
+# What a limit counts: windows of a text; questions or rows; those of each member of a family such as mmlu.
+Counted = Literal["windows", "documents", "members"]
 
 
 class Row(Section):
@@ -73,10 +76,7 @@ class Scale(Section):
 
     base: dict[str, Any] = Field(default_factory=dict)
     finetune: dict[str, Any] = Field(default_factory=dict)
-    limits: dict[str, int] = Field(
-        default_factory=dict,
-        description="windows; documents; members: documents of each member of a family such as mmlu",
-    )
+    limits: dict[Counted, int] = Field(default_factory=dict)
     evaluate: list[Any] | None = None
     columns: list[str] | None = None
     runs: list[Row] | None = None
@@ -123,10 +123,10 @@ class Study(Section):
 
         Args:
             changes: {dotted recipe key: value}, such as {"model": "path", "calibration.samples": 64}; "models" is a
-                list, and "finetune.epochs" is of the study. They win over everything.
+                list, and "finetune.epochs" and "limits.documents" are of the study. They win over everything.
 
         Raises:
-            ValueError: an unknown scale (the message lists those there are), or fine-tuning that does not fit.
+            ValueError: an unknown scale (the message lists those there are), or fine-tuning or limits that do not fit.
         """
         if scale != "paper" and scale not in self.scales:
             raise ValueError(f"no scale {scale!r} in this study; it has paper, {', '.join(self.scales)}")
@@ -135,20 +135,21 @@ class Study(Section):
         for key, value in (changes or {}).items():
             _put(overrides, key.split("."), value)
         finetune = self._finetune_at(section, overrides)
+        limits = _limits_at(section, overrides)
         models = overrides.pop("models", None) or ([] if {"model"} & {*overrides, *section.base} else self.models)
         overlay = merge(section.base, overrides)
         replaced = bool(section.evaluate or section.columns)
         base = merge(self.base, overlay)
         if section.evaluate is not None:
             base["evaluate"] = section.evaluate
-        base["evaluate"] = _limited(base.get("evaluate", []), section.limits)
-        base = _limited_search(base, section.limits)
+        base["evaluate"] = _limited(base.get("evaluate", []), limits)
+        base = _limited_search(base, limits)
         runs = []
         for row in section.runs or self.runs:
-            recipe = _limited_search(merge(row.recipe, overlay), section.limits)
+            recipe = _limited_search(merge(row.recipe, overlay), limits)
             recipe.pop("evaluate", None) if replaced else None
             if "evaluate" in recipe:
-                recipe["evaluate"] = _limited(recipe["evaluate"], section.limits)
+                recipe["evaluate"] = _limited(recipe["evaluate"], limits)
             published = None if replaced else row.published
             runs.append(row.model_copy(update={"recipe": recipe, "published": published}))
         columns = section.columns or (
@@ -297,6 +298,19 @@ def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
     for step in path[:-1]:
         tree = tree.setdefault(step, {})
     tree[path[-1]] = value
+
+
+def _limits_at(scale: Scale, overrides: dict[str, Any]) -> dict[str, int]:
+    """How much of each task a scale reads; its changes are taken out of `overrides`, in place.
+
+    Raises:
+        ValueError: a change to another limit than there is, or to no positive number.
+    """
+    changes, known = overrides.pop("limits", {}), get_args(Counted)
+    for name, value in changes.items() if isinstance(changes, Mapping) else [("limits", changes)]:
+        if name not in known or type(value) is not int or value < 1:
+            raise ValueError(f"{name}={value!r} is no limit: give limits.{', limits.'.join(known)} a positive number")
+    return {**scale.limits, **changes}
 
 
 def _limited(items: Any, limits: Mapping[str, int]) -> list[dict[str, Any]]:
