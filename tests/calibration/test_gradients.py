@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from eckart.calibration import gradients
-from eckart.calibration.cache import read_gradients, read_making, write_gradients
+from eckart.calibration.cache import GradientFile, read_gradients, read_making, write_gradients
 from eckart.calibration.gradients import MASKED_SHARE, Loss, collect_gradients, record_squares
 from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments
@@ -272,6 +272,22 @@ def test_recorded_squares_add_to_what_is_there_and_survive_their_file(tmp_path: 
     tmp_path.joinpath("none.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"none\.safetensors holds no gradient statistics"):
         read_gradients(tmp_path / "none.safetensors")
+
+
+def test_whether_a_file_has_a_site_is_known_without_reading_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    recorded = collect_gradients(model, tiny_tokens(3, 8), find_sites(model), COVARIANCE)
+    write_gradients(tmp_path / "g.safetensors", recorded)
+    file = GradientFile(tmp_path / "g.safetensors")
+    name = next(iter(recorded))
+    assert torch.equal(file[name].gradient_covariance, recorded[name].gradient_covariance)
+    monkeypatch.setattr("eckart.calibration.cache.safe_open", None)
+    assert name in file
+    assert "lm_head" not in file
+    assert {*file} == {*recorded}
+    assert file.get("lm_head") is None
 
 
 # The model stays as it was

@@ -117,6 +117,9 @@ class GradientFile(Mapping[str, GradientMoments]):
             }
         return GradientMoments.from_state(int(counts[0]), int(counts[1]), sums)
 
+    def __contains__(self, site: object) -> bool:  # Mapping's own would read the statistics
+        return site in self._counts
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._counts)
 
