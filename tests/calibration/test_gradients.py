@@ -274,9 +274,7 @@ def test_recorded_squares_add_to_what_is_there_and_survive_their_file(tmp_path: 
         read_gradients(tmp_path / "none.safetensors")
 
 
-def test_whether_a_file_has_a_site_is_known_without_reading_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whether_a_file_has_a_site_is_known_without_reading_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     recorded = collect_gradients(model, tiny_tokens(3, 8), find_sites(model), COVARIANCE)
     write_gradients(tmp_path / "g.safetensors", recorded)

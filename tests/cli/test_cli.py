@@ -381,7 +381,9 @@ def test_what_there_is_can_be_listed(run: Run) -> None:
     assert "makes no checkpoint" in printed
 
 
-def test_a_text_far_from_the_calibration_has_a_warning(run: Run, place: Path, tmp_path: Path) -> None:
+def test_a_text_far_from_the_calibration_has_a_warning(
+    run: Run, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The calibration text is the checkpoint's own, or a named one."""
     (tmp_path / "near.txt").write_text("w1 w2 w3 w4 w5 " * 200)
     text = ("--calibration", tmp_path / "near.txt", "--samples", "8", "--length", "16")
@@ -414,3 +416,10 @@ def test_a_text_far_from_the_calibration_has_a_warning(run: Run, place: Path, tm
     status, printed = run("eval", tmp_path / "small", "--task", tasks[1], *named)
     assert status == 0, printed
     assert "is far from" not in printed
+
+    (tmp_path / "short.txt").write_text("w1 w2 w3")
+    monkeypatch.setattr("eckart.cli.eval.calibration_errors", None)  # a pass over text that nothing would be read for
+    short = ("--task", f"distance:{tmp_path / 'short.txt'}")
+    status, printed = run("eval", tmp_path / "small", *short, *named)
+    assert status == 2, printed
+    assert "less than one window" in printed

@@ -28,7 +28,7 @@ from eckart.data.tokens import read_tokens
 from eckart.evals.result import EvalResult
 from eckart.evals.similarity import read_activations
 from eckart.evals.subject import Setup, Subject
-from eckart.evals.tasks import Task, default_length, find_task
+from eckart.evals.tasks import Task, default_length, find_task, windows_of
 from eckart.models.loading import load_model, load_tokenizer, plain_folder
 from eckart.models.sites import input_groups
 from eckart.runs.calibration_errors import calibration_errors, recorded_recipe
@@ -101,6 +101,9 @@ def command(
             if calibration is not None:
                 window = length or default_length(loaded)
                 tokens = read_tokens(calibration, tokenizer, samples=samples, length=window, seed=seed, data=data)
+            for item in missing:  # what is wrong with a text is said before a pass over the calibration's is paid for
+                if find_task(item.name).needs & {"activations", "errors"}:
+                    windows_of(loaded, tokenizer, item, data=data)
             track = TerminalTrack(console)
             if "activations" in needs and tokens is not None:
                 activations = read_activations(loaded, tokens, input_groups(dense or loaded), track=track)
