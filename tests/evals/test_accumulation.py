@@ -136,7 +136,7 @@ def test_a_block_that_adds_nothing_passes_on_what_it_is_given() -> None:
 
 @torch.no_grad()
 def test_a_token_counts_no_more_for_being_long() -> None:
-    """The first token's state made a thousand times as long, as decoders learn to: the others' errors are still seen."""
+    """The first token's state is made a thousand times as long, as decoders learn to: others' errors are still seen."""
     reference, model = tiny_model("gpt2"), changed("gpt2")
     plain = measure(model, reference, length=LENGTH)
     for each in (reference, model):
@@ -200,7 +200,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="of width 32 in the dense model and of width 16 in the compressed one"):
         measure(tiny_model("llama", hidden_size=16, head_dim=8), reference)
     for wrong in (blocks[::-1], (*blocks, "lm_head"), (blocks[0], "model.layers")):
-        with pytest.raises(ValueError, match="does not run its . blocks once each in order"):
+        with pytest.raises(ValueError, match=r"does not run its \d blocks once each in order"):
             accumulation(model, reference, wrong, STREAM, length=LENGTH)
     with pytest.raises(ValueError, match="needs the names of the model's blocks"):
         accumulation(model, reference, (), STREAM, length=LENGTH)
