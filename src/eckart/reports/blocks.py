@@ -102,7 +102,7 @@ def _figure(measured: Sequence[tuple[Run, Sequence[BlockError]]], looks: Mapping
         }
         panels.append(LinePanel(title, lines))
     values = [part.value for _, blocks in measured for each in blocks for part in each.parts.values()]
-    # The first block inherits nothing, which no logarithmic axis has a place for.
+    # The first block inherits nothing: on a logarithmic axis its zero is a gap.
     logarithmic = spread_demands_log([value for value in values if value > 0])
     axes = ("block", "share of the squared norm")
     figure = line_figure(panels, looks, dense=DENSE.light, axes=axes, logarithmic=logarithmic)
