@@ -423,3 +423,20 @@ def test_a_text_far_from_the_calibration_has_a_warning(
     status, printed = run("eval", tmp_path / "small", *short, *named)
     assert status == 2, printed
     assert "less than one window" in printed
+
+
+def test_the_errors_of_blocks_need_the_dense_model(run: Run, place: Path, tmp_path: Path) -> None:
+    status, printed = compress(run, place, tmp_path / "small", "--method", "svd", "--keep", "0.6")
+    assert status == 0, printed
+    task = f"accumulation:{place / 'test.txt'}"
+    arguments = ("eval", tmp_path / "small", "--task", task, "--out", tmp_path / "e", "--length", "16", "--limit", "3")
+    status, printed = run(*arguments)
+    assert status == 2
+    assert "needs the dense model to compare with (--reference)" in printed
+    status, printed = run(*arguments, "--reference", place / "model")
+    assert status == 0, printed
+    assert "inherited.3" in printed
+    (file,) = (tmp_path / "e").glob("*.json")
+    result = EvalResult.from_json(file.read_text())
+    assert result.read("own.1") == result.read("error.1") > 0
+    assert result.read("inherited.-1") > 0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from eckart.models.sites import Site, find_sites, parse_blocks, select_sites
+from eckart.models.sites import Site, block_names, blocks_of, find_sites, parse_blocks, select_sites
 from eckart.support.sizes import num_bytes, num_params
-from tiny import tiny_model
+from tiny import DEFAULT_CONFIGS, FAMILY_CONFIGS, tiny_model
 
 ROLES = {
     "self_attn.q_proj": "attention",
@@ -140,3 +140,9 @@ def test_sizes_count_tied_tensors_once() -> None:
     assert num_params(untied) - num_params(tied) == tied.lm_head.weight.numel()
     assert num_bytes(tied) == 4 * num_params(tied)
     assert num_bytes(tied.bfloat16()) == 2 * num_params(tied)
+
+
+@pytest.mark.parametrize("model_type", [*FAMILY_CONFIGS, *DEFAULT_CONFIGS])
+def test_blocks_have_names_in_order(model_type: str) -> None:
+    model = tiny_model(model_type)
+    assert [model.get_submodule(name) for name in block_names(model)] == list(blocks_of(model))

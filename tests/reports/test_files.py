@@ -109,3 +109,14 @@ def test_what_is_no_line_is_refused() -> None:
     figure.add_trace(go.Bar(x=[1], y=[1]), row=1, col=1)
     with pytest.raises(ValueError, match="type bar is no line"):
         draw_lines(figure, "Bars")
+
+
+def test_a_zero_on_a_logarithmic_axis_is_a_gap() -> None:
+    def drawn(start: float | None, axis: str) -> str:
+        figure = panel_grid([""], row=100, least=100)
+        figure.add_trace(go.Scatter(x=[1, 2, 3], y=[start, 2, 4], mode="lines", name="a"), row=1, col=1)
+        figure.update_yaxes(type=axis)
+        return draw_lines(figure, "Lines")
+
+    assert drawn(0, "log") == drawn(None, "log")
+    assert drawn(0, "linear") != drawn(None, "linear")

@@ -18,7 +18,16 @@ from eckart.support.plain_data import parse_json, read_json
 Better = Literal["higher", "lower"]
 # The parts of a report. Results that have no part of their own are tasks.
 SectionName = Literal[
-    "perplexity", "tasks", "stereoset", "agreement", "divergence", "distance", "probing", "similarity", "cost"
+    "perplexity",
+    "tasks",
+    "stereoset",
+    "agreement",
+    "divergence",
+    "distance",
+    "accumulation",
+    "probing",
+    "similarity",
+    "cost",
 ]
 # Where the weighted F1 of a probe is not above its control's by this much, a layer is no evidence (the probing paper).
 CHECK = 0.2
@@ -55,6 +64,7 @@ TRAITS: dict[str, Traits] = {
     "stereoset": Traits("stereoset", "higher", quality=False),
     "divergence": Traits("divergence", "lower", "windows", quality=False, of="compressed"),
     "distance": Traits("distance", "lower", "windows", quality=False, of="compressed"),
+    "accumulation": Traits("accumulation", "lower", "windows", quality=False, of="compressed"),
     "similarity": Traits("similarity", None, "windows", quality=False, of="dense"),
     "probing": Traits("probing", "higher", quality=False, shown=("selectivity",)),
     "classification": Traits(better="higher"),

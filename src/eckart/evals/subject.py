@@ -22,6 +22,7 @@ class Subject:
         reference: the dense model that it came from, for comparisons.
         activations: of the model on its calibration text; see `similarity.read_activations`.
         errors: of a compressed model's linears on its calibration text; see `distance.read_errors`.
+        blocks: names of its blocks' modules, in order; see `models.sites.block_names`.
         context: the window for text where a task names none; a model with fewer positions is read at its own.
     """
 
@@ -31,6 +32,7 @@ class Subject:
     reference: PreTrainedModel | None = None
     activations: Activations | None = None
     errors: LinearErrors | None = None
+    blocks: tuple[str, ...] = ()
     context: int | None = None
 
 

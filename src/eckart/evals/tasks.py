@@ -17,6 +17,7 @@ from eckart.data.corpora import read_text
 from eckart.data.labelled import LABELLED, Labelled, read_labelled
 from eckart.data.positions import usable_positions
 from eckart.data.tokens import check_vocabulary, encode, warn_of_tokenizer
+from eckart.evals.accumulation import accumulation
 from eckart.evals.classification import classification
 from eckart.evals.cost import cost
 from eckart.evals.distance import LinearErrors, distance
@@ -163,6 +164,7 @@ def evaluate(
     reference: PreTrainedModel | None = None,
     activations: Activations | None = None,
     errors: LinearErrors | None = None,
+    blocks: Sequence[str] = (),
     context: int | None = None,
     workers: int = 1,
     cache: Path | None = None,
@@ -174,7 +176,7 @@ def evaluate(
         tasks: names such as "perplexity:wikitext2", "perplexity:notes.txt", "lm-eval:piqa", "stereoset", or `Task`s.
         data: folder with local copies of known corpora and tasks; None asks the hub.
         batch_size: examples at a time, for tasks of examples.
-        path, reference, activations, errors, context: see `Subject`; only some evaluations need them.
+        path, reference, activations, errors, blocks, context: see `Subject`; only some evaluations need them.
         workers, cache: see `Setup`.
 
     Raises:
@@ -184,11 +186,11 @@ def evaluate(
     Warns where the tokenizer may be another model's.
     """
     to_run = [task if isinstance(task, Task) else Task(task) for task in tasks]
-    subject = Subject(model, tokenizer, path, reference, activations, errors, context)
+    subject = Subject(model, tokenizer, path, reference, activations, errors, tuple(blocks), context)
     for task in to_run:
         missing = [name for name in sorted(find_task(task.name).needs) if not getattr(subject, name)]
-        if "errors" in missing and "reference" in missing:
-            missing.remove("errors")  # they are read beside the reference
+        if "reference" in missing:  # those are read beside it
+            missing = [name for name in missing if name not in ("errors", "blocks")]
         if missing:
             raise ValueError(f"{task.name} needs {' and '.join(NEEDS[name] for name in missing)}")
     check_evaluating(model)
@@ -332,6 +334,20 @@ def _distance(subject: Subject, task: Task, setup: Setup) -> EvalResult:
     return distance(subject.model, subject.reference, subject.errors, stream, length=task.length, **shared)
 
 
+def _accumulation(subject: Subject, task: Task, setup: Setup) -> EvalResult:
+    assert subject.reference is not None
+    stream, shared = _text(subject, task, setup)
+    return accumulation(
+        subject.model,
+        subject.reference,
+        subject.blocks,
+        stream,
+        length=_length(subject, task),
+        batch_size=setup.batch_size,
+        **shared,
+    )
+
+
 def _similarity(subject: Subject, task: Task, setup: Setup) -> EvalResult:
     assert subject.activations is not None
     stream, shared = _text(subject, task, setup)
@@ -433,6 +449,7 @@ NEEDS = {
     "reference": "the dense model to compare with (--reference)",
     "activations": "the model's activations on the calibration text",
     "errors": "the errors of its linears on the calibration text",
+    "blocks": "the names of its blocks",
 }
 
 # Of a labelled set: the rows to train on whose text is in no row of test.
@@ -473,6 +490,12 @@ EVALUATIONS: dict[str, Evaluation] = {
         "how many times as much the compressed linears err as on the calibration text",
         TRAITS["distance"],
         needs=frozenset({"reference", "errors"}),
+    ),
+    "accumulation": Evaluation(
+        _accumulation,
+        "the error after each block, against the dense model: the block's own, and what it inherits",
+        TRAITS["accumulation"],
+        needs=frozenset({"reference", "blocks"}),
     ),
     "similarity": Evaluation(
         _similarity,

@@ -66,6 +66,16 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
         ) from error
 
 
+def block_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """The names of the model's blocks as modules of it, in order. Raises UnsupportedModelError as `blocks_of`."""
+    blocks = blocks_of(model)
+    return tuple(f"{_path_of(blocks, model)}.{index}" for index in range(len(blocks)))
+
+
+def _path_of(part: nn.Module, model: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)
+
+
 def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
     """Every compressible linear in the model's blocks, in order. Embeddings, heads and poolers stay dense.
 
@@ -80,7 +90,7 @@ def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
         raise UnsupportedModelError(f"{name} is low-rank already; start from the dense model, or export it first")
     family, blocks = family_of(model), blocks_of(model)
     refuse_other_weights(model, blocks)
-    prefix = next(name for name, module in model.named_modules() if module is blocks)
+    prefix = _path_of(blocks, model)
     sites = []
     for index, block in enumerate(blocks):
         for part, inputs in family.parts.items():

@@ -95,16 +95,16 @@ def draw_lines(figure: go.Figure, title: str) -> str:
 
 def _draw_panel(axes: Any, figure: go.Figure, number: int) -> None:
     end = str(number + 1) if number else ""
+    x, y = figure.layout[f"xaxis{end}"], figure.layout[f"yaxis{end}"]
     for trace in figure.data:
         if trace.type != "scatter" or trace.mode == "text":
             raise ValueError(f"a trace of type {trace.type} is no line")
         if (trace.yaxis or "y") == f"y{end}":
-            _draw_trace(axes, trace)
+            _draw_trace(axes, trace, above=0 if y.type == "log" else -math.inf)
     for shape in figure.layout.shapes:
         if shape.yref == f"y{end}" and shape.y0 == shape.y1:
             style = DASHES[shape.line.dash or "solid"]
             axes.axhline(shape.y0, color=shape.line.color, linewidth=shape.line.width, linestyle=style)
-    x, y = figure.layout[f"xaxis{end}"], figure.layout[f"yaxis{end}"]
     axes.set_title(_text(figure.layout.annotations[number].text), fontsize=10, loc="left")
     axes.set_xlabel(_text(x.title.text or ""))
     axes.set_ylabel(_text(y.title.text or ""))
@@ -114,11 +114,12 @@ def _draw_panel(axes: Any, figure: go.Figure, number: int) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _draw_trace(axes: Any, trace: go.Scatter) -> None:
+def _draw_trace(axes: Any, trace: go.Scatter, above: float) -> None:
+    """Draw a line; it has a gap where y is not above that number: a logarithmic axis has no place for zero."""
     errors = trace.error_y.array if trace.error_y.visible else None
     axes.errorbar(
         trace.x,
-        [math.nan if y is None else y for y in trace.y],
+        [y if y is not None and y > above else math.nan for y in trace.y],
         yerr=errors,
         ecolor=trace.line.color,
         elinewidth=0.8,

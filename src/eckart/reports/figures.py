@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from eckart.reports.answers import agreement
 from eckart.reports.bars import cost, stereoset, tasks
+from eckart.reports.blocks import accumulation
 from eckart.reports.charts import Chart
 from eckart.reports.histograms import similarity
 from eckart.reports.layers import probing
@@ -16,6 +17,6 @@ def all_figures(collection: Collection) -> list[Chart]:
     """The figures that there is something to draw for, in the order of the page."""
     makers = (
         *(perplexity, kept_share, spectra, tasks, scores, stereoset),
-        *(agreement, divergence, probing, similarity, cost),
+        *(agreement, divergence, accumulation, probing, similarity, cost),
     )
     return [chart for maker in makers if (chart := maker(collection)) is not None]

@@ -21,6 +21,7 @@ TITLES: dict[SectionName, str] = {
     "stereoset": "StereoSet",
     "divergence": "Divergence from dense",
     "distance": "Distance from the calibration text",
+    "accumulation": "Error after the last block",
     "probing": "Probing, mean of layers",
     "tasks": "Tasks",
 }

@@ -29,7 +29,7 @@ from eckart.evals.subject import Setup, Subject
 from eckart.evals.tasks import Task, find_task
 from eckart.lowrank import DecompositionError
 from eckart.models.loading import load_model, load_tokenizer, locate, plain_folder
-from eckart.models.sites import input_groups
+from eckart.models.sites import block_names, input_groups
 from eckart.runs.calibration_errors import calibration_errors
 from eckart.runs.card import write_card
 from eckart.runs.engine.base import EvaluationRequest
@@ -250,17 +250,19 @@ class _Models:
     def evaluate(self, tasks: Sequence[Task], which: str) -> Iterator[EvalResult | ValueError]:
         """The results of one of the models, in the tasks' order; or why one was refused."""
 
-        def needs(task: Task) -> tuple[bool, bool, _Windows | None]:
-            """(the dense model to compare with, the dense model's activations, the windows to read errors for)."""
+        def needs(task: Task) -> tuple[bool, bool, bool, _Windows | None]:
+            """(the dense model to compare with, names of its blocks, its activations, windows to read errors for)."""
             row = find_task(task.name)
             windows = (task.length, task.limit) if "errors" in row.needs else None
-            return which == "compressed" and row.wants_reference, "activations" in row.needs, windows
+            compare = which == "compressed" and row.wants_reference
+            return compare, "blocks" in row.needs, "activations" in row.needs, windows
 
-        for (compare, read, windows), group in itertools.groupby(tasks, needs):
+        for (compare, by_block, read, windows), group in itertools.groupby(tasks, needs):
             together = list(group)
             try:
                 model = self.get(which)
                 reference = self.get("dense") if compare else None
+                blocks = block_names(self.get("dense")) if by_block else ()
                 activations = self.activations if read else None
                 errors = self.errors(windows) if windows is not None else None
             except ValueError as error:
@@ -271,8 +273,8 @@ class _Models:
                 path = None
             # A baseline is made in memory: no worker elsewhere could load it.
             engine = HERE if which == "compressed" and self.recipe.is_baseline else self.how.engine
-            subject = Subject(model, self.tokenizer, path, reference, activations, errors, self.recipe.context)
-            how = self.how
+            how, context = self.how, self.recipe.context
+            subject = Subject(model, self.tokenizer, path, reference, activations, errors, blocks, context)
             setup = Setup(how.data, how.batch_size, how.workers, how.cache, how.track)
             yield from engine.outcomes(EvaluationRequest(subject, together, setup))
 

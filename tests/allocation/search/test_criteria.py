@@ -23,7 +23,8 @@ SCORES = {
     "probing": "probing:cola",
     "classification": "classification:cola",
 }
-REFUSED = {**{kind: f"{kind}:wikitext2" for kind in ("divergence", "distance", "similarity")}, "cost": "cost"}
+COMPARED = ("divergence", "distance", "accumulation", "similarity")
+REFUSED = {**{kind: f"{kind}:wikitext2" for kind in COMPARED}, "cost": "cost"}
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
