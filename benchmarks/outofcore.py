@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--method", default="asvd-i", help="asvd-i, kfac, best")
     parser.add_argument("--blocks", type=int, default=4, help="stop after so many; 0 for all")
     parser.add_argument("--kill-after", type=int, default=2, help="and kill once on the way; 0 for never")
+    parser.add_argument("--resume", action="store_true", help="go on from what an earlier run of this kind has done")
     parser.add_argument("--dtype", default="auto", help="float32 where a processor has no units for 16 bits")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
@@ -199,8 +200,9 @@ def main() -> None:
         run_child(arguments)
         return
     out = place_of(arguments)
-    for folder in (out, out.with_name(f".{out.name}.work")):
-        shutil.rmtree(folder, ignore_errors=True)
+    if not arguments.resume:
+        for folder in (out, out.with_name(f".{out.name}.work")):
+            shutil.rmtree(folder, ignore_errors=True)
     arguments.layers = json.loads((source_of(arguments) / "config.json").read_text())["num_hidden_layers"]
     runs: list[dict[str, Any]] = []
     seen: list[dict[str, Any]] = []

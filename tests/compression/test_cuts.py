@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections import UserDict
+from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eckart.allocation import RankPlan
+from eckart.allocation import RankPlan, plan
 from eckart.calibration.moments import Calibration, calibrate
 from eckart.calibration.sequential import SequentialCalibration
-from eckart.compression.cuts import FactorRequest, tails_of_units
+from eckart.compression.cuts import CutRequest, FactorRequest, cut_units, tails_of_units
 from eckart.compression.replace import compress
-from eckart.lowrank import InputMoments, Layout, Method, Moments, build_method
+from eckart.lowrank import Factored, GradientMoments, InputMoments, Layout, Method, Moments, build_method
 from eckart.lowrank.method import Prepared
 from eckart.lowrank.pivoting import LAYOUTS
 from eckart.models.linear import LowRankLinear
@@ -143,3 +148,38 @@ def test_what_linears_of_one_input_share_is_prepared_once(monkeypatch: pytest.Mo
         request = FactorRequest(method, units, part, partial(Unit.weight, model=model))
         assert len(list(tails_of_units(request))) == len(units)
         assert len(prepared) == expected, name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_a_unit_needs_is_gone_before_the_next_one_is_factored(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a wide linear that is gigabytes: its spectrum, the factors in float64, its gradient covariance."""
+    made: list[weakref.ref[Any]] = []
+
+    def watched(self: Method, weight: Tensor, moments: Moments, **options: Any) -> Factored:
+        gc.collect()
+        assert not [each for each in made if each() is not None]
+        factored = original(self, weight, moments, **options)
+        made.extend(map(weakref.ref, (factored, moments, moments.require_gradients())))
+        return factored
+
+    original = Method.factor
+    monkeypatch.setattr(Method, "factor", watched)
+    model, method = tiny_model("llama"), build_method("kfac")
+    part = calibrate(model, tiny_tokens(4, 16), method).blocks[0]
+    part = replace(part, gradients=Copies(part.gradients))
+    ranks = plan(model, 0.5, layout=layout)
+    units = units_of([site for site in find_sites(model) if site.block == 0], ())
+    request = FactorRequest(
+        method, list(units), part, partial(Unit.weight, model=model), partial(Unit.own_bias, model=model)
+    )
+    assert len([unit for unit, _ in cut_units(CutRequest(request, ranks))]) == len(made) // 3 == 7
+
+
+class Copies(UserDict[str, GradientMoments]):
+    """Gradient statistics as a file has them: new ones each time that they are asked for."""
+
+    def __getitem__(self, site: str) -> GradientMoments:
+        known = super().__getitem__(site)
+        return GradientMoments.from_state(known.examples, known.tokens, known.sums)

@@ -103,8 +103,7 @@ def cut_units(request: CutRequest) -> Iterator[tuple[Unit, Cut]]:
     Raises:
         ValueError, DecompositionError: as the method raises them; the message names the unit.
     """
-    plan, spectra, refit = request.plan, request.spectra, request.refit
-    method, part = request.factor.method, request.factor.part
+    plan, spectra = request.plan, request.spectra
     known = {} if spectra is None else spectra
     # A spectrum that is kept may be cut at any rank later on; else only at this one.
     hint = plan if spectra is None else None
@@ -114,30 +113,41 @@ def cut_units(request: CutRequest) -> Iterator[tuple[Unit, Cut]]:
         factored, anchor = (known[unit.name], None) if unit.name in known else next(fresh)[1]
         if spectra is not None:
             spectra[unit.name] = factored
-        weight, rank = request.factor.weight_of(unit), plan.rank(unit.sites[0])
-        assert rank is not None
-        inputs = _inputs_on(part.inputs.get(unit.group), weight.device)
-        held_out = _inputs_on(part.held_out.get(unit.group), weight.device)
-        try:
-            factors, took = factored.cut(rank), None
-            if refit:
-                if inputs is None or inputs.keeps("covariance") is None:
-                    raise ValueError(f"a refit needs second moments, and {method.name}'s calibration has none")
-                factors, took = _refit(weight, factors, inputs, held_out)
-            stored = unit.stored(factors, plan.layout, weight.dtype)
-        except (ValueError, DecompositionError) as error:
-            named = str(error).startswith(f"{unit.name}: ")
-            raise type(error)(str(error) if named else f"{unit.name}: {error}") from error
-        tail = None if method.residual is not None else factored.tail(rank)
-        energy = _energy(method, factored, weight, inputs) if len(unit.sites) == 1 else None
-        rows = weight.split([site.d_out for site in unit.sites])
-        as_read = replace(stored, bias=_read_bias(stored.bias, request.factor.bias_of(unit), weight.dtype))
-        errors = tuple(
-            _relative_error(each, member, inputs, energy, anchor)
-            for each, member in zip(rows, unit.split(as_read), strict=True)
-        )
-        notes = tuple(note_on(part, site) for site in unit.sites)
-        yield unit, Cut(stored, tail, tuple(factored.losses(CURVE)), errors, took, notes)
+        cut = _cut_unit(request, unit, factored, anchor)
+        del factored, anchor  # before those of the next unit are made: of a wide linear they take gigabytes
+        yield unit, cut
+
+
+def _cut_unit(request: CutRequest, unit: Unit, factored: Factored, anchor: Anchor | None) -> Cut:
+    """A unit's spectrum at its rank, with what it lost.
+
+    Raises: as `cut_units`.
+    """
+    plan, method, part = request.plan, request.factor.method, request.factor.part
+    weight, rank = request.factor.weight_of(unit), plan.rank(unit.sites[0])
+    assert rank is not None
+    inputs = _inputs_on(part.inputs.get(unit.group), weight.device)
+    held_out = _inputs_on(part.held_out.get(unit.group), weight.device)
+    try:
+        factors, took = factored.cut(rank), None
+        if request.refit:
+            if inputs is None or inputs.keeps("covariance") is None:
+                raise ValueError(f"a refit needs second moments, and {method.name}'s calibration has none")
+            factors, took = _refit(weight, factors, inputs, held_out)
+        stored = unit.stored(factors, plan.layout, weight.dtype)
+    except (ValueError, DecompositionError) as error:
+        named = str(error).startswith(f"{unit.name}: ")
+        raise type(error)(str(error) if named else f"{unit.name}: {error}") from error
+    tail = None if method.residual is not None else factored.tail(rank)
+    energy = _energy(method, factored, weight, inputs) if len(unit.sites) == 1 else None
+    rows = weight.split([site.d_out for site in unit.sites])
+    as_read = replace(stored, bias=_read_bias(stored.bias, request.factor.bias_of(unit), weight.dtype))
+    errors = tuple(
+        _relative_error(each, member, inputs, energy, anchor)
+        for each, member in zip(rows, unit.split(as_read), strict=True)
+    )
+    notes = tuple(note_on(part, site) for site in unit.sites)
+    return Cut(stored, tail, tuple(factored.losses(CURVE)), errors, took, notes)
 
 
 def factor_units(request: FactorRequest, plan: RankPlan | None = None) -> Iterator[tuple[Unit, Factored]]:
@@ -194,7 +204,9 @@ def _each_prepared(
             result = work(unit, weight, moments, prepared)
         except (ValueError, DecompositionError) as error:
             raise type(error)(f"{unit.name}: {error}") from error
+        del weight, moments  # a unit's gradient statistics are as large as its outputs squared
         yield unit, result
+        del result
 
 
 def note_on(part: BlockCalibration, site: Site) -> str | None:

@@ -288,10 +288,8 @@ def is_nothing(metric: Metric) -> bool:
 
 def _covariance_of(gradients: GradientMoments, share: float) -> Float[Tensor, "out out"]:
     """H: in float32 where it was kept so and its shrunk root is as good in it, else in float64."""
-    covariance = gradients.gradient_covariance
-    if gradients.sums["gradient_covariance"].dtype != torch.float32 or share <= LEAST_SINGLE_SHRINKAGE:
-        return covariance.double()
-    return covariance.float()
+    single = gradients.sums["gradient_covariance"].dtype == torch.float32 and share > LEAST_SINGLE_SHRINKAGE
+    return gradients.covariance(torch.float32 if single else torch.float64)
 
 
 def _gradient_root(covariance: Float[Tensor, "out out"], share: float) -> Float[Tensor, "out out"]:

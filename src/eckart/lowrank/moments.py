@@ -19,7 +19,7 @@ from eckart.lowrank.float32 import (
     is_multiplied_exactly,
     mirror,
 )
-from eckart.lowrank.input_moments import CHUNK_ROWS, InputMoments, rows_of, widened
+from eckart.lowrank.input_moments import CHUNK_ROWS, NORMALISED_ROWS, InputMoments, rows_of, widened
 
 # What a method may ask for, of one layer's gradients; it needs backward passes.
 FISHER = frozenset({"fisher_in", "fisher_out"})
@@ -156,13 +156,27 @@ class GradientMoments:
 
     @property
     def gradient_covariance(self) -> Float[Tensor, "out out"]:
-        return self._mean_of("gradient_covariance", self.tokens)
+        return self.covariance()
+
+    def covariance(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "out out"]:
+        """H = E[g g^T]: computed in float64, returned in `dtype`, without a copy in between."""
+        self._require("gradient_covariance", self.tokens)
+        total = self.sums["gradient_covariance"]
+        matrix = torch.empty_like(total, dtype=dtype)
+        for start in range(0, len(total), NORMALISED_ROWS):
+            place = slice(start, start + NORMALISED_ROWS)
+            matrix[place] = total[place].to(torch.float64, copy=True).div_(self.tokens)
+        return matrix
 
     def _mean_of(self, name: str, count: int) -> Tensor:
         """In float64."""
+        self._require(name, count)
+        return self.sums[name].double() / count
+
+    def _require(self, name: str, count: int) -> None:
+        """Raises ValueError where a sum is not kept, or nothing was added to it."""
         if name not in self._sums or count == 0:
             raise ValueError(f"{name} was not collected; calibrate with a method that needs it")
-        return self.sums[name].double() / count
 
 
 @dataclass(frozen=True)
