@@ -122,9 +122,10 @@ def command(
     what = "output" if outcome.parts else "weight"
     console.print(
         table(
-            f"{out}: correction of {quantised} ({outcome.kind})",
+            f"{out}",
             ["", "value"],
             [
+                ["quantised by", outcome.kind],
                 ["linears corrected", f"{len(correction.factors):,} of {len(correction.sites):,} quantised"],
                 ["rank", f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"],
                 ["numbers in the adapter", f"{correction.num_params:,}"],

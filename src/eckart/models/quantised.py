@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from eckart.models.matching import complaints_about, refuse
 from eckart.models.refusals import quantised_by
 from eckart.models.registration import QUANT_METHOD
 from eckart.models.sites import Site, read_weight
+from eckart.models.weight_files import CheckpointError
 from eckart.support.device import check_device
 from eckart.support.extras import import_extra
 from eckart.support.quiet import quiet
@@ -66,7 +68,8 @@ def load_quantised(path: str | Path, *, device: str = "cpu", trust_remote_code: 
         return Quantised(load_gguf(file).to(device), f"GGUF {kind}")  # type: ignore[arg-type]
     if (Path(path) / ADAPTER).is_file():
         raise UnsupportedModelError(f"{path} is an adapter, and no quantised model: give {READ}")
-    with quiet(*CHATTER):
+    with quiet(*CHATTER, "transformers"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)  # as intended, see `given`
         config = read_config(path, trust_remote_code=trust_remote_code)
         method = quantised_by(config)
         if method is None:
@@ -84,13 +87,19 @@ def load_quantised(path: str | Path, *, device: str = "cpu", trust_remote_code: 
         if method == COMPRESSED_TENSORS:
             given["quantization_config"] = CompressedTensorsConfig(dequantize=True)
         model_class: Any = class_of(config, path, trust_remote_code=trust_remote_code)
-        model, info = load_or_refuse(
-            f"the model {path}",
-            path,
-            lambda: model_class.from_pretrained(
-                path, trust_remote_code=trust_remote_code, output_loading_info=True, **given
-            ),
-        )
+        try:
+            model, info = load_or_refuse(
+                f"the model {path}",
+                path,
+                lambda: model_class.from_pretrained(
+                    path, trust_remote_code=trust_remote_code, output_loading_info=True, **given
+                ),
+            )
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"cannot load the model {path}: no weight could be made of what its files hold "
+                f"({str(error).partition('. ')[0]}). Is the download whole, and does its format run on a CPU?"
+            ) from error
     refuse(str(path), complaints_about(model, info), f"the {type(model).__name__} that its config.json describes")
     section: Any = config.quantization_config
     scheme = section.get("quant_type") if isinstance(section, dict) else getattr(section, "quant_type", None)
