@@ -4,8 +4,8 @@
 
 W is the reference's weight, Q the quantised one, x what the linear reads in the reference and xh what it reads in the
 quantised model with the corrections before it. One-shot takes xh = x, and L R is the cut of W - Q in the metric of the
-inputs (LQER, Zhang et al., arXiv 2402.02446, Eq. 7-9 with a diagonal metric; EoRA, Liu et al., arXiv 2410.21271, and
-QERA, Zhang et al., arXiv 2410.06040, Theorem 1, with the whole second moment). Anchored cuts T - Q, T = W X Gh^-1.
+inputs: LQER (Zhang et al., arXiv 2402.02446) with a diagonal one, QERA (Zhang et al., arXiv 2410.06040, its exact
+solution) and EoRA (Liu et al., arXiv 2410.21271) with the whole second moment. Anchored cuts T - Q, T = W X Gh^-1.
 """
 
 from __future__ import annotations
