@@ -32,7 +32,7 @@ def rounded_model(reference: PreTrainedModel, *, embedding: bool = False) -> Pre
     model = copy.deepcopy(reference)
     weights = [model.get_submodule(site.name).weight for site in find_sites(model)]
     for weight in weights + [model.get_input_embeddings().weight] * embedding:
-        step = weight.abs().mean() / 2
+        step = weight.abs().mean() / 2 + 1e-9
         weight.copy_((weight / step).round() * step)
     return model
 
@@ -129,6 +129,16 @@ def test_peft_runs_the_dense_sum(kind: str, allocation: Any, tmp_path: Path) -> 
     assert bool(settings.rank_pattern) == (allocation == "global")
 
 
+def test_peft_computes_in_the_same_types_in_half_precision(tmp_path: Path) -> None:
+    peft: Any = pytest.importorskip("peft", reason="needs peft (pip install 'eckart[peft]')")
+    reference = tiny_model("llama", dtype=torch.bfloat16)
+    model, before = rounded_model(reference), rounded_model(reference)
+    correction = correct(model, reference, TOKENS, rank=4)
+    write_lora(tmp_path, reference, correction.factors, "base")
+    wrapped = peft.PeftModel.from_pretrained(before, str(tmp_path))
+    assert torch.equal(logits_of(wrapped), logits_of(model))
+
+
 def test_torchao_weights_are_corrected_as_they_are() -> None:
     pytest.importorskip("torchao", reason="needs torchao: pip install 'eckart[baselines]'")
     from eckart.compression.baselines.quantization import quantize_weights
@@ -170,6 +180,23 @@ def test_a_reference_in_half_precision_has_streams_of_its_own_type() -> None:
     before, after = correction.errors
     assert after < 0.9 * before
     assert {each.left.dtype for each in correction.factors.values()} == {torch.bfloat16}
+
+
+def test_a_linear_without_influence_is_noted_and_gets_no_rank_of_the_knapsack(reference: PreTrainedModel) -> None:
+    """Its input is zero on every token: nothing that quantising took away from it is missed."""
+    silent = copy.deepcopy(reference)
+    with torch.no_grad():
+        silent.get_submodule("model.layers.1.mlp.gate_proj").weight.zero_()
+    name = "model.layers.1.mlp.down_proj"
+    ranks: dict[Any, int] = {"uniform": 2, "global": 0}
+    for allocation, rank in ranks.items():
+        model = rounded_model(silent)
+        correction = correct(model, silent, TOKENS, rank=2, order="one-shot", allocation=allocation)
+        each = next(each for each in correction.sites if each.name == name)
+        assert (each.rank, each.before, each.after) == (rank, 0.0, 0.0)
+        assert each.note is not None
+        assert "zero on every calibration token" in each.note
+        assert correction.to_dict()["sites"][name]["note"] == each.note
 
 
 def refused(message: str, *arguments: Any, error: type[Exception] = ValueError, **given: Any) -> None:

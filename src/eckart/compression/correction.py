@@ -217,6 +217,11 @@ def correct(
     ranks = {site.name: min(rank, site.d_in, site.d_out) for site in differing}
     if allocation == "global":
         ranks = _share(work.tails(), sum(rank_cost(site) * ranks[site.name] for site in differing))
+        if not any(ranks.values()):
+            raise ValueError(
+                f"by {method.name} no linear loses anything that a correction could take back: calibrate on another "
+                "text, or give allocation uniform"
+            )
     dtype = dtype or (reference.dtype if reference.dtype.itemsize == 2 else torch.bfloat16)
     if order == "anchored" and method.needs:
         method = method.anchored(ANCHOR_SHRINKAGE)
