@@ -10,6 +10,7 @@ from .data.tokens import sample_documents as sample_documents, sample_windows as
 from .models.checkpoint import CheckpointError as CheckpointError
 from .models.families import UnsupportedModelError as UnsupportedModelError
 from .models.loading import load_model as load_model, load_tokenizer as load_tokenizer
+from .models.quantised import Quantised as Quantised, load_quantised as load_quantised
 
 # plan
 from .allocation import Budget as Budget, RankPlan as RankPlan, Rule as Rule, plan as plan
@@ -22,6 +23,7 @@ from .calibration.moments import calibrate as calibrate, calibrate_by_block as c
 from .calibration.sequential import SequentialCalibration as SequentialCalibration
 
 # compress
+from .compression.correction import Correction as Correction, correct as correct
 from .compression.replace import CompressionReport as CompressionReport, compress as compress
 from .compression.tuning.finetuning import FineTuning as FineTuning, fine_tune as fine_tune
 from .compression.tuning.refinement import Refinement as Refinement
@@ -31,6 +33,7 @@ from .runs.composition import COMPOSITIONS as COMPOSITIONS, Composition as Compo
 from .runs.out_of_core import compress_out_of_core as compress_out_of_core
 
 # save
+from .models.adapters import write_lora as write_lora
 from .models.dense import export_dense as export_dense
 from .models.loading import save as save
 
@@ -43,4 +46,5 @@ from .evals.tasks import Task as Task, evaluate as evaluate
 from .runs.experiment import run as run
 from .runs.recipe import Recipe as Recipe, load_recipe as load_recipe, parse_recipe as parse_recipe
 from .runs.how import How as How
+from .runs.correction import CorrectionRecipe as CorrectionRecipe, make_correction as make_correction
 from .runs.in_memory import make_checkpoint as make_checkpoint

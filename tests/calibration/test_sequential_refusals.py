@@ -106,6 +106,13 @@ def test_order_and_method_go_together(order: Order, method: Method) -> None:
         SequentialCalibration(tiny_model("llama"), tokens_of()[0], method, order=order)
 
 
+@pytest.mark.parametrize("order", ["one-shot", "sequential"])
+def test_a_reference_is_for_the_anchored_order(order: Order) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=f"a reference is for order 'anchored', and not for '{order}'"):
+        SequentialCalibration(model, tiny_tokens(), METHOD_OF[order], order=order, reference=tiny_model("llama"))
+
+
 def test_a_pass_needs_held_out_samples() -> None:
     with pytest.raises(ValueError, match="held-out samples: hold some out"):
         SequentialCalibration(tiny_model("llama"), tokens_of()[0], ANCHORED, passes=[Collect()])

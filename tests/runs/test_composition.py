@@ -13,7 +13,8 @@ from eckart.allocation.search.surgical import PERPLEXITY_TOLERANCE, Tolerance
 from eckart.compression.tuning.distillation import Distillation
 from eckart.compression.tuning.refinement import Refinement
 from eckart.lowrank import METHODS, build_method
-from eckart.runs.composition import ANCHOR_SHRINKAGE, COMPOSITIONS, Composition, best, composition_options
+from eckart.lowrank.catalogue import ANCHOR_SHRINKAGE
+from eckart.runs.composition import COMPOSITIONS, Composition, best, composition_options
 
 SCORE = "perplexity:builtin/prose"
 

@@ -66,13 +66,15 @@ class SequentialCalibration:
     It can be iterated once. `reports` fills with the results of the passes.
 
     Args:
-        model: dense; `compress` changes it on the way.
+        model: dense; `compress` changes it on the way. With a `reference`: compressed, as a quantised one is, and
+            changed further on the way.
         tokens: calibration samples. held_out: samples held out, for passes and refits.
         judged: whether a part has moments of the held-out samples too, by which a refit is judged.
         method: for what it needs. An anchored one (`Method.anchored`) is for order "anchored", and only for it.
         order: see `Order`.
         sites: those that will be replaced; default all.
         gradients: of these sites, if they were gathered before.
+        reference: the dense model, where `model` is compressed already; for order "anchored".
         known: the dense model's moments on `tokens`, where they were taken before; for order "anchored".
         passes: applied in turn to each block once its sites are replaced.
         batch_size: rows at a time; it changes memory and speed only, but for passes that take steps, where it
@@ -95,6 +97,7 @@ class SequentialCalibration:
         held_out: Tokens | None = None,
         sites: Sequence[Site] | None = None,
         gradients: dict[str, GradientMoments] | None = None,
+        reference: PreTrainedModel | None = None,
         known: KnownInputs | None = None,
         passes: Sequence[BlockPass] = (),
         judged: bool = True,
@@ -108,7 +111,9 @@ class SequentialCalibration:
         self.model, self.tokens, self.method, self.order, self.held_out = model, tokens, method, order, held_out
         self.sites = find_sites(model) if sites is None else tuple(sites)
         self.gradients, self.passes, self.batch_size, self.track = gradients, tuple(passes), batch_size, track
-        self.judged, self.known = judged, known
+        if reference is not None and order != "anchored":
+            raise ValueError(f"a reference is for order 'anchored', and not for {order!r}: leave it out")
+        self.judged, self.known, self.reference = judged, known, reference
         self.reports: list[PassReport] = []
         self.started = False
 
@@ -128,10 +133,12 @@ class SequentialCalibration:
             raise ValueError("this calibration was walked through already, and the model is compressed: make a new one")
         self.started = True
         for tokens in (self.tokens, self.held_out):
-            if tokens is not None:
-                check_readable(self.model, tokens)
+            for model in (self.model, self.reference):
+                if tokens is not None and model is not None:
+                    check_readable(model, tokens)
         if self.gradients is None:
-            self.gradients = gather_gradients(self.model, self.tokens, self.method, sites=self.sites, track=self.track)
+            dense = self.reference or self.model
+            self.gradients = gather_gradients(dense, self.tokens, self.method, sites=self.sites, track=self.track)
 
     @property
     def last(self) -> int:
@@ -159,6 +166,7 @@ class SequentialCalibration:
             open_doors=open_doors,
             start=start,
             judged=self.judged,
+            reference=self.reference,
             track=self.track,
         )
 
@@ -205,7 +213,7 @@ class SequentialCalibration:
         else:
             blocks = {"compressed": block}
             if self.order == "anchored":
-                blocks["dense"] = copy.deepcopy(block)
+                blocks["dense"] = streams.dense_blocks[number] if self.reference else copy.deepcopy(block)
             else:
                 streams.go_on(onward)
             if number < self.last and not self.passes:

@@ -85,7 +85,7 @@ class Samples(Sequence[Sample]):
         if isinstance(index, slice):
             return Samples(self.streams, self.indices[index])
         at, streams = self.indices[index], self.streams
-        args, kwargs = streams.calls[at][streams.number]
+        args, kwargs = streams.call("compressed", at)
         return Sample(streams.read("compressed", at), args, kwargs, streams.masks[at], streams.read("dense", at))
 
 
@@ -94,7 +94,7 @@ class Streams:
 
     Attributes:
         number: the block at whose door they are. Within a block's turn a stream may be at the next door already.
-        calls: of each batch, the other arguments of every block's call. masks: True for real tokens.
+        masks: True for real tokens.
         first_held_out: index of the first batch that is held out.
 
     Args:
@@ -103,6 +103,8 @@ class Streams:
         start: the block at whose door the states of these streams are already, {stream: doors}; of the first name's at
             least, which stands for the others up to the first block that is compressed. None to embed the text.
         judged: whether the held-out samples have moments of their own. They are as large as those of calibration.
+        reference: the model that the dense stream goes through, from its embedding on, where the compressed one is a
+            model of its own; None where `model` is the dense one until its blocks are compressed.
     """
 
     def __init__(
@@ -116,11 +118,17 @@ class Streams:
         open_doors: OpenDoors = hold,
         start: tuple[int, Mapping[str, Doors]] | None = None,
         judged: bool = True,
+        reference: PreTrainedModel | None = None,
         track: Track = silent,
     ) -> None:
         self.blocks, self.track, self.names, self.open_doors = blocks_of(model), track, tuple(names), open_doors
+        self.dense_blocks = self.blocks if reference is None else blocks_of(reference)
         self.number = 0 if start is None else start[0]
-        self.doors = {self.names[0]: open_doors(self.names[0], 0)} if start is None else dict(start[1])
+        # Those that embed the text: one for both streams, or of two models each its own.
+        embedding = dict.fromkeys(self.names[:1], model)
+        if reference is not None:
+            embedding = {name: reference if name == "dense" else model for name in self.names}
+        self.doors = {name: open_doors(name, 0) for name in embedding} if start is None else dict(start[1])
         batches = tokens.batches(batch_size)
         self.first_held_out = len(batches)
         if held_out is not None:
@@ -128,16 +136,22 @@ class Streams:
         self.masks = [mask for _, mask in batches]
         # Batches from this one on have no moments.
         self.measured = len(batches) if judged else self.first_held_out
-        self.calls: list[list[Call]] = []
-        first = self.doors[self.names[0]]
-        for index, recording in enumerate(record_each(model, batches, track)):
+        # Of each batch, the other arguments of every block's call.
+        self._calls: dict[str, list[list[Call]]] = {name: [] for name in embedding}
+        for name, source in embedding.items():
+            calls = self._calls[name]
+            for index, recording in enumerate(record_each(source, batches, track)):
+                if start is None:
+                    self.doors[name].write(index, recording.hidden)
+                calls.append(shared(recording.calls, calls[-1] if calls else None))
+                del recording
             if start is None:
-                first.write(index, recording.hidden)
-            self.calls.append(shared(recording.calls, self.calls[-1] if self.calls else None))
-            del recording
-        if start is None:
-            first.turn()
+                self.doors[name].turn()
         self.ahead: set[str] = set()
+
+    def call(self, name: str, index: int) -> Call:
+        """What a batch of a stream calls the block with, other than hidden states."""
+        return (self._calls.get(name) or self._calls[self.names[0]])[index][self.number]
 
     def read(self, name: str, index: int) -> Tensor:
         """A batch of a stream, at the door that the stream has reached."""
@@ -160,13 +174,13 @@ class Streams:
         Args:
             names: None for all, which ends the block's turn.
         """
-        block = self.blocks[self.number]
         for name in self.doors if names is None else names:
             if name in self.ahead:
                 continue
+            block = (self.dense_blocks if name == "dense" else self.blocks)[self.number]
             what = f"block {self.number}: {name if len(self.doors) > 1 else 'forward'}"
             for index in self.track(range(len(self.masks)), what, len(self.masks)):
-                args, kwargs = self.calls[index][self.number]
+                args, kwargs = self.call(name, index)
                 self.doors[name].write(index, hidden_of(block(self.read(name, index), *args, **kwargs)))
             self._turn(name)
         if names is None:
@@ -183,7 +197,7 @@ class Streams:
         paths = {group: site.role for group, site in readers.items()}
         collected = {group: self._start(site, needs) for group, site in readers.items()}
         for index in self.track(range(len(self.masks)), f"block {self.number}: moments", len(self.masks)):
-            run = Run(block, self.read("dense", index), self.calls[index][self.number], paths)
+            run = Run(block, self.read("dense", index), self.call("dense", index), paths)
             while not isinstance(reached := run.advance(), Tensor):
                 if index < self.measured:
                     self._add(collected[reached[0]], index, reached[0], {"dense": reached[1]})
@@ -252,10 +266,13 @@ class Streams:
     ) -> None:
         """Add what a batch reads, {stream: input}, to the moments of calibration or of what is held out."""
         x, mask = seen["compressed" if "compressed" in seen else "dense"], self.masks[index]
+        reference = seen["dense"] if len(seen) > 1 else None
+        if reference is not None and reference.dtype != x.dtype:  # of two models
+            x, reference = x.float(), reference.float()
         check_rows(group, x, mask)
         moments = collected[index >= self.first_held_out]
         try:
-            moments.update(x, mask.to(x.device), reference=seen["dense"] if len(seen) > 1 else None)
+            moments.update(x, mask.to(x.device), reference=reference)
         except ValueError as error:
             raise ValueError(f"{group}: {error}") from error
 
@@ -337,7 +354,7 @@ class _Runs:
 
     def _open(self, name: str, index: int) -> Run:
         streams = self.streams
-        hidden, call = streams.read(name, index), streams.calls[index][streams.number]
+        hidden, call = streams.read(name, index), streams.call(name, index)
         return Run(self.blocks[name], hidden, call, self.paths, tuple(self.passed))
 
 

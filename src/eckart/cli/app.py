@@ -23,6 +23,7 @@ from eckart.cli.terminal import errors
 COMMANDS = (
     "demo",
     "compress",
+    "correct",
     "export",
     "inspect",
     "methods",
@@ -40,6 +41,7 @@ STYLE: Final = "rich"
 # How a command that was stopped goes on. Of one that is not here, nothing is kept.
 GOES_ON = {
     "compress": "the same command starts from what is in the cache, and with --out-of-core goes on by --resume",
+    "correct": "the same command starts from what is in the cache",
     "eval": "with --out, the same command goes on with what is missing",
     **dict.fromkeys(("run", "reproduce"), "the same command goes on with what is missing"),
     **dict.fromkeys(("search", "probe", "finetune"), "the same command goes on where it was"),

@@ -172,7 +172,7 @@ def _factor_units(
         rank = None if plan is None else plan.rank(unit.sites[0])
         return request.method.factor(weight, moments, prepared=prepared, rank=rank), prepared.anchor
 
-    return _each_prepared(request, factored)
+    return each_prepared(request, factored)
 
 
 @torch.no_grad()
@@ -185,13 +185,17 @@ def tails_of_units(request: FactorRequest) -> Iterator[tuple[Unit, Tensor]]:
     def tails(_unit: Unit, weight: Tensor, moments: Moments, prepared: Prepared) -> Tensor:
         return request.method.tails(weight, moments, prepared=prepared)
 
-    yield from _each_prepared(request, tails)
+    yield from each_prepared(request, tails)
 
 
-def _each_prepared(
+def each_prepared(
     request: FactorRequest, work: Callable[[Unit, Tensor, Moments, Prepared], T]
 ) -> Iterator[tuple[Unit, T]]:
-    """Each unit with the result of `work` on it, its weight, its moments, and what is prepared of them."""
+    """Each unit with the result of `work` on it, its weight, its moments, and what is prepared of them.
+
+    Raises:
+        ValueError, DecompositionError: as `work` raises them; the message names the unit.
+    """
     prepared: Prepared | None = None
     group: str | None = None
     for unit in request.units:

@@ -34,6 +34,9 @@ FISHER_OUT_SHRINKAGE = 0.01
 # Starting points of METHODS' two-sided metric; a gradient covariance has fewer effective samples than an input moment,
 # and without shrinkage the method collapses on recent models (GFWSVD's own results on Llama-3).
 INPUT_SHRINKAGE, GRADIENT_SHRINKAGE = 0.1, 0.3
+# How far the anchored target's moments are shrunk: as far as the two-sided metric's input moment, so that both speak of
+# the same inputs.
+ANCHOR_SHRINKAGE = INPUT_SHRINKAGE
 
 
 def svd() -> Method:

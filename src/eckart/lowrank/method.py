@@ -138,6 +138,7 @@ class Method:
         *,
         prepared: Prepared | None = None,
         rank: int | None = None,
+        base: Float[Tensor, "out in"] | None = None,
     ) -> Factored:
         """Factor one layer for every rank at once.
 
@@ -146,13 +147,15 @@ class Method:
             moments: what `needs` asks for; None for a method that needs nothing.
             prepared: where the caller has it already.
             rank: the only one that will be cut, where that is known; see `truncation.Problem.factor`.
+            base: (d_out, d_in) Q, a quantised weight that the cuts are to correct: they are of W - Q (anchored T - Q),
+                and their loss is that of Q + M.
 
         Raises:
             ValueError: a statistic is missing, shapes disagree, an entry is not finite.
             DecompositionError: a decomposition failed.
         """
         moments = moments or Moments()
-        problem = self._problem(weight, moments, prepared)
+        problem = self._problem(weight, moments, prepared, base)
         first = problem.factor(rank if rank is None or self.residual is None else first_rank(rank, self.share))
         if self.residual is None:
             return first
@@ -161,16 +164,23 @@ class Method:
         return NestedSpectrum(first, problem.root, self.residual, second_root, second_metric, self.share)
 
     def tails(
-        self, weight: Float[Tensor, "out in"], moments: Moments | None = None, *, prepared: Prepared | None = None
+        self,
+        weight: Float[Tensor, "out in"],
+        moments: Moments | None = None,
+        *,
+        prepared: Prepared | None = None,
+        base: Float[Tensor, "out in"] | None = None,
     ) -> Float[Tensor, "points"]:
         """The loss of every rank from 0 to full, as `factor(...).tails()`, at a third of the cost.
 
         Args, raises: as `factor`.
         """
-        tails = self._problem(weight, moments or Moments(), prepared).tails()
+        tails = self._problem(weight, moments or Moments(), prepared, base).tails()
         return tails if self.residual is None else tails[_first_ranks(len(tails), self.share)]
 
-    def _problem(self, weight: Float[Tensor, "out in"], moments: Moments, prepared: Prepared | None) -> Problem:
+    def _problem(
+        self, weight: Float[Tensor, "out in"], moments: Moments, prepared: Prepared | None, base: Tensor | None
+    ) -> Problem:
         if moments.inputs is not None and moments.inputs.d_in != weight.shape[-1]:
             raise ValueError(f"the inputs have width {moments.inputs.d_in}, expected {weight.shape[-1]}")
         prepared = prepared or self.prepare(moments)
@@ -179,7 +189,9 @@ class Method:
         if self.centred:
             inputs = moments.require_inputs()
             output_mean, input_mean = weight.double() @ inputs.reference_mean, inputs.mean
-        return Problem(weight, prepared.root, metric, prepared.anchor, output_mean, input_mean)
+            if base is not None:
+                output_mean -= base.double() @ input_mean
+        return Problem(weight, prepared.root, metric, prepared.anchor, output_mean, input_mean, base=base)
 
 
 @dataclass(frozen=True)
@@ -255,6 +267,7 @@ def output_error(
     *,
     energy: float | None = None,
     anchor: Anchor | None = None,
+    base: Float[Tensor, "out in"] | None = None,
 ) -> tuple[float, float]:
     """(E||W x - M xh - d||^2, E||W x||^2) per token, from the second moments: what a replacement costs at the output.
 
@@ -265,12 +278,15 @@ def output_error(
     Args:
         energy: E||W x||^2, where the caller has it.
         anchor: of these moments, where there are two streams and the caller has it; else it is made, in float64.
+        base: (d_out, d_in) Q, which the factors correct: M is Q plus their product then.
 
     Cost: in float64, d_out d_in (d_in + 256) operations. The same for the energy, and of two streams 3 d_out d_in^2
     more, both in float32 where an anchor is given that knows no more.
     """
     inputs = moments.require_inputs()
     kept = factors.to(torch.float64).dense()
+    if base is not None:
+        kept += base
     read = torch.cat([rows.double() @ inputs.reference_mean for rows in weight.split(OUTPUTS)])
     mean = kept @ inputs.mean
     shift = read - mean if factors.bias is None else read - mean - factors.bias.double()

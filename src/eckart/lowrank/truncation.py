@@ -2,6 +2,8 @@
 
 minimise over rank(M) <= r:  E || A (W x - M x - d) ||^2    with  B B^T the moment of x
 U = left singular vectors of A T B,   M = A^-1 U_r U_r^T A T,   loss = sum of the squared singular values left out
+
+A correction M of a matrix Q that is there already, W x - (Q + M) x, is the same with T - Q in T's place.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class Spectrum:
     """Every rank of one layer: cut it anywhere, read off what the cut costs.
 
     Attributes:
-        weighted: (d_out, d_in) A T, what is approximated.
+        weighted: (d_out, d_in) A T, what is approximated; of a correction A (T - Q).
         basis: (d_out, q) U, left singular vectors of A T B, leading first: all p = min(d_out, d_in) of them, or as many
             as were asked for.
         energies: (p,) squared singular values, descending: the loss that each direction carries.
@@ -71,7 +73,7 @@ class Spectrum:
 
     @property
     def target(self) -> Float[Tensor, "out in"]:
-        """T. Cost: a solve with A where there is one."""
+        """T, of a correction T - Q. Cost: a solve with A where there is one."""
         return solve_metric(self.metric, self.weighted)
 
     def cut(self, rank: int) -> Factors:
@@ -133,6 +135,7 @@ class Problem:
         metric: A, (d_out, d_out), its diagonal (d_out,) or its blocks, non-singular. None is the identity.
         anchor: of xh, which makes the target T; None for T = W, xh being x itself.
         output_mean, input_mean: see Spectrum. floor: the part of the loss that no rank removes, without an anchor.
+        base: (d_out, d_in) Q, to which M is added: the loss is then E||A (W x - (Q + M) xh - d)||^2. None for zero.
 
     Where A or B is zero, every M loses nothing (but the floor), and that is what the losses are. The factors are then
     the best ones without A, or without B: a linear without influence on the loss is cut in the input's metric alone,
@@ -150,10 +153,15 @@ class Problem:
     output_mean: Float[Tensor, "out"] | None = None
     input_mean: Float[Tensor, "in"] | None = None
     floor: float = 0.0
+    base: Float[Tensor, "out in"] | None = None
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2:
             raise ValueError(f"target has shape {tuple(self.weight.shape)}, expected (d_out, d_in)")
+        if self.base is not None and self.base.shape != self.weight.shape:
+            raise ValueError(
+                f"what is corrected has shape {tuple(self.base.shape)}, expected {tuple(self.weight.shape)}"
+            )
         d_out, d_in = self.weight.shape
         _check_side(self.root, d_in, "root")
         _check_side(self.metric, d_out, "metric")
@@ -225,13 +233,21 @@ class Problem:
         return floor + tails_of(left_energies(weighted, self.root))
 
     def _weigh(self, dtype: torch.dtype) -> tuple[Tensor, float] | None:
-        """(A T, the floor) in a type; None where float32 is not enough for the anchor."""
-        with full_float32():
-            weighted = apply_metric(self.metric, self.weight.to(dtype))
+        """(A T, of a correction A (T - Q); the floor) in a type; None where float32 is not enough for the anchor."""
+        weight, base = self.weight.to(dtype), None if self.base is None else self.base.to(dtype)
         if self.anchor is None:
-            return weighted, self.floor
+            with full_float32():
+                return apply_metric(self.metric, weight if base is None else weight - base), self.floor
+        with full_float32():
+            weighted = apply_metric(self.metric, weight)
         target = self.anchor.target(weighted)
-        return None if target is None else (target, self.anchor.floor(weighted, target))
+        if target is None:
+            return None
+        floor = self.anchor.floor(weighted, target)
+        if base is not None:
+            with full_float32():
+                target = target - apply_metric(self.metric, base)
+        return target, floor
 
     def _weigh_exactly(self) -> tuple[Tensor, float]:
         answer = self._weigh(torch.float64)

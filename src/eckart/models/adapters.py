@@ -1,16 +1,24 @@
-"""Adapters as models: a folder of PEFT's with a low-rank change of some base model, merged into that model."""
+"""Adapters: a folder of PEFT's with a low-rank change of a base model, merged into that model, or written."""
 
 from __future__ import annotations
 
+import copy
+import json
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from eckart.lowrank import Factors
 from eckart.models.families import UnsupportedModelError
 from eckart.models.weight_files import CheckpointError, damaged, some_of
 from eckart.support.extras import import_extra
@@ -101,6 +109,49 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
         raise CheckpointError(f"{adapter.folder} cannot be merged into {adapter.base}: {reason}") from error
     merged.config.name_or_path = merged.name_or_path = str(adapter.folder)
     return merged.eval()
+
+
+def write_lora(folder: Path, model: PreTrainedModel, factors: Mapping[str, Factors], base: str) -> None:
+    """Write low-rank corrections as an adapter of PEFT's, LoRA with A = right and B = left at scaling 1, into `folder`.
+
+    The adapter's r and lora_alpha are the largest rank; where ranks differ, rank_pattern and alpha_pattern have those
+    of the linears that have less, so that the scaling is 1 for those who read the patterns and for those who do not.
+
+    Args:
+        model: of the base model's classes and sizes; its numbers are not read.
+        factors: {name of a linear: factors as they are stored, without a bias}.
+        base: the model to put the adapter on, as adapter_config.json names it.
+
+    Raises:
+        ValueError: PEFT is not installed.
+    """
+    peft = import_peft()
+    largest = max(each.rank for each in factors.values())
+    lesser = {name: each.rank for name, each in factors.items() if each.rank != largest}
+    config = peft.LoraConfig(
+        r=largest,
+        lora_alpha=largest,
+        target_modules=list(factors),
+        rank_pattern=lesser,
+        alpha_pattern=dict(lesser),
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in factors),
+        task_type="CAUSAL_LM" if model.can_generate() else None,
+        inference_mode=True,
+    )
+    with torch.device("meta"):
+        skeleton = type(model)(copy.deepcopy(model.config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads what transformers is about to rename
+        wrapped = peft.get_peft_model(skeleton, config)
+    for name, each in factors.items():
+        layer = wrapped.get_base_model().get_submodule(name)
+        for side, matrix in ((layer.lora_A, each.right), (layer.lora_B, each.left)):
+            (adapter,) = side
+            side[adapter].weight = nn.Parameter(matrix.detach().cpu().contiguous(), requires_grad=False)
+    wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+    settings = read_json(folder / ADAPTER)
+    settings |= {"base_model_name_or_path": base, "target_modules": sorted(settings["target_modules"])}
+    (folder / ADAPTER).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _check_names(adapter: Adapter, expected: dict[str, Any], stored: dict[str, Any]) -> None:

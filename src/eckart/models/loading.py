@@ -112,7 +112,7 @@ def load_model(
         check_compressible(config, model_class, path)
     check_weights(path, model_class, trust_remote_code=trust_remote_code)
     torch_dtype: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = _load(
+    model = load_or_refuse(
         f"the model {path}",
         path,
         lambda: model_class.from_pretrained(path, dtype=torch_dtype, trust_remote_code=trust_remote_code),
@@ -181,7 +181,7 @@ def read_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrai
         CheckpointError: a weights file is damaged or outside the folder; or there are more layers than tensors.
     """
     check_source(path, trust_remote_code=trust_remote_code)
-    config = _load(
+    config = load_or_refuse(
         f"the model {path}", path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     )
     stored = _read_stored(path)
@@ -225,7 +225,7 @@ def check_weights(
     """
     given = {} if config is None else {"config": config}
     with _unheard():
-        model, info = _load(
+        model, info = load_or_refuse(
             f"the model {path}",
             path,
             lambda: model_class.from_pretrained(
@@ -280,7 +280,7 @@ def class_of(config: PreTrainedConfig, path: str | Path, *, trust_remote_code: b
     }
     if trust_remote_code and architecture in own:
         auto_class, reference = own[architecture]
-        remote: type[PreTrainedModel] = _load(
+        remote: type[PreTrainedModel] = load_or_refuse(
             f"the code of {path}", path, lambda: get_class_from_dynamic_module(reference, str(path))
         )
         remote.register_for_auto_class(auto_class)  # so that saving the model writes its code as well
@@ -332,7 +332,7 @@ def _load_classifier(
     config.problem_type = "single_label_classification"
     auto = AutoModelForSequenceClassification
     new = check_weights(path, auto, config=config, may_be_new=is_head, trust_remote_code=trust_remote_code)
-    model = _load(
+    model = load_or_refuse(
         f"the model {path}",
         path,
         lambda: auto.from_pretrained(path, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code),
@@ -372,14 +372,16 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
             return load_tokenizer(adapter.base, trust_remote_code=trust_remote_code)
     elif Path(path).exists():  # of a model on the hub the configuration is asked for when it is loaded
         check_source(path, trust_remote_code=trust_remote_code)
-    return _load(
+    return load_or_refuse(
         f"the tokenizer of {path}",
         path,
         lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code),
     )
 
 
-def _load(what: str, path: str | Path, load: Callable[[], Any], faults: tuple[type[Exception], ...] = FAULTS) -> Any:
+def load_or_refuse(
+    what: str, path: str | Path, load: Callable[[], Any], faults: tuple[type[Exception], ...] = FAULTS
+) -> Any:
     """What `load` gives; what is wrong with the files is one ValueError, or the CheckpointError that it was."""
     try:
         return load()

@@ -103,19 +103,26 @@ def check_quantised(config: PreTrainedConfig, name: str | Path) -> None:
     Args:
         name: of the model, for the message.
     """
-    section: Any = getattr(config, "quantization_config", None)
-    if section is None:
+    method = quantised_by(config)
+    if method is None:
         return
-    given = section.get if isinstance(section, dict) else lambda key: getattr(section, key, None)
-    guess = "bitsandbytes" if given("load_in_4bit") or given("load_in_8bit") else "an unnamed method"
-    method = given("quant_method") or guess
-    method = str(getattr(method, "value", method))
     if method == QUANT_METHOD:
         raise UnsupportedModelError(f"{name} is low-rank already; start from the dense model, or export it first")
     raise UnsupportedModelError(
         f"{name} is quantised, by {method}: its linears are no matrices of floats that could be factored; give the "
         "model that it was quantised from"
     )
+
+
+def quantised_by(config: PreTrainedConfig) -> str | None:
+    """transformers' name of what a model's weights are quantised by, "eckart" included; None where they are not."""
+    section: Any = getattr(config, "quantization_config", None)
+    if section is None:
+        return None
+    given = section.get if isinstance(section, dict) else lambda key: getattr(section, key, None)
+    guess = "bitsandbytes" if given("load_in_4bit") or given("load_in_8bit") else "an unnamed method"
+    method = given("quant_method") or guess
+    return str(getattr(method, "value", method))
 
 
 def check_object(model: Any) -> None:

@@ -70,7 +70,7 @@ def write_card(recipe: Recipe, facts: Facts, results: Sequence[tuple[EvalResult,
             f"Relative squared error of the stored factors at their outputs,{when} on the calibration tokens: "
             f"mean {sum(errors) / len(errors):.4g}, largest {max(errors):.4g}."
         )
-    lines += _calibration(facts.calibration)
+    lines += calibration_lines(facts.calibration)
     undone = [report["place"] for report in facts.passes if not report["kept"]]
     if undone:
         lines.append(f"Gradient steps were undone where they did not help on held-out samples: {', '.join(undone)}.")
@@ -103,7 +103,7 @@ def describe_speed(speed: Mapping[str, Any]) -> str:
     )
 
 
-def _calibration(parts: Sequence[Mapping[str, Any]]) -> list[str]:
+def calibration_lines(parts: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines on the texts that it was calibrated on: their shares of the tokens."""
     total = sum(part["tokens"] for part in parts)
     if not total:

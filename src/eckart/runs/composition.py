@@ -12,12 +12,8 @@ from eckart.compression.tuning.distillation import Distillation
 from eckart.compression.tuning.recovery import Recovery
 from eckart.compression.tuning.refinement import Refinement
 from eckart.lowrank import METHODS, Layout, Method, method_options
-from eckart.lowrank.catalogue import INPUT_SHRINKAGE, kfac
+from eckart.lowrank.catalogue import ANCHOR_SHRINKAGE, kfac
 from eckart.lowrank.entries import entry_options
-
-# How far the anchored target's moments are shrunk: as far as the two-sided metric's input moment, so that both speak of
-# the same inputs.
-ANCHOR_SHRINKAGE = INPUT_SHRINKAGE
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -33,6 +33,8 @@ from eckart.models.loading import locate
 from eckart.runs.composition import COMPOSITIONS, Composition, Effort, composition_options
 from eckart.support.plain_data import read_yaml
 from eckart.support.section import Section
+
+S = TypeVar("S", bound=Section)
 
 # Ways to say how large the result may be.
 BUDGETS = ("keep", "keep_total", "max_bytes", "speed", "rules", "plan")
@@ -268,11 +270,7 @@ class Recipe(Section):
         """A calibration that is only named, and the default text, which depends on the model."""
         if not isinstance(data, dict):
             return data
-        section = data.get("calibration")
-        section = {"corpus": section} if isinstance(section, str) else {} if section is None else section
-        if isinstance(section, dict) and section.get("corpus") is None:
-            section = {**section, "corpus": BUILTIN if data.get("model") == BUILTIN else BROAD}
-        return {**data, "calibration": section}
+        return {**data, "calibration": named_text(data.get("calibration"), data.get("model"))}
 
     @field_validator("method", mode="before")
     @classmethod
@@ -439,6 +437,14 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
 
 
+def named_text(section: Any, model: Any) -> Any:
+    """A calibration section that is perhaps only named, with the default text of the model where it names none."""
+    section = {"corpus": section} if isinstance(section, str) else {} if section is None else section
+    if isinstance(section, dict) and section.get("corpus") is None:
+        section = {**section, "corpus": BUILTIN if model == BUILTIN else BROAD}
+    return section
+
+
 def load_recipe(path: str | Path) -> Recipe:
     """The recipe in a YAML file.
 
@@ -453,17 +459,22 @@ def load_recipe(path: str | Path) -> Recipe:
 
 def parse_recipe(data: dict[str, Any], *, where: str = "recipe") -> Recipe:
     """The recipe in plain data. Raises ValueError as `load_recipe` does."""
+    return parse_section(Recipe, data, where)
+
+
+def parse_section(kind: type[S], data: dict[str, Any], where: str) -> S:
+    """The section of a kind in plain data. Raises ValueError: one line with all that does not fit."""
     try:
-        return Recipe.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
-        raise ValueError(f"{where}: " + "; ".join(_explain(item) for item in error.errors())) from None
+        raise ValueError(f"{where}: " + "; ".join(_explain(item, kind) for item in error.errors())) from None
 
 
-def _explain(item: Any) -> str:
-    """One pydantic complaint in our words."""
+def _explain(item: Any, kind: type[Section]) -> str:
+    """One pydantic complaint about a section of this kind in our words."""
     place = [str(step) for step in item["loc"]]
     if item["type"] == "extra_forbidden":
-        known = _keys_at(place[:-1])
+        known = _keys_at(place[:-1], kind)
         near = difflib.get_close_matches(place[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
         inside = f" in {'.'.join(place[:-1])}" if place[:-1] else ""
@@ -472,9 +483,9 @@ def _explain(item: Any) -> str:
     return f"{'.'.join(place)}: {message}" if place else message
 
 
-def _keys_at(place: list[str]) -> list[str]:
-    """The known keys of the section at `place`."""
-    section: type[BaseModel] = Recipe
+def _keys_at(place: list[str], kind: type[Section]) -> list[str]:
+    """The known keys of the section at `place` of one of this kind."""
+    section: type[BaseModel] = kind
     for step in place:
         field = section.model_fields.get(step)
         if field is None:

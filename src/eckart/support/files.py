@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 _CLAIMS: set[tuple[int, Path]] = set()
 # Squared gradients: in a calibration's folder, and with the weights of a fine-tuned model, of which they are none.
 GRADIENTS = "gradients.safetensors"
-# Every checkpoint has one of them.
-OURS = ("config.json", "compression.json")
+# Every checkpoint, and every adapter, has one of them.
+OURS = ("config.json", "compression.json", "adapter_config.json")
 
 
 def write_whole(file: Path, text: str) -> Path:
