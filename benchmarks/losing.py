@@ -16,8 +16,10 @@ from eckart.data.tokens import encode
 from eckart.evals.predictions import log_probabilities, summed_divergence
 from eckart.evals.windows import cut_windows, windows_per_batch
 
+# The texts of the NSVD paper, the one that it calibrates on first; Chinese and Japanese are stand-ins.
+NSVD_TEXTS = ("wikitext2", "ptb", "c4", "snips", "alpaca_eval", "mctest", "cmrc2018", "japanese")
 # Bytes of the dense model's log-probabilities that are kept for the next model, or none of them.
-KEPT = 2**31
+KEPT = 2**32
 
 
 class Texts:

@@ -6,7 +6,7 @@
     python benchmarks/nsvd_table.py show --out runs/nsvd.jsonl                                # and Figure 1's question
 
 Without --data: the built-in model, calibrated on prose, evaluated on prose and code. With --data: calibrated on
-WikiText-2 train, evaluated on every corpus that the folder has. Rows are appended to --out as they come, and what is
+WikiText-2 train, evaluated on the paper's eight texts. Rows are appended to --out as they come, and what is
 there is not computed again; `show` prints what is there as Markdown:
 
 - perplexities, and the change against asvd-i at the same size as the paper prints it (positive: better), averaged over
@@ -27,12 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import scipy.stats
-from losing import Texts, mean_and_error
+from losing import NSVD_TEXTS, Texts, mean_and_error
 from measuring import append_line, read_lines
 from real_models import add_model_option
 
 import eckart
-from eckart.data.corpora import CORPORA, read_text
 from eckart.data.mixtures import parts_of
 from eckart.data.tokens import read_tokens
 from eckart.evals.improvement import average_improvement
@@ -69,7 +68,7 @@ class Table:
         self.calibration = arguments.calibration or ("builtin/prose" if data is None else "wikitext2")
         self.model = eckart.load_model(arguments.model, dtype="float32")
         tokenizer = eckart.load_tokenizer(arguments.model)
-        names = ["builtin/prose", "builtin/code"] if data is None else [n for n in CORPORA if is_present(n, data)]
+        names = arguments.texts or (["builtin/prose", "builtin/code"] if data is None else NSVD_TEXTS)
         self.texts = Texts(self.model, tokenizer, names, data, windows=arguments.windows, length=arguments.length)
         self.tokens = read_tokens(
             self.calibration, tokenizer, samples=arguments.samples, length=arguments.length, seed=0, data=data
@@ -124,15 +123,6 @@ class Table:
         """What rows are of, but for their method and size."""
         given = self.arguments
         return [str(given.model), self.calibration, given.samples, given.length, given.windows]
-
-
-def is_present(name: str, data: Path) -> bool:
-    """Whether the folder has the corpus's test split."""
-    try:
-        read_text(name, split="test", data=data)
-    except ValueError:
-        return False
-    return True
 
 
 def show(rows: list[Row]) -> None:
@@ -208,6 +198,7 @@ def main() -> None:
     parser.add_argument("study", nargs="?", choices=["table", "show"], default="table")
     add_model_option(parser)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--texts", nargs="+", help="corpora; default: the paper's, without --data built-in text")
     parser.add_argument("--calibration", help="text or mixture; default: WikiText-2, without --data built-in prose")
     parser.add_argument("--methods", nargs="+", default=list(eckart.METHODS))
     parser.add_argument("--shares", type=float, nargs="+", help="k1 / k of the nested methods; default 0.95")

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from losing import Texts, mean_and_error
+from losing import NSVD_TEXTS, Texts, mean_and_error
 from measuring import append_line, read_lines
 from real_models import add_model_option
 from rich.console import Console
@@ -42,7 +42,6 @@ from eckart.runs.recipe import parse_recipe
 from eckart.support.sizes import num_params, tensor_bytes
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
-OTHERS = ("ptb", "c4", "snips", "alpaca_eval", "mctest", "cmrc2018", "japanese")
 CUT = {"allocation": "global"}
 FULL: dict[str, Any] = {"method": "best"}
 OFF = {"refine": False}
@@ -187,14 +186,14 @@ class Comparison:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.own = "builtin/prose" if arguments.data is None else "wikitext2"
+        texts = ("builtin/prose", "builtin/code") if arguments.data is None else NSVD_TEXTS
+        self.own = texts[0]
         self.calibration: str = arguments.calibration or self.own
         self.model = eckart.load_model(arguments.model, dtype="float32")
-        others = ("builtin/code",) if arguments.data is None else OTHERS
         self.texts = Texts(
             self.model,
             eckart.load_tokenizer(arguments.model),
-            (self.own, *others),
+            texts,
             arguments.data,
             windows=arguments.windows,
             length=arguments.length,
