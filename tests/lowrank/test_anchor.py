@@ -158,3 +158,25 @@ def test_a_covariance_below_its_rounding_is_no_reason_to_stop() -> None:
     dense = token_error(layer, weight, centred=True)
     assert token_error(layer, target, centred=True) < dense
     assert token_error(layer, target_of(Anchor(true, 0.1, centred=True), weight), centred=True) < dense
+
+
+@centred_or_not
+@pytest.mark.parametrize("single", [False, True])
+def test_a_wide_input_keeps_no_matrices_and_gives_the_same(
+    centred: bool, single: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of its moments are made when they are multiplied: bit for bit the same, but for what is in memory."""
+    monkeypatch.setattr("eckart.lowrank.anchor.ROWS", 24)
+    layer = make_layer(7, 96, 400)
+    inputs, weight = layer.moments(ANCHORED).require_inputs(), layer.weight
+    if single:
+        inputs, weight = inputs.compact(), weight.float()
+    kept = Anchor(inputs, 0.1, centred=centred)
+    target = target_of(kept, weight)
+    assert kept._matrices is not None
+    monkeypatch.setattr("eckart.lowrank.anchor.KEPT", 0)
+    made = Anchor(inputs, 0.1, centred=centred)
+    again = target_of(made, weight)
+    assert torch.equal(again, target)
+    assert made.floor(weight, again) == kept.floor(weight, target)
+    assert made._matrices is None

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eckart.lowrank.float32 import full_float32, symmetric_trace
+from eckart.lowrank.float32 import full_float32, partial_trace
 from eckart.lowrank.input_moments import NORMALISED_ROWS, InputMoments
 from eckart.lowrank.metrics import DecompositionError, check_finite, describe, eigh, shrink
 
@@ -26,6 +26,11 @@ LARGEST_RESIDUAL = 1e-5
 PROBES = 8
 # Outputs whose error is computed at a time: what is in between is a small part of the weight then.
 OUTPUTS = 1024
+# Rows of E, D and Gh that are multiplied at a time.
+ROWS = 512
+# Bytes of E, D and Gh up to which they are kept in main memory, for the linears that read one input. Of a wider input,
+# which is that of one linear as a rule, rows are made of the sums each time that they are needed.
+KEPT = 2**30
 
 
 class Anchor:
@@ -39,14 +44,14 @@ class Anchor:
     Args:
         inputs: with a reference stream. share: of the shrinkage; 1 gives T = W. centred: about the means.
 
-    Memory: three (d_in, d_in) matrices in the float type that was asked for last, and a factor in each that was asked
-    for.
+    Memory: a (d_in, d_in) factor in the float type that was asked for last; and three such matrices where they are
+    KEPT.
     """
 
     def __init__(self, inputs: InputMoments, share: float, *, centred: bool = False) -> None:
         self.inputs, self.share, self.centred = inputs, share, centred
         self._matrices: tuple[Tensor, Tensor, Tensor] | None = None
-        self._factors: dict[torch.dtype, Tensor | None] = {}
+        self._factored: tuple[torch.dtype, Tensor | None] | None = None
 
     @property
     def is_single(self) -> bool:
@@ -72,9 +77,10 @@ class Anchor:
         factor = self._factor(weighted.dtype)
         if factor is None:
             return None
-        change, _, _ = self._matrices_in(weighted.dtype)
+        sought = torch.zeros_like(weighted)
         with full_float32():
-            sought = (1 - self.share) * (weighted @ change)
+            for place, (change, _, _) in self._blocks(weighted.dtype):
+                sought.addmm_(weighted[:, place], change, alpha=1 - self.share)
             moved = torch.cholesky_solve(sought.mT, factor).mT
         if weighted.dtype == torch.float32 and not self._is_solution(moved, sought):
             return None
@@ -92,14 +98,14 @@ class Anchor:
 
         What is small is multiplied in W's type, and M - W, which is to cancel the loudest inputs, in M's.
         """
-        change, spread, moment = self._matrices_in(weight.dtype)
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=weight.device)
         with full_float32():
-            for rows, replaced in zip(weight.split(OUTPUTS), other.split(OUTPUTS), strict=True):
-                moved = replaced - rows
-                crossed = float(((rows @ change) * moved).sum(dtype=torch.float64))
-                total += symmetric_trace(rows, spread) - 2 * crossed + symmetric_trace(moved, moment)
-        return total
+            for place, (change, spread, moment) in self._blocks(weight.dtype):
+                for rows, replaced in zip(weight.split(OUTPUTS), other.split(OUTPUTS), strict=True):
+                    moved = replaced - rows
+                    crossed = ((rows[:, place] @ change) * moved).sum(dtype=torch.float64)
+                    total += partial_trace(rows, spread, place) - 2 * crossed + partial_trace(moved, moment, place)
+        return float(total)
 
     def energy(self, weight: Float[Tensor, "out in"]) -> float:
         """E||W x||^2."""
@@ -121,16 +127,19 @@ class Anchor:
         A covariance is known to the rounding of its sums, which is largest for 16-bit inputs on tensor cores: its least
         eigenvalues may come out below zero. They count as zero then, as in `eigen_root`.
         """
-        if dtype not in self._factors:
-            _, _, moment = self._matrices_in(dtype)
+        if self._factored is None or self._factored[0] != dtype:
+            self._factored = None  # before the other one is made
+            moment = self.inputs.moment(centred=self.centred, dtype=dtype)
             check_finite(moment, "input moment")
-            factor, info = torch.linalg.cholesky_ex(shrink(moment, self.share))
+            factor, info = torch.linalg.cholesky_ex(shrink(moment, self.share, in_place=True))
             if int(info) != 0:
-                factor = None if dtype == torch.float32 else self._factor_of_eigenvalues(moment)
-            self._factors[dtype] = factor
-        return self._factors[dtype]
+                del factor, moment
+                factor = None if dtype == torch.float32 else self._factor_of_eigenvalues()
+            self._factored = (dtype, factor)
+        return self._factored[1]
 
-    def _factor_of_eigenvalues(self, moment: Tensor) -> Tensor:
+    def _factor_of_eigenvalues(self) -> Tensor:
+        moment = self.inputs.moment(centred=self.centred)
         values, vectors = eigh(moment)
         shrunk = (1 - self.share) * values.clamp_min(0) + self.share * moment.diagonal().mean()
         if not shrunk[0] > torch.finfo(moment.dtype).eps * shrunk[-1]:
@@ -140,35 +149,44 @@ class Anchor:
             )
         return torch.linalg.qr((vectors * shrunk.sqrt()).mT, mode="r").R.mT
 
-    def _matrices_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """E, D and Gh, computed in float64 and kept in `dtype`; those of another type are let go."""
-        if self._matrices is None or self._matrices[0].dtype != dtype:
-            self._matrices = None
-            size, device = self.inputs.d_in, self.inputs.mean.device
-            matrices = (
-                torch.empty(size, size, dtype=dtype, device=device),
-                torch.empty(size, size, dtype=dtype, device=device),
-                torch.empty(size, size, dtype=dtype, device=device),
-            )
-            for place, parts in self._rows():
-                for matrix, part in zip(matrices, parts, strict=True):
-                    matrix[place] = part
-            self._matrices = matrices
-        return self._matrices
+    def _blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor]]]:
+        """ROWS rows of E, D and Gh at a time, computed in float64 and given in `dtype`, and which.
 
-    def _rows(self) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor]]]:
-        """Some rows of E, D and Gh at a time, in float64, and which."""
-        sums, count = self.inputs.sums, self.inputs.count
+        Matrices that are kept are those of the type that was asked for last.
+        """
+        size, device = self.inputs.d_in, self.inputs.mean.device
+        if device.type == "cpu" and 3 * size**2 * dtype.itemsize > KEPT:
+            yield from self._rows(dtype)
+            return
+        if self._matrices is None or self._matrices[0].dtype != dtype:
+            self._matrices = None  # before the others are made
+            change, spread, moment = (torch.empty(size, size, dtype=dtype, device=device) for _ in range(3))
+            for place, rows in self._rows(dtype):
+                change[place], spread[place], moment[place] = rows
+            self._matrices = (change, spread, moment)
+        change, spread, moment = self._matrices
+        for start in range(0, size, ROWS):
+            place = slice(start, min(start + ROWS, size))
+            yield place, (change[place], spread[place], moment[place])
+
+    def _rows(self, dtype: torch.dtype) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor]]]:
+        """As `_blocks`, made of the sums."""
+        sums, count, size = self.inputs.sums, self.inputs.count, self.inputs.d_in
         own, cross, reference = (sums[name] for name in ("covariance", "cross_covariance", "reference_covariance"))
         mean, shift = self.inputs.mean, self.inputs.reference_mean - self.inputs.mean
-        for start in range(0, self.inputs.d_in, NORMALISED_ROWS):
-            place = slice(start, start + NORMALISED_ROWS)
-            moment = own[place].to(torch.float64, copy=True).div_(count)
-            change = cross[place].to(torch.float64, copy=True).div_(count).sub_(moment)
-            # About the means D = R - X - X^T + Ch = R - E - X^T.
-            spread = reference[place].to(torch.float64, copy=True).sub_(cross[:, place].mT).div_(count).sub_(change)
-            if not self.centred:
-                moment.addr_(mean[place], mean)
-                change.addr_(shift[place], mean)
-                spread.addr_(shift[place], shift)
-            yield place, (change, spread, moment)
+        for first in range(0, size, ROWS):
+            block = slice(first, min(first + ROWS, size))
+            made = [torch.empty(block.stop - first, size, dtype=dtype, device=mean.device) for _ in range(3)]
+            for start in range(first, block.stop, NORMALISED_ROWS):
+                place = slice(start, min(start + NORMALISED_ROWS, block.stop))
+                moment = own[place].to(torch.float64, copy=True).div_(count)
+                change = cross[place].to(torch.float64, copy=True).div_(count).sub_(moment)
+                # About the means D = R - X - X^T + Ch = R - E - X^T.
+                spread = reference[place].to(torch.float64, copy=True).sub_(cross[:, place].mT).div_(count).sub_(change)
+                if not self.centred:
+                    moment.addr_(mean[place], mean)
+                    change.addr_(shift[place], mean)
+                    spread.addr_(shift[place], shift)
+                for rows, part in zip(made, (change, spread, moment), strict=True):
+                    rows[start - first : place.stop - first] = part
+            yield block, (made[0], made[1], made[2])

@@ -131,8 +131,17 @@ def symmetric_trace(matrix: Float[Tensor, "n d"], symmetric: Float[Tensor, "d d"
     """
     total = torch.zeros((), dtype=torch.float64, device=matrix.device)
     for start in range(0, matrix.shape[1], TRACED_COLUMNS):
-        stop = min(start + TRACED_COLUMNS, matrix.shape[1])
-        product = matrix[:, start:stop].T @ matrix[:, :stop]
-        products = (product.double() if product.dtype != symmetric.dtype else product) * symmetric[start:stop, :stop]
-        total += 2 * products.sum(dtype=torch.float64) - products[:, start:].sum(dtype=torch.float64)
+        place = slice(start, min(start + TRACED_COLUMNS, matrix.shape[1]))
+        total += partial_trace(matrix, symmetric[place], place)
     return float(total)
+
+
+def partial_trace(matrix: Float[Tensor, "n d"], rows: Float[Tensor, "k d"], place: slice) -> Float[Tensor, ""]:
+    """What some rows of S, and the columns of the same numbers, add to trace(A S A^T) as `symmetric_trace` takes it.
+
+    Args:
+        place: of the rows in S. Those of all places add up to the trace.
+    """
+    product = matrix[:, place].T @ matrix[:, : place.stop]
+    products = (product.double() if product.dtype != rows.dtype else product) * rows[:, : place.stop]
+    return 2 * products.sum(dtype=torch.float64) - products[:, place.start :].sum(dtype=torch.float64)

@@ -128,7 +128,7 @@ def scaled_eigenvectors(moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
 
 
 def shrink(
-    moment: Float[Tensor, "d d"] | Float[Tensor, "d"], share: float
+    moment: Float[Tensor, "d d"] | Float[Tensor, "d"], share: float, *, in_place: bool = False
 ) -> Float[Tensor, "d d"] | Float[Tensor, "d"]:
     """(1 - share) M + share mean(diag M) I: towards the mean diagonal, so that a singular moment can be solved with.
 
@@ -140,8 +140,9 @@ def shrink(
     _check_share(share)
     if moment.ndim == 1:
         return (1 - share) * moment + share * moment.mean()
-    shrunk = (1 - share) * moment
-    shrunk.diagonal().add_(share * moment.diagonal().mean())
+    added = share * moment.diagonal().mean()
+    shrunk = moment.mul_(1 - share) if in_place else (1 - share) * moment
+    shrunk.diagonal().add_(added)
     return shrunk
 
 
@@ -165,7 +166,7 @@ class Whitening:
     def __init__(self, inputs: InputMoments, share: float = 0.0, *, centred: bool = False) -> None:
         _check_share(share)
         self.inputs, self.share, self.centred = inputs, share, centred
-        self._moments: dict[torch.dtype, Tensor] = {}
+        self._moment: Tensor | None = None
         self._roots: dict[torch.dtype, Tensor] = {}
 
     @property
@@ -178,25 +179,24 @@ class Whitening:
         return self.inputs.keeps("covariance") == torch.float32
 
     def moment(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "d d"]:
-        """M. Computed in float64, and once for each type.
+        """M. Computed in float64; kept in the type that was asked for last.
 
         Raises:
             DecompositionError: an entry is not finite.
         """
-        if dtype not in self._moments:
+        if self._moment is None or self._moment.dtype != dtype:
+            self._moment = None  # before the other one is made
             matrix = self.inputs.moment(centred=self.centred, dtype=dtype)
             check_finite(matrix, "moment")
-            if self.share:
-                matrix = shrink(matrix, self.share)
-            self._moments[dtype] = matrix
-        return self._moments[dtype]
+            self._moment = shrink(matrix, self.share, in_place=True) if self.share else matrix
+        return self._moment
 
     def root(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "d d"]:
         """B, by `cholesky_root` in float64."""
         if dtype not in self._roots:
             self._roots[dtype] = cholesky_root(self.moment()).to(dtype)
             if dtype != torch.float64:
-                self._moments.pop(torch.float64)
+                self._moment = None
         return self._roots[dtype]
 
     def apply(self, vectors: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
