@@ -55,7 +55,7 @@ def test_peft_puts_the_adapter_on_the_quantised_model(bits: str, run: Run, place
     status, printed = correct(run, place, tmp_path / "a", "--rank", "6", quantised=place / bits)
     assert status == 0, printed
     config = "Int8WeightOnlyConfig" if bits == "int8" else "IntxWeightOnlyConfig"
-    for words in (f"torchao {config}", "21 of 21 quantised", "bits added", "before", "with the largest error"):
+    for words in (f"torchao {config}", "21 of 21 quantised ones", "bits added", "before", "with the largest error"):
         assert words in printed, words
     files = {file.name for file in (tmp_path / "a").iterdir()}
     assert files == {"adapter_config.json", "adapter_model.safetensors", "README.md", "eckart.json"}
@@ -75,6 +75,10 @@ def test_peft_puts_the_adapter_on_the_quantised_model(bits: str, run: Run, place
         for name, weight in dense.items():
             read_weight(reference.get_submodule(name)).copy_(weight)
     assert relative(got, logits_of(reference)) < 1e-4
+    # As eckart reads the folder: added to codes, the correction would be rounded away.
+    merged = load_model(tmp_path / "a")
+    assert getattr(merged.config, "quantization_config", None) is None
+    assert relative(logits_of(merged), got) < 1e-4
 
     facts = json.loads((tmp_path / "a/eckart.json").read_text())
     assert facts["file_bytes"] == (tmp_path / "a/adapter_model.safetensors").stat().st_size
@@ -189,3 +193,18 @@ def test_another_reference_is_one_error_that_names_the_linear(run: Run, place: P
     )
     assert status == 2
     assert "none of the 21 linears differs from the reference's" in printed
+
+
+def test_a_model_that_was_not_the_one_quantised_is_refused(run: Run, place: Path, tmp_path: Path) -> None:
+    """Of the same shapes, or with fewer blocks: corrections of it would be of numbers that nothing ties together."""
+    others = {
+        "other": (tiny_model("llama", intermediate_size=64, seed=5), "zeros would be nearer"),
+        "shallow": (tiny_model("llama", intermediate_size=64, num_hidden_layers=2), r"layers.2.self_attn.q_proj is in"),
+    }
+    for name, (model, message) in others.items():
+        save(model, tmp_path / name, tiny_tokenizer())
+        status, printed = correct(run, place, tmp_path / "out", "--reference", tmp_path / name)
+        assert status == 2, printed
+        assert message in printed
+        assert "the model that was quantised?" in printed
+        assert not (tmp_path / "out").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eckart.models.sites import Site, block_names, blocks_of, find_sites, parse_blocks, select_sites
+from eckart.models.sites import Site, block_names, blocks_of, common_blocks, find_sites, parse_blocks, select_sites
 from eckart.support.sizes import num_bytes, num_params
 from tiny import DEFAULT_CONFIGS, FAMILY_CONFIGS, tiny_model
 
@@ -146,3 +146,11 @@ def test_sizes_count_tied_tensors_once() -> None:
 def test_blocks_have_names_in_order(model_type: str) -> None:
     model = tiny_model(model_type)
     assert [model.get_submodule(name) for name in block_names(model)] == list(blocks_of(model))
+
+
+def test_models_of_other_depths_have_no_blocks_in_common() -> None:
+    model, shallow = tiny_model("llama"), tiny_model("llama", num_hidden_layers=2)
+    assert common_blocks(model, tiny_model("llama")) == block_names(model)
+    for pair in ((model, shallow), (shallow, model)):
+        with pytest.raises(ValueError, match="is it the dense model that this one came from"):
+            common_blocks(*pair)

@@ -126,7 +126,10 @@ def command(
             ["", "value"],
             [
                 ["quantised by", outcome.kind],
-                ["linears corrected", f"{len(correction.factors):,} of {len(correction.sites):,} quantised"],
+                [
+                    "linears corrected",
+                    f"{len(correction.factors):,} of {len(correction.sites):,} quantised ones that were selected",
+                ],
                 ["rank", f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"],
                 ["numbers in the adapter", f"{correction.num_params:,}"],
                 ["bytes of its weights file", f"{outcome.file_bytes:,}"],

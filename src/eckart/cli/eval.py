@@ -30,7 +30,7 @@ from eckart.evals.similarity import read_activations
 from eckart.evals.subject import Setup, Subject
 from eckart.evals.tasks import Task, default_length, find_task, windows_of
 from eckart.models.loading import load_model, load_tokenizer, plain_folder
-from eckart.models.sites import block_names, input_groups
+from eckart.models.sites import common_blocks, input_groups
 from eckart.runs.calibration_errors import calibration_errors, recorded_recipe
 from eckart.runs.engine.base import EvaluationRequest
 from eckart.runs.results import open_results
@@ -123,7 +123,7 @@ def command(
             with open_run(
                 engine, address=address, workers=workers, device=device, batch_size=batch_size, data=data
             ) as how:
-                blocks = block_names(dense) if dense is not None and "blocks" in needs else ()
+                blocks = common_blocks(loaded, dense) if dense is not None and "blocks" in needs else ()
                 subject = Subject(loaded, tokenizer, plain_folder(model), dense, activations, errors, blocks)
                 setup = Setup(how.data, how.batch_size, how.workers, track=how.track)
                 outcomes = how.engine.outcomes(EvaluationRequest(subject, missing, setup))

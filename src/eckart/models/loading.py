@@ -33,6 +33,7 @@ from eckart.models.families import UnsupportedModelError
 from eckart.models.gguf import gguf_type, load_gguf, load_gguf_tokenizer
 from eckart.models.gguf_header import gguf_file
 from eckart.models.matching import check_counts, complaints_about, is_head, refuse, stored_names, wrong_types
+from eckart.models.plain_weights import multiply_out
 from eckart.models.refusals import UNTRUSTED, check_architecture, check_quantised, check_source
 from eckart.models.registration import QUANT_METHOD
 from eckart.models.sites import find_sites, low_rank_modules
@@ -105,6 +106,7 @@ def load_model(
     if (adapter := read_adapter(path)) is not None:
         import_peft()
         base = _load_base(adapter, dtype=dtype, dense=dense, trust_remote_code=trust_remote_code)
+        multiply_out(base, adapter.base)
         return merge_adapter(base, adapter).to(device)  # type: ignore[arg-type]
     config = read_config(path, trust_remote_code=trust_remote_code)
     model_class = class_of(config, path, trust_remote_code=trust_remote_code)

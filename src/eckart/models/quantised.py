@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
@@ -20,6 +19,7 @@ from eckart.models.gguf import FLOATS, gguf_type, load_gguf
 from eckart.models.gguf_header import gguf_file
 from eckart.models.loading import class_of, load_or_refuse, locate, read_config
 from eckart.models.matching import complaints_about, refuse
+from eckart.models.plain_weights import numbers_of
 from eckart.models.refusals import quantised_by
 from eckart.models.registration import QUANT_METHOD
 from eckart.models.sites import Site, read_weight
@@ -135,14 +135,13 @@ def quantised_weight(model: nn.Module, site: Site) -> Tensor:
             f"{site.name} is a {type(module).__name__}, whose quantised weight eckart does not read: give {READ}"
         )
     weight = read_weight(module)
-    if is_traceable_wrapper_subclass(weight):
-        try:
-            weight = weight.dequantize().detach()
-        except (NotImplementedError, AttributeError, RuntimeError) as error:
-            raise UnsupportedModelError(
-                f"{site.name} is quantised as {type(weight).__name__}, which does not give its numbers back here "
-                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): give {READ}"
-            ) from error
+    try:
+        weight = numbers_of(weight)
+    except (NotImplementedError, AttributeError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"{site.name} is quantised as {type(weight).__name__}, which does not give its numbers back here "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): give {READ}"
+        ) from error
     if not weight.is_floating_point():
         raise UnsupportedModelError(f"{site.name} is stored as {weight.dtype}, codes without scales: give {READ}")
     if tuple(weight.shape) != (site.d_out, site.d_in):
@@ -159,12 +158,31 @@ def differing_sites(model: nn.Module, reference: nn.Module, sites: Sequence[Site
     """The sites whose weight in a quantised model is not the reference's, be it rounded to the other's type.
 
     Raises:
-        ValueError, UnsupportedModelError: as `quantised_weight`.
+        ValueError: the models have other linears, or weights that have nothing to do with each other; and, as
+            UnsupportedModelError, what `quantised_weight` raises.
     """
+    known = {name for name, _ in reference.named_modules()}
+    for name, module in model.named_modules():
+        if is_linear(module) and name not in known:
+            raise ValueError(
+                f"{name} is in the quantised model and not in the reference: is it the model that was quantised?"
+            )
+    _check_alike("the embedding", *(numbers_of(each.get_input_embeddings().weight) for each in (model, reference)))
     differing = []
     for site in sites:
         weight, given = read_weight(reference.get_submodule(site.name)), quantised_weight(model, site)
         given = given.to(weight.device)
+        _check_alike(site.name, given, weight)
         if not torch.equal(weight.to(given.dtype), given) and not torch.equal(given.to(weight.dtype), weight):
             differing.append(site)
     return tuple(differing)
+
+
+def _check_alike(name: str, given: Tensor, weight: Tensor) -> None:
+    """Raises ValueError where a quantised weight is further from the reference's than zeros are."""
+    if given.shape == weight.shape:
+        given, weight = given.float().to(weight.device), weight.float()
+        if (weight - given).norm() > weight.norm() > 0:
+            raise ValueError(
+                f"{name} has nothing of the reference's, zeros would be nearer: is that the model that was quantised?"
+            )

@@ -72,6 +72,22 @@ def block_names(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(f"{_path_of(blocks, model)}.{index}" for index in range(len(blocks)))
 
 
+def common_blocks(model: PreTrainedModel, reference: PreTrainedModel) -> tuple[str, ...]:
+    """The names of the blocks of two models that have the same.
+
+    Raises:
+        ValueError: they have not.
+        UnsupportedModelError: as `blocks_of`.
+    """
+    names, expected = block_names(model), block_names(reference)
+    if names != expected:
+        raise ValueError(
+            f"the model has {len(names)} blocks and the reference {len(expected)}, from {names[0]} and {expected[0]} "
+            "on: is it the dense model that this one came from?"
+        )
+    return names
+
+
 def _path_of(part: nn.Module, model: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is part)
 

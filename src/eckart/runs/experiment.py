@@ -29,7 +29,7 @@ from eckart.evals.subject import Setup, Subject
 from eckart.evals.tasks import Task, find_task
 from eckart.lowrank import DecompositionError
 from eckart.models.loading import load_model, load_tokenizer, locate, plain_folder
-from eckart.models.sites import block_names, input_groups
+from eckart.models.sites import common_blocks, input_groups
 from eckart.runs.calibration_errors import calibration_errors
 from eckart.runs.card import write_card
 from eckart.runs.engine.base import EvaluationRequest
@@ -262,7 +262,7 @@ class _Models:
             try:
                 model = self.get(which)
                 reference = self.get("dense") if compare else None
-                blocks = block_names(self.get("dense")) if by_block else ()
+                blocks = common_blocks(model, self.get("dense")) if by_block else ()
                 activations = self.activations if read else None
                 errors = self.errors(windows) if windows is not None else None
             except ValueError as error:
