@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +154,7 @@ def quantised_weight(model: nn.Module, site: Site) -> Tensor:
     return weight
 
 
-def differing_sites(model: nn.Module, reference: nn.Module, sites: Sequence[Site]) -> tuple[Site, ...]:
+def differing_sites(model: PreTrainedModel, reference: PreTrainedModel, sites: Sequence[Site]) -> tuple[Site, ...]:
     """The sites whose weight in a quantised model is not the reference's, be it rounded to the other's type.
 
     Raises:
@@ -167,7 +167,8 @@ def differing_sites(model: nn.Module, reference: nn.Module, sites: Sequence[Site
             raise ValueError(
                 f"{name} is in the quantised model and not in the reference: is it the model that was quantised?"
             )
-    _check_alike("the embedding", *(numbers_of(each.get_input_embeddings().weight) for each in (model, reference)))
+    embeddings = [cast(nn.Embedding, each.get_input_embeddings()) for each in (model, reference)]
+    _check_alike("the embedding", *(numbers_of(each.weight) for each in embeddings))
     differing = []
     for site in sites:
         weight, given = read_weight(reference.get_submodule(site.name)), quantised_weight(model, site)
