@@ -42,6 +42,7 @@ from eckart.models.sites import input_groups
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 BASELINE, NESTED = "asvd-i", "nsvd-i"
+OTHER_LANGUAGES = ("cmrc2018", "japanese")
 Row = dict[str, Any]
 
 
@@ -122,15 +123,16 @@ class Table:
     def setting(self) -> list[Any]:
         """What rows are of, but for their method and size."""
         given = self.arguments
-        return [str(given.model), self.calibration, given.samples, given.length, given.windows]
+        texts = "+".join(self.texts.rows)
+        return [str(given.model), self.calibration, given.samples, given.length, given.windows, texts]
 
 
 def show(rows: list[Row]) -> None:
     """The tables of every model and calibration text that there are rows of."""
-    for setting in dict.fromkeys(tuple(row["key"][:5]) for row in rows):
-        model, calibration, samples, length, windows = setting
-        of_setting = [row for row in rows if tuple(row["key"][:5]) == setting]
-        some = {(row["key"][5], row["key"][6]): row for row in sorted(of_setting, key=lambda row: -row["key"][6])}
+    for setting in dict.fromkeys(tuple(row["key"][:-2]) for row in rows):
+        model, calibration, samples, length, windows, _ = setting
+        of_setting = [row for row in rows if tuple(row["key"][:-2]) == setting]
+        some = {tuple(row["key"][-2:]): row for row in sorted(of_setting, key=lambda row: -row["key"][-1])}
         dense = some.pop(("dense", 1.0))
         print(f"\n{Path(model).name}: {samples} x {length} tokens of {calibration}, {windows} windows of {length}")
         own = [corpus for corpus in dense["losses"] if corpus in parts_of(calibration)]
@@ -173,15 +175,18 @@ def show_regressions(rows: dict[tuple[str, float], Row], similarities: dict[str,
     print(line_of("", "cosine", [f"{value:.3f}" for value in similarities.values()]))
     print(f"\n{NESTED}'s gain over similarity, a point a corpus\n")
     titles = ["nats a unit of similarity", "p", "r²", "Spearman", "p"]
-    print(line_of("keep", "share", titles) + "\n" + line_of("---", "---", ["---"] * len(titles)))
+    print(line_of("keep", "share, over", titles) + "\n" + line_of("---", "---", ["---"] * len(titles)))
+    english = [corpus for corpus in similarities if corpus not in OTHER_LANGUAGES]
     for (name, keep), row in rows.items():
         if name.startswith(NESTED) and (BASELINE, keep) in rows:
-            gained = [mean_and_error(gains(rows[BASELINE, keep], row, corpus))[0] for corpus in similarities]
-            line = scipy.stats.linregress(list(similarities.values()), gained)
-            order = scipy.stats.spearmanr(list(similarities.values()), gained)
-            cells = [f"{line.slope:.2f} ± {line.stderr:.2f}", f"{line.pvalue:.3f}", f"{line.rvalue**2:.2f}"]
-            cells += [f"{order.statistic:.2f}", f"{order.pvalue:.3f}"]
-            print(line_of(f"{keep:g}", name.removeprefix(NESTED).lstrip(", ") or f"{FIRST_SHARE:g}", cells))
+            share = name.removeprefix(NESTED).lstrip(", ") or f"{FIRST_SHARE:g}"
+            for over, corpora in (("all", list(similarities)), ("English", english)):
+                gained = [mean_and_error(gains(rows[BASELINE, keep], row, corpus))[0] for corpus in corpora]
+                alike = [similarities[corpus] for corpus in corpora]
+                line, order = scipy.stats.linregress(alike, gained), scipy.stats.spearmanr(alike, gained)
+                cells = [f"{line.slope:.2f} ± {line.stderr:.2f}", f"{line.pvalue:.3f}", f"{line.rvalue**2:.2f}"]
+                cells += [f"{order.statistic:.2f}", f"{order.pvalue:.3f}"]
+                print(line_of(f"{keep:g}", f"{share}, {over}", cells))
 
 
 def gains(base: Row, row: Row, corpus: str) -> list[float]:
@@ -218,7 +223,7 @@ def main() -> None:
         variants += [Variant(name, None if share == FIRST_SHARE else share) for share in shares]
     table = Table(arguments)
     table.run(list(dict.fromkeys(variants)), arguments.keeps)
-    show([row for row in table.rows if row["key"][:5] == table.setting])
+    show([row for row in table.rows if row["key"][:-2] == table.setting])
 
 
 if __name__ == "__main__":
