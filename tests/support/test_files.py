@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from eckart.support.files import check_free, check_room, staged_directory, whole_file, write_whole
+from eckart.support.files import check_free, check_room, claimed, staged_directory, whole_file, write_whole
 
 
 def test_a_file_is_written_with_its_folder(tmp_path: Path) -> None:
@@ -73,6 +73,15 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
     check_free(file.parent, force=True)
     with pytest.raises(FileExistsError, match="is a file"):
         check_free(file, force=True)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """And not the lock next to it, of which nobody has heard."""
+    file = write_whole(tmp_path / "file", "mine")
+    with pytest.raises(OSError, match="cannot be written") as raised, claimed(file / "out"):
+        pass
+    assert raised.value.filename == str(file / "out")
+    assert "lock" not in str(raised.value)
 
 
 def test_a_disk_without_room_is_an_error_with_the_numbers(tmp_path: Path) -> None:

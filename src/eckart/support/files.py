@@ -87,9 +87,13 @@ def claimed(out: str | Path) -> Iterator[Path]:
     if owner in _CLAIMS:
         yield out
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
     path = _next_to(out, "lock")
-    with path.open("a", encoding="utf-8") as file:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a", encoding="utf-8")
+    except OSError as error:  # of the place that was asked for, not of the lock next to it
+        raise OSError(error.errno, f"cannot be written ({error.strerror})", str(out)) from error
+    with lock as file:
         if not _take(file.fileno(), path):
             raise ValueError(f"another run is making {out}; wait for it, or give another place")
         _CLAIMS.add(owner)
