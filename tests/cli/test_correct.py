@@ -208,3 +208,14 @@ def test_a_model_that_was_not_the_one_quantised_is_refused(run: Run, place: Path
         assert message in printed
         assert "the model that was quantised?" in printed
         assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_not_written_into_what_is_read(run: Run, place: Path) -> None:
+    before = sorted(place.rglob("*"))
+    for folder in ("int4", "reference"):
+        status, printed = run(
+            "correct", place / "int4", place / folder / "a", "--reference", place / "reference", "--method", "svd"
+        )
+        assert status == 2
+        assert "which is read and stays as it is: give another place" in printed
+    assert sorted(place.rglob("*")) == before

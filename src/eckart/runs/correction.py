@@ -121,6 +121,10 @@ def make_correction(recipe: CorrectionRecipe, out: Path, how: How, *, force: boo
     import_peft()
     with claimed(out):
         check_replaceable(out, force=force, reads=recipe.reads)
+        for model in (recipe.quantised, recipe.model):
+            folder = Path(locate(model))
+            if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"{out} lies inside {model}, which is read and stays as it is: give another place")
         start = time.perf_counter()
         quantised = load_quantised(recipe.quantised, device=how.device, trust_remote_code=how.trust_remote_code)
         reference = load_model(recipe.model, device=how.device, dense=True, trust_remote_code=how.trust_remote_code)
