@@ -50,6 +50,7 @@ def test_what_the_runs_do_not_say_is_said(run: Run, study: Path, tmp_path: Path)
     assert "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_a_report_leaves_its_tables_and_figures_as_files(run: Run, study: Path, tmp_path: Path) -> None:
     arguments = ("report", study, "--out", tmp_path / "r.html", "--files", tmp_path / "files")
     status, printed = run(*arguments)

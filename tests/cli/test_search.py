@@ -81,6 +81,7 @@ def test_a_target_and_some_sites(run: Run, place: Path, tmp_path: Path) -> None:
     assert "before keep 0.3 was reached" in printed
 
 
+@pytest.mark.slow
 def test_ranks_are_chosen_by_what_layers_know(run: Run, place: Path, tmp_path: Path) -> None:
     """The search reads the train split and the report the other; the score is the selectivity."""
     for name, seed in (("train", 0), ("dev", 1000)):

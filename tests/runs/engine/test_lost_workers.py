@@ -91,6 +91,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_a_run_whose_head_dies_goes_on_from_what_it_kept(
     run: Run, nodes: Any, joined: None, place: Path, tmp_path: Path
 ) -> None:
@@ -120,6 +121,7 @@ def test_a_run_whose_head_dies_goes_on_from_what_it_kept(
     assert relative(*ends) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_lost_machine_is_made_do_without(nodes: Any, place: Path) -> None:
     model, method = eckart.load_model(place / "deep"), build_method("asvd-i")
     more = nodes.add_node(num_cpus=1, object_store_memory=80_000_000)
