@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from pydantic import Field, field_validator, model_validator
+from transformers import PreTrainedModel
 
 from eckart.compression.correction import Correction, CorrectionOrder, Ranks, correct, correction_method
 from eckart.data.mixtures import parts_of, spell_out
-from eckart.data.tokens import Tokens, check_vocabulary, read_tokens, warn_of_tokenizer
-from eckart.evals.tasks import default_length
+from eckart.data.tokens import Tokens, check_vocabulary
 from eckart.lowrank import Method
 from eckart.models.adapters import WEIGHTS, import_peft, write_lora
 from eckart.models.loading import load_model, load_tokenizer, locate
@@ -23,6 +23,7 @@ from eckart.models.sites import find_sites, select_sites
 from eckart.runs.card import calibration_lines
 from eckart.runs.how import How
 from eckart.runs.recipe import CalibrationSection, SitesSection, named_text, parse_section
+from eckart.runs.workbench import draw_tokens, resolve_calibration
 from eckart.support.files import check_replaceable, claimed, staged_directory, write_whole
 from eckart.support.section import Section
 
@@ -163,24 +164,11 @@ def make_correction(recipe: CorrectionRecipe, out: Path, how: How, *, force: boo
         return outcome
 
 
-def _tokens(recipe: CorrectionRecipe, quantised: Quantised, reference: Any, how: How) -> Tokens:
+def _tokens(recipe: CorrectionRecipe, quantised: Quantised, reference: PreTrainedModel, how: How) -> Tokens:
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=how.trust_remote_code)
-    warn_of_tokenizer(reference, tokenizer)
-    section = recipe.calibration
-    decoder = reference.can_generate() or tokenizer.mask_token_id is None
-    tokens = read_tokens(
-        spell_out(section.corpus),
-        tokenizer,
-        samples=section.samples,
-        length=section.length or default_length(reference),
-        seed=section.seed,
-        cut=section.cut or ("windows" if decoder else "documents"),
-        split=section.split,
-        data=how.data,
-        column=section.column,
-    )
-    for model in (reference, quantised.model):
-        check_vocabulary(model, tokens.ids, tokenizer)
+    section = recipe.calibration.model_copy(update={"corpus": spell_out(recipe.calibration.corpus)})
+    tokens = draw_tokens(resolve_calibration(section, reference, tokenizer), reference, tokenizer, how.data)
+    check_vocabulary(quantised.model, tokens.ids, tokenizer)
     return tokens
 
 

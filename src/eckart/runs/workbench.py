@@ -34,7 +34,7 @@ from eckart.runs.facts import FACTS, Facts
 from eckart.runs.how import How
 from eckart.runs.notices import notices
 from eckart.runs.ranks import AllocationInputs, joint_groups, rank
-from eckart.runs.recipe import Recipe
+from eckart.runs.recipe import CalibrationSection, Recipe
 from eckart.runs.speed_tables import default_rows, speeds_of
 from eckart.support.files import GRADIENTS, digest_of
 
@@ -349,8 +349,15 @@ def make_tokens(
     recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path | None
 ) -> Tokens:
     """The calibration tokens of a recipe: see `read_tokens`."""
-    warn_of_tokenizer(model, tokenizer)
     section = resolve(recipe, model, tokenizer).calibration
+    return draw_tokens(section, model, tokenizer, data)
+
+
+def draw_tokens(
+    section: CalibrationSection, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path | None
+) -> Tokens:
+    """The tokens of a section with every default filled in, which the model can read: see `read_tokens`."""
+    warn_of_tokenizer(model, tokenizer)
     assert section.length is not None
     assert section.cut is not None
     tokens = read_tokens(
@@ -369,24 +376,28 @@ def make_tokens(
 
 
 def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Recipe:
-    """The recipe with every default filled in: the parts of a named composition, calibration length and cut.
-
-    A model that does not generate and whose tokenizer has a mask token is an encoder, and reads whole documents.
-    """
+    """The recipe with every default filled in: the parts of a named composition, calibration length and cut."""
     recipe = recipe.spelled_out()
-    section = recipe.calibration
-    decoder = model.can_generate() or tokenizer.mask_token_id is None
+    calibration = resolve_calibration(recipe.calibration, model, tokenizer, recipe.context)
     speed = recipe.speed
     if speed is not None and speed.rows is None:
         speed = speed.model_copy(update={"rows": default_rows(model)})
-    return recipe.model_copy(
-        update={
-            "speed": speed,
-            "calibration": section.model_copy(
-                update={
-                    "length": section.length or default_length(model, recipe.context),
-                    "cut": section.cut or ("windows" if decoder else "documents"),
-                }
-            ),
-        }
+    return recipe.model_copy(update={"speed": speed, "calibration": calibration})
+
+
+def resolve_calibration(
+    section: CalibrationSection,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None = None,
+) -> CalibrationSection:
+    """The section with length and cut filled in.
+
+    A model that does not generate and whose tokenizer has a mask token is an encoder, and reads whole documents.
+    """
+    decoder = model.can_generate() or tokenizer.mask_token_id is None
+    length, cut = (
+        section.length or default_length(model, context),
+        section.cut or ("windows" if decoder else "documents"),
     )
+    return section.model_copy(update={"length": length, "cut": cut})
