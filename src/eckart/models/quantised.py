@@ -26,13 +26,11 @@ from eckart.models.sites import Site, read_weight
 from eckart.models.weight_files import CheckpointError
 from eckart.support.device import check_device
 from eckart.support.extras import import_extra
-from eckart.support.quiet import quiet
+from eckart.support.quiet import TORCHAO, quiet
 
 # What can be corrected, in words.
 READ = "a torchao or compressed-tensors checkpoint, or a quantised GGUF file"
 COMPRESSED_TENSORS = "compressed-tensors"
-# Where torchao is imported, it warns of kernels for other machines.
-CHATTER = ("torchao", "torch.utils._pytree")
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def load_quantised(path: str | Path, *, device: str = "cpu", trust_remote_code: 
         return Quantised(load_gguf(file).to(device), f"GGUF {kind}")  # type: ignore[arg-type]
     if (Path(path) / ADAPTER).is_file():
         raise UnsupportedModelError(f"{path} is an adapter, and no quantised model: give {READ}")
-    with quiet(*CHATTER, "transformers"), warnings.catch_warnings():
+    with quiet(*TORCHAO, "transformers"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)  # as intended, see `given`
         config = read_config(path, trust_remote_code=trust_remote_code)
         method = quantised_by(config)

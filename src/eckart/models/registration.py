@@ -8,7 +8,7 @@ from types import ModuleType
 
 import wrapt
 
-from eckart.support.quiet import quiet
+from eckart.support.quiet import TORCHAO, quiet
 
 # transformers' name of a kind of stored weights, in `quantization_config` of config.json.
 QUANT_METHOD = "eckart"
@@ -22,8 +22,8 @@ def register() -> None:
     the tables would be a circle: much of eckart is in the middle of its own import then, and so is transformers.
     """
     hushed = ExitStack()
-    # Where torchao is installed, transformers imports it with these tables, and it warns of kernels for other machines.
-    hushed.enter_context(quiet("torchao", "torch.utils._pytree"))
+    # Where torchao is installed, transformers imports it with these tables.
+    hushed.enter_context(quiet(*TORCHAO))
 
     @wrapt.when_imported("transformers.quantizers.auto")
     def enter(tables: ModuleType) -> None:

@@ -6,6 +6,9 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Who warns of kernels for other machines while torchao is imported.
+TORCHAO = ("torchao", "torch.utils._pytree")
+
 
 @contextmanager
 def quiet(*loggers: str) -> Iterator[None]:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from eckart.models.families import UnsupportedModelError
 from eckart.models.sites import find_sites, read_weight, replace_module
 from eckart.support.progress import Track, silent
-from eckart.support.quiet import quiet
+from eckart.support.quiet import TORCHAO, quiet
 
 # At 16, a float32 scale and a zero point are two and a half bits more for each number.
 SMALLEST_GROUP = 16
@@ -94,7 +94,7 @@ def import_torchao() -> Any:
     Raises:
         ValueError: it is not installed.
     """
-    with quiet("torchao", "torch.utils._pytree"):
+    with quiet(*TORCHAO):
         try:
             import torchao.quantization
         except ImportError as error:
