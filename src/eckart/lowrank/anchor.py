@@ -16,7 +16,15 @@ from torch import Tensor
 
 from eckart.lowrank.float32 import full_float32, partial_trace
 from eckart.lowrank.input_moments import NORMALISED_ROWS, InputMoments
-from eckart.lowrank.metrics import DecompositionError, check_finite, describe, eigh, shrink
+from eckart.lowrank.metrics import (
+    DecompositionError,
+    check_finite,
+    cholesky_in_place,
+    describe,
+    eigh,
+    shrink,
+    solve_in_place,
+)
 
 # An input of which every entry varies by less than this share of its square is constant: twice the rounding of float32
 # (6e-8), squared.
@@ -28,8 +36,8 @@ PROBES = 8
 OUTPUTS = 1024
 # Rows of E, D and Gh that are multiplied at a time.
 ROWS = 512
-# Bytes of E, D and Gh up to which they are kept in main memory, for the linears that read one input. Of a wider input,
-# which is that of one linear as a rule, rows are made of the sums each time that they are needed.
+# Bytes of E, D and Gh up to which they and the factor are kept in main memory, for the linears that read one input. Of
+# a wider one, which is that of one linear as a rule, they are made of the sums each time that they are needed.
 KEPT = 2**30
 
 
@@ -44,8 +52,8 @@ class Anchor:
     Args:
         inputs: with a reference stream. share: of the shrinkage; 1 gives T = W. centred: about the means.
 
-    Memory: a (d_in, d_in) factor in the float type that was asked for last; and three such matrices where they are
-    KEPT.
+    Memory: of inputs up to KEPT a (d_in, d_in) factor and three such matrices, in the float type that was asked for
+    last.
     """
 
     def __init__(self, inputs: InputMoments, share: float, *, centred: bool = False) -> None:
@@ -81,10 +89,12 @@ class Anchor:
         with full_float32():
             for place, (change, _, _) in self._blocks(weighted.dtype):
                 sought.addmm_(weighted[:, place], change, alpha=1 - self.share)
-            moved = torch.cholesky_solve(sought.mT, factor).mT
-        if weighted.dtype == torch.float32 and not self._is_solution(moved, sought):
+        probes = None if weighted.dtype != torch.float32 else self._probe(sought)
+        with full_float32():
+            moved = solve_in_place(factor, sought)
+        if probes is not None and not self._is_solution(moved, *probes):
             return None
-        return weighted + moved
+        return moved.add_(weighted)
 
     def floor(self, weighted: Float[Tensor, "out in"], target: Float[Tensor, "out in"]) -> float:
         """E||A (W x - T xh)||^2, the loss that no rank removes, given A W and A T.
@@ -111,15 +121,19 @@ class Anchor:
         """E||W x||^2."""
         return self.inputs.energy(weight, reference=True)
 
-    def _is_solution(self, moved: Tensor, sought: Tensor) -> bool:
-        """Whether `moved` times the shrunk Gh is `sought`, on random vectors, in float64."""
+    def _probe(self, sought: Tensor) -> tuple[Tensor, Tensor]:
+        """(random vectors, (d_in, PROBES); `sought` times them), in float64."""
         generator = torch.Generator().manual_seed(0)
-        probes = torch.randn(moved.shape[1], PROBES, generator=generator, dtype=torch.float64).to(moved.device)
+        probes = torch.randn(sought.shape[1], PROBES, generator=generator, dtype=torch.float64).to(sought.device)
+        return probes, torch.cat([rows.double() @ probes for rows in sought.split(OUTPUTS)])
+
+    def _is_solution(self, moved: Tensor, probes: Tensor, expected: Tensor) -> bool:
+        """Whether `moved` times the shrunk Gh is what was sought, on random vectors, in float64."""
         variances = self.inputs.variances(centred=self.centred)
         moment = (1 - self.share) * self.inputs.apply_moment(probes, centred=self.centred)
         moment += self.share * variances.mean() * probes
-        expected = sought.double() @ probes
-        return bool((moved.double() @ moment - expected).norm() <= LARGEST_RESIDUAL * expected.norm())
+        given = torch.cat([rows.double() @ moment for rows in moved.split(OUTPUTS)])
+        return bool((given - expected).norm() <= LARGEST_RESIDUAL * expected.norm())
 
     def _factor(self, dtype: torch.dtype) -> Tensor | None:
         """The Cholesky factor of the shrunk Gh; None where float32 has none.
@@ -127,16 +141,18 @@ class Anchor:
         A covariance is known to the rounding of its sums, which is largest for 16-bit inputs on tensor cores: its least
         eigenvalues may come out below zero. They count as zero then, as in `eigen_root`.
         """
-        if self._factored is None or self._factored[0] != dtype:
-            self._factored = None  # before the other one is made
-            moment = self.inputs.moment(centred=self.centred, dtype=dtype)
-            check_finite(moment, "input moment")
-            factor, info = torch.linalg.cholesky_ex(shrink(moment, self.share, in_place=True))
-            if int(info) != 0:
-                del factor, moment
-                factor = None if dtype == torch.float32 else self._factor_of_eigenvalues()
+        if self._factored is not None and self._factored[0] == dtype:
+            return self._factored[1]
+        self._factored = None  # before the other one is made
+        moment = self.inputs.moment(centred=self.centred, dtype=dtype)
+        check_finite(moment, "input moment")
+        factor = cholesky_in_place(shrink(moment, self.share, in_place=True))
+        del moment
+        if factor is None and dtype != torch.float32:
+            factor = self._factor_of_eigenvalues()
+        if self._is_kept(dtype):
             self._factored = (dtype, factor)
-        return self._factored[1]
+        return factor
 
     def _factor_of_eigenvalues(self) -> Tensor:
         moment = self.inputs.moment(centred=self.centred)
@@ -149,13 +165,17 @@ class Anchor:
             )
         return torch.linalg.qr((vectors * shrunk.sqrt()).mT, mode="r").R.mT
 
+    def _is_kept(self, dtype: torch.dtype) -> bool:
+        """Whether matrices of this size are kept for the next linear."""
+        return self.inputs.mean.device.type != "cpu" or 3 * self.inputs.d_in**2 * dtype.itemsize <= KEPT
+
     def _blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor]]]:
         """ROWS rows of E, D and Gh at a time, computed in float64 and given in `dtype`, and which.
 
         Matrices that are kept are those of the type that was asked for last.
         """
         size, device = self.inputs.d_in, self.inputs.mean.device
-        if device.type == "cpu" and 3 * size**2 * dtype.itemsize > KEPT:
+        if not self._is_kept(dtype):
             yield from self._rows(dtype)
             return
         if self._matrices is None or self._matrices[0].dtype != dtype:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
+from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
 from eckart.lowrank.float32 import lower_gram
@@ -24,6 +25,8 @@ FAINT = 1e-9
 # A gradient covariance that is shrunk by more has a condition number below d_out / 1e-3: its Cholesky root in float32
 # is then off by less than 1e-3 in any direction even of 10,000 outputs, and mostly by 1e-6.
 LEAST_SINGLE_SHRINKAGE = 1e-3
+# Rows that are looked at together for numbers that are not finite.
+ROWS_CHECKED = 1024
 
 
 class DecompositionError(RuntimeError):
@@ -355,8 +358,31 @@ def _check_share(share: float) -> None:
 
 def check_finite(matrix: Tensor, what: str) -> None:
     """Raises DecompositionError where an entry is not finite; `what` names the matrix."""
-    if not torch.isfinite(matrix).all():
+    # Row by row: in one go it takes as much memory again as the matrix has.
+    if not all(bool(torch.isfinite(rows).all()) for rows in matrix.split(ROWS_CHECKED)):
         raise DecompositionError(f"the {what} {tuple(matrix.shape)} has entries that are not finite")
+
+
+def cholesky_in_place(moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"] | None:
+    """The lower-triangular L, L L^T = moment, written over the moment; what is above its diagonal is no part of it.
+
+    None where there is none in floating point; the moment is lost then too.
+
+    Cost: d^3 / 3 operations, and no memory.
+    """
+    if moment.device.type == "cpu":
+        # LAPACK takes columns one after the other: to it a symmetric matrix's rows are those, and L is the upper half.
+        potrf = get_lapack_funcs("potrf", dtype=moment.numpy().dtype)
+        return moment if potrf(moment.numpy().T, lower=False, clean=False, overwrite_a=True)[1] == 0 else None
+    factor, info = torch.linalg.cholesky_ex(moment)
+    return factor if int(info) == 0 else None
+
+
+def solve_in_place(factor: Float[Tensor, "d d"], rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """rows (L L^T)^-1, written over the rows. Cost: 2 n d^2 operations, and no memory."""
+    torch.linalg.solve_triangular(factor.mT, rows, upper=True, left=False, out=rows)
+    torch.linalg.solve_triangular(factor, rows, upper=False, left=False, out=rows)
+    return rows
 
 
 def describe(matrix: Float[Tensor, "d d"], values: Float[Tensor, "d"] | None = None) -> str:
