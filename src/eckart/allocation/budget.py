@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -12,6 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from eckart.allocation.file_size import (
     SHARD,
     WORD,
+    coded_twin,
     dense_tensors,
     entry,
     header_bytes,
@@ -22,6 +23,9 @@ from eckart.allocation.file_size import (
 )
 from eckart.allocation.rank_plan import RankPlan
 from eckart.lowrank import Layout
+from eckart.lowrank.storage import Storage
+from eckart.models.coded import CodedLinear
+from eckart.models.linear import LowRankLinear
 from eckart.models.sites import Site, read_weight
 from eckart.models.units import units_of
 from eckart.support.sizes import num_params
@@ -102,7 +106,14 @@ class Budget:
             if weight_bytes(model, RankPlan(tuple(sites), {})) <= most:
                 return dense
             size = max(read_weight(model.get_submodule(site.name)).itemsize for site in sites)
-            rest = _other_bytes(model, sites, layout, bias, most)
+            longest = {
+                site.name: low_rank_twin(
+                    model, site, min(site.d_out, site.d_in), 0 if layout == "pivoted" else None, bias=bias
+                )
+                for site in sites
+            }
+            factors = {f"{name}.{side}.weight" for name in longest for side in ("left", "right")}
+            rest = _other_bytes(model, longest, factors, most)
             numbers = (most - rest) // size
             possible = f"max_bytes {rest + least * size:,}"
         if numbers < least:
@@ -111,6 +122,27 @@ class Budget:
                 "allow more, or choose more linears"
             )
         return min(numbers, dense)
+
+    def coded_bytes(self, model: PreTrainedModel, sites: Sequence[Site], *, group: int, bias: bool = False) -> int:
+        """Bytes that numbers in few bits, and their scales, may take in the selected sites together: of `max_bytes`.
+
+        Raises:
+            ValueError: the rest of the model takes more than that already.
+        """
+        assert self.max_bytes is not None
+        fullest = {
+            site.name: coded_twin(model, site, min(site.d_out, site.d_in), Storage(8, 8, group), bias=bias)
+            for site in sites
+        }
+        counted = {
+            f"{name}.{part}.{kind}" for name in fullest for part in ("base", "left", "right") for kind in ("codes", "scales")
+        }
+        rest = _other_bytes(model, fullest, counted, self.max_bytes)
+        if rest >= self.max_bytes:
+            raise ValueError(
+                f"{self}: too small, what is not compressed takes {rest:,} bytes; allow more, or choose more linears"
+            )
+        return self.max_bytes - rest
 
     def __str__(self) -> str:
         if self.max_bytes is not None:
@@ -128,19 +160,23 @@ def _rounded_up(share: float) -> float:
     return math.ceil(share * 1e4) / 1e4
 
 
-def _other_bytes(model: PreTrainedModel, sites: Sequence[Site], layout: Layout, bias: bool, max_bytes: int) -> int:
-    """The most that files of `max_bytes` hold in addition to the numbers of the selected sites.
+def _other_bytes(
+    model: PreTrainedModel,
+    longest: Mapping[str, LowRankLinear | CodedLinear],
+    counted: Collection[str],
+    max_bytes: int,
+) -> int:
+    """The most that files of `max_bytes` hold in addition to the numbers that a budget shares out.
 
-    That is with every site low-rank and on its own: it then has more tensors than a dense or joint one, each with an
-    entry in the header. Shapes and places in the file are taken at their longest.
+    That is with every site on its own and with every tensor that it may have, each with an entry in the header. Shapes
+    and places in the file are taken at their longest.
+
+    Args:
+        longest: {site: module with all tensors, of its highest rank}.
+        counted: the tensors whose numbers are shared out.
     """
-    longest = {
-        site.name: low_rank_twin(model, site, min(site.d_out, site.d_in), 0 if layout == "pivoted" else None, bias=bias)
-        for site in sites
-    }
     tensors = with_modules(dense_tensors(model), longest)
-    factors = {f"{name}.{side}.weight" for name in longest for side in ("left", "right")}
-    rest = sum(tensor.nbytes for name, tensor in tensors.items() if name not in factors)
+    rest = sum(tensor.nbytes for name, tensor in tensors.items() if name not in counted)
     stored = revert_weight_conversion(model, tensors)
     entries = {
         name: entry(type_name(name, tensor), list(tensor.shape), max_bytes, max_bytes)

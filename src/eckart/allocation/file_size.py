@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -13,6 +14,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from eckart.allocation.rank_plan import RankPlan
+from eckart.lowrank.storage import Storage
+from eckart.models.coded import CodedLinear
 from eckart.models.linear import LowRankLinear
 from eckart.models.sites import Site, read_weight
 
@@ -44,7 +47,7 @@ def weight_bytes(model: PreTrainedModel, plan: RankPlan, *, bias: bool = False, 
 
     Args:
         model: dense; its weights are not read.
-        bias: the method adds a bias to every low-rank site that has none.
+        bias: the method adds a bias to every site of the plan that has none and does not stay dense.
         shard: bytes of the largest file.
 
     Raises:
@@ -60,14 +63,18 @@ def weight_bytes(model: PreTrainedModel, plan: RankPlan, *, bias: bool = False, 
 
 def stored_tensors(model: PreTrainedModel, plan: RankPlan, *, bias: bool = False) -> dict[str, Tensor]:
     """The tensors that would be saved, by the names they have in the file, on the meta device."""
-    modules: dict[str, LowRankLinear] = {}
+    modules: dict[str, LowRankLinear | CodedLinear] = {}
     for unit in plan.units:
-        rank = plan.rank(unit.sites[0])
+        first = unit.sites[0]
+        rank, storage = plan.rank(first), plan.storage(first)
+        if not storage.is_plain:
+            modules[first.name] = coded_twin(model, first, rank or 0, storage, bias=bias)
+            continue
         if rank is None:
             continue
         pivots = [None] * len(unit.sites) if plan.layout == "plain" else _own_pivots(unit.sites, rank)
         for site, own in zip(unit.sites, pivots, strict=True):
-            lender = modules.get(unit.sites[0].name)
+            lender = cast("LowRankLinear | None", modules.get(first.name))
             modules[site.name] = low_rank_twin(model, site, rank, own, bias=bias, right_of=lender)
     return revert_weight_conversion(model, with_modules(dense_tensors(model), modules))
 
@@ -100,7 +107,22 @@ def low_rank_twin(
     )
 
 
-def with_modules(tensors: Mapping[str, Tensor], modules: Mapping[str, LowRankLinear]) -> dict[str, Tensor]:
+def coded_twin(model: PreTrainedModel, site: Site, rank: int, storage: Storage, *, bias: bool) -> CodedLinear:
+    """The module of numbers in few bits that would stand at the site, on the meta device."""
+    return CodedLinear(
+        site.d_in,
+        site.d_out,
+        rank,
+        storage,
+        bias=bias or site.has_bias,
+        device="meta",
+        dtype=read_weight(model.get_submodule(site.name)).dtype,
+    )
+
+
+def with_modules(
+    tensors: Mapping[str, Tensor], modules: Mapping[str, LowRankLinear | CodedLinear]
+) -> dict[str, Tensor]:
     """The tensors with those of `modules` in the places of the dense linears'. Files are filled in this order."""
     replaced: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from eckart.lowrank import LAYOUTS, Layout
+from eckart.lowrank.storage import GROUP, PLAIN, Storage
 from eckart.models.sites import Site
 from eckart.models.units import Unit, units_of
 from eckart.support.plain_data import parse_json
@@ -23,9 +24,11 @@ class RankPlan:
         notes: {site name: why it stays dense although a rank was asked for}.
         layout: how the factors of the low-rank sites are stored.
         joint: input groups whose sites are factored as one stack and share a right factor.
+        stored: {site name: in how many bits its numbers are kept}; a site that is not named keeps the model's type.
 
     Raises:
-        ValueError: an unknown layout, a joint group that no site has, or one whose sites differ in rank.
+        ValueError: an unknown layout, a joint group that no site has, or one whose sites differ in rank; numbers in few
+            bits where factors are pivoted or shared.
     """
 
     sites: tuple[Site, ...]
@@ -33,15 +36,30 @@ class RankPlan:
     notes: Mapping[str, str] = field(default_factory=dict)
     layout: Layout = "plain"
     joint: frozenset[str] = frozenset()
+    stored: Mapping[str, Storage] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout {self.layout!r} is none of {', '.join(LAYOUTS)}")
         for unit in self.units:
             _common_rank(unit, self.ranks)
+            coded = [site.name for site in unit.sites if not self.storage(site).is_plain]
+            if coded and (len(unit.sites) > 1 or self.layout != "plain"):
+                raise ValueError(
+                    f"{coded[0]} is to be kept in few bits, which goes with layout plain and a right factor of its own"
+                )
 
     def rank(self, site: Site) -> int | None:
         return self.ranks.get(site.name)
+
+    def storage(self, site: Site) -> Storage:
+        """In how many bits the site's numbers are kept."""
+        return self.stored.get(site.name, PLAIN)
+
+    @property
+    def changed(self) -> tuple[Site, ...]:
+        """The sites that do not stay as they are: those with a rank, and those whose weight is quantised."""
+        return tuple(site for site in self.sites if self.rank(site) is not None or self.storage(site).base is not None)
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -55,8 +73,12 @@ class RankPlan:
 
     @property
     def kept_params(self) -> int:
-        """Numbers in them after: those of the factors, a shared one counted once, or d_out d_in where dense."""
-        return sum(unit.num_stored(self.rank(unit.sites[0]), self.layout) for unit in self.units)
+        """Numbers in them after: those of the factors, a shared one counted once, or d_out d_in where dense.
+
+        A quantised weight counts its numbers too, whatever their bits.
+        """
+        based = sum(site.num_params for site in self.sites if self.storage(site).base and self.rank(site) is not None)
+        return based + sum(unit.num_stored(self.rank(unit.sites[0]), self.layout) for unit in self.units)
 
     @property
     def planned_params(self) -> int:
@@ -81,24 +103,27 @@ class RankPlan:
                 "joint": sorted(self.joint),
                 "ranks": dict(self.ranks),
                 "notes": dict(self.notes),
+                **({"stored": {name: each.to_dict() for name, each in self.stored.items()}} if self.stored else {}),
             },
             indent=2,
         )
 
     @classmethod
     def from_json(cls, text: str, sites: Sequence[Site]) -> RankPlan:
-        """The plan in `text` for a model with `sites`. Only "ranks", "layout" and "joint" are read.
+        """The plan in `text` for a model with `sites`. Only "ranks", "layout", "joint" and "stored" are read.
 
-        Without "layout" it is plain, without "joint" every site has its own factors.
+        Without "layout" it is plain, without "joint" every site has its own factors, without "stored" all numbers are
+        of the model's type.
 
         Raises:
             ValueError: not JSON, no "ranks", an unknown site, layout or input group, a rank outside
-                1 ... min(d_out, d_in), or a joint group whose sites differ in rank.
+                1 ... min(d_out, d_in), a joint group whose sites differ in rank, or bits that there are no codes of.
         """
         try:
             written = parse_json(text, "the text")
             items = dict(written["ranks"]).items()
             layout, joint = written.get("layout", "plain"), written.get("joint", [])
+            stored = {name: dict(entry) for name, entry in dict(written.get("stored", {})).items()}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a rank plan: {error}; expected JSON with a map 'ranks'") from error
         if not isinstance(joint, list) or not all(isinstance(group, str) for group in joint):
@@ -109,7 +134,27 @@ class RankPlan:
                 raise ValueError(f"the plan names {name}, which this model has not")
             if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool)):
                 raise ValueError(f"{name}: rank {rank!r} is neither a whole number nor null (dense)")
-        return settle(sites, dict(items), layout=layout, joint=joint)
+        return settle(sites, dict(items), layout=layout, joint=joint, stored=_read_storage(stored, known))
+
+
+def _read_storage(written: Mapping[str, Mapping[str, Any]], known: Collection[str]) -> dict[str, Storage]:
+    """{site: how its numbers are kept}, of what `Storage.to_dict` wrote.
+
+    Raises:
+        ValueError: an unknown site or key, or what `Storage` raises; names the site.
+    """
+    stored = {}
+    for name, entry in written.items():
+        if name not in known:
+            raise ValueError(f"the plan stores {name}, which this model has not")
+        unknown = entry.keys() - {"base", "bits", "group"}
+        if unknown:
+            raise ValueError(f"{name}: stored has {sorted(unknown)[0]!r}, which is none of base, bits, group")
+        try:
+            stored[name] = Storage.from_dict(entry)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from error
+    return stored
 
 
 def settle(
@@ -118,8 +163,11 @@ def settle(
     *,
     layout: Layout = "plain",
     joint: Collection[str] = (),
+    stored: Mapping[str, Storage] | None = None,
 ) -> RankPlan:
     """A plan in which a site whose factors would store more than its dense weight stays dense, with a note.
+
+    Not so of factors that are added to a quantised weight.
 
     A joint group is settled as the one stacked weight that is factored, all of its sites or none. In the pivoted layout
     every rank below min(d_out, d_in) stores less than the dense weight; at min(d_out, d_in) the site is dense.
@@ -140,11 +188,27 @@ def settle(
             raise ValueError(
                 f"{unit.name}: rank {rank} is not in 1 ... min(d_out, d_in) = {limit}; lower keep or exclude this site"
             )
-        note = _why_dense(unit, rank, layout)
+        based = any(site.name in (stored or {}) and (stored or {})[site.name].base for site in unit.sites)
+        note = None if based else _why_dense(unit, rank, layout)
         if note is not None:
             for site in unit.sites:
                 settled[site.name], notes[site.name] = None, note
-    return RankPlan(tuple(sites), settled, notes, layout, frozenset(joint))
+    return RankPlan(tuple(sites), settled, notes, layout, frozenset(joint), stored or {})
+
+
+def in_bits(plan: RankPlan, bits: int, group: int = GROUP) -> RankPlan:
+    """The same ranks, with the factors of the sites that the plan names in so many bits, and the weights of those of
+    them that have no rank.
+
+    Raises:
+        ValueError: as `RankPlan` and `Storage`.
+    """
+    stored = {
+        site.name: Storage(base=bits, group=group) if plan.rank(site) is None else Storage(factors=bits, group=group)
+        for site in plan.sites
+        if site.name in plan.ranks
+    }
+    return replace(plan, stored=stored)
 
 
 def stored_params(site: Site, rank: int | None, layout: Layout = "plain") -> int:

@@ -36,6 +36,7 @@ from eckart.cli.options import (
 )
 from eckart.cli.tables import remarks, sizes_table
 from eckart.cli.terminal import console
+from eckart.lowrank.storage import GROUP
 from eckart.runs.card import describe_speed
 from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.out_of_core import compress_out_of_core
@@ -65,6 +66,13 @@ def command(
     blocks: Blocks = None,
     plan_file: Annotated[
         Path | None, typer.Option("--plan", help="Ranks from a plan.json instead of --keep; edit it by hand")
+    ] = None,
+    bits: Annotated[
+        str | None,
+        typer.Option(help="Keep numbers in 8, 4, 3 or 2 bits; auto, with --max-bytes, chooses for each linear"),
+    ] = None,
+    group: Annotated[
+        int | None, typer.Option(min=8, help=f"With --bits: numbers that share a scale; default {GROUP}")
     ] = None,
     rank_multiple: RankMultiple = 1,
     allocation: Annotated[
@@ -104,7 +112,7 @@ def command(
 
     \b
     eckart compress MODEL OUT --keep 0.7 --calibration 'broad*3+mydomain.jsonl'
-    eckart compress MODEL OUT --max-bytes 8000000000
+    eckart compress MODEL OUT --max-bytes 8000000000 --bits auto
     eckart compress MODEL OUT --speed 1.5
     eckart compress MODEL OUT --method svd --keep 0.9 --include mlp
     eckart compress MODEL OUT --method sfsd --keep 0.46 --blocks "last 12"
@@ -128,6 +136,8 @@ def command(
             "joint": joint,
             "refit": refit,
             "refine": None if refine is None else {"steps": refine},
+            "bits": int(bits) if bits is not None and bits.isdigit() else bits,
+            "group": group,
             "rank_multiple": rank_multiple,
             "calibration": {
                 "corpus": calibration,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eckart.allocation import RankPlan
 from eckart.calibration.moments import BlockCalibration
+from eckart.compression.coding import code_linear
 from eckart.lowrank import (
     DecompositionError,
     Factored,
@@ -19,15 +20,15 @@ from eckart.lowrank import (
     InputMoments,
     Method,
     Moments,
-    Pivoted,
     output_error,
     refit_left,
 )
 from eckart.lowrank.anchor import Anchor
 from eckart.lowrank.method import Prepared
 from eckart.lowrank.moments import JointGradients
+from eckart.lowrank.rounding import CodedFactors
 from eckart.models.sites import Site
-from eckart.models.units import Unit
+from eckart.models.units import Stored, Unit
 
 T = TypeVar("T")
 
@@ -42,15 +43,16 @@ class Cut:
     Attributes:
         factors: as they are stored, see `Unit.stored`.
         tail: the method's own loss at this rank, in its own metric, before anything is rounded; None for a nested
-            method, whose loss is the error.
-        losses: the method's own loss at CURVE ranks from 0 to full, as shares of the loss at rank 0.
+            method, whose loss is the error, and of a weight that is quantised and not cut.
+        losses: the method's own loss at CURVE ranks from 0 to full, as shares of the loss at rank 0; none of a weight
+            that is not cut.
         relative_errors: of each of its sites, E||W x - M xh - d||^2 / E||W x||^2 on the calibration tokens, M and d as
             they are stored; None without second moments.
         refit: whether the left factor was refit and was better on the held-out tokens; None where no refit was tried.
         notes: of each of its sites, see `note_on`; empty where there is nothing to say of any.
     """
 
-    factors: Factors | Pivoted
+    factors: Stored
     tail: float | None
     losses: tuple[float, ...]
     relative_errors: tuple[float | None, ...]
@@ -105,49 +107,89 @@ def cut_units(request: CutRequest) -> Iterator[tuple[Unit, Cut]]:
     """
     plan, spectra = request.plan, request.spectra
     known = {} if spectra is None else spectra
-    # A spectrum that is kept may be cut at any rank later on; else only at this one.
-    hint = plan if spectra is None else None
     missing = [unit for unit in request.factor.units if unit.name not in known]
-    fresh = _factor_units(replace(request.factor, units=missing), hint)
+
+    def made(unit: Unit, weight: Tensor, moments: Moments, prepared: Prepared) -> _Made:
+        if _is_coded(unit, plan):
+            site = unit.sites[0]
+            coded, factored = code_linear(
+                request.factor.method, weight, moments, prepared, plan.storage(site), plan.rank(site)
+            )
+            return _Made(factored, coded, prepared.anchor)
+        # A spectrum that is kept may be cut at any rank later on; else only at this one.
+        rank = plan.rank(unit.sites[0]) if spectra is None else None
+        factored = request.factor.method.factor(weight, moments, prepared=prepared, rank=rank)
+        return _Made(factored, None, prepared.anchor)
+
+    fresh = each_prepared(replace(request.factor, units=missing), made)
     for unit in request.factor.units:
-        factored, anchor = (known[unit.name], None) if unit.name in known else next(fresh)[1]
-        if spectra is not None:
-            spectra[unit.name] = factored
-        cut = _cut_unit(request, unit, factored, anchor)
-        del factored, anchor  # before those of the next unit are made: of a wide linear they take gigabytes
+        result = _Made(known[unit.name], None, None) if unit.name in known else next(fresh)[1]
+        if spectra is not None and result.factored is not None and result.coded is None:
+            spectra[unit.name] = result.factored
+        cut = _cut_unit(request, unit, result)
+        del result  # before that of the next unit is made: of a wide linear it takes gigabytes
         yield unit, cut
 
 
-def _cut_unit(request: CutRequest, unit: Unit, factored: Factored, anchor: Anchor | None) -> Cut:
-    """A unit's spectrum at its rank, with what it lost.
+@dataclass(frozen=True)
+class _Made:
+    """What was made of a unit's weight.
+
+    Attributes:
+        factored: its spectrum, None where it is quantised alone.
+        coded: what is stored, of a unit that is kept in few bits.
+        anchor: of its inputs.
+    """
+
+    factored: Factored | None
+    coded: CodedFactors | None
+    anchor: Anchor | None
+
+
+def _is_coded(unit: Unit, plan: RankPlan) -> bool:
+    return not plan.storage(unit.sites[0]).is_plain
+
+
+def _cut_unit(request: CutRequest, unit: Unit, made: _Made) -> Cut:
+    """What is stored of a unit, with what it lost.
 
     Raises: as `cut_units`.
     """
-    plan, method, part = request.plan, request.factor.method, request.factor.part
+    plan, method, part, factored = request.plan, request.factor.method, request.factor.part, made.factored
     weight, rank = request.factor.weight_of(unit), plan.rank(unit.sites[0])
-    assert rank is not None
     inputs = _inputs_on(part.inputs.get(unit.group), weight.device)
     held_out = _inputs_on(part.held_out.get(unit.group), weight.device)
+    stored: Stored
+    took = None
     try:
-        factors, took = factored.cut(rank), None
-        if request.refit:
-            if inputs is None or inputs.keeps("covariance") is None:
-                raise ValueError(f"a refit needs second moments, and {method.name}'s calibration has none")
-            factors, took = _refit(weight, factors, inputs, held_out)
-        stored = unit.stored(factors, plan.layout, weight.dtype)
+        if made.coded is not None:
+            stored = made.coded
+        else:
+            assert factored is not None
+            assert rank is not None
+            factors = factored.cut(rank)
+            if request.refit:
+                if inputs is None or inputs.keeps("covariance") is None:
+                    raise ValueError(f"a refit needs second moments, and {method.name}'s calibration has none")
+                factors, took = _refit(weight, factors, inputs, held_out)
+            stored = unit.stored(factors, plan.layout, weight.dtype)
     except (ValueError, DecompositionError) as error:
         named = str(error).startswith(f"{unit.name}: ")
         raise type(error)(str(error) if named else f"{unit.name}: {error}") from error
-    tail = None if method.residual is not None else factored.tail(rank)
-    energy = _energy(method, factored, weight, inputs) if len(unit.sites) == 1 else None
+    tail, losses = None, ()
+    if factored is not None and rank is not None:
+        tail, losses = None if method.residual is not None else factored.tail(rank), tuple(factored.losses(CURVE))
+    energy = None
+    if len(unit.sites) == 1 and factored is not None and made.coded is None:
+        energy = _energy(method, factored, weight, inputs)
     rows = weight.split([site.d_out for site in unit.sites])
     as_read = replace(stored, bias=_read_bias(stored.bias, request.factor.bias_of(unit), weight.dtype))
     errors = tuple(
-        _relative_error(each, member, inputs, energy, anchor)
+        _relative_error(each, member, inputs, energy, made.anchor)
         for each, member in zip(rows, unit.split(as_read), strict=True)
     )
     notes = tuple(note_on(part, site) for site in unit.sites)
-    return Cut(stored, tail, tuple(factored.losses(CURVE)), errors, took, notes)
+    return Cut(stored, tail, losses, errors, took, notes)
 
 
 def factor_units(request: FactorRequest, plan: RankPlan | None = None) -> Iterator[tuple[Unit, Factored]]:
@@ -159,20 +201,12 @@ def factor_units(request: FactorRequest, plan: RankPlan | None = None) -> Iterat
     Raises:
         ValueError, DecompositionError: as the method raises them; the message names the unit.
     """
-    for unit, (factored, _) in _factor_units(request, plan):
-        yield unit, factored
 
-
-def _factor_units(
-    request: FactorRequest, plan: RankPlan | None
-) -> Iterator[tuple[Unit, tuple[Factored, Anchor | None]]]:
-    """As `factor_units`, with the anchor of each unit's input."""
-
-    def factored(unit: Unit, weight: Tensor, moments: Moments, prepared: Prepared) -> tuple[Factored, Anchor | None]:
+    def factored(unit: Unit, weight: Tensor, moments: Moments, prepared: Prepared) -> Factored:
         rank = None if plan is None else plan.rank(unit.sites[0])
-        return request.method.factor(weight, moments, prepared=prepared, rank=rank), prepared.anchor
+        return request.method.factor(weight, moments, prepared=prepared, rank=rank)
 
-    return each_prepared(request, factored)
+    yield from each_prepared(request, factored)
 
 
 @torch.no_grad()
@@ -281,7 +315,7 @@ def _energy(method: Method, factored: Factored, weight: Tensor, inputs: InputMom
 
 def _relative_error(
     weight: Tensor,
-    stored: Factors | Pivoted,
+    stored: Stored,
     inputs: InputMoments | None,
     energy: float | None,
     anchor: Anchor | None,

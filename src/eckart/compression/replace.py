@@ -28,7 +28,7 @@ class SiteReport:
     """The result of compressing one site.
 
     Attributes:
-        rank: of its factors.
+        rank: of its factors; None where it has none, and its weight is quantised.
         losses: the method's own loss at `cuts.CURVE` ranks from 0 to full, as shares of the loss at rank 0.
         relative_error: E||W x - M xh - d||^2 / E||W x||^2 on the calibration tokens, M and d as they are stored, laid
             out and rounded; None without second moments.
@@ -40,7 +40,7 @@ class SiteReport:
     """
 
     site: Site
-    rank: int
+    rank: int | None
     relative_error: float | None
     tail: float | None
     losses: tuple[float, ...]
@@ -150,7 +150,7 @@ def compress(
         method = build_method(method)
     if method.needs and calibration is None:
         raise ValueError(f"{method.name} needs {', '.join(sorted(method.needs))}: calibrate first")
-    planned = [site for site in plan.sites if plan.rank(site) is not None]
+    planned = plan.changed
     _check_sites(model, planned)
     before = (num_params(model), num_bytes(model))
     pending = list(units_of(planned, [group for group in plan.joint if any(s.input_group == group for s in planned)]))
@@ -180,7 +180,7 @@ def compress(
         raise ValueError(f"the calibration has no moments of {pending[0].name}, which the plan compresses")
     if planned:  # else the model is an ordinary dense one, and is saved as one
         describe(model, recipe or {"method": method.name, "options": method.options})
-    dense = tuple(site for site in plan.sites if plan.rank(site) is None)
+    dense = tuple(site for site in plan.sites if site not in planned)
     return CompressionReport(tuple(reports), dense, before[0], num_params(model), before[1], num_bytes(model), seconds)
 
 
@@ -231,7 +231,6 @@ def place(model: PreTrainedModel, unit: Unit, cut: Cut, plan: RankPlan) -> list[
     for name, module in modules.items():
         replace_module(model, name, module)
     rank = plan.rank(unit.sites[0])
-    assert rank is not None
     notes = cut.notes or (None,) * len(unit.sites)
     return [
         SiteReport(site, rank, relative, cut.tail, cut.losses, cut.refit, note)

@@ -15,6 +15,7 @@ from eckart.lowrank.factors import Factors
 from eckart.lowrank.metrics import BlockDiagonal, Metric, Root, Whitening
 from eckart.lowrank.moments import GRADIENT_STATISTICS, Moments
 from eckart.lowrank.pivoting import Pivoted
+from eckart.lowrank.rounding import CodedFactors
 from eckart.lowrank.truncation import Problem, Spectrum, check_rank, factor, interpolate, weigh
 
 InputRoot = Callable[[Moments], Tensor | Whitening]
@@ -262,7 +263,7 @@ def _first_ranks(count: int, share: float) -> Tensor:
 
 def output_error(
     weight: Float[Tensor, "out in"],
-    factors: Factors | Pivoted,
+    factors: Factors | Pivoted | CodedFactors,
     moments: Moments,
     *,
     energy: float | None = None,
@@ -284,7 +285,7 @@ def output_error(
     more, both in float32 where an anchor is given that knows no more.
     """
     inputs = moments.require_inputs()
-    kept = factors.to(torch.float64).dense()
+    kept = factors.dense() if isinstance(factors, CodedFactors) else factors.to(torch.float64).dense()
     if base is not None:
         kept += base
     read = torch.cat([rows.double() @ inputs.reference_mean for rows in weight.split(OUTPUTS)])

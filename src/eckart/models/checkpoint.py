@@ -20,6 +20,8 @@ from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.lowrank.pivoting import check_order
+from eckart.lowrank.storage import PLAIN, Storage
+from eckart.models.coded import CodedLinear
 from eckart.models.dense import export_dense
 from eckart.models.families import is_linear
 from eckart.models.linear import LowRankLinear
@@ -28,8 +30,11 @@ from eckart.models.registration import QUANT_METHOD
 from eckart.models.sites import low_rank_modules, read_weight, replace_module
 from eckart.models.weight_files import CheckpointError, read_headers
 
-# 1: plain factors, each linear with its own. 2: pivoted layouts and shared right factors as well.
-FORMATS = (1, 2)
+# 1: plain factors, each linear with its own. 2: pivoted layouts and shared right factors as well. 3: numbers in few
+# bits.
+FORMATS = (1, 2, 3)
+# Keys of an entry whose numbers are in few bits.
+CODED = ("base", "bits", "group")
 
 
 class LowRankConfig(QuantizationConfigMixin):
@@ -40,7 +45,8 @@ class LowRankConfig(QuantizationConfigMixin):
             number that can say it, so that older versions read what they can.
         sites: {module name: {"rank": int, "bias": bool}}; every other module is as its class builds it. Of format 2 on
             also "pivots": how many of its rows are pivots, where it is pivoted; and "right_of": the site whose right
-            factor it shares, where it has none of its own.
+            factor it shares, where it has none of its own. Of format 3 on also "base": bits of a quantised weight, whose
+            rank may be 0; "bits": of the factors; and "group": how many numbers share a scale. See `lowrank.Storage`.
         recipe: method, settings and calibration that made it; for people, not read by the loader.
     """
 
@@ -54,8 +60,8 @@ class LowRankConfig(QuantizationConfigMixin):
         unknown.pop("quant_method", None)
         if format not in FORMATS:
             raise CheckpointError(
-                f"checkpoint format {format!r} is not known to this eckart, which reads formats "
-                f"{' and '.join(map(str, FORMATS))}; install the eckart that wrote it, or a newer one"
+                f"checkpoint format {format!r} is not known to this eckart, which reads formats {FORMATS[0]} to "
+                f"{FORMATS[-1]}; install the eckart that wrote it, or a newer one"
             )
         if unknown:
             raise CheckpointError(f"unknown keys in the checkpoint's eckart section: {', '.join(sorted(unknown))}")
@@ -74,13 +80,29 @@ def _check_spec(name: str, spec: Any, format: int) -> None:
     entry: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {}
     rank, bias = entry.pop("rank", None), entry.pop("bias", None)
     expected = "{'rank': a positive int, 'bias': a bool}"
-    valid = type(rank) is int and rank >= 1 and isinstance(bias, bool)
+    coded = format > 2 and "group" in entry
+    valid = type(rank) is int and rank >= (0 if coded and "base" in entry else 1) and isinstance(bias, bool)
+    if coded:
+        storage = {name: entry.pop(name, None) for name in CODED}
+        expected += f", and of numbers in few bits {' and '.join(map(repr, CODED))}: ints, in bits that there are"
+        valid = valid and all(value is None or type(value) is int for value in storage.values())
+        if valid and not entry:
+            try:
+                storage_of(spec)
+            except ValueError as error:
+                raise CheckpointError(f"{name}: its entry {spec} does not go: {error}") from error
+            return
     if valid and format > 1:
         expected += ", and where they apply 'pivots': an int of 0 ... rank, 'right_of': the name of a site"
         pivots, lender = entry.pop("pivots", 0), entry.pop("right_of", "")
         valid = type(pivots) is int and 0 <= pivots <= rank and isinstance(lender, str)
     if not valid or entry:
         raise CheckpointError(f"{name}: its entry {spec} is not {expected}")
+
+
+def storage_of(spec: Mapping[str, Any]) -> Storage:
+    """How an entry of a rank map says that its numbers are kept. Raises ValueError as `Storage`."""
+    return Storage.from_dict(spec) if "group" in spec else PLAIN
 
 
 def _check_lender(name: str, spec: Mapping[str, Any], sites: Mapping[str, Mapping[str, Any]]) -> None:
@@ -162,6 +184,8 @@ def specs_of(module: nn.Module, prefix: str = "") -> dict[str, dict[str, Any]]:
     for linear in modules.values():
         name = names[id(linear)]
         spec: dict[str, Any] = {"rank": linear.rank, "bias": linear.bias is not None}
+        if isinstance(linear, CodedLinear):
+            spec |= linear.storage.to_dict()
         if linear.pivots is not None:
             spec["pivots"] = linear.pivots
         if linear.lender is not None:
@@ -192,7 +216,19 @@ def _build(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], names: Mapp
             raise CheckpointError(
                 f"{name} is in the checkpoint's rank map but is a {type(dense).__name__}, not a linear"
             )
-        weight = read_weight(dense)
+        weight, storage = read_weight(dense), storage_of(spec)
+        if not storage.is_plain:
+            coded = CodedLinear(
+                weight.shape[1],
+                weight.shape[0],
+                spec["rank"],
+                storage,
+                bias=spec["bias"],
+                device="meta",
+                dtype=weight.dtype,
+            )
+            replace_module(model, name, coded)
+            continue
         lender = model.get_submodule(names[spec["right_of"]]) if "right_of" in spec else None
         try:
             low_rank = LowRankLinear(
@@ -231,8 +267,9 @@ def attach(
     model: PreTrainedModel, sites: Mapping[str, Mapping[str, Any]], recipe: Mapping[str, Any] | None = None
 ) -> None:
     """Write a rank map into the model's config, in place."""
-    beyond = any(spec.keys() - {"rank", "bias"} for spec in sites.values())
-    config = LowRankConfig(sites=sites, format=2 if beyond else 1, recipe=recipe)
+    keys = {key for spec in sites.values() for key in spec}
+    format = 3 if keys & {*CODED} else 2 if keys - {"rank", "bias"} else 1
+    config = LowRankConfig(sites=sites, format=format, recipe=recipe)
     model.config.quantization_config = config
     model.hf_quantizer = LowRankQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
     model.quantization_method = QUANT_METHOD  # type: ignore[assignment]

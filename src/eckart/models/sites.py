@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from eckart.models.families import UnsupportedModelError, family_of, is_linear, language_model, refuse_other_weights
+from eckart.models.coded import CodedLinear
 from eckart.models.linear import LowRankLinear
 from eckart.models.refusals import check_object
 
@@ -244,9 +245,9 @@ def parse_blocks(text: str, count: int) -> frozenset[int]:
     return frozenset(numbers)
 
 
-def low_rank_modules(model: nn.Module) -> dict[str, LowRankLinear]:
-    """{name: module} of every low-rank linear in the model."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+def low_rank_modules(model: nn.Module) -> dict[str, LowRankLinear | CodedLinear]:
+    """{name: module} of every linear in the model that was compressed, into factors or into few bits."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear | CodedLinear)}
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from eckart.lowrank import Factors, Layout, Pivoted, num_stored, pivot, pivoted_rank_for, rank_for, split
+from eckart.lowrank.rounding import CodedFactors
+from eckart.models.coded import CodedLinear
 from eckart.models.linear import LowRankLinear
 from eckart.models.sites import Site, read_weight
+
+# What a checkpoint holds in place of a weight.
+Stored: TypeAlias = Factors | Pivoted | CodedFactors
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,10 @@ class Unit:
             )
         return torch.cat(biases)
 
-    def split(self, factors: Factors | Pivoted) -> Sequence[Factors | Pivoted]:
+    def split(self, factors: Stored) -> Sequence[Stored]:
         """The factors of each site, left: its rows of the stack's left factor; right: the stack's, shared by all."""
+        if isinstance(factors, CodedFactors):
+            return [factors]  # which are never of several
         return split(factors, [site.d_out for site in self.sites])
 
     def stored(self, factors: Factors, layout: Layout, dtype: torch.dtype) -> Factors | Pivoted:
@@ -99,7 +106,7 @@ class Unit:
         dtypes = (read_weight(model.get_submodule(site.name)).dtype for site in self.sites)
         return self.modules_of(model, self.stored(factors, layout, reduce(torch.promote_types, dtypes)))
 
-    def modules_of(self, model: nn.Module, stored: Factors | Pivoted) -> dict[str, nn.Module]:
+    def modules_of(self, model: nn.Module, stored: Stored) -> dict[str, nn.Module]:
         """{site name: module for its part of factors as they are stored}, in the dense modules' type and on their
         device, with their own biases added. The dense modules must be in the model.
 
@@ -107,17 +114,17 @@ class Unit:
             ValueError: a factor is not finite in the dense type (attention kernels are known to make a finite output
                 of one); names the site.
         """
-        modules: dict[str, LowRankLinear] = {}
+        modules: dict[str, LowRankLinear | CodedLinear] = {}
+        lender: LowRankLinear | None = None
         for site, member in zip(self.sites, self.split(stored), strict=True):
             dense = model.get_submodule(site.name)
-            weight = read_weight(dense)
-            module = LowRankLinear.from_factors(
-                member,
-                dense.bias.detach() if site.has_bias else None,  # type: ignore[operator]
-                device=weight.device,
-                dtype=weight.dtype,
-                right_of=next(iter(modules.values()), None),
-            )
+            weight, own = read_weight(dense), dense.bias.detach() if site.has_bias else None  # type: ignore[operator]
+            place: Any = {"device": weight.device, "dtype": weight.dtype}
+            if isinstance(member, CodedFactors):
+                module: LowRankLinear | CodedLinear = CodedLinear.from_coded(member, own, **place)
+            else:
+                module = LowRankLinear.from_factors(member, own, **place, right_of=lender)
+                lender = lender or module
             if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
                 raise ValueError(
                     f"{site.name}: its factors are not finite in {weight.dtype}; load the model in float32"

@@ -14,6 +14,10 @@ from eckart.compression.tuning.refinement import Refinement
 from eckart.lowrank import METHODS, Layout, Method, method_options
 from eckart.lowrank.catalogue import ANCHOR_SHRINKAGE, kfac
 from eckart.lowrank.entries import entry_options
+from eckart.lowrank.storage import GROUP
+
+# Bits that numbers may be kept in, see `Composition.bits`.
+Bits = Literal["auto", 8, 4, 3, 2]
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Composition:
         refinement: gradient steps on each block, or None.
         distillation: gradient steps on the whole model, or None.
         recovery: a short fine-tuning of the compressed model, or None.
+        bits: that numbers are kept in; "auto" for those of a knapsack over ranks and bits, None for the model's type.
+        group: numbers that share a scale, where they are kept in few bits.
     """
 
     method: Method
@@ -41,6 +47,8 @@ class Composition:
     refinement: Refinement | None = None
     distillation: Distillation | None = None
     recovery: Recovery | None = None
+    bits: Bits | None = None
+    group: int = GROUP
 
     def describe(self, ranks: str | None = None) -> str:
         """In words, what is done around the method.
@@ -49,6 +57,7 @@ class Composition:
             ranks: where they come from instead of the allocation.
         """
         words = [f"Ranks: {ranks or self.allocation.name}", f"layout: {self.layout}", f"order: {self.order}"]
+        words += [] if self.bits is None else ["bits by the budget" if self.bits == "auto" else f"{self.bits} bits"]
         words += ["right factors shared where that is better"] if self.joint else []
         words += ["left factors refit"] if self.refit else []
         words += [f"blocks refined in {self.refinement.steps} steps"] if self.refinement else []

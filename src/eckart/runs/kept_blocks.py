@@ -19,6 +19,7 @@ from eckart.calibration.cache import CHECKSUM, checksum_of
 from eckart.calibration.moments import BlockCalibration
 from eckart.calibration.sequential import PassReport, SequentialCalibration
 from eckart.compression.replace import SiteReport
+from eckart.lowrank.storage import Storage
 from eckart.models.checkpoint import put_back, specs_of
 from eckart.models.sites import Site, find_sites
 from eckart.support.files import check_room, set_aside, whole_file, write_whole
@@ -137,7 +138,8 @@ def kept_ranking(path: Path, sites: Sequence[Site], rank: Callable[[], Ranking])
             kept = read_json(path)
             if kept.pop(CHECKSUM) == _digest(kept):
                 joint = frozenset(kept["joint"])
-                plan = RankPlan(tuple(sites), kept["ranks"], kept["notes"], kept["layout"], joint)
+                stored = {name: Storage.from_dict(each) for name, each in kept.get("stored", {}).items()}
+                plan = RankPlan(tuple(sites), kept["ranks"], kept["notes"], kept["layout"], joint, stored)
                 return Ranking(plan, kept["facts"])
         except (ValueError, KeyError, TypeError):
             pass
@@ -149,6 +151,7 @@ def kept_ranking(path: Path, sites: Sequence[Site], rank: Callable[[], Ranking])
         "notes": dict(plan.notes),
         "layout": plan.layout,
         "joint": sorted(plan.joint),
+        "stored": {name: each.to_dict() for name, each in plan.stored.items()},
         "facts": ranking.facts,
     }
     write_whole(path, json.dumps({**content, CHECKSUM: _digest(content)}))

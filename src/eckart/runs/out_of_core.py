@@ -183,12 +183,14 @@ class _Compression:
         with timed(self.seconds, "allocate"):
             ranking = self._rank()
         self.plan = ranking.plan
-        self.planned = [site for site in find_sites(self.model) if self.plan.rank(site) is not None]
+        self.planned = [*self.plan.changed]
         self.summary = summarise(self.plan, self.model, bias=self.method.centred)
         # Passes, and orders other than one-shot, read the text whatever the method needs.
         walks = self.workbench.walks
         reads = bool(self.planned) and (walks or self.workbench.reads_text)
         identity = {"recipe": self.noted, **self._sources(reads), "ranks": dict(self.plan.ranks)}
+        if self.plan.stored:
+            identity["stored"] = {name: each.to_dict() for name, each in self.plan.stored.items()}
         with self._open_journal(JOURNAL, KIND, identity) as journal:
             self.walk = None
             if self.planned and (walks or self.method.needs & INPUT_STATISTICS):
@@ -406,7 +408,7 @@ class _Compression:
                 self.seconds[stage] += value
         known = {site.name: site for site in self.plan.sites}
         reports = tuple(SiteReport.from_record(each, known) for record in records for each in record["reports"])
-        dense = tuple(site for site in self.plan.sites if self.plan.rank(site) is None)
+        dense = tuple(site for site in self.plan.sites if site not in self.planned)
         after = [self.around[at] + sum(record["params"][at] for record in records) for at in (0, 1)]
         report = CompressionReport(reports, dense, self.before[0], after[0], self.before[1], after[1], self.seconds)
         # A record of an older eckart, which made no passes out of core, has none.

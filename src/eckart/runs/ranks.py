@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.allocation import Allocation, Budget, Curve, Ranking, Speed, SpeedTable, settle
+from eckart.allocation.few_bits import BASES, FACTORS, BitCurve, share_bytes
 from eckart.allocation.search.criteria import Criterion, search_criterion
 from eckart.allocation.search.loss_weights import probe_linears
 from eckart.allocation.search.trials import SearchInputs
 from eckart.calibration.moments import BlockCalibration, calibration_digest
-from eckart.compression.cuts import FactorRequest
+from eckart.compression.coding import losses_in_bits
+from eckart.compression.cuts import FactorRequest, each_prepared
 from eckart.compression.spectra import spectra_on_demand
 from eckart.data.tokens import Tokens
-from eckart.lowrank import Factored, Method
+from eckart.lowrank import Factored, Method, Moments
+from eckart.lowrank.method import Prepared
 from eckart.models.sites import Site, find_sites
 from eckart.models.units import Unit, units_of
 from eckart.runs.composition import Composition
@@ -98,6 +101,8 @@ def rank(
     joint = joint_groups(inputs.sites, every) if composition.joint else frozenset()
     row, fitting = allocation.row, {"layout": composition.layout, "rank_multiple": rank_multiple}
     numbers, options, dense = None, allocation.options, sum(site.num_params for site in inputs.sites)
+    if composition.bits is not None and isinstance(budget, Budget) and budget.max_bytes is not None:
+        return _rank_in_bits(composition, budget, inputs, rank_multiple)
     if isinstance(budget, Speed):
         if inputs.speeds is None:
             raise ValueError(f"{budget}: there is no table of speeds to allocate by")
@@ -123,6 +128,62 @@ def rank(
     return replace(plan, facts={**facts, **plan.facts}) if isinstance(plan, Ranking) else Ranking(plan, facts)
 
 
+def _rank_in_bits(
+    composition: Composition, budget: Budget, inputs: AllocationInputs, rank_multiple: int
+) -> Ranking:
+    """Ranks and bits that keep the weight files within their bytes: see `share_bytes`."""
+    method, group = composition.method, composition.group
+    every, size = find_sites(inputs.model), inputs.model.dtype.itemsize
+    room = budget.coded_bytes(inputs.model, inputs.sites, group=group, bias=method.centred)
+    fixed = None if composition.bits == "auto" else composition.bits
+    curves = measure_bit_losses(method, inputs, BASES if fixed is None else (fixed,), group)
+    if fixed is not None:  # a weight that is quantised in them, or factors that are
+        curves = [
+            replace(each, losses={base: losses if base is None else losses[:1] for base, losses in each.losses.items()})
+            for each in curves
+        ]
+    plan = share_bytes(
+        every,
+        curves,
+        room,
+        factors=(None, *FACTORS) if fixed is None else (fixed,),
+        group=group,
+        itemsize=size,
+        rank_multiple=rank_multiple,
+        exact=composition.allocation.exact,
+    )
+    return Ranking(plan)
+
+
+def measure_bit_losses(
+    method: Method, inputs: AllocationInputs, bases: Sequence[int], group: int
+) -> list[BitCurve]:
+    """What every linear loses at each rank, alone and as the correction of a weight in so many bits, block by block."""
+
+    def measure(_unit: Unit, weight: Tensor, moments: Moments, prepared: Prepared) -> dict[int | None, Tensor]:
+        return losses_in_bits(method, weight, moments, prepared, bases, group)
+
+    curves = []
+    for sites, part in _parts_to_measure(inputs):
+        units = sorted((Unit((site,)) for site in sites), key=lambda unit: unit.group)
+        request = FactorRequest(method, units, part, partial(Unit.weight, model=inputs.model))
+        for unit, losses in each_prepared(request, measure):
+            arrays = {base: each.double().cpu().numpy() for base, each in losses.items()}
+            curves.append(BitCurve(unit.sites[0], arrays))
+    return curves
+
+
+def _parts_to_measure(inputs: AllocationInputs) -> Iterator[tuple[list[Site], BlockCalibration]]:
+    """Each block's moments, with its selected sites."""
+    blocks = (
+        inputs.blocks()
+        if inputs.blocks
+        else [BlockCalibration(n) for n in dict.fromkeys(s.block for s in inputs.sites)]
+    )
+    for part in inputs.track(blocks, "losses", len({site.block for site in inputs.sites})):
+        yield [site for site in inputs.sites if site.block == part.block], part
+
+
 def joint_groups(selected: Collection[Site], every: Iterable[Site]) -> frozenset[str]:
     """The input groups that several sites read, if all of those are selected."""
     readers: dict[str, list[Site]] = {}
@@ -141,13 +202,7 @@ def measure_losses(method: Method, inputs: AllocationInputs, joint: frozenset[st
     """
     curves: list[Curve] = []
     weight_of = partial(Unit.weight, model=inputs.model)
-    blocks = (
-        inputs.blocks()
-        if inputs.blocks
-        else [BlockCalibration(n) for n in dict.fromkeys(s.block for s in inputs.sites)]
-    )
-    for part in inputs.track(blocks, "losses", len({site.block for site in inputs.sites})):
-        sites = [site for site in inputs.sites if site.block == part.block]
+    for sites, part in _parts_to_measure(inputs):
         groups = [group for group in joint if any(site.input_group == group for site in sites)]
         units = list(units_of(sites, groups))
         if both and groups:

@@ -29,8 +29,9 @@ from eckart.evals.tasks import Task, find_task
 from eckart.lowrank import Layout, build_method
 from eckart.lowrank.entries import build_entry
 from eckart.lowrank.moments import GRADIENT_STATISTICS
+from eckart.lowrank.storage import GROUP
 from eckart.models.loading import locate
-from eckart.runs.composition import COMPOSITIONS, Composition, Effort, composition_options
+from eckart.runs.composition import COMPOSITIONS, Bits, Composition, Effort, composition_options
 from eckart.support.plain_data import read_yaml
 from eckart.support.section import Section
 
@@ -255,6 +256,13 @@ class Recipe(Section):
         None, description=f"gradient steps on the whole model, or true or false; {OWN}"
     )
     recover: RecoverSection | None = Field(None, description="a fine-tuning of the result, or true; default: none")
+    bits: Bits | None = Field(
+        None,
+        description="numbers of the selected linears are kept in so many bits: factors, and the weights of those that "
+        "stay dense; auto goes with max_bytes and lets it choose for each linear its rank, its bits, and whether its "
+        "weight is quantised and corrected by factors; default: the model's type",
+    )
+    group: int | None = Field(None, ge=8, description=f"with bits: numbers that share a scale; default {GROUP}")
     rank_multiple: int = Field(1, gt=0, description="every rank is a multiple of this; 32 is fast in bfloat16")
     context: int | None = Field(
         None, gt=1, description="window of calibration and text where they name none; default 2048, or the positions"
@@ -326,6 +334,34 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _bits_fit(self) -> Recipe:
+        if self.bits is None:
+            if self.group is not None:
+                raise ValueError("group goes with bits: leave it out")
+            return self
+        if self.is_baseline:
+            raise ValueError(f"{self.method.name} has bits of its own: leave out bits")
+        composition = self.composition
+        steps = {"refine": composition.refinement, "distil": composition.distillation, "recover": composition.recovery}
+        moved = [name for name, step in steps.items() if step is not None]
+        if moved:
+            raise ValueError(
+                f"bits: gradient steps would take numbers off their codes; leave out {' and '.join(moved)}"
+                + (", or give effort medium" if self.effort == "high" else "")
+            )
+        apart = {"layout: pivoted": composition.layout != "plain", "joint": composition.joint, "refit": composition.refit}
+        if any(apart.values()):
+            raise ValueError(f"bits does not go with {' and '.join(name for name, said in apart.items() if said)}")
+        if self.plan is not None or self.speed is not None:
+            raise ValueError(f"bits does not go with {'a plan, which says them' if self.plan else 'speed'}: leave it out")
+        shares = composition.allocation.name == "global"
+        if self.bits == "auto" and (self.max_bytes is None or not shares):
+            raise ValueError("bits: auto goes with max_bytes and the allocation global, which choose them")
+        if self.max_bytes is not None and not shares:
+            raise ValueError("bits with max_bytes goes with the allocation global, which counts bytes")
+        return self
+
+    @model_validator(mode="after")
     def _recorded_is_fisher(self) -> Recipe:
         if self.calibration.fisher == "gathered":
             return self
@@ -381,6 +417,9 @@ class Recipe(Section):
             changes["distillation"] = steps
         if self.recover is not None:
             changes["recovery"] = Recovery(**self.recover.model_dump()) if self.recover.steps else None
+        if self.bits is not None:
+            # What a composition would pivot is stored plain: a pivot is a row of the weight, which has no codes.
+            changes |= {"layout": self.layout or "plain", "bits": self.bits, "group": self.group or GROUP}
         return dataclasses.replace(composition, **changes)
 
     def spelled_out(self) -> Recipe:

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.allocation import Ranking, RankPlan, Rule, Speed, SpeedTable, plan
+from eckart.allocation.rank_plan import in_bits
 from eckart.calibration.moments import (
     BlockCalibration,
     Memory,
@@ -148,21 +149,30 @@ class Workbench:
         return not fixed and self.composition.allocation.row.needs == "losses"
 
     def rank(self, inputs: AllocationInputs | None = None) -> Ranking:
-        """The recipe's ranks on this model.
+        """The recipe's ranks on this model, and the bits that its numbers are kept in.
 
         Args:
             inputs: of the allocation; default `allocation_inputs`.
         """
         recipe, composition = self.recipe, self.composition
         same_share = composition.allocation.row.same_share and recipe.keep is not None
-        if recipe.plan is not None or recipe.rules is not None or same_share:
+        if recipe.plan is not None:
             return Ranking(make_plan(self.model, recipe))
+        if recipe.rules is not None or same_share:
+            return self._in_bits(Ranking(make_plan(self.model, recipe)))
         inputs = inputs or self.allocation_inputs()
         ranking = rank(composition, recipe.budget, inputs, rank_multiple=recipe.rank_multiple)
         if self.speeds is None or not isinstance(recipe.budget, Speed):
-            return ranking
+            return self._in_bits(ranking)
         facts = self.speeds.facts(recipe.budget, ranking.plan, self.sites)
         return replace(ranking, facts={**ranking.facts, "speed": facts})
+
+    def _in_bits(self, ranking: Ranking) -> Ranking:
+        """The same with numbers in the recipe's bits, where it names some and a budget of bytes has not chosen them."""
+        bits, group = self.composition.bits, self.composition.group
+        if bits is None or bits == "auto" or ranking.plan.stored:
+            return ranking
+        return replace(ranking, plan=in_bits(ranking.plan, bits, group))
 
     @functools.cached_property
     def speeds(self) -> SpeedTable | None:
@@ -208,7 +218,7 @@ class Workbench:
 
     def calibration(self, plan: RankPlan) -> Iterable[BlockCalibration] | None:
         """The calibration that `compress` needs for the plan, in the composition's order; None where it needs none."""
-        composition, sites = self.composition, [site for site in plan.sites if plan.rank(site) is not None]
+        composition, sites = self.composition, plan.changed
         if not sites:
             return ()
         if not self.walks:
