@@ -52,10 +52,7 @@ def compress(path: str | Path, method: str, tokens: Tokens, engine: Engine) -> t
     model, built = eckart.load_model(path), build_method(method)
     moments = engine.calibrate_by_block(CalibrationRequest(model, tokens, built))
     report = eckart.compress(model, built, plan(model, 0.5), moments, cut=engine.cut_units)
-    products = [
-        (module.left.weight.double() @ module.right.weight.double()).detach()
-        for module in low_rank_modules(model).values()
-    ]
+    products = [module.dense().detach().double() for module in low_rank_modules(model).values()]
     return dict(report.seconds), products
 
 

@@ -50,6 +50,9 @@ AROUND: list[dict[str, Any]] = [
     {"method": "sfsd", "allocation": SCORED},
     {"rules": [{"keep": 0.5, "include": ["mlp"]}], "joint": True},
     {"plan": "plan.json", "order": "sequential"},
+    {"max_bytes": 10_000, "bits": "auto"},
+    {"keep": 0.5, "method": "asvd-i", "bits": 4, "group": 32},
+    {"rules": [{"keep": 0.5, "include": ["mlp"]}], "bits": 8},
 ]
 
 
@@ -65,7 +68,7 @@ def parts(composition: Composition) -> tuple[object, ...]:
     return (
         *(composition.method.name, composition.method.options, composition.allocation, composition.layout),
         *(composition.order, composition.joint, composition.refit, composition.refinement, composition.distillation),
-        composition.recovery,
+        *(composition.recovery, composition.bits, composition.group),
     )
 
 
@@ -185,6 +188,22 @@ def test_a_baseline_stays_as_it_is() -> None:
             "leave out refine and sites",
         ),
         ({"method": "llm-pruner", "keep_total": 0.5}, "llm-pruner takes keep, and no other budget"),
+        ({"method": "int8", "bits": 4}, "int8 has bits of its own: leave out bits"),
+        ({"keep": 0.5, "group": 32}, "group goes with bits: leave it out"),
+        ({"keep": 0.5, "bits": 5}, "bits: Input should be 'auto', 8, 4, 3 or 2"),
+        ({"keep": 0.5, "bits": 4, "group": 4}, "group: Input should be greater than or equal to 8"),
+        ({"keep": 0.5, "bits": "auto"}, "bits: auto goes with max_bytes and the allocation global"),
+        (
+            {"max_bytes": 9, "bits": "auto", "allocation": "uniform"},
+            "auto goes with max_bytes and the allocation global",
+        ),
+        ({"max_bytes": 9, "bits": 4, "method": "svd"}, "bits with max_bytes goes with the allocation global"),
+        ({"keep": 0.5, "bits": 8, "layout": "pivoted"}, "bits does not go with layout: pivoted"),
+        ({"keep": 0.5, "bits": 8, "joint": True, "refit": True}, "bits does not go with joint and refit"),
+        ({"plan": "p.json", "bits": 8}, "bits does not go with a plan, which says them: leave it out"),
+        ({"speed": 1.5, "bits": 8}, "bits does not go with speed"),
+        ({"keep": 0.5, "bits": 8, "effort": "high"}, "leave out refine, or give effort medium"),
+        ({"keep": 0.5, "bits": 8, "distil": True, "recover": True}, "off their codes: leave out distil and recover"),
     ],
 )
 def test_what_does_not_go_together_is_refused(keys: dict[str, Any], message: str) -> None:

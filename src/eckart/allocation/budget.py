@@ -135,7 +135,10 @@ class Budget:
             for site in sites
         }
         counted = {
-            f"{name}.{part}.{kind}" for name in fullest for part in ("base", "left", "right") for kind in ("codes", "scales")
+            f"{name}.{part}.{kind}"
+            for name in fullest
+            for part in ("base", "left", "right")
+            for kind in ("codes", "scales")
         }
         rest = _other_bytes(model, fullest, counted, self.max_bytes)
         if rest >= self.max_bytes:

@@ -12,6 +12,8 @@ from eckart.allocation import RankPlan, plan, summarise
 from eckart.cli.options import AnyModel, Blocks, Exclude, Include, RankMultiple, TrustRemoteCode
 from eckart.cli.tables import remarks, sizes_table
 from eckart.cli.terminal import console, megabytes, print_line, table
+from eckart.lowrank.storage import PLAIN
+from eckart.models.coded import CodedLinear
 from eckart.models.linear import LowRankLinear
 from eckart.models.loading import load_model, locate
 from eckart.models.sites import find_sites, low_rank_modules
@@ -47,16 +49,19 @@ def command(
     if save_plan is not None and (low_rank or keep is None):
         raise ValueError("--save-plan needs a dense model and --keep")
     if low_rank:
+        coded = any(isinstance(m, CodedLinear) for m in low_rank.values())
         rows = [
             [
                 name,
                 f"{m.out_features} x {m.in_features}",
                 str(m.rank),
                 f"{_kept(m):.3f}",
+                *([str(m.storage) if isinstance(m, CodedLinear) else str(PLAIN)] if coded else []),
             ]
             for name, m in low_rank.items()
         ]
-        console.print(table(model, ["low-rank linear", "out x in", "rank", "kept"], rows))
+        columns = ["low-rank linear", "out x in", "rank", "kept", *(["stored"] if coded else [])]
+        console.print(table(model, columns, rows))
         recipe = loaded.config.quantization_config.recipe
         console.print(f"made by {json.dumps(recipe, ensure_ascii=False)}")
     else:
@@ -88,8 +93,14 @@ def command(
     console.print(f"{num_params(loaded):,} parameters, {megabytes(num_bytes(loaded))} in {loaded.dtype}")
 
 
-def _kept(module: LowRankLinear) -> float:
-    """Numbers that it stores as a share of the dense ones; a shared right factor counts for all its readers alike."""
+def _kept(module: LowRankLinear | CodedLinear) -> float:
+    """Numbers that it stores as a share of the dense ones; a shared right factor counts for all its readers alike.
+
+    Of numbers in few bits it is their bytes, scales included, as a share of the dense ones in the model's type.
+    """
+    if isinstance(module, CodedLinear):
+        size, d_out, d_in = module.weight.element_size(), module.out_features, module.in_features
+        return module.storage.num_bytes(d_out, d_in, module.rank or None, size) / (d_out * d_in * size)
     readers = (module.lender or module).product.readers
     stored = module.left.weight.numel() + module.right.weight.numel() / max(readers, 1)
     return stored / (module.out_features * module.in_features)

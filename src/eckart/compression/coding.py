@@ -18,8 +18,8 @@ from torch import Tensor
 
 from eckart.lowrank import Factored, Factors, Method, Moments
 from eckart.lowrank.codes import Codes, round_nearest
-from eckart.lowrank.metrics import Metric, Whitening
 from eckart.lowrank.method import Prepared
+from eckart.lowrank.metrics import Metric, Whitening
 from eckart.lowrank.rounding import CodedFactors, code_factors, round_compensated
 from eckart.lowrank.storage import Storage
 from eckart.lowrank.truncation import weigh
@@ -142,9 +142,7 @@ def _product(coded: CodedFactors, dtype: torch.dtype) -> Tensor:
     return replace(coded, base=None).dense(dtype)
 
 
-def _loss_of(
-    method: Method, moments: Moments, prepared: Prepared, target: Tensor
-) -> Callable[[CodedFactors], float]:
+def _loss_of(method: Method, moments: Moments, prepared: Prepared, target: Tensor) -> Callable[[CodedFactors], float]:
     """||A (T - M) B||^2 of what is stored, the part of the loss that M decides."""
     metric: Metric = None if method.stage.metric is None else method.stage.metric(moments)
 

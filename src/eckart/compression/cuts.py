@@ -176,7 +176,8 @@ def _cut_unit(request: CutRequest, unit: Unit, made: _Made) -> Cut:
     except (ValueError, DecompositionError) as error:
         named = str(error).startswith(f"{unit.name}: ")
         raise type(error)(str(error) if named else f"{unit.name}: {error}") from error
-    tail, losses = None, ()
+    tail: float | None = None
+    losses: tuple[float, ...] = ()
     if factored is not None and rank is not None:
         tail, losses = None if method.residual is not None else factored.tail(rank), tuple(factored.losses(CURVE))
     energy = None

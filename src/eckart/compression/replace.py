@@ -37,6 +37,7 @@ class SiteReport:
             Of linears that share a right factor it is that of all of them.
         refit: whether the left factor was refit and was better on the held-out tokens; None where no refit was tried.
         note: where the linear has no influence on the calibration text, why, and how it was factored then.
+        stored: in how many bits its numbers are kept, as `Storage.to_dict` has it; None for the model's type.
     """
 
     site: Site
@@ -46,6 +47,7 @@ class SiteReport:
     losses: tuple[float, ...]
     refit: bool | None = None
     note: str | None = None
+    stored: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -94,6 +96,7 @@ class CompressionReport:
                         "tail": report.tail,
                         **({} if report.refit is None else {"refit": report.refit}),
                         **({} if report.note is None else {"note": report.note}),
+                        **({} if report.stored is None else report.stored),
                         "spectrum": [float(f"{loss:.4g}") for loss in report.losses],
                     }
                     for report in self.sites
@@ -232,7 +235,9 @@ def place(model: PreTrainedModel, unit: Unit, cut: Cut, plan: RankPlan) -> list[
         replace_module(model, name, module)
     rank = plan.rank(unit.sites[0])
     notes = cut.notes or (None,) * len(unit.sites)
+    storage = plan.storage(unit.sites[0])
+    stored = None if storage.is_plain else storage.to_dict()
     return [
-        SiteReport(site, rank, relative, cut.tail, cut.losses, cut.refit, note)
+        SiteReport(site, rank, relative, cut.tail, cut.losses, cut.refit, note, stored)
         for site, relative, note in zip(unit.sites, cut.relative_errors, notes, strict=True)
     ]

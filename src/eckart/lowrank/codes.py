@@ -49,7 +49,7 @@ class Codes:
     @property
     def num_bytes(self) -> int:
         """Bytes stored, of codes and scales."""
-        return stored_bytes(*self.codes.shape, self.bits, self.block)
+        return stored_bytes(self.codes.shape[0], self.codes.shape[1], self.bits, self.block)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """The matrix in a type: multiplied in float32 or better and rounded once."""

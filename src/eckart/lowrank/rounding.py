@@ -67,10 +67,14 @@ def round_compensated(
                 ahead = values[:, group]
                 if group.stop > stop and column > start:
                     ahead = ahead.clone()
-                    ahead[:, stop - column :] -= errors[:, : column - start] @ passed_on[start:column, stop : group.stop]
+                    ahead[:, stop - column :] -= (
+                        errors[:, : column - start] @ passed_on[start:column, stop : group.stop]
+                    )
                 at = column // across
                 scales[:, at : at + 1] = block_scales(ahead, bits, (down, group.stop - column), weights=weights[group])
-            own = spread(scales[:, column // across : column // across + 1].to(values.dtype), values[:, :1].shape, (down, 1))
+            own = spread(
+                scales[:, column // across : column // across + 1].to(values.dtype), values[:, :1].shape, (down, 1)
+            )
             read = values[:, column : column + 1]
             codes[:, column : column + 1] = to_codes(read, own, bits)
             error = (read - codes[:, column : column + 1].to(values.dtype) * own) / passed_on[column, column]
@@ -86,7 +90,9 @@ def _passed_on(moment: Float[Tensor, "d d"], damping: float) -> Float[Tensor, "d
     With R upper triangular and R R^T = M, U = R^-1, and R is the Cholesky factor of M read backwards.
     """
     damped = moment.double()
-    damped = damped + damping * damped.diagonal().mean() * torch.eye(len(damped), dtype=torch.float64, device=damped.device)
+    damped = damped + damping * damped.diagonal().mean() * torch.eye(
+        len(damped), dtype=torch.float64, device=damped.device
+    )
     factor = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
     identity = torch.eye(len(damped), dtype=torch.float64, device=damped.device)
     return torch.linalg.solve_triangular(factor, identity, upper=True)
@@ -169,7 +175,8 @@ def code_factors(
         right = round_compensated(balanced.right, moment, bits, (1, group))
         weighed = right.dense(target.dtype) @ moment.to(target.dtype)
     read = shrink(weighed.double() @ right.dense(torch.float64).mT, 1e-8)
-    left = torch.linalg.solve(read, (target @ weighed.mT).double().mT).mT
-    if not bool(torch.isfinite(left).all()):
-        left = balanced.left.double()
+    solution, info = torch.linalg.solve_ex(read, (weighed @ target.mT).double())
+    left = solution.mT
+    if int(info) != 0 or not bool(torch.isfinite(left).all()):
+        left = balanced.left.double()  # nothing comes through the right factor: any left one is as good
     return round_compensated(left.to(balanced.left.dtype), read, bits, (group, 1)), right

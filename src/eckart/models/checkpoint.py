@@ -45,8 +45,8 @@ class LowRankConfig(QuantizationConfigMixin):
             number that can say it, so that older versions read what they can.
         sites: {module name: {"rank": int, "bias": bool}}; every other module is as its class builds it. Of format 2 on
             also "pivots": how many of its rows are pivots, where it is pivoted; and "right_of": the site whose right
-            factor it shares, where it has none of its own. Of format 3 on also "base": bits of a quantised weight, whose
-            rank may be 0; "bits": of the factors; and "group": how many numbers share a scale. See `lowrank.Storage`.
+            factor it shares, where it has none of its own. Of format 3 on also "base": bits of a quantised weight, to
+            which factors are added if the rank is not 0; "bits": of the factors; and "group": numbers of one scale.
         recipe: method, settings and calibration that made it; for people, not read by the loader.
     """
 
@@ -79,25 +79,22 @@ def _check_spec(name: str, spec: Any, format: int) -> None:
     """Raises CheckpointError unless the entry says what an entry of this format may say."""
     entry: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {}
     rank, bias = entry.pop("rank", None), entry.pop("bias", None)
-    expected = "{'rank': a positive int, 'bias': a bool}"
-    coded = format > 2 and "group" in entry
-    valid = type(rank) is int and rank >= (0 if coded and "base" in entry else 1) and isinstance(bias, bool)
-    if coded:
-        storage = {name: entry.pop(name, None) for name in CODED}
-        expected += f", and of numbers in few bits {' and '.join(map(repr, CODED))}: ints, in bits that there are"
-        valid = valid and all(value is None or type(value) is int for value in storage.values())
-        if valid and not entry:
-            try:
-                storage_of(spec)
-            except ValueError as error:
-                raise CheckpointError(f"{name}: its entry {spec} does not go: {error}") from error
-            return
-    if valid and format > 1:
+    expected, least = "{'rank': a positive int, 'bias': a bool}", 1
+    valid = isinstance(bias, bool)
+    if format > 2 and "group" in entry:
+        expected += f", and of numbers in few bits {', '.join(map(repr, CODED))}: ints"
+        least = 0 if "base" in entry else 1
+        valid = valid and all(type(entry.pop(name, 8)) is int for name in CODED)
+    elif format > 1:
         expected += ", and where they apply 'pivots': an int of 0 ... rank, 'right_of': the name of a site"
         pivots, lender = entry.pop("pivots", 0), entry.pop("right_of", "")
-        valid = type(pivots) is int and 0 <= pivots <= rank and isinstance(lender, str)
-    if not valid or entry:
+        valid = valid and type(pivots) is int and 0 <= pivots <= (rank or 0) and isinstance(lender, str)
+    if not valid or entry or type(rank) is not int or rank < least:
         raise CheckpointError(f"{name}: its entry {spec} is not {expected}")
+    try:
+        storage_of(spec)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: its entry {spec} does not go: {error}") from error
 
 
 def storage_of(spec: Mapping[str, Any]) -> Storage:
@@ -140,6 +137,8 @@ class LowRankQuantizer(HfQuantizer):
         check_orders(model)
         for name, module in low_rank_modules(model).items():
             check_finite("the checkpoint", module.named_parameters(prefix=name))
+            scales = (each for each in module.named_buffers(prefix=name) if each[1].is_floating_point())
+            check_finite("the checkpoint", scales)
         model.is_quantized = False  # type: ignore[assignment]
         return model
 

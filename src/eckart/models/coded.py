@@ -1,4 +1,4 @@
-"""CodedLinear: the module that runs in place of a dense linear whose numbers, or whose factors', are kept in few bits."""
+"""CodedLinear: the module that runs in place of a dense linear of which numbers are kept in few bits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ class CodedMatrix(nn.Module):
     @classmethod
     def of(cls, codes: Codes, *, device: torch.device | None = None) -> CodedMatrix:
         """The module of these codes."""
-        made = cls(codes.shape[1], codes.shape[0], codes.bits, codes.block, device="meta").to_empty(device=device or codes.codes.device)
+        made = cls(codes.shape[1], codes.shape[0], codes.bits, codes.block, device="meta").to_empty(
+            device=device or codes.codes.device
+        )
         with torch.no_grad():
             made.codes.copy_(pack(codes.codes, codes.bits))
             made.scales.copy_(codes.scales)
@@ -90,6 +92,7 @@ class CodedLinear(nn.Module):
     order: None = None
     lender: None = None
 
+    weight: Tensor
     base: CodedMatrix | None
     left: CodedMatrix | nn.Linear | None
     right: CodedMatrix | nn.Linear | None

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from eckart.models.coded import CodedLinear
 from eckart.models.families import UnsupportedModelError, is_linear, text_config
 from eckart.models.linear import LowRankLinear
 from eckart.models.sites import low_rank_modules, replace_module
@@ -20,7 +21,7 @@ BIAS_SWITCHES = ("attention_bias", "mlp_bias")
 
 
 def export_dense(model: PreTrainedModel) -> PreTrainedModel:
-    """Multiply every pair of factors back, in place, and return an ordinary model: `save_pretrained` writes it as one.
+    """Multiply every pair of factors back, and every code out, in place, and return an ordinary model: `save_pretrained` writes it as one.
 
     Pivoted layouts and shared right factors are multiplied out too: every linear has a matrix of its own.
 
@@ -88,7 +89,7 @@ def _skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMod
 
 
 @torch.no_grad()
-def _dense_linear(module: LowRankLinear, like: type[nn.Module]) -> nn.Module:
+def _dense_linear(module: LowRankLinear | CodedLinear, like: type[nn.Module]) -> nn.Module:
     """An nn.Linear that computes what `module` does, or a Conv1D where the architecture has those."""
     weight, bias = module.dense(), module.bias
     if issubclass(like, Conv1D):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from eckart.models.families import UnsupportedModelError, family_of, is_linear, language_model, refuse_other_weights
 from eckart.models.coded import CodedLinear
+from eckart.models.families import UnsupportedModelError, family_of, is_linear, language_model, refuse_other_weights
 from eckart.models.linear import LowRankLinear
 from eckart.models.refusals import check_object
 

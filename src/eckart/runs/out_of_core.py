@@ -36,7 +36,7 @@ from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.models.checkpoint import attach, specs_of
 from eckart.models.loading import load_tokenizer, locate
 from eckart.models.shards import Skeleton, write_index, write_shard
-from eckart.models.sites import Site, find_sites
+from eckart.models.sites import Site
 from eckart.models.units import Unit, units_of
 from eckart.models.weight_files import write_digests
 from eckart.runs.facts import Facts, Outcome

@@ -128,9 +128,7 @@ def rank(
     return replace(plan, facts={**facts, **plan.facts}) if isinstance(plan, Ranking) else Ranking(plan, facts)
 
 
-def _rank_in_bits(
-    composition: Composition, budget: Budget, inputs: AllocationInputs, rank_multiple: int
-) -> Ranking:
+def _rank_in_bits(composition: Composition, budget: Budget, inputs: AllocationInputs, rank_multiple: int) -> Ranking:
     """Ranks and bits that keep the weight files within their bytes: see `share_bytes`."""
     method, group = composition.method, composition.group
     every, size = find_sites(inputs.model), inputs.model.dtype.itemsize
@@ -155,9 +153,7 @@ def _rank_in_bits(
     return Ranking(plan)
 
 
-def measure_bit_losses(
-    method: Method, inputs: AllocationInputs, bases: Sequence[int], group: int
-) -> list[BitCurve]:
+def measure_bit_losses(method: Method, inputs: AllocationInputs, bases: Sequence[int], group: int) -> list[BitCurve]:
     """What every linear loses at each rank, alone and as the correction of a weight in so many bits, block by block."""
 
     def measure(_unit: Unit, weight: Tensor, moments: Moments, prepared: Prepared) -> dict[int | None, Tensor]:

@@ -346,14 +346,20 @@ class Recipe(Section):
         moved = [name for name, step in steps.items() if step is not None]
         if moved:
             raise ValueError(
-                f"bits: gradient steps would take numbers off their codes; leave out {' and '.join(moved)}"
+                f"bits: gradient steps would take numbers off their codes: leave out {' and '.join(moved)}"
                 + (", or give effort medium" if self.effort == "high" else "")
             )
-        apart = {"layout: pivoted": composition.layout != "plain", "joint": composition.joint, "refit": composition.refit}
+        apart = {
+            "layout: pivoted": composition.layout != "plain",
+            "joint": composition.joint,
+            "refit": composition.refit,
+        }
         if any(apart.values()):
             raise ValueError(f"bits does not go with {' and '.join(name for name, said in apart.items() if said)}")
         if self.plan is not None or self.speed is not None:
-            raise ValueError(f"bits does not go with {'a plan, which says them' if self.plan else 'speed'}: leave it out")
+            raise ValueError(
+                f"bits does not go with {'a plan, which says them' if self.plan else 'speed'}: leave it out"
+            )
         shares = composition.allocation.name == "global"
         if self.bits == "auto" and (self.max_bytes is None or not shares):
             raise ValueError("bits: auto goes with max_bytes and the allocation global, which choose them")

@@ -1,0 +1,191 @@
+"""CodedLinear: what it computes, what it stores, and the checkpoint that stock `from_pretrained` makes of it again."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+import eckart  # noqa: F401 (registers the checkpoint format)
+from eckart.allocation import RankPlan, weight_bytes
+from eckart.compression.replace import compress
+from eckart.lowrank import build_method
+from eckart.lowrank.codes import round_nearest
+from eckart.lowrank.rounding import CodedFactors
+from eckart.lowrank.storage import Storage
+from eckart.models.checkpoint import CheckpointError, LowRankConfig
+from eckart.models.coded import CodedLinear
+from eckart.models.dense import export_dense
+from eckart.models.families import FAMILIES, UnsupportedModelError
+from eckart.models.linear import LowRankLinear
+from eckart.models.loading import load_model, save
+from eckart.models.sites import find_sites, low_rank_modules
+from eckart.support.sizes import num_bytes, num_params
+from tiny import DEFAULT_CONFIGS, ENCODERS, HEADS, logits_of, relative, tiny_model
+
+ALL = sorted({*FAMILIES, *DEFAULT_CONFIGS})
+# One after the other for the linears of a model: every kind of place that a checkpoint has.
+WAYS = (
+    (None, Storage(4, None, 8)),
+    (2, Storage(3, 4, 8)),
+    (3, Storage(None, 8, 16)),
+    (2, Storage(8, None, 16)),
+    (4, Storage()),
+    (None, Storage()),
+)
+
+
+def mixed(model: PreTrainedModel) -> RankPlan:
+    sites = find_sites(model)
+    ways = {site.name: WAYS[at % len(WAYS)] for at, site in enumerate(sites)}
+    stored = {name: storage for name, (_, storage) in ways.items() if not storage.is_plain}
+    return RankPlan(sites, {name: rank for name, (rank, _) in ways.items()}, stored=stored)
+
+
+def coded(model: PreTrainedModel) -> PreTrainedModel:
+    compress(model, build_method("svd"), mixed(model))
+    return model
+
+
+def head_of(model_type: str) -> Any:
+    return HEADS["masked" if model_type in ENCODERS else "causal"]
+
+
+@pytest.mark.parametrize("model_type", ALL)
+def test_every_family_comes_back_to_the_last_bit(model_type: str, tmp_path: Path) -> None:
+    """By stock from_pretrained, by load_model, and exported; the files are as large as the plan says."""
+    model = tiny_model(model_type)
+    plan = mixed(model)
+    promised = weight_bytes(model, plan)
+    coded(model)
+    path = save(model, tmp_path / "out")
+    assert sum(file.stat().st_size for file in path.glob("*.safetensors")) == promised
+    section = json.loads((path / "config.json").read_text())["quantization_config"]
+    assert section["format"] == 3
+    changed = {name for name, storage in plan.stored.items()} | {n for n, rank in plan.ranks.items() if rank}
+    assert section["sites"].keys() == changed
+    for loaded in (head_of(model_type).from_pretrained(path), load_model(path)):
+        ours, theirs = model.state_dict(), loaded.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in ours)
+        assert torch.equal(logits_of(loaded), logits_of(model))
+    again = head_of(model_type).from_pretrained(save(loaded, tmp_path / "again"))
+    assert torch.equal(logits_of(again), logits_of(model))
+    assert relative(logits_of(export_dense(copy.deepcopy(model))), logits_of(model)) < 1e-5
+
+
+def linear_of(storage: Storage, rank: int, dtype: torch.dtype = torch.float32) -> CodedLinear:
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(20, 24, generator=random)
+    left, right = torch.randn(20, rank, generator=random), torch.randn(rank, 24, generator=random)
+    group, bits = storage.group, storage.factors
+    base = None if storage.base is None else round_nearest(weight, storage.base, (1, group))
+    sides = (
+        (left, right)
+        if bits is None
+        else (round_nearest(left, bits, (group, 1)), round_nearest(right, bits, (1, group)))
+    )
+    factors = CodedFactors(storage, base, *(sides if rank else (None, None)))
+    return CodedLinear.from_coded(factors, torch.randn(20, generator=random), device=torch.device("cpu"), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rank", "storage"), [(rank or 0, storage) for rank, storage in WAYS[:4]], ids=str)
+def test_it_computes_what_it_stores(rank: int, storage: Storage, dtype: torch.dtype) -> None:
+    module = linear_of(storage, rank, dtype)
+    x = torch.randn(3, 7, 24).to(dtype)
+    assert module.bias is not None
+    expected = x.float() @ module.dense().float().mT + module.bias.float()
+    assert relative(module(x).float(), expected) < (1e-5 if dtype == torch.float32 else 2e-2)
+    assert module(x).dtype == dtype
+    assert module.weight.shape == (0,)
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x), module(x))
+    assert str(storage.base or storage.factors) in repr(module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_cast_leaves_the_numbers_alone(dtype: torch.dtype) -> None:
+    """Codes are whole numbers, and no type that a model is cast to rounds a bfloat16 scale of common size."""
+    module = linear_of(Storage(3, 8, 8), 4)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    cast = copy.deepcopy(module).to(dtype)
+    assert cast.base is not None
+    for name, value in cast.state_dict().items():
+        if "codes" in name or "scales" in name:
+            assert torch.equal(value.double(), before[name].double()), name
+    back = cast.to(torch.float32)
+    assert relative(back.dense(), module.dense()) < 1e-6
+
+
+def test_sizes_count_numbers_and_bytes() -> None:
+    model = tiny_model("llama")
+    dense_params, dense_bytes = num_params(model), num_bytes(model)
+    sites = find_sites(model)
+    stored = {site.name: Storage(4, None, 8) for site in sites}
+    compress(model, build_method("svd"), RankPlan(sites, dict.fromkeys(stored), stored=stored))
+    assert num_params(model) == dense_params
+    saved = sum(site.num_params * 4 - stored[site.name].num_bytes(site.d_out, site.d_in, None, 4) for site in sites)
+    assert dense_bytes - num_bytes(model) == saved
+
+
+def test_a_model_in_few_bits_is_not_compressed_again() -> None:
+    with pytest.raises(UnsupportedModelError, match="is low-rank already"):
+        find_sites(coded(tiny_model("llama")))
+
+
+@pytest.mark.parametrize(
+    ("entry", "complaint"),
+    [
+        ({"rank": 0, "bias": False, "bits": 4, "group": 8}, "is not {'rank': a positive int"),
+        ({"rank": 2, "bias": False, "base": 5, "group": 8}, "bits 5 is none of"),
+        ({"rank": 2, "bias": False, "base": 4, "group": 2}, "group 2 is below 8"),
+        ({"rank": 2, "bias": False, "base": "4", "group": 8}, "and of numbers in few bits"),
+        ({"rank": 2, "bias": False, "base": 4, "group": 8, "pivots": 1}, "is not {'rank'"),
+        ({"rank": 2, "bias": False, "base": 4}, "is not {'rank'"),
+    ],
+    ids=str,
+)
+def test_entries_that_say_nothing_sensible_are_refused(entry: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(complaint)):
+        LowRankConfig(sites={"model.layers.0.mlp.up_proj": entry}, format=3)
+
+
+def test_older_formats_know_no_bits() -> None:
+    with pytest.raises(CheckpointError, match=re.escape("is not {'rank'")):
+        LowRankConfig(sites={"a": {"rank": 2, "bias": False, "base": 4, "group": 8}}, format=2)
+
+
+def test_damaged_codes_are_refused(tmp_path: Path) -> None:
+    """Too few of them, and scales that are not finite."""
+    model = coded(tiny_model("llama"))
+    for spoil, complaint in (
+        (lambda tensors, name: tensors.__setitem__(name, tensors[name][:-4].clone()), "has shape"),
+        (lambda tensors, name: tensors.pop(name), "missing tensor"),
+        (lambda tensors, name: tensors[name.replace("codes", "scales")].fill_(torch.nan), "not finite"),
+    ):
+        path = save(model, tmp_path / complaint.replace(" ", "-"))
+        tensors = load_file(path / "model.safetensors")
+        name = next(name for name in tensors if name.endswith("base.codes"))
+        spoil(tensors, name)
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        (path / "digests.json").unlink(missing_ok=True)
+        with pytest.raises(CheckpointError, match=complaint):
+            load_model(path)
+
+
+def test_a_linear_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="without a quantised weight"):
+        CodedLinear(8, 8, 0, Storage(None, 8, 8), bias=False)
+
+
+def test_plain_linears_next_to_it_are_as_ever() -> None:
+    modules = low_rank_modules(coded(tiny_model("llama")))
+    assert {type(module) for module in modules.values()} == {CodedLinear, LowRankLinear}
