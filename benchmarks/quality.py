@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,18 @@ RIVALS: dict[str, dict[str, Any]] = {
     **{f"int4, {group}": {"method": {"name": "int4", "options": {"group_size": group}}} for group in (32, 64, 128)},
     "llm-pruner": {"method": "llm-pruner"},
 }
-OF_ONE_SIZE = ("int8", "int4")
+# Numbers in few bits: those of one size quantise every linear and cut none, by rounding to nearest (svd reads no text)
+# or with errors passed on (asvd-i's moments).
+IN_BITS: dict[str, dict[str, Any]] = {
+    **{f"nearest {bits}, 64": {"method": "svd", "bits": bits} for bits in (4, 3)},
+    **{f"compensated {bits}, 64": {"method": "asvd-i", "bits": bits} for bits in (4, 3)},
+    "best, bits auto": {**FULL, "bits": "auto"},
+    **{f"best, {bits} bits": {**FULL, "bits": bits} for bits in (8, 4)},
+}
+OF_ONE_SIZE = ("int8", "int4", "nearest", "compensated")
 BYTES: dict[str, dict[str, Any]] = {
     **RIVALS,
+    **IN_BITS,
     **{name: TABLE[name] for name in ("best", "asvd-i", "nsvd-i", "svd", "asvd-0", "sfsd")},
 }
 STUDIES = {"table": TABLE, "ablation": ABLATION, "samples": SAMPLES, "bytes": BYTES}
@@ -236,7 +246,7 @@ class Comparison:
         }
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            make = self._rival if name in RIVALS else self._low_rank
+            make = self._rival if name in RIVALS else self._in_bits if name in IN_BITS else self._low_rank
             compressed, facts = make(recipe, keep, Path(folder))
             facts["seconds"] = round(time.perf_counter() - start, 1)
             changes = self.texts.compare(compressed)
@@ -265,6 +275,22 @@ class Comparison:
             "undone": sum(not report.kept for report in outcome.passes),
         }
         return eckart.load_model(out), facts
+
+    def _in_bits(
+        self, recipe: dict[str, Any], keep: float | None, folder: Path
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The model in few bits, and the share of the dense bfloat16 file that it would have in bfloat16.
+
+        It is made in float32, as the others are: what has no codes takes twice the bytes then, and is given them.
+        """
+        out, whole = folder / "model", self.dense_bytes / 2
+        linears = sum(site.d_out * site.d_in for site in find_sites(self.model))
+        wider = 2 * (num_params(self.model) - linears)
+        budget = {"keep": 1.0} if keep is None else {"max_bytes": int(keep * whole + wider)}
+        outcome = make_checkpoint(parse_recipe({**recipe, **budget}), out, self._how())
+        size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+        ways = Counter(str(outcome.plan.storage(site)) for site in outcome.plan.sites)
+        return eckart.load_model(out), {"share": (size - wider) / whole, "ways": dict(ways)}
 
     def _rival(
         self, recipe: dict[str, Any], keep: float | None, folder: Path

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from eckart.allocation import RankPlan
@@ -37,7 +38,8 @@ class SiteReport:
             Of linears that share a right factor it is that of all of them.
         refit: whether the left factor was refit and was better on the held-out tokens; None where no refit was tried.
         note: where the linear has no influence on the calibration text, why, and how it was factored then.
-        stored: in how many bits its numbers are kept, as `Storage.to_dict` has it; None for the model's type.
+        stored: in how many bits its numbers are kept, as `Storage.to_dict` has it, and "kept", their bytes as a share
+            of the dense weight's; None for the model's type.
     """
 
     site: Site
@@ -235,8 +237,11 @@ def place(model: PreTrainedModel, unit: Unit, cut: Cut, plan: RankPlan) -> list[
         replace_module(model, name, module)
     rank = plan.rank(unit.sites[0])
     notes = cut.notes or (None,) * len(unit.sites)
-    storage = plan.storage(unit.sites[0])
-    stored = None if storage.is_plain else storage.to_dict()
+    storage, stored = plan.storage(unit.sites[0]), None
+    if not storage.is_plain:
+        size = cast(Tensor, modules[unit.sites[0].name].weight).element_size()
+        took = storage.num_bytes(unit.d_out, unit.d_in, rank, size)
+        stored = {**storage.to_dict(), "kept": round(took / (unit.num_params * size), 6)}
     return [
         SiteReport(site, rank, relative, cut.tail, cut.losses, cut.refit, note, stored)
         for site, relative, note in zip(unit.sites, cut.relative_errors, notes, strict=True)

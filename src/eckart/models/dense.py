@@ -21,7 +21,9 @@ BIAS_SWITCHES = ("attention_bias", "mlp_bias")
 
 
 def export_dense(model: PreTrainedModel) -> PreTrainedModel:
-    """Multiply every pair of factors back, and every code out, in place, and return an ordinary model: `save_pretrained` writes it as one.
+    """Multiply every pair of factors back, in place, and return an ordinary model: `save_pretrained` writes it as one.
+
+    Numbers in few bits become those that they stand for.
 
     Pivoted layouts and shared right factors are multiplied out too: every linear has a matrix of its own.
 

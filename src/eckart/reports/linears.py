@@ -10,7 +10,8 @@ import plotly.graph_objects as go
 from eckart.reports.charts import Chart, View, panel_grid, place
 from eckart.reports.formats import number, percent, plain
 from eckart.reports.palette import INK, SURFACE, ramp, ramp_scale
-from eckart.reports.runs import Collection, SiteFacts
+from eckart.reports.runs import Collection
+from eckart.reports.site_facts import SiteFacts
 from eckart.reports.tables import Column, Table, number_cell, text_cell
 
 # Ranks, as shares of the largest, at which the table of spectra reads the loss.
@@ -32,6 +33,7 @@ def kept_share(collection: Collection) -> Chart | None:
                 number_cell(site.block, str(site.block)),
                 text_cell(site.role),
                 number_cell(site.rank, "dense" if site.rank is None else str(site.rank)),
+                text_cell(site.way),
                 number_cell(site.kept, percent(site.kept)),
                 number_cell(site.relative_error, number(site.relative_error)),
             )
@@ -42,7 +44,9 @@ def kept_share(collection: Collection) -> Chart | None:
         errors = [site.relative_error for site in sites if site.relative_error is not None]
         if errors:
             top = max([*(error for error in errors if math.isfinite(error)), 1e-12])
-            heat = _heat_map(sites, lambda site: 0.0 if site.rank is None else site.relative_error, (0.0, top), number)
+            heat = _heat_map(
+                sites, lambda site: 0.0 if site.way == "dense" else site.relative_error, (0.0, top), number
+            )
             views.append(View((*choices, "relative error"), heat))
     columns = tuple(
         Column(label, numeric)
@@ -53,14 +57,16 @@ def kept_share(collection: Collection) -> Chart | None:
             ("Block", True),
             ("Role", False),
             ("Rank", True),
+            ("Kept as", False),
             ("Kept share", True),
             ("Relative error", True),
         )
     )
     reading = (
         "Each cell is one linear of the model: its block from left to right, its role from top to bottom. The further "
-        "its colour is from the page's, the more of its numbers it keeps; 100 % is left dense. Relative error is the "
-        "share of the layer's output energy that the stored factors lose on the calibration text, before any steps."
+        "its colour is from the page's, the more of its numbers it keeps (in few bits, of its bytes); 100 % is left "
+        "dense. Relative error is the share of the layer's output energy that what is stored loses on the calibration "
+        "text, before any steps."
     )
     table = Table("kept-numbers", "Kept share of every linear", columns, tuple(rows))
     title = "Where the parameters stay"
@@ -147,10 +153,9 @@ def _short(value: float | None, show: Callable[[float], str]) -> str:
 
 
 def _site_hover(site: SiteFacts) -> str:
-    rank = "dense" if site.rank is None else f"rank {site.rank} of {min(site.shape)}"
     lines = [
         f"{site.role}, block {site.block}",
-        f"{percent(site.kept)} kept, {rank}",
+        f"{percent(site.kept)} kept, {site.way}",
         f"{site.shape[0]} by {site.shape[1]}",
     ]
     if site.relative_error is not None:

@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from eckart.evals.result import EvalResult, SectionName, Traits, read_result, traits_of
+from eckart.reports.site_facts import SiteFacts
 from eckart.support.plain_data import read_json, read_yaml
 
 # Methods without a share to keep. They are shown with the runs of every share.
@@ -22,35 +23,6 @@ SIZELESS = ("int8", "int4")
 DAMAGE = (TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class SiteFacts:
-    """One compressible linear after compression.
-
-    Attributes:
-        block, role, part: where it is; "self_attn.q_proj" of the "attention" in block 3.
-        shape: (d_out, d_in).
-        rank: of its factors; None is dense.
-        relative_error, tail: what the cut lost, as compression.json has it.
-        spectrum: share of the loss that remains at evenly spaced ranks, 0 to min(d_out, d_in); empty if not stored.
-    """
-
-    name: str
-    block: int
-    role: str
-    part: str
-    shape: tuple[int, int]
-    rank: int | None
-    relative_error: float | None
-    tail: float | None
-    spectrum: tuple[float, ...]
-
-    @property
-    def kept(self) -> float:
-        """Share of the weight's numbers that are stored: rank (d_out + d_in) / (d_out d_in), 1 where dense."""
-        d_out, d_in = self.shape
-        return 1.0 if self.rank is None else self.rank * (d_out + d_in) / (d_out * d_in)
 
 
 @dataclass(frozen=True)
@@ -144,19 +116,9 @@ class Run:
     def sites(self) -> tuple[SiteFacts, ...]:
         """The sites whose place and shape are known."""
         return tuple(
-            SiteFacts(
-                name,
-                int(item["block"]),
-                str(item["role"]),
-                str(item.get("part", "")),
-                (int(item["shape"][0]), int(item["shape"][1])),
-                item.get("rank"),
-                item.get("relative_error"),
-                item.get("tail"),
-                tuple(item.get("spectrum") or ()),
-            )
+            SiteFacts.of(name, item)
             for name, item in _sites_of(self.compression or {}).items()
-            if item.get("block") is not None and item.get("role") is not None and item.get("shape") is not None
+            if all(item.get(key) is not None for key in ("block", "role", "shape"))
         )
 
 
