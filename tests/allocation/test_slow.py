@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from eckart.allocation import RankPlan, slow_settings
+from eckart.allocation.rank_plan import in_bits
 from eckart.lowrank import Layout
 from eckart.models.sites import Site
 
@@ -50,3 +51,10 @@ def test_linears_are_counted_by_kind_and_joint_ones_singly() -> None:
     assert len(lines) == 2
     assert lines[0].startswith("2 linears have a side below 1024")
     assert lines[1].startswith("3 linears have ranks that are no multiples of 32")
+
+
+def test_numbers_in_few_bits_are_one_line() -> None:
+    """And no other one: what is multiplied out is slow whatever its rank."""
+    lines = slow_settings(in_bits(plan_of(a=(512, 512, 250), b=(4096, 4096, 1000), c=(512, 512, None)), 4))
+    assert len(lines) == 1
+    assert lines[0].startswith("3 linears keep numbers in few bits, which are multiplied out at every call")

@@ -168,6 +168,32 @@ def test_a_plan_is_written_edited_and_used(run: Run, place: Path, tmp_path: Path
     assert config["quantization_config"]["sites"] == {first: {"rank": 3, "bias": False}}
 
 
+def test_a_size_in_bytes_chooses_ranks_and_bits(run: Run, place: Path, tmp_path: Path) -> None:
+    """What was chosen is printed and listed, and the result loads, is measured and exported like any other."""
+    status, printed = compress(run, place, tmp_path / "out", "--max-bytes", "80000", "--bits", "auto", "--group", "16")
+    assert status == 0, printed
+    assert (tmp_path / "out/model.safetensors").stat().st_size <= 80_000
+    line = next(line for line in printed.splitlines() if line.startswith("kept: "))
+    stored = json.loads((tmp_path / "out/plan.json").read_text())["stored"]
+    counts = [int(part.split()[0]) for part in line.removeprefix("kept: ").split(", ") if part.split()[0].isdigit()]
+    assert sum(counts) >= len(stored) > 0
+    status, printed = run("inspect", tmp_path / "out")
+    assert status == 0, printed
+    assert "stored" in printed
+    assert any(word in printed for word in ("int3 weight", "int4 weight", "int8 weight"))
+    status, printed = run("export", tmp_path / "out", tmp_path / "dense", "--dense")
+    assert status == 0, printed
+    for folder in ("out", "dense"):
+        task = ("--task", f"perplexity:{place / 'test.txt'}", "--limit", "4", "--length", "16")
+        status, printed = run("eval", tmp_path / folder, *task, "--out", tmp_path / f"e-{folder}")
+        assert status == 0, printed
+    values = [json.loads(next((tmp_path / f"e-{f}").glob("*.json")).read_text())["value"] for f in ("out", "dense")]
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
+    status, printed = compress(run, place, tmp_path / "never", "--keep", "0.5", "--bits", "five")
+    assert status == 2
+    assert "bits: Input should be 'auto', 8, 4, 3 or 2" in printed
+
+
 def test_the_pivoted_layout_has_more_rank_for_the_same_share(run: Run, place: Path, tmp_path: Path) -> None:
     plans = {}
     for layout in ("plain", "pivoted"):

@@ -23,7 +23,7 @@ TILE = 32
 
 def slow_settings(plan: RankPlan) -> tuple[str, ...]:
     """A line for each kind of setting that is expected to be slow, with how many linears have it and what helps."""
-    counts = {"narrow": 0, "reordered": 0, "odd": 0}
+    counts = {"narrow": 0, "reordered": 0, "odd": 0, "coded": len(plan.stored)}
     for unit, rank, share in _low_rank(plan):
         members = len(unit.sites)
         narrow = min(unit.d_in, *(site.d_out for site in unit.sites)) < NARROW
@@ -40,13 +40,15 @@ def slow_settings(plan: RankPlan) -> tuple[str, ...]:
         "expected no faster than dense; --layout plain is",
         "odd": f"have ranks that are no multiples of {TILE}: in bfloat16 a prompt can take twice as long as it need; "
         f"--rank-multiple {TILE} rounds them down",
+        "coded": "keep numbers in few bits, which are multiplied out at every call: slower than dense; they save bytes "
+        "in files and in memory",
     }
     return tuple(f"{count} linears {lines[kind]}" for kind, count in counts.items() if count)
 
 
 def _low_rank(plan: RankPlan) -> Iterator[tuple[Unit, int, float]]:
-    """Each unit that is cut, its rank and the share of its numbers that is kept."""
+    """Each unit that is cut, its rank and the share of its numbers that is kept; none of numbers in few bits."""
     for unit in plan.units:
         rank = plan.rank(unit.sites[0])
-        if rank is not None:
+        if rank is not None and plan.storage(unit.sites[0]).is_plain:
             yield unit, rank, unit.num_stored(rank, plan.layout) / unit.num_params

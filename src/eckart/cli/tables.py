@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from rich.table import Table
@@ -9,6 +10,7 @@ from rich.table import Table
 from eckart.allocation import PlanSummary, RankPlan, slow_settings
 from eckart.cli.terminal import table
 from eckart.compression.replace import CompressionReport
+from eckart.models.sites import Site
 
 # Linears that a remark names one by one.
 NAMED = 5
@@ -38,7 +40,7 @@ def sizes_table(title: str, summary: PlanSummary, plan: RankPlan) -> Table:
 
 def remarks(plan: RankPlan, report: CompressionReport | None = None) -> Iterator[str]:
     """A line for each linear that stays dense although a rank was asked for, or that has no influence on the
-    calibration text, and for each kind that may be slow."""
+    calibration text, one on numbers in few bits, and one for each kind that may be slow."""
     for name, note in plan.notes.items():
         yield f"{name}: {note}"
     notes: dict[str, list[str]] = {}
@@ -50,5 +52,16 @@ def remarks(plan: RankPlan, report: CompressionReport | None = None) -> Iterator
             yield f"{name}: {note}"
         if len(names) > NAMED:
             yield f"{len(names) - NAMED} more linears: {note}; compression.json has all of them"
+    if plan.stored:
+        ways = Counter(_way_of(plan, site) for site in plan.sites if site.name in plan.ranks)
+        yield "kept: " + ", ".join(f"{count} {way}" for way, count in ways.most_common())
     for line in slow_settings(plan):
         yield f"speed: {line}"
+
+
+def _way_of(plan: RankPlan, site: Site) -> str:
+    """How a linear is kept, in words: "as they are", "as factors", "as int4 weight and int4 factors"."""
+    storage = plan.storage(site)
+    if storage.is_plain:
+        return "as they are" if plan.rank(site) is None else "as factors"
+    return f"as {storage}"

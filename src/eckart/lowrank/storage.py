@@ -72,7 +72,7 @@ class Storage:
     def __str__(self) -> str:
         words = [] if self.base is None else [f"int{self.base} weight"]
         words += [] if self.factors is None else [f"int{self.factors} factors"]
-        return " and ".join(words) or "as the model"
+        return " and ".join(words) or "the model's type"
 
 
 PLAIN = Storage()
