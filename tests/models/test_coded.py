@@ -18,11 +18,12 @@ import eckart  # noqa: F401 (registers the checkpoint format)
 from eckart.allocation import RankPlan, weight_bytes
 from eckart.compression.replace import compress
 from eckart.lowrank import build_method
-from eckart.lowrank.codes import round_nearest
+from eckart.lowrank.codes import BITS, round_nearest
 from eckart.lowrank.rounding import CodedFactors
 from eckart.lowrank.storage import Storage
+from eckart.models import coded as coded_module
 from eckart.models.checkpoint import CheckpointError, LowRankConfig
-from eckart.models.coded import CodedLinear
+from eckart.models.coded import KERNEL_PROCESSORS, CodedLinear, CodedMatrix
 from eckart.models.dense import export_dense
 from eckart.models.families import FAMILIES, UnsupportedModelError
 from eckart.models.linear import LowRankLinear
@@ -109,6 +110,42 @@ def test_it_computes_what_it_stores(rank: int, storage: Storage, dtype: torch.dt
     assert module.weight.shape == (0,)
     assert torch.equal(pickle.loads(pickle.dumps(module))(x), module(x))
     assert str(storage.base or storage.factors) in repr(module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [(1, 64), (1, 48), (64, 1)], ids=str)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(48, 64), (160, 192), (20, 100)], ids=str)
+def test_products_of_a_matrix_in_codes(
+    monkeypatch: pytest.MonkeyPatch, bits: int, block: tuple[int, int], shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """By torch's kernel where it has one, some rows at a time, and at once: products of what it stands for."""
+    random = torch.Generator().manual_seed(0)
+    matrix = CodedMatrix.of(round_nearest(torch.randn(*shape, generator=random), bits, block))
+    x = torch.randn(2, 5, shape[1], generator=random).to(dtype)
+    expected = x.float() @ matrix.dense(torch.float32).mT
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for at_once in (2**19, 1000):
+        monkeypatch.setattr(coded_module, "AT_ONCE", at_once)
+        with torch.no_grad():
+            assert relative(matrix(x).float(), expected) < tolerance
+        assert relative(matrix(x.clone().requires_grad_()).float().detach(), expected) < tolerance
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in KERNEL_PROCESSORS, reason="torch has no kernel here")
+def test_the_kernels_copy_follows_the_codes_and_is_not_stored() -> None:
+    matrix = CodedMatrix.of(round_nearest(torch.randn(64, 64), 4, (1, 64)))
+    x = torch.randn(3, 64).bfloat16()
+    before = matrix(x)
+    assert matrix._ordered is not None
+    copied = pickle.loads(pickle.dumps(matrix))
+    assert copied._ordered is None
+    assert copied.state_dict().keys() == matrix.state_dict().keys() == {"codes", "scales"}
+    assert torch.equal(copy.deepcopy(matrix)(x), before)
+    matrix.scales.mul_(2)
+    torch.testing.assert_close(matrix(x), 2 * before)
+    matrix.codes.zero_()
+    assert relative(matrix(x).float(), x.float() @ matrix.dense(torch.float32).mT) < 2e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -54,7 +54,15 @@ class Codes:
     def dense(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """The matrix in a type: multiplied in float32 or better and rounded once."""
         wide = torch.promote_types(dtype, torch.float32)
-        return (self.codes.to(wide) * spread(self.scales.to(wide), self.codes.shape, self.block)).to(dtype)
+        (d_out, d_in), (down, across) = self.codes.shape, self.block
+        numbers, scales = self.codes.to(wide), self.scales.to(wide)
+        if down == 1 and d_in % across == 0:  # a view of each block, without a scale for every number
+            numbers.view(d_out, -1, across).mul_(scales[:, :, None])
+        elif across == 1 and d_out % down == 0:
+            numbers.view(-1, down, d_in).mul_(scales[:, None, :])
+        else:
+            numbers.mul_(spread(scales, self.codes.shape, self.block))
+        return numbers.to(dtype)
 
 
 def check_bits(bits: int, group: int) -> None:
@@ -72,11 +80,9 @@ def stored_bytes(d_out: int, d_in: int, bits: int, block: Block) -> int:
 
 
 def spread(scales: Float[Tensor, "down across"], shape: torch.Size, block: Block) -> Float[Tensor, "out in"]:
-    """The scale of each entry; of blocks that lie along one axis it is a view where the last one is whole."""
+    """The scale of each entry."""
     d_out, d_in = shape
     down, across = block
-    if down == 1 and d_in % across == 0:
-        return scales[:, :, None].expand(-1, -1, across).reshape(d_out, d_in)
     return scales.repeat_interleave(down, 0)[:d_out].repeat_interleave(across, 1)[:, :d_in]
 
 
@@ -178,6 +184,16 @@ def pack(codes: Int8[Tensor, "out in"], bits: int) -> UInt8[Tensor, "bytes"]:
     return torch.cat(parts)
 
 
+def packed_rows(packed: UInt8[Tensor, "bytes"], bits: int, d_in: int, rows: slice) -> UInt8[Tensor, "part"]:
+    """Of packed codes of d_in a row, a multiple of 8, those of some rows, packed: a copy of their bytes."""
+    whole, start, parts = len(packed) // bits, 0, []
+    for width in _pieces(bits):
+        a_row = d_in // 8 * width
+        parts.append(packed[start + rows.start * a_row : start + rows.stop * a_row])
+        start += whole * width
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def unpack(packed: UInt8[Tensor, "bytes"], bits: int, shape: tuple[int, int]) -> Int8[Tensor, "out in"]:
     """The codes that `pack` wrote."""
     count = shape[0] * shape[1]
@@ -186,12 +202,10 @@ def unpack(packed: UInt8[Tensor, "bytes"], bits: int, shape: tuple[int, int]) ->
     for width in _pieces(bits):
         part = packed[start : start + eights * width]
         start += eights * width
-        held = 8 // width
-        if held == 1:
-            piece = part
-        else:
-            places = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
-            piece = (part[:, None] >> places & (1 << width) - 1).flatten()
+        # One operation for each place in a byte: a table of shifts, broadcast, takes three times as long.
+        piece = part
+        if width < 8:
+            piece = torch.stack([part >> place & (1 << width) - 1 for place in range(0, 8, width)], -1).flatten()
         piece = piece << shift if shift else piece
         flat = piece if flat is None else flat | piece
         shift += width

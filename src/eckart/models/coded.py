@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from eckart.lowrank.codes import SCALE, Block, Codes, pack, stored_bytes, unpack
+from eckart.lowrank.codes import SCALE, Block, Codes, pack, packed_rows, span, stored_bytes, unpack
 from eckart.lowrank.rounding import CodedFactors
 from eckart.lowrank.storage import Storage
 
+# Numbers that are multiplied out at a time: what a processor's cache holds.
+AT_ONCE = 2**19
+# What torch has a kernel for: 4 bits by groups of these in bfloat16, on processors with these instructions. In float32
+# it takes ten times as long as multiplying out (docs/scale.md).
+KERNEL_GROUPS, KERNEL_ROWS, KERNEL_PROCESSORS = (32, 64, 128, 256), 16, ("AVX2", "AVX512")
+
 
 class CodedMatrix(nn.Module):
-    """x -> x Mᵀ with M (d_out, d_in) in few bits. M is multiplied out, in x's type, at every call.
+    """x -> x Mᵀ with M (d_out, d_in) in few bits.
+
+    M is multiplied out, in x's type, at every call, some rows at a time; or torch's kernel reads the codes, which wants
+    them in an order of its own: a copy as large as they are, made at the first call and never stored.
 
     Tensors:
         `codes` uint8, packed as `lowrank.codes.pack` does: bits for every eight numbers.
@@ -37,6 +48,8 @@ class CodedMatrix(nn.Module):
         down, across = -(-out_features // block[0]), -(-in_features // block[1])
         self.register_buffer("codes", torch.zeros(count, dtype=torch.uint8, device=device))
         self.register_buffer("scales", torch.zeros(down, across, dtype=SCALE, device=device))
+        # For torch's kernel: what it was made of, codes in its order, and its scales.
+        self._ordered: tuple[tuple[int, ...], Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, codes: Codes, *, device: torch.device | None = None) -> CodedMatrix:
@@ -65,7 +78,49 @@ class CodedMatrix(nn.Module):
         return Codes(unpack(self.codes, self.bits, shape), self.scales, self.bits, self.block).dense(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.dense(x.dtype))
+        if self._has_kernel(x):
+            return self._by_kernel(x)
+        down, d_in = self.block[0], self.in_features
+        together = max(AT_ONCE // d_in // down, 1) * down
+        if together >= self.out_features or d_in % 8:
+            return linear(x, self.dense(x.dtype))
+        parts = []
+        for start in range(0, self.out_features, together):
+            rows = slice(start, min(start + together, self.out_features))
+            codes = unpack(packed_rows(self.codes, self.bits, d_in, rows), self.bits, (rows.stop - start, d_in))
+            scales = self.scales[start // down : -(-rows.stop // down)]
+            parts.append(linear(x, Codes(codes, scales, self.bits, self.block).dense(x.dtype)))
+        return torch.cat(parts, -1)
+
+    def _has_kernel(self, x: Tensor) -> bool:
+        down, across = self.block
+        return (
+            self.bits == 4
+            and x.dtype == torch.bfloat16 == self.scales.dtype
+            and x.is_cpu
+            and not (torch.is_grad_enabled() and x.requires_grad)
+            and not torch.compiler.is_compiling()
+            and down == 1
+            and across in KERNEL_GROUPS
+            and self.in_features % across == 0
+            and self.out_features % KERNEL_ROWS == 0
+            and torch.backends.cpu.get_cpu_capability() in KERNEL_PROCESSORS
+        )
+
+    def _by_kernel(self, x: Tensor) -> Tensor:
+        stamp = (self.codes.data_ptr(), self.codes._version, self.scales.data_ptr(), self.scales._version)  # noqa: SLF001
+        if self._ordered is None or self._ordered[0] != stamp:
+            codes = unpack(self.codes, self.bits, (self.out_features, self.in_features)).to(torch.int32)
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes - span(self.bits)[0], 1)  # noqa: SLF001
+            scales = self.scales.mT
+            self._ordered = (stamp, packed, torch.stack([scales, torch.zeros_like(scales)], -1).contiguous())
+        _, packed, scales = self._ordered
+        rows = x.reshape(-1, self.in_features)
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, self.block[1], scales)  # noqa: SLF001
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_ordered": None}
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, block={self.block}"
