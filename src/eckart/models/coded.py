@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,11 +93,19 @@ class CodedMatrix(nn.Module):
             parts.append(linear(x, Codes(codes, scales, self.bits, self.block).dense(x.dtype)))
         return torch.cat(parts, -1)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedMatrix:
+        """As of every module, but a change of type leaves the scales: codes were chosen for them as they are."""
+        before = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != before.dtype:
+            self.scales = before.to(self.scales.device)
+        return self
+
     def _has_kernel(self, x: Tensor) -> bool:
         down, across = self.block
         return (
             self.bits == 4
-            and x.dtype == torch.bfloat16 == self.scales.dtype
+            and x.dtype == torch.bfloat16
             and x.is_cpu
             and not (torch.is_grad_enabled() and x.requires_grad)
             and not torch.compiler.is_compiling()
