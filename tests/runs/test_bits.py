@@ -26,7 +26,7 @@ RECIPES: list[dict[str, Any]] = [
     {"bits": 3, "method": "svd", "group": 16},
     {"bits": 4, "method": "best"},
     {"bits": 4, "method": "kfac", "rules": [{"keep": 0.5, "include": ["mlp"], "blocks": "1"}]},
-    {"bits": "auto", "method": "best", "keep": None, "max_bytes": BYTES, "group": 16},
+    {"bits": "auto", "method": "best", "keep": None, "max_bytes": BYTES, "group": 16, "turns": 1},
     {"bits": 8, "method": "best", "keep": None, "max_bytes": BYTES, "group": 16},
 ]
 

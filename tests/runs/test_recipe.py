@@ -50,7 +50,7 @@ AROUND: list[dict[str, Any]] = [
     {"method": "sfsd", "allocation": SCORED},
     {"rules": [{"keep": 0.5, "include": ["mlp"]}], "joint": True},
     {"plan": "plan.json", "order": "sequential"},
-    {"max_bytes": 10_000, "bits": "auto"},
+    {"max_bytes": 10_000, "bits": "auto", "turns": 2},
     {"keep": 0.5, "method": "asvd-i", "bits": 4, "group": 32},
     {"rules": [{"keep": 0.5, "include": ["mlp"]}], "bits": 8},
 ]
@@ -68,7 +68,7 @@ def parts(composition: Composition) -> tuple[object, ...]:
     return (
         *(composition.method.name, composition.method.options, composition.allocation, composition.layout),
         *(composition.order, composition.joint, composition.refit, composition.refinement, composition.distillation),
-        *(composition.recovery, composition.bits, composition.group),
+        *(composition.recovery, composition.bits, composition.group, composition.turns),
     )
 
 
@@ -190,6 +190,7 @@ def test_a_baseline_stays_as_it_is() -> None:
         ({"method": "llm-pruner", "keep_total": 0.5}, "llm-pruner takes keep, and no other budget"),
         ({"method": "int8", "bits": 4}, "int8 has bits of its own: leave out bits"),
         ({"keep": 0.5, "group": 32}, "group goes with bits: leave it out"),
+        ({"keep": 0.5, "turns": 1}, "turns goes with bits: leave it out"),
         ({"keep": 0.5, "bits": 5}, "bits: Input should be 'auto', 8, 4, 3 or 2"),
         ({"keep": 0.5, "bits": 4, "group": 4}, "group: Input should be greater than or equal to 8"),
         ({"keep": 0.5, "bits": "auto"}, "bits: auto goes with max_bytes and the allocation global"),

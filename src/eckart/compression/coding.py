@@ -24,9 +24,6 @@ from eckart.lowrank.rounding import CodedFactors, code_factors, round_compensate
 from eckart.lowrank.storage import Storage
 from eckart.lowrank.truncation import weigh
 
-# Turns of Q and L R after the first. docs/ablation.md has what they earn.
-TURNS = 1
-
 
 def code_linear(
     method: Method,
@@ -36,14 +33,14 @@ def code_linear(
     storage: Storage,
     rank: int | None,
     *,
-    turns: int = TURNS,
+    turns: int = 0,
 ) -> tuple[CodedFactors, Factored | None]:
     """A linear in few bits, and the spectrum that its factors were cut from; None where it has none.
 
     Args:
         weight: (d_out, d_in). prepared: of these moments.
         rank: None for a quantised weight alone.
-        turns: in which Q and L R are made anew.
+        turns: how often at most Q and L R are made anew.
 
     Raises:
         ValueError, DecompositionError: as the method and the rounding raise them.

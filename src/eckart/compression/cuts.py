@@ -89,13 +89,14 @@ class CutRequest:
 
     Attributes:
         plan: has the ranks.
-        spectra, refit: as in `compress`.
+        spectra, refit, turns: as in `compress`.
     """
 
     factor: FactorRequest
     plan: RankPlan
     spectra: dict[str, Factored] | None = None
     refit: bool = False
+    turns: int = 0
 
 
 @torch.no_grad()
@@ -112,9 +113,8 @@ def cut_units(request: CutRequest) -> Iterator[tuple[Unit, Cut]]:
     def made(unit: Unit, weight: Tensor, moments: Moments, prepared: Prepared) -> _Made:
         if _is_coded(unit, plan):
             site = unit.sites[0]
-            coded, factored = code_linear(
-                request.factor.method, weight, moments, prepared, plan.storage(site), plan.rank(site)
-            )
+            storage, rank, turns = plan.storage(site), plan.rank(site), request.turns
+            coded, factored = code_linear(request.factor.method, weight, moments, prepared, storage, rank, turns=turns)
             return _Made(factored, coded, prepared.anchor)
         # A spectrum that is kept may be cut at any rank later on; else only at this one.
         rank = plan.rank(unit.sites[0]) if spectra is None else None

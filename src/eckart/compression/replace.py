@@ -120,6 +120,7 @@ def compress(
     *,
     spectra: dict[str, Factored] | None = None,
     refit: bool = False,
+    turns: int = 0,
     cut: Callable[[CutRequest], Iterable[tuple[Unit, Cut]]] = cut_units,
     finished: Sequence[SiteReport] = (),
     note: Callable[[list[SiteReport]], None] | None = None,
@@ -139,6 +140,8 @@ def compress(
             added, in place, so that a sweep over sizes factors each site once. Memory: all their bases.
         refit: fit the left factors once more by least squares. Where the calibration has moments of tokens held out,
             a refit that does not lower the squared output error on them is undone.
+        turns: of linears that are kept as a quantised weight with factors, how often at most both are made anew, each
+            for what the other leaves, as long as the method's loss falls.
         cut: makes the cuts, in place of `cut_units`; it may do so on other machines.
         finished: reports of planned sites that the calibration itself puts in place, see `runs.kept_blocks`.
         note: called with the reports of each unit that was replaced.
@@ -171,7 +174,7 @@ def compress(
             pending[:] = [unit for unit in pending if unit not in units]
             start = time.perf_counter()
             weight_of, bias_of = partial(Unit.weight, model=model), partial(Unit.own_bias, model=model)
-            request = CutRequest(FactorRequest(method, units, part, weight_of, bias_of), plan, spectra, refit)
+            request = CutRequest(FactorRequest(method, units, part, weight_of, bias_of), plan, spectra, refit, turns)
             for unit, result in cut(request):
                 yield place(model, unit, result, plan)
             seconds["factor"] += time.perf_counter() - start

@@ -36,6 +36,7 @@ class Composition:
         recovery: a short fine-tuning of the compressed model, or None.
         bits: that numbers are kept in; "auto" for those of a knapsack over ranks and bits, None for the model's type.
         group: numbers that share a scale, where they are kept in few bits.
+        turns: how often at most a quantised weight and its correction are made anew, each for what the other leaves.
     """
 
     method: Method
@@ -49,6 +50,7 @@ class Composition:
     recovery: Recovery | None = None
     bits: Bits | None = None
     group: int = GROUP
+    turns: int = 0
 
     def describe(self, ranks: str | None = None) -> str:
         """In words, what is done around the method.

@@ -74,6 +74,7 @@ def _make(recipe: Recipe, out: Path, how: How, force: bool) -> Outcome:
         ranking.plan,
         blocks,
         refit=composition.refit,
+        turns=composition.turns,
         cut=how.engine.cut_units,
         finished=() if kept is None else kept.finished,
         note=None if kept is None else kept.note,

@@ -350,7 +350,10 @@ class _Compression:
         weight_of, bias_of = partial(Unit.weight, model=self.model), partial(Unit.own_bias, model=self.model)
         reports: list[SiteReport] = []
         request = CutRequest(
-            FactorRequest(self.method, units, part, weight_of, bias_of), self.plan, refit=self.composition.refit
+            FactorRequest(self.method, units, part, weight_of, bias_of),
+            self.plan,
+            refit=self.composition.refit,
+            turns=self.composition.turns,
         )
         for unit, cut in self.how.engine.cut_units(request):
             reports += place(self.model, unit, cut, self.plan)

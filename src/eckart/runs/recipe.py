@@ -263,6 +263,12 @@ class Recipe(Section):
         "weight is quantised and corrected by factors; default: the model's type",
     )
     group: int | None = Field(None, ge=8, description=f"with bits: numbers that share a scale; default {GROUP}")
+    turns: int = Field(
+        0,
+        ge=0,
+        description="with bits: a quantised weight and its correction are made anew up to so often, each for what the "
+        "other leaves, as long as the loss falls; each takes as long again",
+    )
     rank_multiple: int = Field(1, gt=0, description="every rank is a multiple of this; 32 is fast in bfloat16")
     context: int | None = Field(
         None, gt=1, description="window of calibration and text where they name none; default 2048, or the positions"
@@ -335,6 +341,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _bits_fit(self) -> Recipe:
+        if self.turns and self.bits is None and self.plan is None:
+            raise ValueError("turns goes with bits: leave it out")
         if self.bits is None:
             if self.group is not None:
                 raise ValueError("group goes with bits: leave it out")
@@ -426,6 +434,8 @@ class Recipe(Section):
         if self.bits is not None:
             # What a composition would pivot is stored plain: a pivot is a row of the weight, which has no codes.
             changes |= {"layout": self.layout or "plain", "bits": self.bits, "group": self.group or GROUP}
+        if self.turns:
+            changes["turns"] = self.turns
         return dataclasses.replace(composition, **changes)
 
     def spelled_out(self) -> Recipe:

@@ -93,7 +93,7 @@ class OnCluster(Engine):
         if request.spectra is not None or (request.factor.method.anchor is not None and len(bundles) == 1):
             yield from cut_units(request)
             return
-        for cuts in self.cluster.spread(partial(_cut, request.plan, request.refit), bundles):
+        for cuts in self.cluster.spread(partial(_cut, request.plan, request.refit, request.turns), bundles):
             yield from cuts
 
     def losses(self, request: FactorRequest) -> Iterator[tuple[Unit, Tensor]]:
@@ -172,8 +172,8 @@ def _of(tensors: dict[str, T], unit: Unit) -> T:
     return tensors[unit.name]
 
 
-def _cut(plan: RankPlan, refit: bool, bundle: FactorRequest) -> list[tuple[Unit, Cut]]:
-    return list(cut_units(CutRequest(bundle, plan, refit=refit)))
+def _cut(plan: RankPlan, refit: bool, turns: int, bundle: FactorRequest) -> list[tuple[Unit, Cut]]:
+    return list(cut_units(CutRequest(bundle, plan, refit=refit, turns=turns)))
 
 
 def _losses(bundle: FactorRequest) -> list[tuple[Unit, Tensor]]:
