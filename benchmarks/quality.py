@@ -290,7 +290,8 @@ class Comparison:
         outcome = make_checkpoint(parse_recipe({**recipe, **budget}), out, self._how())
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
         ways = Counter(str(outcome.plan.storage(site)) for site in outcome.plan.sites)
-        return eckart.load_model(out), {"share": (size - wider) / whole, "ways": dict(ways)}
+        # Multiplied out: the same numbers, and in float32 measured in a tenth of the time.
+        return eckart.export_dense(eckart.load_model(out)), {"share": (size - wider) / whole, "ways": dict(ways)}
 
     def _rival(
         self, recipe: dict[str, Any], keep: float | None, folder: Path
