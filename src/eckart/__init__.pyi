@@ -14,6 +14,7 @@ from .models.quantised import Quantised as Quantised, load_quantised as load_qua
 
 # plan
 from .allocation import Budget as Budget, RankPlan as RankPlan, Rule as Rule, plan as plan
+from .allocation.rank_plan import in_bits as in_bits
 from .allocation.search.loss_weights import probe_linears as probe_linears
 from .allocation.search.surgical import SearchResult as SearchResult, Tolerance as Tolerance, search as search
 
@@ -28,6 +29,8 @@ from .compression.replace import CompressionReport as CompressionReport, compres
 from .compression.tuning.finetuning import FineTuning as FineTuning, fine_tune as fine_tune
 from .compression.tuning.refinement import Refinement as Refinement
 from .lowrank import METHODS as METHODS, Method as Method, build_method as build_method
+from .lowrank.storage import Storage as Storage
+from .models.coded import CodedLinear as CodedLinear
 from .models.linear import LowRankLinear as LowRankLinear
 from .runs.composition import COMPOSITIONS as COMPOSITIONS, Composition as Composition
 from .runs.out_of_core import compress_out_of_core as compress_out_of_core

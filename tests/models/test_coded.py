@@ -142,6 +142,9 @@ def test_the_kernels_copy_follows_the_codes_and_is_not_stored() -> None:
     assert copied._ordered is None
     assert copied.state_dict().keys() == matrix.state_dict().keys() == {"codes", "scales"}
     assert torch.equal(copy.deepcopy(matrix)(x), before)
+    with torch.inference_mode():  # whose tensors count no changes
+        made_there = CodedMatrix.of(round_nearest(torch.randn(64, 64), 4, (1, 64)))
+        assert torch.equal(made_there(x), made_there(x))
     matrix.scales.mul_(2)
     torch.testing.assert_close(matrix(x), 2 * before)
     matrix.codes.zero_()

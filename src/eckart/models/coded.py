@@ -117,7 +117,7 @@ class CodedMatrix(nn.Module):
         )
 
     def _by_kernel(self, x: Tensor) -> Tensor:
-        stamp = (self.codes.data_ptr(), self.codes._version, self.scales.data_ptr(), self.scales._version)  # noqa: SLF001
+        stamp = (*_stamp(self.codes), *_stamp(self.scales))
         if self._ordered is None or self._ordered[0] != stamp:
             codes = unpack(self.codes, self.bits, (self.out_features, self.in_features)).to(torch.int32)
             packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes - span(self.bits)[0], 1)  # noqa: SLF001
@@ -233,6 +233,11 @@ class CodedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, {self.storage}"
+
+
+def _stamp(tensor: Tensor) -> tuple[int, int]:
+    """What changes with a tensor's numbers; those of inference mode count no changes."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version  # noqa: SLF001
 
 
 def _numbers(side: CodedMatrix | nn.Linear, dtype: torch.dtype) -> Tensor:
