@@ -57,4 +57,4 @@ def test_numbers_in_few_bits_are_one_line() -> None:
     """And no other one: what is multiplied out is slow whatever its rank."""
     lines = slow_settings(in_bits(plan_of(a=(512, 512, 250), b=(4096, 4096, 1000), c=(512, 512, None)), 4))
     assert len(lines) == 1
-    assert lines[0].startswith("3 linears keep numbers in few bits, which are multiplied out at every call")
+    assert lines[0].startswith("3 linears keep numbers in few bits, to save bytes")

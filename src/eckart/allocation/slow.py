@@ -40,8 +40,8 @@ def slow_settings(plan: RankPlan) -> tuple[str, ...]:
         "expected no faster than dense; --layout plain is",
         "odd": f"have ranks that are no multiples of {TILE}: in bfloat16 a prompt can take twice as long as it need; "
         f"--rank-multiple {TILE} rounds them down",
-        "coded": "keep numbers in few bits, which are multiplied out at every call: slower than dense; they save bytes "
-        "in files and in memory",
+        "coded": "keep numbers in few bits, to save bytes: all but 4 bits in bfloat16 on a processor are multiplied "
+        "out at every call, and generate several times more slowly than dense",
     }
     return tuple(f"{count} linears {lines[kind]}" for kind, count in counts.items() if count)
 
