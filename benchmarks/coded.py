@@ -53,8 +53,8 @@ def torchaos(weight: Tensor, bits: int, dtype: torch.dtype) -> nn.Module:
     if bits == 8:
         torchao.quantize_(linear, torchao.Int8WeightOnlyConfig(set_inductor_config=False))
         return linear
-    mapping = torchao.quant_primitives.MappingType.ASYMMETRIC
-    torchao.quantize_(linear, torchao.IntxWeightOnlyConfig(torch.int4, torchao.PerGroup(GROUP), mapping))  # type: ignore[attr-defined]
+    mapping, int4 = torchao.quant_primitives.MappingType.ASYMMETRIC, torch.int4  # type: ignore[attr-defined]
+    torchao.quantize_(linear, torchao.IntxWeightOnlyConfig(int4, torchao.PerGroup(GROUP), mapping))
     linear.weight = nn.Parameter(PackedInt4.pack(linear.weight), requires_grad=False)
     return linear
 
