@@ -14,6 +14,7 @@ import pytest
 from eckart.reports.files import write_files
 from eckart.reports.page import render
 from eckart.reports.runs import read_runs
+from eckart.reports.site_facts import SiteFacts
 
 from .make_runs import CORPORA, KEEPS, METHODS, change_result, make_probing_run, make_run, make_study, write_json
 
@@ -273,3 +274,20 @@ def test_a_linear_without_a_shape_is_named(tmp_path: Path, shape: list[float]) -
     file.write_text(json.dumps(data))
     with pytest.raises(ValueError, match=rf"compression\.json: site {re.escape(name)} has no shape \[d_out, d_in\]"):
         read_runs([run])
+
+
+@pytest.mark.parametrize(
+    ("more", "way", "kept"),
+    [
+        ({"rank": None}, "dense", 1.0),
+        ({"rank": 4}, "rank 4 of 8", 0.75),
+        ({"rank": None, "base": 4, "group": 64, "kept": 0.27}, "4 bits", 0.27),
+        ({"rank": 4, "bits": 8, "group": 64, "kept": 0.4}, "rank 4 of 8 in 8 bits", 0.4),
+        ({"rank": 4, "base": 3, "bits": 4, "group": 64, "kept": 0.3}, "3 bits and rank 4 of 8 in 4 bits", 0.3),
+    ],
+)
+def test_a_linear_says_how_it_is_kept(more: dict[str, Any], way: str, kept: float) -> None:
+    """In few bits its share is one of bytes."""
+    site = SiteFacts.of("a.b", {"block": 1, "role": "b", "shape": [8, 16], **more})
+    assert site.way == way
+    assert site.kept == kept
