@@ -113,7 +113,7 @@ def test_numbers_are_rounded_once_to_a_type(dtype: torch.dtype) -> None:
         (lambda: Storage(base=16), "bits 16 is none of"),
         (lambda: round_nearest(torch.full((2, 8), torch.inf), 4, (1, 8)), "not finite"),
     ],
-    ids=str,
+    ids=["bits", "group", "storage", "infinite"],
 )
 def test_what_does_not_go_is_refused(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
