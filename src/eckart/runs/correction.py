@@ -22,7 +22,8 @@ from eckart.models.quantised import Quantised, load_quantised
 from eckart.models.sites import find_sites, select_sites
 from eckart.runs.card import calibration_lines
 from eckart.runs.how import How
-from eckart.runs.recipe import CalibrationSection, SitesSection, named_text, parse_section
+from eckart.runs.recipe import parse_section
+from eckart.runs.sections import CalibrationSection, SitesSection, named_text
 from eckart.runs.workbench import draw_tokens, resolve_calibration
 from eckart.support.files import check_replaceable, claimed, staged_directory, write_whole
 from eckart.support.section import Section

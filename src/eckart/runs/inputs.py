@@ -20,7 +20,8 @@ from eckart.models.gguf_header import gguf_file
 from eckart.models.loading import locate
 from eckart.models.shards import COMPANIONS
 from eckart.runs.facts import FACTS
-from eckart.runs.recipe import Recipe, RecoverSection
+from eckart.runs.recipe import Recipe
+from eckart.runs.sections import RecoverSection
 from eckart.support.files import digest_of, write_whole
 
 # In a run directory.

@@ -35,7 +35,8 @@ from eckart.runs.facts import FACTS, Facts
 from eckart.runs.how import How
 from eckart.runs.notices import notices
 from eckart.runs.ranks import AllocationInputs, joint_groups, rank
-from eckart.runs.recipe import CalibrationSection, Recipe
+from eckart.runs.recipe import Recipe
+from eckart.runs.sections import CalibrationSection
 from eckart.runs.speed_tables import default_rows, speeds_of
 from eckart.support.files import GRADIENTS, digest_of
 
