@@ -57,6 +57,11 @@ class RankPlan:
         return self.stored.get(site.name, PLAIN)
 
     @property
+    def stored_record(self) -> dict[str, dict[str, Any]]:
+        """`stored` for JSON: {site name: as `Storage.to_dict` has it}."""
+        return {name: each.to_dict() for name, each in self.stored.items()}
+
+    @property
     def changed(self) -> tuple[Site, ...]:
         """The sites that do not stay as they are: those with a rank, and those whose weight is quantised."""
         return tuple(site for site in self.sites if self.rank(site) is not None or self.storage(site).base is not None)
@@ -103,7 +108,7 @@ class RankPlan:
                 "joint": sorted(self.joint),
                 "ranks": dict(self.ranks),
                 "notes": dict(self.notes),
-                **({"stored": {name: each.to_dict() for name, each in self.stored.items()}} if self.stored else {}),
+                **({"stored": self.stored_record} if self.stored else {}),
             },
             indent=2,
         )

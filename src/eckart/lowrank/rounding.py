@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eckart.lowrank.codes import Block, Codes, block_scales, check_bits, round_nearest, spread, to_codes
+from eckart.lowrank.codes import SCALE, Block, Codes, block_scales, check_bits, round_nearest, spread, to_codes
 from eckart.lowrank.factors import Factors
 from eckart.lowrank.metrics import check_finite, shrink
 from eckart.lowrank.storage import Storage
@@ -56,7 +56,7 @@ def round_compensated(
     weights = passed_on.diagonal().square().reciprocal()
     values = target.to(passed_on.dtype, copy=True)
     codes = torch.empty(target.shape, dtype=torch.int8, device=target.device)
-    scales = torch.zeros(-(-d_out // down), -(-d_in // across), dtype=torch.bfloat16, device=target.device)
+    scales = torch.zeros(-(-d_out // down), -(-d_in // across), dtype=SCALE, device=target.device)
     for start in range(0, d_in, TOGETHER):
         stop = min(start + TOGETHER, d_in)
         errors = torch.empty(d_out, stop - start, dtype=values.dtype, device=values.device)
@@ -89,12 +89,9 @@ def _passed_on(moment: Float[Tensor, "d d"], damping: float) -> Float[Tensor, "d
 
     With R upper triangular and R R^T = M, U = R^-1, and R is the Cholesky factor of M read backwards.
     """
-    damped = moment.double()
-    damped = damped + damping * damped.diagonal().mean() * torch.eye(
-        len(damped), dtype=torch.float64, device=damped.device
-    )
+    identity = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
+    damped = moment.double() + damping * moment.double().diagonal().mean() * identity
     factor = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
-    identity = torch.eye(len(damped), dtype=torch.float64, device=damped.device)
     return torch.linalg.solve_triangular(factor, identity, upper=True)
 
 

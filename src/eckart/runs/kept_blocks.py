@@ -151,7 +151,7 @@ def kept_ranking(path: Path, sites: Sequence[Site], rank: Callable[[], Ranking])
         "notes": dict(plan.notes),
         "layout": plan.layout,
         "joint": sorted(plan.joint),
-        "stored": {name: each.to_dict() for name, each in plan.stored.items()},
+        "stored": plan.stored_record,
         "facts": ranking.facts,
     }
     write_whole(path, json.dumps({**content, CHECKSUM: _digest(content)}))

@@ -190,7 +190,7 @@ class _Compression:
         reads = bool(self.planned) and (walks or self.workbench.reads_text)
         identity = {"recipe": self.noted, **self._sources(reads), "ranks": dict(self.plan.ranks)}
         if self.plan.stored:
-            identity["stored"] = {name: each.to_dict() for name, each in self.plan.stored.items()}
+            identity["stored"] = self.plan.stored_record
         with self._open_journal(JOURNAL, KIND, identity) as journal:
             self.walk = None
             if self.planned and (walks or self.method.needs & INPUT_STATISTICS):
