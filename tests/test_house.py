@@ -18,6 +18,7 @@ ROOMS: dict[str, set[str]] = {
     "data": set(),
     "evals": {"data", "support"},
     "models": {"lowrank", "data", "support"},
+    "serving": {"models", "lowrank", "support"},
     "reports": {"evals", "support"},
     "allocation": {"models", "lowrank", "evals", "data", "support"},
     "calibration": {"models", "lowrank", "data", "support"},
