@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from eckart.models.coded import CodedLinear
+from eckart.models.experts import close_experts, open_experts
 from eckart.models.families import UnsupportedModelError, is_linear, text_config
 from eckart.models.linear import LowRankLinear
 from eckart.models.sites import low_rank_modules, replace_module
@@ -42,6 +43,7 @@ def export_dense(model: PreTrainedModel) -> PreTrainedModel:
             "to export dense, compress with a method that adds none, such as feature-space"
         )
     multiply_back(model)
+    close_experts(model)
     for name, module in model.named_modules():
         if is_linear(module) and module.bias is None and skeleton.get_submodule(name).bias is not None:
             module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
@@ -87,7 +89,8 @@ def multiply_back(model: PreTrainedModel) -> None:
 def _skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """The dense model that the class builds from `config`, without memory for its weights."""
     with torch.device("meta"):
-        return type(model)(config)
+        skeleton = type(model)(config)
+    return open_experts(skeleton)
 
 
 @torch.no_grad()
