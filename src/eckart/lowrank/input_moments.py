@@ -121,12 +121,17 @@ class InputMoments:
     @property
     def total(self) -> float:
         """What all rows weigh together: their number, or the sum of their weights."""
-        return float(self._sums["weight"]) if "weight" in self._sums else self.count
+        return float(self._sums["weight"]) if "weight" in self._sums else float(self.count)
 
     @property
     def use(self) -> float:
-        """The share of what these rows weigh in all tokens that the layer has read; one of rows without weights."""
+        """What these rows weigh for each token that the layer has read; one of rows without weights."""
         return self.total / float(self._sums["offered"]) if "offered" in self._sums else 1.0
+
+    @property
+    def share(self) -> float:
+        """How many rows there are for each token that the layer has read; one of rows without weights."""
+        return self.count / float(self._sums["offered"]) if "offered" in self._sums else 1.0
 
     @property
     def are_zero(self) -> bool:
@@ -315,6 +320,26 @@ class InputMoments:
         moments = cls(sums["mean"].shape[0], frozenset())
         moments.count, moments._sums, moments._is_read = count, dict(sums), True
         return moments
+
+    def shrunk(self, mean: InputMoments, rows: float) -> InputMoments:
+        """These moments with so many more rows, of ordinary weight, that are distributed as `mean` is.
+
+        Args:
+            mean: of rows with weights, as these are.
+        """
+        factor = rows / mean.count
+        sums = {name: total * factor for name, total in mean._state(torch.float64).items()}
+        more = InputMoments.from_state(0, sums | {"offered": torch.zeros_like(sums["offered"])})
+        merged = self + more
+        merged.count = self.count + round(rows)
+        return merged.compact()
+
+    def doubled(self) -> InputMoments:
+        """The moments of two streams that are one: this one, and its reference the same."""
+        sums = self._state(torch.float32)
+        sums |= {"reference_mean": sums["mean"]}
+        sums |= {name: sums["covariance"] for name in ("cross_covariance", "reference_covariance")}
+        return InputMoments.from_state(self.count, sums)
 
     def compact(self) -> InputMoments:
         """These moments, their square sums now about the mean and in float32: half the memory and disk, 6e-8 relative.

@@ -188,6 +188,15 @@ def expert_of(path: str) -> tuple[str, int] | None:
     return (match["experts"], int(match["number"])) if match else None
 
 
+def layer_role(name: str) -> str | None:
+    """What an expert's linear, or the input group of it, has in common with those of its layer's other experts.
+
+    "layers.3.mlp.experts.*.down_proj"; None of a linear that is no expert's.
+    """
+    place = expert_of(name)
+    return None if place is None else f"{place[0]}.*.{name.rpartition('.')[2]}"
+
+
 def without_merging(conversions: list[Any]) -> list[Any]:
     """transformers' conversions of stored tensors, without those that merge experts into one tensor."""
     targets = re.compile(r"experts\W+(" + "|".join(PROJECTIONS) + ")")
