@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -83,7 +83,9 @@ class Experts(nn.Module):
         for number in range(self.num_experts):
             self.add_module(str(number), Expert({name: _linear(fused, name, number) for name in names}))
         for name in names:
-            self.register_buffer(name, cast(Tensor, getattr(fused, name)).new_empty(0))
+            like = cast(Tensor, getattr(fused, name))
+            device = None if like.device.type == "meta" else like.device
+            self.register_buffer(name, torch.empty(0, dtype=like.dtype, device=device))
 
     def forward(self, hidden_states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """(tokens, width): the sum over the chosen experts, weighted; see `Route.to` for the arguments."""
@@ -103,6 +105,11 @@ class Experts(nn.Module):
         else:
             x = fused.act_fn(expert.up_proj(x))
         return expert.down_proj(x)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the fused module keeps (experts, d_in, d_out)."""
+        return bool(self.__dict__["fused"].is_transposed)
 
     def close(self) -> nn.Module:
         """The fused module with these experts' numbers.
@@ -180,6 +187,70 @@ def close_experts(model: PreTrainedModel) -> PreTrainedModel:
     if conversions := model.__dict__.pop("_closed_conversions", None):
         model.__dict__["_weight_conversions"] = conversions
     return model
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where files have the numbers of an expert's linear.
+
+    Attributes:
+        keys: of the tensors that make it, one below the other.
+        number: of the expert, where a tensor is that of all experts. transposed: whether it is (experts, d_in, d_out).
+    """
+
+    keys: tuple[str, ...]
+    number: int | None = None
+    transposed: bool = False
+
+    def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """Of the linear's tensor. shapes: {key: shape in the files}."""
+        first = shapes[self.keys[0]][0 if self.number is None else 1 :]
+        if self.transposed:
+            first = first[::-1]
+        return (sum(shapes[key][0] for key in self.keys), *first[1:]) if self.number is None else first
+
+    def make(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The linear's tensor. tensors: {key: tensor}."""
+        if self.number is None:
+            return torch.cat([tensors[key] for key in self.keys])
+        one = tensors[self.keys[0]][self.number]
+        return (one.mT if self.transposed else one).clone(memory_format=torch.contiguous_format)
+
+
+def sources_of(model: PreTrainedModel, stored: Mapping[str, str]) -> dict[str, Source]:
+    """{name of a parameter of an open expert: where files have it}, of a model that was stored with closed experts.
+
+    They keep all experts of a layer in one tensor, as transformers computes with them, or one tensor of each, whose
+    names are in transformers' table.
+
+    Args:
+        stored: {name without the base model's prefix: key in the files}.
+    """
+    pieces = _pieces_of(get_model_conversion_mapping(model))
+    prefix = f"{model.base_model_prefix}."
+    sources = {}
+    for place, experts in opened_experts(model).items():
+        for name, _ in experts.named_parameters():
+            number, linear, kind = name.split(".", 2)
+            of_all = stored.get(f"{place}.{linear}{'_bias' if kind == 'bias' else ''}".removeprefix(prefix))
+            keys = [stored.get(f"{place}.{number}.{piece}.{kind}".removeprefix(prefix)) for piece in pieces[linear]]
+            if of_all is not None:
+                transposed = kind == "weight" and experts.is_transposed
+                sources[f"{place}.{name}"] = Source((of_all,), int(number), transposed)
+            elif all(key is not None for key in keys):
+                sources[f"{place}.{name}"] = Source(tuple(key for key in keys if key is not None))
+    return sources
+
+
+def _pieces_of(conversions: Iterable[Any]) -> dict[str, tuple[str, ...]]:
+    """{linear: the names under which files keep what is one below the other in it}: gate and up, as a rule."""
+    pieces: dict[str, tuple[str, ...]] = {name: (name,) for name in PROJECTIONS}
+    for each in conversions:
+        linear = next((name for name in PROJECTIONS if str(each.target_patterns[0]).endswith(f"experts.{name}")), None)
+        matches = [re.search(r"experts\W+(\w+)\.weight$", str(pattern)) for pattern in each.source_patterns]
+        if linear is not None and isinstance(each, WeightConverter) and all(matches):
+            pieces[linear] = tuple(match[1] for match in matches if match)
+    return pieces
 
 
 def expert_of(path: str) -> tuple[str, int] | None:
