@@ -223,7 +223,7 @@ class SequentialCalibration:
             known = None if self.known is None else self.known(number)
             means = streams.means(blocks.get("dense", block), readers, needs, known)
             roles = {role for site in sites if (role := layer_role(site.name)) is not None}
-            gradient_means = mean_gradients(self._gradients_of(sites), roles) if roles else {}
+            gradient_means = mean_gradients(self.gradients or {}, roles) if roles else {}
             for group, moments in streams.meet(blocks, readers, needs, onward, known):
                 read = [site for site in sites if site.input_group == group]
                 yield self._part(number, read, {group: moments}, means, gradient_means)

@@ -16,7 +16,7 @@ from eckart.calibration.routes import add_rows, both_routes, mean_of_experts
 from eckart.calibration.walk import Call, check_rows, hidden_of, record_each, shared, summing_inputs
 from eckart.data.tokens import Tokens
 from eckart.lowrank import InputMoments
-from eckart.models.experts import Route, layer_role
+from eckart.models.experts import Route, every_expert, layer_role
 from eckart.models.sites import Site, blocks_of
 from eckart.support.progress import Track, silent
 
@@ -266,24 +266,25 @@ class Streams:
 
         Cost: a forward pass of the block, where not all that is needed is known; nothing in a block without experts.
         """
-        groups = {group: site for group, site in readers.items() if layer_role(group) is not None}
-        if not groups:
+        paths = {path: site.d_in for site in readers.values() for path in every_expert(block, site.role)}
+        if not paths:
             return {}
+        prefix = next(iter(readers.values())).name.removesuffix(next(iter(readers.values())).role)
         own = frozenset({"second_moment"} if needs & {"second_moment", "cross_moment"} else ())
-        sums = {group: (known or {}).get(group) for group in groups}
+        sums = {path: (known or {}).get(prefix + path) for path in paths}
         if any(each is None for each in sums.values()):
             device = self.read("dense", 0).device
-            fresh = {group: InputMoments(site.d_in, own, device=device) for group, site in groups.items()}
-            with summing_inputs(block, {group: site.role for group, site in groups.items()}, fresh) as expect:
+            fresh = {path: InputMoments(d_in, own, device=device) for path, d_in in paths.items()}
+            with summing_inputs(block, {path: path for path in paths}, fresh) as expect:
                 for index in self.track(range(self.first_held_out), f"block {self.number}: experts", self.first_held_out):
                     args, kwargs = self.call("dense", index)
                     expect(self.masks[index])
                     block(self.read("dense", index), *args, **kwargs)
             sums = {**fresh}
         means = {}
-        for layer in {role for group in groups if (role := layer_role(group)) is not None}:
-            mean = mean_of_experts(each for group, each in sums.items() if each is not None and layer_role(group) == layer)
-            means[layer] = mean.doubled() if "cross_moment" in needs else mean
+        for layer in {role for path in paths if (role := layer_role(path)) is not None}:
+            mean = mean_of_experts(each for path, each in sums.items() if each is not None and layer_role(path) == layer)
+            means[prefix + layer] = mean.doubled() if "cross_moment" in needs else mean
         return means
 
     def _meet_at(

@@ -259,6 +259,15 @@ def expert_of(path: str) -> tuple[str, int] | None:
     return (match["experts"], int(match["number"])) if match else None
 
 
+def every_expert(root: nn.Module, path: str) -> list[str]:
+    """The paths of the same linear of every expert of its layer; none of a linear that is no expert's."""
+    place = expert_of(path)
+    if place is None:
+        return []
+    experts, linear = cast(Experts, root.get_submodule(place[0])), path.rpartition(".")[2]
+    return [f"{place[0]}.{number}.{linear}" for number in range(experts.num_experts)]
+
+
 def layer_role(name: str) -> str | None:
     """What an expert's linear, or the input group of it, has in common with those of its layer's other experts.
 
