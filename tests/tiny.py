@@ -138,9 +138,19 @@ def tiny_model(
     dtype: torch.dtype = torch.float32,
     **changes: Any,
 ) -> PreTrainedModel:
-    """A model with random weights, ready to evaluate; its head is the pretraining one unless another is named.
+    """A model as `closed_model` makes it; the experts of a mixture are open, as `load_model` gives them."""
+    return open_experts(closed_model(model_type, head, seed=seed, dtype=dtype, **changes))
 
-    The experts of a mixture are open, as `load_model` gives them.
+
+def closed_model(
+    model_type: str,
+    head: str | None = None,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> PreTrainedModel:
+    """A model with random weights, ready to evaluate; its head is the pretraining one unless another is named.
 
     Biases and norms are random as well, so that a dropped one shows, and weights keep activations near one in size.
     """
@@ -155,7 +165,7 @@ def tiny_model(
                 parameter.add_(0.2 * noise)
             else:
                 parameter.copy_(noise / 32**0.5)
-    return open_experts(model)
+    return model
 
 
 def tiny_tokenizer(**changes: Any) -> PreTrainedTokenizerFast:
