@@ -14,12 +14,12 @@ from plotly.offline import get_plotlyjs
 
 from eckart.reports.charts import Chart, View
 from eckart.reports.figures import all_figures
-from eckart.reports.formats import finite
 from eckart.reports.palette import DARK
 from eckart.reports.runs import Collection, Run, naming_damage, read_runs
 from eckart.reports.tables import Table, environments, incomplete, paper_table, summary, warnings
 from eckart.reports.verdicts import pitfalls_of
 from eckart.support.files import write_whole
+from eckart.support.plain_data import finite
 
 TEMPLATES = Path(__file__).parent / "templates"
 
