@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +20,7 @@ def command(
 ) -> None:
     """List compositions, methods and baselines, or show one: its paper, equation, assumptions and settings."""
     if as_json:
-        kinds = {"compositions": COMPOSITIONS, "methods": METHODS, "baselines": BASELINES}
+        kinds: dict[str, Iterable[str]] = {"compositions": COMPOSITIONS, "methods": METHODS, "baselines": BASELINES}
         print_json(
             {kind: [_entry(each) for each in names] for kind, names in kinds.items()} if name is None else _entry(name)
         )
