@@ -74,6 +74,7 @@ Address = Annotated[
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "eckart"
 Cache = Annotated[Path, typer.Option(help="Folder for calibration moments, reused by content; safe to delete")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep no moments on disk")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else on stdout; see docs/commands.md")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there, once the new one is complete")]
 
 

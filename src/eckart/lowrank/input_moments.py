@@ -111,6 +111,9 @@ class InputMoments:
         self._shifts: dict[str, Tensor | None] = {}
         self._is_read = False
 
+    def __repr__(self) -> str:
+        return f"InputMoments({self.d_in} channels, {', '.join(self._sums)}; {self.count:,} tokens)"
+
     @property
     def d_in(self) -> int:
         return self._sums["mean"].shape[0]
