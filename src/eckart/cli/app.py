@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Final, NoReturn
@@ -16,7 +17,7 @@ import typer
 import wrapt
 from typer.core import TyperCommand, TyperGroup
 
-from eckart.cli.ending import DEBUG, Stopped, stopping, tell
+from eckart.cli.ending import DEBUG, HandedOver, Stopped, stopping, tell
 from eckart.cli.terminal import errors
 
 # Each is the function `command` of the file of its name, and its docstring is the help. In the order of a first use.
@@ -36,6 +37,7 @@ COMMANDS = (
     "probe",
     "finetune",
     "pitfalls",
+    "exec",
 )
 STYLE: Final = "rich"
 # How a command that was stopped goes on. Of one that is not here, nothing is kept.
@@ -52,7 +54,8 @@ NOTHING_KEPT = "nothing was changed"
 def load_command(name: str) -> TyperCommand:
     """The command of this name of COMMANDS; imports its file, and torch with most of them, which takes seconds."""
     one = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=STYLE)
-    one.command(name)(importlib.import_module(f"eckart.cli.{name}").command)
+    module = importlib.import_module(f"eckart.cli.{name}")
+    one.command(name, context_settings=getattr(module, "SETTINGS", None))(module.command)
     command = typer.main.get_command(one)
     assert isinstance(command, TyperCommand)
     return command
@@ -74,6 +77,8 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
         name, _listed, others = super().resolve_command(ctx, args)
+        if name != "exec":  # whose program says what it wants to
+            wrapt.when_imported("transformers.utils.logging")(_silence)
         return name, load_command(name) if name else None, others
 
 
@@ -108,7 +113,7 @@ def eckart(
 
 def main() -> None:
     """Entry point. What does not end well is told in one line on stderr, see `ending`; ECKART_DEBUG=1 raises it."""
-    wrapt.when_imported("transformers.utils.logging")(_silence)
+    program: Callable[[], None] | None = None
     try:
         with stopping(), warnings.catch_warnings():
             warnings.showwarning = _warn
@@ -119,6 +124,10 @@ def main() -> None:
         _end(*tell(error))
     except Stopped as signal:
         _end(signal.status, f"stopped; {GOES_ON.get(''.join(sys.argv[1:2]), NOTHING_KEPT)}")
+    except HandedOver as end:
+        program = end.program
+    if program is not None:  # not called above: what it raises would be told as raised while that was handled
+        program()
 
 
 def _end(status: int, line: str) -> NoReturn:
