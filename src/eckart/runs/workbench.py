@@ -28,6 +28,7 @@ from eckart.evals.tasks import default_length
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.models.loading import load_model, locate
+from eckart.models.remote_code import carry_code
 from eckart.models.sites import Site, find_sites, select_sites
 from eckart.runs.card import write_card
 from eckart.runs.engine.base import CalibrationRequest
@@ -60,8 +61,10 @@ class Workbench:
         self._memory: Memory = {}
 
     def check(self) -> None:
-        """Raises ValueError where the recovery's data do not fit, before anything is computed."""
+        """Raises ValueError where the recovery's data or the code to carry do not fit, before anything is computed."""
         _ = self.recovery_samples
+        if self.how.remote_code:
+            carry_code(self.model)
 
     def announce(self) -> None:
         """Say what to know before anything is computed."""
@@ -76,12 +79,15 @@ class Workbench:
     def side_files(self, plan: RankPlan, facts: Facts, measured: Mapping[str, Any]) -> dict[str, str]:
         """{file name: text} of the files that accompany the weights of a compressed model.
 
+        Code to carry is named in the model's configuration, in place, so that this comes before that is written.
+
         Args:
             measured: facts that were measured for the plan.
         """
         return {
+            **(carry_code(self.model) if self.how.remote_code else {}),
             **({"allocation.json": json.dumps(measured, indent=1)} if measured else {}),
-            "README.md": write_card(self.recipe, facts),
+            "README.md": write_card(self.recipe, facts, remote_code=self.how.remote_code),
             "plan.json": plan.to_json(),
             "recipe.yaml": self.recipe.to_yaml(),
             FACTS: facts.to_json(),
