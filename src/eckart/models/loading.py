@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from eckart.models.weight_files import (
     write_digests,
 )
 from eckart.support.device import check_device
-from eckart.support.files import staged_directory, write_whole
+from eckart.support.files import staged_directory, whole_file, write_whole
 from eckart.support.quiet import quiet
 
 BUILTIN = "builtin"
@@ -414,7 +414,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     recipe: dict[str, Any] | None = None,
-    files: dict[str, str] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
     remote_code: bool | None = None,
     max_shard_size: str = "5GB",
     force: bool = False,
@@ -424,7 +424,7 @@ def save(
     Args:
         tokenizer: saved with the model.
         recipe: what made the model; goes into config.json. None keeps what `compress` noted.
-        files: {name: text} of further files, such as README.md and plan.json.
+        files: {name: content} of further files, such as README.md and plan.json.
         remote_code: write a file by which people who trust it load the model without eckart, as code that comes with
             it; None does so where the model was loaded with such a file.
         force: replace a directory that exists; it is removed only after the new one is complete.
@@ -451,7 +451,11 @@ def save(
         model.save_pretrained(staging, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        for name, text in (files or {}).items():
-            write_whole(staging / name, text)
+        for name, content in (files or {}).items():
+            if isinstance(content, str):
+                write_whole(staging / name, content)
+            else:
+                with whole_file(staging / name) as partial:
+                    partial.write_bytes(content)
         write_digests(staging)
     return Path(out)

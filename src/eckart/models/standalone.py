@@ -111,7 +111,9 @@ class CodedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.rank = d_in, d_out, entry["rank"]
         device, group, bits = place.get("device"), entry["group"], entry.get("bits")
-        self.base = self.left = self.right = None
+        self.base = None
+        self.left: nn.Module | None = None
+        self.right: nn.Module | None = None
         if "base" in entry:
             self.base = CodedMatrix(d_in, d_out, entry["base"], (1, group), device)
         if self.rank and bits is not None:
@@ -197,7 +199,8 @@ def build(model: Any, sites: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def check_files(model: Any, names: Iterable[str], files: Iterable[str]) -> None:
     """Raises ValueError where the files lack a tensor of a compressed linear: it would be left at random."""
-    prefix, stored = f"{model.base_model_prefix}.", set()
+    prefix = f"{model.base_model_prefix}."
+    stored: set[str] = set()
     for file in files:
         with safe_open(file, "pt") as opened:
             stored.update(key.removeprefix(prefix) for key in opened.keys())  # noqa: SIM118 (it is no dict)
@@ -237,7 +240,7 @@ CLASSES: dict[str, type] = {}
 def __getattr__(name: str) -> type:
     """The subclass of transformers' class of this name: of a model, or of a configuration, which stays as it is."""
     if name not in CLASSES:
-        base = None if name.startswith("_") else getattr(transformers, name, None)
+        base: Any = None if name.startswith("_") else getattr(transformers, name, None)
         is_model = isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)
         if not is_model and not (isinstance(base, type) and issubclass(base, transformers.PreTrainedConfig)):
             raise AttributeError(f"transformers has no class of models {name!r}")
