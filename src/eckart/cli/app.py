@@ -17,7 +17,7 @@ import wrapt
 from typer.core import TyperCommand, TyperGroup
 
 from eckart.cli.completion import command_in, outline
-from eckart.cli.ending import DEBUG, Stopped, stopping, tell, way_on
+from eckart.cli.ending import DEBUG, HandedOver, Stopped, stopping, tell, way_on
 from eckart.cli.terminal import be_quiet, errors
 
 # Each is the function `command` of the file of its name, and its docstring is the help. In the order of a first use.
@@ -37,13 +37,15 @@ COMMANDS = (
     "probe",
     "finetune",
     "pitfalls",
+    "exec",
 )
 STYLE: Final = "rich"
 
 
 def load_command(name: str) -> TyperCommand:
     """The command of this name of COMMANDS; imports its file, and torch with most of them, which takes seconds."""
-    return _as_command(name, importlib.import_module(f"eckart.cli.{name}").command)
+    module = importlib.import_module(f"eckart.cli.{name}")
+    return _as_command(name, module.command, getattr(module, "SETTINGS", None))
 
 
 def outline_command(name: str) -> TyperCommand:
@@ -51,9 +53,9 @@ def outline_command(name: str) -> TyperCommand:
     return _as_command(name, outline(name))
 
 
-def _as_command(name: str, function: Callable[..., Any]) -> TyperCommand:
+def _as_command(name: str, function: Callable[..., Any], settings: dict[str, Any] | None = None) -> TyperCommand:
     one = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=STYLE)
-    one.command(name)(function)
+    one.command(name, context_settings=settings)(function)
     command = typer.main.get_command(one)
     assert isinstance(command, TyperCommand)
     return command
@@ -73,6 +75,8 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
         name, _listed, others = super().resolve_command(ctx, args)
+        if name != "exec":  # whose program says what it wants to
+            wrapt.when_imported("transformers.utils.logging")(_silence)
         make = outline_command if ctx.resilient_parsing else load_command
         return name, make(name) if name else None, others
 
@@ -111,7 +115,7 @@ def eckart(
 
 def main() -> None:
     """Entry point. What does not end well is told in one line on stderr, see `ending`; ECKART_DEBUG=1 raises it."""
-    wrapt.when_imported("transformers.utils.logging")(_silence)
+    program: Callable[[], None] | None = None
     try:
         with stopping(), warnings.catch_warnings():
             warnings.showwarning = _warn
@@ -122,6 +126,10 @@ def main() -> None:
         _end(*tell(error))
     except Stopped as signal:
         _end(signal.status, f"stopped; {way_on(sys.argv[1:])}")
+    except HandedOver as end:
+        program = end.program
+    if program is not None:  # not called above: what it raises would be told as raised while that was handled
+        program()
 
 
 def _end(status: int, line: str) -> NoReturn:

@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -52,6 +52,18 @@ class Stopped(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.status = 128 + number
+
+
+class HandedOver(BaseException):
+    """The command hands the process over to another program, which ends it.
+
+    Attributes:
+        program: runs it; called when nothing of the command line's is in the way any more.
+    """
+
+    def __init__(self, program: Callable[[], None]) -> None:
+        super().__init__()
+        self.program = program
 
 
 @contextlib.contextmanager

@@ -6,14 +6,22 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from transformers import PreTrainedModel
 
-from eckart.cli.options import Dtype, Force, TrustRemoteCode
+from eckart.cli.options import Dtype, Force, RemoteCode, TrustRemoteCode
 from eckart.cli.terminal import console, megabytes
 from eckart.models.dense import export_dense
 from eckart.models.loading import load_model, load_tokenizer, plain_folder, save
+from eckart.models.remote_code import FILE
 from eckart.models.sites import low_rank_modules
+from eckart.runs.card import REMOTE_CODE
+from eckart.runs.facts import FACTS
 from eckart.support.files import check_replaceable, claimed
 from eckart.support.sizes import num_bytes, num_params
+
+CARD = "README.md"
+# What comes with a compressed model besides its weights and its tokenizer.
+COMPANIONS = (CARD, "plan.json", "recipe.yaml", "allocation.json", FACTS)
 
 
 def command(
@@ -25,17 +33,34 @@ def command(
     dense: Annotated[
         bool, typer.Option("--dense", help="Multiply the factors back: an ordinary model of full size")
     ] = False,
+    remote_code: RemoteCode = False,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
     force: Force = False,
 ) -> None:
-    """Write a model as an ordinary checkpoint. --dense is for people and programs without eckart."""
-    if not dense:
-        raise ValueError("say which form: --dense multiplies the factors back into an ordinary model")
+    """Write a model for people and programs without eckart: as an ordinary checkpoint, or with code that loads it."""
+    if dense == remote_code:
+        raise ValueError(
+            "say which form, one of them: --dense multiplies the factors back into an ordinary model; --remote-code "
+            "keeps them, with code that trust_remote_code=True runs"
+        )
     check_replaceable(out, force=force, reads=[model])
     with claimed(out):
         loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        if remote_code:
+            _save_with_code(loaded, out, model, trust_remote_code=trust_remote_code, force=force)
+            return
         if not low_rank_modules(loaded) and plain_folder(model) is not None:
             raise ValueError(f"{model} holds no low-rank linear: it is dense already")
         save(export_dense(loaded), out, load_tokenizer(model, trust_remote_code=trust_remote_code), force=force)
     console.print(f"{out}: {num_params(loaded):,} parameters, {megabytes(num_bytes(loaded))}, loads without eckart")
+
+
+def _save_with_code(model: PreTrainedModel, out: Path, source: Path, *, trust_remote_code: bool, force: bool) -> None:
+    """Write a compressed model, what came with it, and code that loads it."""
+    texts = {name: (source / name).read_text(encoding="utf-8") for name in COMPANIONS if (source / name).is_file()}
+    if CARD in texts and REMOTE_CODE not in texts[CARD]:
+        texts[CARD] += f"\n## Loading it without eckart\n\n{REMOTE_CODE}\n"
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    save(model, out, tokenizer, files=texts, remote_code=True, force=force)
+    console.print(f"{out}: loads without eckart by trust_remote_code=True, which runs {FILE} in it")

@@ -125,7 +125,7 @@ class LowRankQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         sites = self.quantization_config.sites
         names = dict(zip(sites, resolve_names(model, sites), strict=True))
-        _build(model, sites, names)
+        _build(model, sites, names, device="meta")
         files = kwargs.get("checkpoint_files") or ()
         check_files(model, list(names.values()), [file for file in files if str(file).endswith(".safetensors")])
         return model
@@ -198,19 +198,46 @@ def specs_of(module: nn.Module, prefix: str = "") -> dict[str, dict[str, Any]]:
     return sites
 
 
-def _build(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> None:
-    """Replace the linears of a rank map by low-rank ones without numbers (on the meta device), in place.
+def build_as_described(model: PreTrainedModel) -> PreTrainedModel:
+    """A dense model as its class builds it, in place with the low-rank linears that its configuration describes.
+
+    Their factors are random, as torch starts a linear; numbers in few bits and biases are zero. For those who fill it
+    from a state dict, count it, or train it from the start.
+
+    Raises:
+        CheckpointError: the description does not fit the model.
+    """
+    section: Any = model.config.quantization_config
+    config = section if isinstance(section, LowRankConfig) else LowRankConfig(**section)
+    names = dict(zip(config.sites, resolve_names(model, config.sites), strict=True))
+    for linear in _build(model, config.sites, names, device=None):
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+    attach(model, config.sites, config.recipe)
+    return model
+
+
+def _build(
+    model: nn.Module, sites: Mapping[str, Mapping[str, Any]], names: Mapping[str, str], *, device: str | None
+) -> list[LowRankLinear | CodedLinear]:
+    """Replace the linears of a rank map by low-rank ones with no numbers of their own yet, in place; gives these.
+
+    Classes that build their base model with `AutoModel.from_config`, as classifiers do, have them there already.
 
     Args:
         names: {site of the map: its name in the model}.
+        device: of the new ones; None for that of the linear that each replaces.
 
     Raises:
         CheckpointError: a site is no linear, or its entry does not fit it.
     """
+    built: list[LowRankLinear | CodedLinear] = []
     # Lenders first: their borrowers are built with them.
     for saved in sorted(sites, key=lambda saved: "right_of" in sites[saved]):
         name, spec = names[saved], sites[saved]
         dense = model.get_submodule(name)
+        if isinstance(dense, LowRankLinear | CodedLinear):
+            continue
         if not is_linear(dense):
             raise CheckpointError(
                 f"{name} is in the checkpoint's rank map but is a {type(dense).__name__}, not a linear"
@@ -223,10 +250,11 @@ def _build(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], names: Mapp
                 spec["rank"],
                 storage,
                 bias=spec["bias"],
-                device="meta",
+                device=device or weight.device,
                 dtype=weight.dtype,
             )
             replace_module(model, name, coded)
+            built.append(coded)
             continue
         lender = model.get_submodule(names[spec["right_of"]]) if "right_of" in spec else None
         try:
@@ -237,12 +265,14 @@ def _build(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], names: Mapp
                 bias=spec["bias"],
                 pivots=spec.get("pivots"),
                 right_of=lender,  # type: ignore[arg-type]
-                device="meta",
+                device=device or weight.device,
                 dtype=weight.dtype,
             )
         except ValueError as error:
             raise CheckpointError(f"{name}: its entry {spec} does not fit the model: {error}") from error
         replace_module(model, name, low_rank)
+        built.append(low_rank)
+    return built
 
 
 def put_back(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
@@ -256,7 +286,7 @@ def put_back(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: 
         CheckpointError: a site is no linear, or its entry does not fit it.
         RuntimeError: a tensor is missing or has another shape.
     """
-    _build(model, sites, {name: name for name in sites})
+    _build(model, sites, {name: name for name in sites}, device="meta")
     for name in sites:
         state = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
         model.get_submodule(name).load_state_dict(state, assign=True)

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from eckart.models.coded import CodedLinear
 from eckart.models.families import UnsupportedModelError, is_linear, text_config
 from eckart.models.linear import LowRankLinear
+from eckart.models.remote_code import drop_code
 from eckart.models.sites import low_rank_modules, replace_module
 
 # Config switches that give an architecture's linears a bias, as Llama's does.
@@ -51,6 +52,7 @@ def export_dense(model: PreTrainedModel) -> PreTrainedModel:
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
+    drop_code(model.config)
     return model
 
 
@@ -61,10 +63,7 @@ def without_place_for_bias(model: PreTrainedModel, names: Sequence[str]) -> list
 
 def _biased_skeleton(model: PreTrainedModel, names: Sequence[str]) -> PreTrainedModel:
     """The dense model without memory for its weights, with biases asked for where one of these linears has none."""
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    skeleton = _skeleton(model, config)
+    skeleton = _skeleton(model, model.config)
     if not _without_bias(skeleton, names):
         return skeleton
     for switch in BIAS_SWITCHES:
@@ -85,7 +84,10 @@ def multiply_back(model: PreTrainedModel) -> None:
 
 
 def _skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """The dense model that the class builds from `config`, without memory for its weights."""
+    """The dense model that the class builds from a copy of `config`, without memory for its weights."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     with torch.device("meta"):
         return type(model)(config)
 

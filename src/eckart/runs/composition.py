@@ -64,7 +64,7 @@ class Composition:
         words += ["left factors refit"] if self.refit else []
         words += [f"blocks refined in {self.refinement.steps} steps"] if self.refinement else []
         words += [f"distilled in {self.distillation.steps} steps"] if self.distillation else []
-        words += [f"fine-tuned in {self.recovery.steps} steps"] if self.recovery else []
+        words += [self.recovery.describe()] if self.recovery else []
         return ", ".join(words)
 
     @property

@@ -25,6 +25,9 @@ from eckart.runs.workbench import Workbench, make_tokens, resolve
 from eckart.support.files import check_replaceable, claimed, write_whole
 from eckart.support.timing import timed
 
+# In a checkpoint, of a recovery's adapter that is not merged.
+ADAPTER_FOLDER = "adapter"
+
 
 def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False) -> Outcome:
     """Compress the recipe's model into the checkpoint directory `out`.
@@ -90,7 +93,11 @@ def _make(recipe: Recipe, out: Path, how: How, force: bool) -> Outcome:
     with timed(seconds, "save"):
         speed = ranking.facts.get("speed")
         facts = Facts.of(work.recipe, ranking.plan, summary, report, passes, speed, work.parts, origin)
-        files = work.side_files(ranking.plan, facts, ranking.facts)
+        files: dict[str, str | bytes] = {}
+        if work.adapter is not None:
+            taken = work.adapter.take_off(str(out.absolute()))
+            files |= {f"{ADAPTER_FOLDER}/{name}": content for name, content in taken.items()}
+        files |= work.side_files(ranking.plan, facts, ranking.facts)
         save(model, out, tokenizer, recipe=work.noted, files=files, force=force)
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)  # it is as large as the model

@@ -22,12 +22,15 @@ from eckart.calibration.moments import (
     recorded_gradients,
 )
 from eckart.calibration.sequential import KnownInputs, PassReport, SequentialCalibration
+from eckart.compression.tuning.lora import Lora
 from eckart.compression.tuning.recovery import Samples
 from eckart.data.tokens import Tokens, check_vocabulary, read_tokens, warn_of_tokenizer
 from eckart.evals.tasks import default_length
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.moments import GRADIENT_STATISTICS
+from eckart.models.adapters import import_peft
 from eckart.models.loading import load_model, locate
+from eckart.models.remote_code import carry_code
 from eckart.models.sites import Site, find_sites, select_sites
 from eckart.runs.card import write_card
 from eckart.runs.engine.base import CalibrationRequest
@@ -58,10 +61,19 @@ class Workbench:
         self.composition = recipe.composition
         # Of the dense model's inputs, where they came with the gradients and no cache has them: see `_one_shot`.
         self._memory: Memory = {}
+        # Of a recovery, where it is not merged: around the factors of the model until that is saved.
+        self.adapter: Lora | None = None
 
     def check(self) -> None:
-        """Raises ValueError where the recovery's data do not fit, before anything is computed."""
+        """Raises ValueError where the recovery's data or the code to carry do not fit, before anything is computed.
+
+        Or where a recovery by an adapter has no PEFT.
+        """
         _ = self.recovery_samples
+        if self.composition.recovery is not None and self.composition.recovery.adapter is not None:
+            import_peft()
+        if self.how.remote_code:
+            carry_code(self.model)
 
     def announce(self) -> None:
         """Say what to know before anything is computed."""
@@ -76,12 +88,15 @@ class Workbench:
     def side_files(self, plan: RankPlan, facts: Facts, measured: Mapping[str, Any]) -> dict[str, str]:
         """{file name: text} of the files that accompany the weights of a compressed model.
 
+        Code to carry is named in the model's configuration, in place, so that this comes before that is written.
+
         Args:
             measured: facts that were measured for the plan.
         """
         return {
+            **(carry_code(self.model) if self.how.remote_code else {}),
             **({"allocation.json": json.dumps(measured, indent=1)} if measured else {}),
-            "README.md": write_card(self.recipe, facts),
+            "README.md": write_card(self.recipe, facts, remote_code=self.how.remote_code),
             "plan.json": plan.to_json(),
             "recipe.yaml": self.recipe.to_yaml(),
             FACTS: facts.to_json(),
@@ -301,7 +316,8 @@ class Workbench:
         """Fine-tune the compressed model, in place, as the last step. Gives the report; nothing without a recovery."""
         if self.composition.recovery is None or self.recovery_samples is None:
             return []
-        return [self.composition.recovery(self.model, self.recovery_samples, self.how.track)]
+        report, self.adapter = self.composition.recovery.train(self.model, self.recovery_samples, self.how.track)
+        return [report]
 
     def _one_shot(self, sites: Sequence[Site] | None = None) -> Iterator[BlockCalibration]:
         """The dense model's moments of these sites; default: the selected ones.
