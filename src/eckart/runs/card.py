@@ -62,6 +62,8 @@ def write_card(recipe: Recipe, facts: Facts, results: Sequence[tuple[EvalResult,
     ]
     if facts.origin is not None:
         lines.append(describe_origin(facts.origin))
+    if facts.no_bias is not None:
+        lines.append(f"No bias: {facts.no_bias}.")
     if facts.speed is not None:
         lines.append(describe_speed(facts.speed))
     when = " before gradient steps," if any(report["kept"] for report in facts.passes) else ""

@@ -62,7 +62,7 @@ def _make(recipe: Recipe, out: Path, how: How, force: bool) -> Outcome:
             ranking = work.rank()
         else:
             ranking = kept_ranking(folder / "ranks.json", find_sites(model), work.rank)
-    composition = recipe.composition
+    composition = work.composition
     summary = summarise(ranking.plan, model, bias=composition.method.centred)
     blocks = work.calibration(ranking.plan)
     kept = None
@@ -89,7 +89,9 @@ def _make(recipe: Recipe, out: Path, how: How, force: bool) -> Outcome:
         passes += work.recover()
     with timed(seconds, "save"):
         speed = ranking.facts.get("speed")
-        facts = Facts.of(work.recipe, ranking.plan, summary, report, passes, speed, work.parts, origin)
+        facts = Facts.of(
+            work.recipe, ranking.plan, summary, report, passes, speed, work.parts, origin, no_bias=work.no_bias
+        )
         files = work.side_files(ranking.plan, facts, ranking.facts)
         save(model, out, tokenizer, recipe=work.noted, files=files, force=force)
     if folder is not None:
