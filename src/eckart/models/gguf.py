@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,15 +54,21 @@ WINDOW = {"attention.sliding_window": "sliding_window"}
 
 @dataclass(frozen=True)
 class Architecture:
-    """An architecture of llama.cpp: its type in transformers, and which entry of its metadata is which there."""
+    """An architecture of llama.cpp: its type in transformers, and which entry of its metadata is which there.
+
+    Attributes:
+        switches: {tensor of a block: entry of the configuration that says the model has such}.
+    """
 
     model_type: str
     entries: Mapping[str, str]
+    switches: Mapping[str, str] = field(default_factory=dict)
 
 
 # {llama.cpp's name: it in transformers}; each has a row in `families.FAMILIES`, and transformers knows its tensors.
 ARCHITECTURES = {
-    "llama": Architecture("llama", WITH_HEADS),  # Mistral's too, and whatever else computes as Llama does
+    # Mistral's too, and whatever else computes as Llama does
+    "llama": Architecture("llama", WITH_HEADS, {"attn_output.bias": "attention_bias", "ffn_down.bias": "mlp_bias"}),
     "qwen2": Architecture("qwen2", LLAMA),
     "qwen3": Architecture("qwen3", WITH_HEADS),
     "phi3": Architecture(
@@ -227,6 +233,7 @@ def read_gguf_config(header: GgufHeader) -> PreTrainedConfig:
     }
     _check_entries(header, row, entries)
     values = {name: entries[key] for key, name in row.entries.items() if key in entries}
+    values |= {switch: f"blk.0.{tensor}" in header.tensors for tensor, switch in row.switches.items()}
     if "rope.freq_base" in row.entries:
         values |= _rotary(header, row, entries)
     ids = {name: header.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in IDS.items()}
