@@ -176,13 +176,18 @@ def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
         UnsupportedModelError: as `load_gguf`.
     """
     import_gguf()
-    _row(read_gguf_header(file))
+    header = read_gguf_header(file)
+    _row(header)
     try:
         # In a folder of its own: transformers would take in what lies next to the file.
         with tempfile.TemporaryDirectory() as empty:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(empty, gguf_file=str(file.resolve()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise damaged_gguf(file, f"no tokenizer can be made of it: {error!r}") from error
+    for name, key in IDS.items():  # transformers 5.6 to 5.16 leave pad out, and take another eos
+        number, token = header.metadata.get(f"tokenizer.ggml.{key}_token_id"), name.removesuffix("_id")
+        if number is not None and getattr(tokenizer, name) != number:
+            setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(number))
     tokenizer.name_or_path = str(file)
     tokenizer.init_kwargs.pop("name_or_path", None)
     return tokenizer
