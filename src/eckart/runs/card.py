@@ -70,6 +70,8 @@ def write_card(
     ]
     if facts.origin is not None:
         lines.append(describe_origin(facts.origin))
+    if facts.no_bias is not None:
+        lines.append(f"No bias: {facts.no_bias}.")
     if facts.speed is not None:
         lines.append(describe_speed(facts.speed))
     when = " before gradient steps," if any(report["kept"] for report in facts.passes) else ""

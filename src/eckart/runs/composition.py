@@ -86,7 +86,8 @@ Effort = Literal["low", "medium", "high"]
 def best(effort: Effort = "medium", **options: Any) -> Composition:
     """kfac, ranks from a knapsack over all linears, pivoted layout; more with more effort.
 
-    docs/ablation.md has the gain of each part, alone and with the others.
+    docs/ablation.md has the gain of each part, alone and with the others. A recipe that does not say `bias` has it only
+    where the model can be exported dense with it: see `added_bias.settle_bias`.
 
     Args:
         effort: low calibrates every linear on the dense model; medium in anchored order; high refines the blocks too.

@@ -65,7 +65,7 @@ def _make(recipe: Recipe, out: Path, how: How, force: bool) -> Outcome:
             ranking = work.rank()
         else:
             ranking = kept_ranking(folder / "ranks.json", find_sites(model), work.rank)
-    composition = recipe.composition
+    composition = work.composition
     summary = summarise(ranking.plan, model, bias=composition.method.centred)
     blocks = work.calibration(ranking.plan)
     kept = None
@@ -92,7 +92,9 @@ def _make(recipe: Recipe, out: Path, how: How, force: bool) -> Outcome:
         passes += work.recover()
     with timed(seconds, "save"):
         speed = ranking.facts.get("speed")
-        facts = Facts.of(work.recipe, ranking.plan, summary, report, passes, speed, work.parts, origin)
+        facts = Facts.of(
+            work.recipe, ranking.plan, summary, report, passes, speed, work.parts, origin, no_bias=work.no_bias
+        )
         files: dict[str, str | bytes] = {}
         if work.adapter is not None:
             taken = work.adapter.take_off(str(out.absolute()))

@@ -416,7 +416,8 @@ class _Compression:
         report = CompressionReport(reports, dense, self.before[0], after[0], self.before[1], after[1], self.seconds)
         # A record of an older eckart, which made no passes out of core, has none.
         passes = tuple(PassReport(**each) for record in records for each in record.get("passes", ()))
-        facts = Facts.of(self.recipe, self.plan, self.summary, report, passes, calibration=self.workbench.parts)
+        parts, no_bias = self.workbench.parts, self.workbench.no_bias
+        facts = Facts.of(self.recipe, self.plan, self.summary, report, passes, calibration=parts, no_bias=no_bias)
         for name, text in self.workbench.side_files(self.plan, facts, ranking.facts).items():
             write_whole(self.checkpoint / name, text)
         self.model.config.save_pretrained(self.checkpoint)

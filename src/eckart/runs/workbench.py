@@ -32,6 +32,7 @@ from eckart.models.adapters import import_peft
 from eckart.models.loading import load_model, locate
 from eckart.models.remote_code import carry_code
 from eckart.models.sites import Site, find_sites, select_sites
+from eckart.runs.added_bias import settle_bias
 from eckart.runs.card import write_card
 from eckart.runs.engine.base import CalibrationRequest
 from eckart.runs.facts import FACTS, Facts
@@ -51,11 +52,13 @@ class Workbench:
     """A recipe and its model, in memory or out of core.
 
     Attributes:
-        recipe: with its defaults filled in.
-        composition: of the recipe as it was written.
+        recipe: with its defaults filled in, and its composition's bias settled by the model.
+        composition: of that recipe.
+        no_bias: why the composition adds no bias, see `settle_bias`; None where that was not ours to settle.
     """
 
     def __init__(self, recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: How) -> None:
+        recipe, self.no_bias = settle_bias(recipe, model, planned_sites(model, recipe))
         self.recipe = resolve(recipe, model, tokenizer)
         self.model, self.tokenizer, self.how = model, tokenizer, how
         self.composition = recipe.composition
@@ -79,6 +82,8 @@ class Workbench:
         """Say what to know before anything is computed."""
         for line in notices(self.model, self.sites, self.composition):
             self.how.say(line)
+        if self.no_bias is not None:
+            self.how.say(self.no_bias)
 
     @property
     def noted(self) -> dict[str, Any]:
@@ -105,10 +110,7 @@ class Workbench:
     @functools.cached_property
     def sites(self) -> tuple[Site, ...]:
         """The linears that the budget is shared among."""
-        selection = self.recipe.sites
-        return select_sites(
-            find_sites(self.model), include=selection.include, exclude=selection.exclude, blocks=selection.blocks
-        )
+        return selected_sites(self.model, self.recipe)
 
     @functools.cached_property
     def tokens(self) -> tuple[Tokens, Tokens | None]:
@@ -347,6 +349,21 @@ class Workbench:
         )
 
 
+def selected_sites(model: PreTrainedModel, recipe: Recipe) -> tuple[Site, ...]:
+    """The linears that a recipe selects."""
+    selection = recipe.sites
+    return select_sites(
+        find_sites(model), include=selection.include, exclude=selection.exclude, blocks=selection.blocks
+    )
+
+
+def planned_sites(model: PreTrainedModel, recipe: Recipe) -> tuple[Site, ...]:
+    """The linears that a recipe may compress: those that its rules or its plan name, else all that it selects."""
+    if recipe.plan is None and recipe.rules is None:
+        return selected_sites(model, recipe)
+    return make_plan(model, recipe).changed
+
+
 def make_plan(model: PreTrainedModel, recipe: Recipe) -> RankPlan:
     """The ranks that a recipe fixes without measuring: by its plan, its rules, or the same share everywhere.
 
@@ -361,9 +378,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> RankPlan:
     composition, selection = recipe.composition, recipe.sites
     shared: dict[str, Any] = {"rank_multiple": recipe.rank_multiple, "layout": composition.layout}
     if composition.joint:
-        sites = find_sites(model)
-        selected = select_sites(sites, include=selection.include, exclude=selection.exclude, blocks=selection.blocks)
-        shared["joint"] = joint_groups(selected, sites)
+        shared["joint"] = joint_groups(selected_sites(model, recipe), find_sites(model))
     if recipe.rules is not None:
         rules = [Rule(r.keep, tuple(r.include), tuple(r.exclude), r.blocks) for r in recipe.rules]
         return plan(model, rules=rules, **shared)
