@@ -12,6 +12,7 @@ from eckart.cli.terminal import console, megabytes
 from eckart.models.dense import export_dense
 from eckart.models.loading import load_model, load_tokenizer, plain_folder, save
 from eckart.models.sites import low_rank_modules
+from eckart.serving.onnx import export_onnx
 from eckart.support.files import check_replaceable, claimed
 from eckart.support.sizes import num_bytes, num_params
 
@@ -25,17 +26,44 @@ def command(
     dense: Annotated[
         bool, typer.Option("--dense", help="Multiply the factors back: an ordinary model of full size")
     ] = False,
+    onnx: Annotated[
+        bool,
+        typer.Option("--onnx", help="For ONNX Runtime, dense or not: with a cache, factors as two products"),
+    ] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="With --onnx: weights in 8 bits, factors too")] = False,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
     force: Force = False,
 ) -> None:
-    """Write a model as an ordinary checkpoint. --dense is for people and programs without eckart."""
-    if not dense:
-        raise ValueError("say which form: --dense multiplies the factors back into an ordinary model")
+    """Write a model in a form that needs no eckart: --dense, an ordinary checkpoint, or --onnx, for ONNX Runtime."""
+    if dense == onnx:
+        raise ValueError(
+            "say which form, one of the two: --dense multiplies the factors back into an ordinary model, --onnx writes "
+            "a graph for ONNX Runtime"
+        )
+    if int8 and not onnx:
+        raise ValueError("--int8 is for --onnx")
     check_replaceable(out, force=force, reads=[model])
     with claimed(out):
+        if onnx:
+            _write_onnx(model, out, int8=int8, dtype=dtype, trust_remote_code=trust_remote_code, force=force)
+            return
         loaded = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
         if not low_rank_modules(loaded) and plain_folder(model) is not None:
             raise ValueError(f"{model} holds no low-rank linear: it is dense already")
         save(export_dense(loaded), out, load_tokenizer(model, trust_remote_code=trust_remote_code), force=force)
     console.print(f"{out}: {num_params(loaded):,} parameters, {megabytes(num_bytes(loaded))}, loads without eckart")
+
+
+def _write_onnx(model: Path, out: Path, *, int8: bool, dtype: str, trust_remote_code: bool, force: bool) -> None:
+    """Write the graph, and say what it is; `auto` is float32, what ONNX Runtime computes in on a processor."""
+    loaded = load_model(model, dtype="float32" if dtype == "auto" else dtype, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    written = export_onnx(loaded, out, tokenizer, int8=int8, force=force)
+    if written.multiplied_out:
+        console.print(
+            f"{written.multiplied_out} linears of few bits became numbers in {'8 bits' if int8 else 'full'}: ONNX "
+            "Runtime has no products of such codes"
+        )
+    cache = "with a cache of keys and values" if written.cached else "one pass, without a cache"
+    console.print(f"{out}: {megabytes(written.num_bytes)}, {cache}, runs in ONNX Runtime without eckart")
