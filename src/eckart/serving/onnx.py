@@ -12,11 +12,11 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.models.coded import CodedLinear, CodedMatrix
 from eckart.models.sites import low_rank_modules
@@ -159,7 +159,7 @@ def _write_companions(
     model: PreTrainedModel, signature: Signature, tokenizer: PreTrainedTokenizerBase | None, folder: Path
 ) -> None:
     """Write what programs read next to the graph. The config is the dense model's: the graph says what is low-rank."""
-    config = cast(PreTrainedConfig, copy.deepcopy(model.config))
+    config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.architectures = [type(model).__name__]
