@@ -215,34 +215,45 @@ def _build(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], names: Mapp
             raise CheckpointError(
                 f"{name} is in the checkpoint's rank map but is a {type(dense).__name__}, not a linear"
             )
-        weight, storage = read_weight(dense), storage_of(spec)
-        if not storage.is_plain:
-            coded = CodedLinear(
-                weight.shape[1],
-                weight.shape[0],
-                spec["rank"],
-                storage,
-                bias=spec["bias"],
-                device="meta",
-                dtype=weight.dtype,
-            )
-            replace_module(model, name, coded)
-            continue
+        weight = read_weight(dense)
         lender = model.get_submodule(names[spec["right_of"]]) if "right_of" in spec else None
-        try:
-            low_rank = LowRankLinear(
-                weight.shape[1],
-                weight.shape[0],
-                spec["rank"],
-                bias=spec["bias"],
-                pivots=spec.get("pivots"),
-                right_of=lender,  # type: ignore[arg-type]
-                device="meta",
-                dtype=weight.dtype,
-            )
-        except ValueError as error:
-            raise CheckpointError(f"{name}: its entry {spec} does not fit the model: {error}") from error
-        replace_module(model, name, low_rank)
+        empty = empty_linear(name, spec, weight.shape[1], weight.shape[0], dtype=weight.dtype, lender=lender)
+        replace_module(model, name, empty)
+
+
+def empty_linear(
+    name: str,
+    spec: Mapping[str, Any],
+    d_in: int,
+    d_out: int,
+    *,
+    dtype: torch.dtype,
+    lender: nn.Module | None = None,
+) -> LowRankLinear | CodedLinear:
+    """The linear that an entry of a rank map describes, on the meta device: its state dict says what a file holds.
+
+    Args:
+        dtype: the model's type. lender: the linear whose right factor it shares.
+
+    Raises:
+        CheckpointError: the entry does not fit a linear of this size.
+    """
+    storage = storage_of(spec)
+    if not storage.is_plain:
+        return CodedLinear(d_in, d_out, spec["rank"], storage, bias=spec["bias"], device="meta", dtype=dtype)
+    try:
+        return LowRankLinear(
+            d_in,
+            d_out,
+            spec["rank"],
+            bias=spec["bias"],
+            pivots=spec.get("pivots"),
+            right_of=lender,  # type: ignore[arg-type]
+            device="meta",
+            dtype=dtype,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{name}: its entry {spec} does not fit the model: {error}") from error
 
 
 def put_back(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
