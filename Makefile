@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Tests in two processes, each of one thread, file by file.
 SHARED_OUT := -n 2 --dist loadgroup
+# The environment of vLLM's tests, 4 GB, and where its torch without CUDA is found.
+VLLM := .venv-vllm
+CPU_TORCH ?= https://download.pytorch.org/whl/cpu
 # The shape of the model that is compressed out of core by `make bench`.
 SMALL := --layers 6 --hidden 256 --intermediate 704 --heads 4
 
-.PHONY: setup demo test test-all bench models docs lint format train-builtin clean
+.PHONY: setup demo test test-all vllm-env bench models docs lint format train-builtin clean
 
 setup: $(READY)
 
@@ -27,6 +30,16 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/pytest $(SHARED_OUT) -m 'slow or not slow'
+
+# vLLM pins torch and transformers of its own, so it has an environment of its own; tests/serving/test_vllm.py and
+# benchmarks/vllm_throughput.py run in it.
+vllm-env: $(VLLM)/.ready
+
+$(VLLM)/.ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --no-deps --extra-index-url $(CPU_TORCH) -r constraints-vllm.txt
+	$(VLLM)/bin/pip install --quiet --no-deps -e .
+	@touch $@
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -68,4 +81,4 @@ train-builtin: $(READY)
 	$(BIN)/python training/train_builtin.py --out src/eckart/data/builtin/model
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Tensor parallelism: a layer of a serving runtime, that holds one or several of our linears, and a process's share of it.
+"""Tensor parallelism: a runtime's layer that holds one or several of our linears, and a process's share of it.
 
 Of a layer whose outputs are divided, each process has all right factors and its rows of the left ones; of one whose
 inputs are divided, its columns of the right factor and the whole left one. Sums over processes are then over the rank's

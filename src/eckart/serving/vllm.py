@@ -1,4 +1,4 @@
-"""vLLM: compressed checkpoints as one of its quantisation methods, found through the entry point `vllm.general_plugins`.
+"""vLLM: compressed checkpoints as one of its quantisation methods, found by the entry point `vllm.general_plugins`.
 
 vLLM holds q, k and v as one layer, and gate and up; ours in it may be of different ranks and layouts, some of them
 dense. `EckartConfig` is the rank map, `EckartLinearMethod` one layer's linears while they load, and `SharedLayer` what
