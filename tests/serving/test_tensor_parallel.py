@@ -195,9 +195,7 @@ def test_a_damaged_tensor_is_named(changes: dict[str, Tensor], error: str) -> No
 
 def test_what_does_not_fit_is_named() -> None:
     layer, _ = arriving()
-    with pytest.raises(
-        CheckpointError, match=r"lack q.bias, q.right.weight, q.left.weight, k.order, .*v.weight"
-    ):
+    with pytest.raises(CheckpointError, match=r"lack q.bias, q.right.weight, q.left.weight, k.order, .*v.weight"):
         layer.finished()
     with pytest.raises(CheckpointError, match=r"q.base.codes is in the checkpoint's files, and not in its rank map"):
         layer.take(0, "base.codes", torch.ones(3))
