@@ -95,7 +95,7 @@ class EckartConfig(QuantizationConfig):
                 spec["right_of"] = hf_to_vllm_mapper.apply_list([spec["right_of"]])[0]
         self.sites = hf_to_vllm_mapper.apply_dict(self.sites)
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         """What runs a layer: ours where one of its linears is in the rank map.
 
         Raises:
@@ -145,7 +145,7 @@ class EckartLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -174,7 +174,7 @@ class EckartLinearMethod(LinearMethodBase):
             self._await(layer, key, like.dtype)
         self._await_bias(layer, bias)
 
-    def _await(self, layer: nn.Module, key: str, dtype: torch.dtype) -> None:
+    def _await(self, layer: Any, key: str, dtype: torch.dtype) -> None:
         """Put an empty parameter where vLLM looks for a tensor's place."""
         *path, name = key.split(".")
         for part in path:
@@ -188,7 +188,7 @@ class EckartLinearMethod(LinearMethodBase):
         place.weight_loader = partial(self._load, key)  # type: ignore[attr-defined]
         return place
 
-    def _await_bias(self, layer: nn.Module, ours: Tensor | None) -> None:
+    def _await_bias(self, layer: Any, ours: Tensor | None) -> None:
         """Decide who loads biases once vLLM says whether the layer has one.
 
         It registers a bias, or None, after the weights are made, and drops the tensors of one that it has no place for.
@@ -203,7 +203,7 @@ class EckartLinearMethod(LinearMethodBase):
                 self.arriving.give_up_biases()
             return plain(name, value if value is not None or ours is None else self._place("bias", ours.dtype))
 
-        layer.register_parameter = once  # type: ignore[method-assign]
+        layer.register_parameter = once
 
     def _load(self, key: str, place: nn.Parameter, tensor: Tensor, shard: str | int | None = None) -> None:
         """A tensor of the checkpoint, as vLLM's loaders hand it over.
@@ -215,7 +215,7 @@ class EckartLinearMethod(LinearMethodBase):
         self.config.check_served()
         self.arriving.take(i, key, tensor)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Put what runs in the place of what was loaded.
 
         Raises:
@@ -246,7 +246,7 @@ class EckartLinearMethod(LinearMethodBase):
         layer.low_rank = low_rank
         del self.arriving
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's outputs, of one process."""
         if self.reduces:
             # vLLM gives the first process alone the bias, before a sum that is behind us.
@@ -255,7 +255,7 @@ class EckartLinearMethod(LinearMethodBase):
         return y if bias is None else y + bias
 
 
-def _spans(layer: nn.Module, sizes: Sequence[int]) -> list[Span]:
+def _spans(layer: Any, sizes: Sequence[int]) -> list[Span]:
     """Which outputs of each of its parts a layer has in this process.
 
     Raises:
