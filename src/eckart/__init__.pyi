@@ -36,7 +36,7 @@ from .runs.composition import COMPOSITIONS as COMPOSITIONS, Composition as Compo
 from .runs.out_of_core import compress_out_of_core as compress_out_of_core
 
 # save
-from .models.adapters import write_lora as write_lora
+from .models.adapters import lora_targets as lora_targets, write_lora as write_lora
 from .models.dense import export_dense as export_dense
 from .models.loading import save as save
 

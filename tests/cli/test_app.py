@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import warnings
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from eckart.cli import app
-from eckart.cli.app import COMMANDS, first_line, load_command
+from eckart.cli.app import COMMANDS, first_line, load_command, outline_command
+from eckart.cli.terminal import BARS, console
 from tiny import Run
 
 
@@ -28,6 +32,67 @@ def test_a_command_is_listed_as_it_says(name: str) -> None:
     assert (command.help or "").splitlines()[0] == first_line(name)
     options = [parameter for parameter in command.params if parameter.name != "help"]
     assert all(getattr(option, "help", None) for option in options), name
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_completes_is_what_the_command_takes(name: str) -> None:
+    """The options that are read from the text of a file are those of the command that it holds."""
+
+    def forms(command: Any) -> list[tuple[object, ...]]:
+        kinds = ("name", "opts", "secondary_opts", "param_type_name", "multiple", "nargs", "is_flag")
+        return [tuple(getattr(parameter, kind, None) for kind in kinds) for parameter in command.params]
+
+    assert forms(outline_command(name)) == forms(load_command(name))
+
+
+def complete(words: str) -> list[str]:
+    """What a shell is told for the last of some words, by a process that has to do it without torch."""
+    code = (
+        "import sys; sys.argv[0] = 'eckart'\n"
+        "from eckart.cli import main\n"
+        "try: main()\n"
+        "finally: assert not {'torch', 'transformers', 'plotly'} & sys.modules.keys()"
+    )
+    asked = {"_ECKART_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True, check=False
+    )
+    assert not done.stderr
+    return done.stdout.split()
+
+
+def test_a_shell_completes_commands_and_their_options_at_once() -> None:
+    assert complete("eckart co") == ["compress", "correct"]
+    found = complete("eckart -q compress MODEL --keep 0.5 --out-of-core --re")
+    assert sorted(found) == ["--refine", "--refit", "--resume"]
+    assert complete("eckart methods --js") == ["--json"]
+
+
+def test_completion_is_installed_and_shown(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shellingham.detect_shell", lambda *_: ("bash", "/bin/bash"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    status, printed = run("--show-completion")
+    assert status == 0
+    assert "_ECKART_COMPLETE=complete_bash" in printed
+    status, printed = run("--install-completion")
+    assert status == 0
+    assert "bash completion installed" in printed
+    assert ".bash_completions" in (tmp_path / ".bashrc").read_text()
+
+
+def test_quiet_leaves_errors(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in BARS:
+        monkeypatch.setenv(name, "0")
+    arguments = ("compress", "builtin", tmp_path / "out", "--method", "svd", "--keep", "0.5", "--no-cache")
+    assert run("--quiet", *arguments) == (0, "")
+    assert os.environ["TQDM_DISABLE"] == "1"
+    status, printed = run("-q", *arguments)
+    assert status == 2
+    assert printed.startswith("error: ")
+    assert "exists" in printed
+    status, printed = run("methods")
+    assert "asvd-i" in printed
+    assert not console.quiet
 
 
 def test_the_help_and_the_version(run: Run) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from eckart.cli.ending import BAD_INPUT, FAULT, Stopped, stopping, tell
+from eckart.cli.app import COMMANDS, load_command
+from eckart.cli.ending import BAD_INPUT, FAULT, Stopped, stopping, tell, way_on
 from eckart.cli.terminal import TerminalTrack
 from eckart.lowrank import DecompositionError
 from tiny import Run
@@ -100,9 +102,37 @@ def test_a_signal_ends_with_one_line_and_leaves_nothing(tmp_path: Path, number: 
         process.send_signal(number)
         _, told = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert told.decode().splitlines()[-1].startswith("stopped; the same command starts from what is in the cache")
+    again = shlex.join(["eckart", *command])
+    assert told.decode().splitlines()[-1] == f"stopped; the moments so far are in the cache; start again with: {again}"
     assert b"Traceback" not in told
     assert not [file for file in tmp_path.rglob("*") if "partial" in file.name or file.name == "out"]
+
+
+@pytest.mark.parametrize(
+    ("words", "kept", "more"),
+    [
+        ("run 'my recipe.yaml' --out r", "go on with", ""),
+        ("-q run r.yaml --out r --force", "go on with", ""),
+        ("reproduce nsvd-table-1", "go on with", ""),
+        ("search M plan.json --no-cache", "go on with", ""),
+        ("finetune M OUT --task cola", "go on with", ""),
+        ("eval M --task cost --out r", "go on with", ""),
+        ("eval M --task cost --out=r --force", "start again with", ""),
+        ("eval M --task cost", "nothing was changed; start again with", ""),
+        ("probe M --task cola", "the states so far are in the cache; start again with", ""),
+        ("correct Q OUT --reference M", "the moments so far are in the cache; start again with", ""),
+        ("compress M OUT --keep 0.5 --no-cache", "nothing was changed; start again with", ""),
+        ("compress M OUT --keep 0.5 --out-of-core", "go on with", " --resume"),
+        ("compress M OUT --keep 0.5 --out-of-core --resume", "go on with", ""),
+        ("export M OUT --dense", "nothing was changed; start again with", ""),
+    ],
+)
+def test_a_stopped_command_says_the_line_that_goes_on(words: str, kept: str, more: str) -> None:
+    assert way_on(shlex.split(words)) == f"{kept}: eckart {words}{more}"
+    name, *others = [word for word in shlex.split(words + more) if word != "-q"]
+    assert name in COMMANDS
+    with load_command(name).make_context(name, others) as context:  # the line is one that the command takes
+        assert not context.args
 
 
 def test_a_signal_that_a_callback_dropped_ends_the_next_step_of_progress() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import f1_score, matthews_corrcoef
@@ -27,6 +27,7 @@ def confusion_of(labels: list[int], answers: list[int], classes: int = 3) -> NDA
     return table
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=60))
 def test_scores_of_counts_are_scikit_learns(pairs: list[tuple[int, int]]) -> None:
     labels, answers = [a for a, _ in pairs], [b for _, b in pairs]

@@ -11,16 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eckart.allocation import plan
+from eckart.allocation import RankPlan, plan
 from eckart.compression.replace import compress
-from eckart.models.adapters import MERGEABLE
+from eckart.lowrank import build_method
+from eckart.lowrank.storage import Storage
+from eckart.models.adapters import MERGEABLE, lora_targets
 from eckart.models.families import UnsupportedModelError
 from eckart.models.loading import load_classifier, load_model, load_tokenizer, save
 from eckart.models.shards import Skeleton
-from eckart.models.sites import find_sites
+from eckart.models.sites import find_sites, low_rank_modules
 from eckart.models.weight_files import CheckpointError
 from gguf_files import write_gguf
 from tiny import tiny_model, tiny_tokenizer, tiny_tokens
+
+from .layouts import laid_out
 
 SITE = "model.layers.1.self_attn.v_proj"
 
@@ -178,3 +182,42 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"merged with PEFT: pip install 'eckart\[peft\]'"):
         load_model(tmp_path)
+
+
+# Names of linears, for adapters on a compressed model
+
+
+def test_ordinary_names_become_those_that_peft_takes() -> None:
+    peft: Any = pytest.importorskip("peft", reason="needs peft (pip install 'eckart[peft]')")
+    model = laid_out("llama", "joint pivoted")
+    before = logits_of(model)
+    names = lora_targets(model, ["q_proj", "k_proj", "lm_head"])
+    first = "model.layers.0.self_attn"
+    assert names[:3] == [f"{first}.q_proj.right", f"{first}.q_proj.left", f"{first.replace('0', '1')}.q_proj.right"]
+    # The right factor of k is q's, and has one adapter; the head is dense.
+    assert f"{first}.k_proj.left" in names
+    assert f"{first}.k_proj.right" not in names
+    assert names[-1] == "lm_head"
+    assert lora_targets(model, "q_proj") == [name for name in names if "q_proj" in name]
+    assert lora_targets(model) == lora_targets(model, ["q_proj", "v_proj"])  # what LoraConfig() means for a llama
+    for given in (["q_proj"], None):
+        with pytest.raises(ValueError, match="LowRankLinear"):
+            peft.get_peft_model(laid_out("llama", "plain"), peft.LoraConfig(target_modules=given))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=lora_targets(model), init_lora_weights=False))
+    changed = logits_of(wrapped)
+    assert not torch.allclose(changed, before, atol=1e-3)
+    merged = wrapped.merge_and_unload()
+    assert low_rank_modules(merged)
+    torch.testing.assert_close(logits_of(merged), changed, rtol=0, atol=1e-4)
+
+
+def test_names_that_no_adapter_fits_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"no linear of the LlamaForCausalLM is named 'query'; there are .*q_proj"):
+        lora_targets(laid_out("llama", "plain"), ["query"])
+    model = tiny_model("llama")
+    sites = find_sites(model)
+    ranks = {site.name: 4 for site in sites}
+    stored = {site.name: Storage(None, 4, 8) for site in sites}
+    compress(model, build_method("svd"), RankPlan(sites, ranks, stored=stored))
+    with pytest.raises(UnsupportedModelError, match=r"q_proj keeps its numbers in few bits \(int4 factors\)"):
+        lora_targets(model, ["q_proj"])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import eckart  # noqa: F401 (registers the checkpoint format)
@@ -15,11 +16,11 @@ from eckart.allocation import plan
 from eckart.calibration.moments import calibrate
 from eckart.compression.replace import compress
 from eckart.lowrank import build_method
-from eckart.models.dense import export_dense
+from eckart.models.dense import BIAS_SWITCHES, export_dense
 from eckart.models.families import FAMILIES, UnsupportedModelError
 from eckart.models.loading import save
 from eckart.models.sites import low_rank_modules, read_weight
-from tiny import DEFAULT_CONFIGS, HEADS, logits_of, tiny_model, tiny_tokens
+from tiny import COMMON, DEFAULT_CONFIGS, GROUPED, HEADS, logits_of, tiny_model, tiny_tokens
 
 from .layouts import KINDS, head_of, laid_out
 
@@ -31,7 +32,7 @@ TAKES_BIASES = {
 ALL = sorted({*FAMILIES, *DEFAULT_CONFIGS})
 
 
-def compressed(model: PreTrainedModel, method: str, **selection: str) -> PreTrainedModel:
+def compressed(model: PreTrainedModel, method: str, **selection: Any) -> PreTrainedModel:
     built = build_method(method)
     compress(model, built, plan(model, 0.6, **selection), calibrate(model, tiny_tokens(4, 12), built))
     return model
@@ -90,8 +91,11 @@ def test_export_of_added_biases_or_a_refusal_that_changes_nothing(model_type: st
         assert torch.equal(logits_of(HEADS[head_of(model_type)].from_pretrained(tmp_path)), logits_of(dense))
     else:
         first = next(iter(low_rank_modules(model)))
-        with pytest.raises(UnsupportedModelError, match=r"^[\w.]+: the method added a bias.*no place for one"):
+        with pytest.raises(UnsupportedModelError, match=r"^[\w.]+: the method added a bias.*no place for one") as why:
             export_dense(model)
+        assert type(model).__name__ in str(why.value)
+        assert "mlp.down_proj" in str(why.value)
+        assert "`best` leaves it out by itself" in str(why.value)
         assert first in low_rank_modules(model)
         assert model.state_dict().keys() == state.keys()
         assert model.config.to_dict() == config
@@ -110,6 +114,59 @@ def test_llama_asks_its_config_for_biases() -> None:
     assert torch.equal(dense.model.layers[0].mlp.up_proj.bias, torch.zeros(48))
     assert dense.model.layers[2].mlp.up_proj.bias.abs().max() > 0
     torch.testing.assert_close(logits_of(dense), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("part", "switch"), [("attention", "attention_bias"), ("mlp", "mlp_bias")])
+def test_only_the_switch_that_is_needed_is_turned(part: str, switch: str) -> None:
+    model = compressed(tiny_model("llama"), "sfsd", include=[part])
+    expected = logits_of(model)
+    dense = export_dense(model)
+    assert {name for name in ("attention_bias", "mlp_bias") if getattr(dense.config, name)} == {switch}
+    assert is_ordinary(dense)
+    torch.testing.assert_close(logits_of(dense), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "include", "switches"),
+    [
+        ("seed_oss", GROUPED, ["*"], {"mlp_bias", "attention_out_bias"}),
+        ("ernie4_5", GROUPED, ["*"], {"use_bias"}),
+        ("stablelm", {**COMMON, "num_key_value_heads": 2}, ["*.q_proj", "*.k_proj", "*.v_proj"], {"use_qkv_bias"}),
+        ("falcon", {**COMMON, "new_decoder_architecture": True, "num_kv_heads": 2}, ["*"], {"bias"}),
+    ],
+    ids=["seed_oss", "ernie4_5", "stablelm", "falcon"],
+)
+def test_switches_by_other_names(
+    model_type: str, changes: dict[str, Any], include: list[str], switches: set[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = HEADS["causal"].from_config(CONFIG_MAPPING[model_type](**changes)).eval()
+    before = model.config.to_dict()
+    model = compressed(model, "sfsd", include=include)
+    expected = logits_of(model)
+    dense = export_dense(model)
+    assert {name for name in BIAS_SWITCHES if dense.config.to_dict().get(name) != before.get(name)} == switches
+    torch.testing.assert_close(logits_of(dense), expected, rtol=0, atol=1e-4)
+    dense.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(HEADS["causal"].from_pretrained(tmp_path)), logits_of(dense))
+
+
+def test_a_switch_that_gives_more_than_biases_of_linears_is_not_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compressed(tiny_model("llama"), "sfsd", include=["mlp"])
+    model.config.norm_bias = False
+    build = type(model).__init__
+
+    def with_norm_bias(self: Any, config: Any) -> None:
+        build(self, config)
+        if config.norm_bias:  # a norm's bias besides the wanted one: the export would lack it
+            self.model.norm.bias = nn.Parameter(torch.zeros(4))
+            self.model.layers[0].mlp.up_proj.bias = nn.Parameter(torch.zeros(48))
+
+    monkeypatch.setattr(type(model), "__init__", with_norm_bias)
+    monkeypatch.setattr("eckart.models.dense.BIAS_SWITCHES", ("norm_bias", "mlp_bias"))
+    dense = export_dense(model)
+    assert dense.config.norm_bias is False
+    assert dense.config.mlp_bias is True
 
 
 def test_no_switch_is_touched_without_need() -> None:

@@ -22,10 +22,12 @@ from eckart.models.experts import (
     open_experts,
     opened_experts,
 )
+from eckart.models.families import UnsupportedModelError
 from eckart.models.loading import load_model, save
 from eckart.models.shards import Skeleton
 from eckart.models.sites import find_sites, low_rank_modules, select_sites
 from eckart.models.weight_files import CheckpointError
+from eckart.serving.onnx_graph import signature_of
 from tiny import MIXTURE_CONFIGS, closed_model, logits_of, tiny_model, tiny_tokens
 
 ALL = sorted(MIXTURE_CONFIGS)
@@ -161,3 +163,21 @@ def test_opening_twice_changes_nothing() -> None:
     before = {name: id(module) for name, module in model.named_modules()}
     assert {name: id(module) for name, module in open_experts(model).named_modules()} == before
     assert all(isinstance(module, Experts) for module in opened_experts(model).values())
+
+
+def test_what_cannot_run_open_experts_says_so(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    compress(model, "svd", plan(model, keep=0.6))
+    with pytest.raises(UnsupportedModelError, match="experts with linears of their own"):
+        save(model, tmp_path / "code", remote_code=True)
+    with pytest.raises(UnsupportedModelError, match="is a mixture of experts"):
+        signature_of(model)
+
+
+def test_from_config_builds_open_experts() -> None:
+    model = tiny_model("mixtral")
+    compress(model, "svd", plan(model, keep=0.6))
+    built = AutoModelForCausalLM.from_config(model.config)
+    assert {name: value.shape for name, value in built.state_dict().items()} == {
+        name: value.shape for name, value in model.state_dict().items()
+    }

@@ -51,6 +51,17 @@ def test_the_model_that_was_written(architecture: str, tmp_path: Path) -> None:
     assert [site.name for site in find_sites(read)] == [site.name for site in find_sites(written)]
 
 
+@pytest.mark.parametrize("switches", [("attention_bias",), ("mlp_bias",), ("attention_bias", "mlp_bias")], ids="+".join)
+def test_the_biases_that_a_dense_export_may_have(switches: tuple[str, ...], tmp_path: Path) -> None:
+    written = write_gguf(tmp_path / "m.gguf", model=tiny_of("llama", **dict.fromkeys(switches, True)))
+    read = load_model(tmp_path / "m.gguf")
+    assert {name for name in ("attention_bias", "mlp_bias") if getattr(read.config, name)} == set(switches)
+    state = written.state_dict()
+    assert any(name.endswith("proj.bias") and value.abs().max() > 0.1 for name, value in state.items())
+    assert all(torch.equal(read.state_dict()[name], value) for name, value in state.items())
+    assert torch.equal(logits_of(read), logits_of(written))
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1"])
 def test_quantised_weights_are_multiplied_out_in_float32(kind: str, tmp_path: Path) -> None:
     written = write_gguf(tmp_path / "m.gguf", quantised=kind)

@@ -309,6 +309,41 @@ def test_a_window_made_narrower_folds_the_panels(browser: Any, report: Path) -> 
     seen.context.close()
 
 
+def test_a_table_that_scrolls_shows_it(browser: Any, report: Path) -> None:
+    seen = Seen(browser, report, viewport={"width": 700, "height": 900})
+    box, note = seen.page.locator("#summary .table-box"), seen.page.locator("#summary .more")
+    fades = "box => getComputedStyle(box).maskImage !== 'none'"
+    assert box.evaluate(fades)
+    assert note.text_content() == "This table is larger than its frame: scroll sideways."
+    box.evaluate("box => { box.scrollLeft = box.scrollWidth; }")
+    seen.page.wait_for_function("() => !document.querySelector('#summary .table-box.more-right')")
+    assert not box.evaluate(fades)
+    assert note.is_visible()
+    seen.page.locator("#perplexity details.numbers summary").click()
+    longer = seen.page.locator("#perplexity .table-box")
+    seen.page.wait_for_function("() => document.querySelector('#perplexity .table-box.more-down')")
+    assert longer.evaluate(fades)
+    assert "down" in seen.page.locator("#perplexity .more").text_content()
+    seen.context.close()
+
+
+def test_a_browser_that_cannot_unpack_says_so_and_has_the_numbers(browser: Any, report: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old.html"
+    text = report.read_text(encoding="utf-8")
+    old.write_text(text.replace("<head>", "<head><script>delete window.DecompressionStream</script>", 1))
+    context = browser.new_context()
+    page = context.new_page()
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(old.as_uri())
+    page.wait_for_selector("#old-browser:not([hidden])")
+    page.locator("#perplexity details.numbers summary").click()
+    assert page.locator("#perplexity tbody tr").count() > 10
+    page.locator("#theme").click()
+    assert complaints == []
+    context.close()
+
+
 def test_the_page_prints(browser: Any, report: Path) -> None:
     seen = Seen(browser, report, color_scheme="dark")
     content = seen.page.pdf(format="A4")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+from eckart.evals.result import read_result
 from eckart.reports import write_report
 from eckart.reports.page import script_json
 
@@ -27,9 +31,11 @@ def stored(page: str) -> dict[str, object]:
     return json.loads(match[1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
+PACKED = re.compile(r'<script id="plotly" type="application/gzip">(.*?)</script>', re.DOTALL)
+
+
 def without_plotly(page: str) -> str:
-    start = page.index("/**\n* plotly.js")
-    return page[:start] + page[page.index("</script>", start) :]
+    return PACKED.sub("<script></script>", page)
 
 
 def test_the_page_has_its_parts(page: str) -> None:
@@ -62,6 +68,66 @@ def test_the_same_runs_give_the_same_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     one = write_report([run], tmp_path / "one.html").read_text(encoding="utf-8")
     assert one == write_report([run], tmp_path / "two.html").read_text(encoding="utf-8")
+
+
+def test_the_library_is_packed_and_only_where_there_is_a_figure(page: str, tmp_path: Path) -> None:
+    (packed,) = PACKED.findall(page)
+    script = gzip.decompress(base64.b64decode(packed))
+    assert script.startswith(b"/**\n* plotly.js")
+    assert b"Licensed under the MIT license" in script
+    assert len(packed) < 0.45 * len(script)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("model: some/model\nmethod: svd\nkeep: 0.5\n")
+    bare = write_report([tmp_path], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert not PACKED.findall(bare)
+    assert len(bare) < 60_000
+
+
+def facts(page: str) -> list[str]:
+    """The counters in the head of the page."""
+    return re.findall(r"<dt><b>(\d+)</b> (\w+)</dt>", page)
+
+
+def test_what_there_is_none_of_is_not_counted(page: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", keep=1)
+    shutil.rmtree(run / "model")
+    dense = write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert facts(dense) == [("1", "model"), ("17", "evaluations")]
+    assert "heron-15M, measured</h1>" in dense
+    assert facts(page) == [("2", "models"), ("5", "methods"), ("26", "runs"), ("17", "evaluations")]
+    assert "Bold" not in dense
+    assert "Bold" in page
+
+
+def test_a_summary_without_a_number_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("model: some/model\nmethod: svd\nkeep: 1\n")
+    page = write_report([tmp_path], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert 'href="#summary"' not in page
+    assert "<table" not in page
+
+
+def test_no_table_stands_twice(tmp_path: Path) -> None:
+    """A study whose every number is in the summary has its text, and a link, but not its table."""
+    columns = ("perplexity:wikitext2", "perplexity:ptb")
+    rows = []
+    for keep in (0.9, 0.5):
+        run = make_run(tmp_path / "study" / f"svd-{keep}", keep=keep)
+        files = [run / "evals" / f"{column.replace(':', '-')}.json" for column in columns]
+        rows.append({"label": run.name, "run": run.name, "ours": [read_result(file).value for file in files]})
+    study = {"title": "T", "about": "What it is.", "columns": columns, "sections": ["perplexity"] * 2, "rows": rows}
+    (tmp_path / "study" / "study.json").write_text(json.dumps(study))
+    page = write_report([tmp_path / "study"], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "What it is." in page
+    assert "Its numbers are those of the" in page
+    assert 'id="paper-1-table"' not in page
+    for numbers in ([rows[0]["ours"][0], 123.456], [None, None]):
+        rows[0]["ours"] = numbers
+        rows[1]["ours"] = [None, None]
+        (tmp_path / "study" / "study.json").write_text(json.dumps(study))
+        page = write_report([tmp_path / "study"], tmp_path / "r.html").read_text(encoding="utf-8")
+        assert "Its numbers are those of the" not in page
+        assert 'id="paper-1-table"' in page
 
 
 def test_names_are_escaped_everywhere(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_a_notice_names_what_to_do() -> None:
     model = tiny_model("mistral")
     sites = find_sites(model)
     (line,) = notices(model, sites, best())
-    assert "MistralForCausalLM has no place for one in 21 of them, such as model.layers.0.self_attn.q_proj" in line
+    assert "MistralForCausalLM has no place for one in 21 linears (self_attn.q_proj, self_attn.k_proj, " in line
     assert "option bias=false" in line
     (line,) = notices(model, sites, Composition(build_method("sfsd")))
     assert "with the method feature-space" in line
@@ -85,7 +85,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("make", "method"), [(make_checkpoint, "best"), (compress_out_of_core, "sfsd")])
+@pytest.mark.parametrize("method", ["best", "sfsd"])
+@pytest.mark.parametrize("make", [make_checkpoint, compress_out_of_core])
 def test_it_is_said_before_anything_is_computed(make: Any, method: str, place: Path, tmp_path: Path) -> None:
     calibration = {"corpus": str(place / "train.txt"), "samples": 8, "length": 16}
     recipe = parse_recipe(
@@ -95,18 +96,19 @@ def test_it_is_said_before_anything_is_computed(make: Any, method: str, place: P
         make(recipe, tmp_path / "out", How(say=stop, track=untouched))
 
 
-def test_the_command_line_says_it_and_the_way_out_works(run: Run, place: Path, tmp_path: Path) -> None:
+def test_a_bias_that_was_asked_for_is_kept_and_the_export_says_what_to_do(
+    run: Run, place: Path, tmp_path: Path
+) -> None:
     common = ("--keep", "0.5", "--calibration", place / "train.txt", "--samples", "8", "--length", "16", "--no-cache")
-    status, printed = run("compress", place / "model", tmp_path / "a", *common, "--refine", "0")
+    status, printed = run("compress", place / "model", tmp_path / "a", *common, "--option", "bias=true")
     assert status == 0, printed
     assert "`eckart export --dense` will refuse the result" in printed
-    assert run("export", tmp_path / "a", tmp_path / "b", "--dense")[0] == 2
-    status, printed = run(
-        "compress", place / "model", tmp_path / "c", *common, "--refine", "0", "--option", "bias=false"
-    )
-    assert status == 0, printed
-    assert "export" not in printed
-    assert run("export", tmp_path / "c", tmp_path / "d", "--dense")[0] == 0
+    assert "compress with the method's option bias=false" in printed
+    status, printed = run("export", tmp_path / "a", tmp_path / "b", "--dense")
+    assert status == 2
+    assert "no place for one in" in printed
+    assert "`best` leaves it out by itself" in printed
+    assert not (tmp_path / "b").exists()
 
 
 def llava(folder: Path) -> Path:

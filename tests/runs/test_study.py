@@ -408,3 +408,13 @@ def test_every_study_makes_recipes_at_every_scale(name: str) -> None:
         for _, row, _ in planned:
             assert row.published is None or len(row.published) == len(study.columns)
         assert read([], study.columns[0]) is None
+
+
+def test_a_title_says_which_models_and_scale_it_is_of() -> None:
+    study = load_study("nsvd-table-1")
+    assert study.at("paper").title == study.title == "NSVD Table 1: perplexity of LLaMA-7B, 10 to 50 % removed"
+    assert study.at("builtin").title == "NSVD Table 1, on builtin (scale builtin)"
+    assert study.at("small", {"model": "/models/pythia"}).title == "NSVD Table 1, on pythia (scale small)"
+    assert study.at("paper", {"model": "x/other"}).title == "NSVD Table 1, on other (scale paper)"
+    several = study.at("small", {"models": ["a/one", "b/two", "three", "four"]})
+    assert several.title == "NSVD Table 1, on one, two, three and others (scale small)"

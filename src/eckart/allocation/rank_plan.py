@@ -11,6 +11,7 @@ from eckart.lowrank import LAYOUTS, Layout
 from eckart.lowrank.storage import GROUP, PLAIN, Storage
 from eckart.models.sites import Site
 from eckart.models.units import Unit, units_of
+from eckart.support.html import html_table, span
 from eckart.support.plain_data import parse_json
 
 
@@ -48,6 +49,26 @@ class RankPlan:
                 raise ValueError(
                     f"{coded[0]} is to be kept in few bits, which goes with layout plain and a right factor of its own"
                 )
+
+    def __repr__(self) -> str:
+        ranks = [rank for rank in self.ranks.values() if rank is not None]
+        stored = f", {len(self.stored)} in few bits" if self.stored else ""
+        return (
+            f"RankPlan({len(ranks)} of {len(self.sites)} linears with a rank, {span(ranks)}; keep {self.keep:.3f}, "
+            f"layout {self.layout}{stored})"
+        )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a line for each role, over the blocks."""
+        roles: dict[str, list[Site]] = {}
+        for site in self.sites:
+            roles.setdefault(site.role, []).append(site)
+        rows = []
+        for role, sites in roles.items():
+            ranks = [rank for site in sites if (rank := self.rank(site)) is not None]
+            shapes = dict.fromkeys(f"{site.d_out:,} x {site.d_in:,}" for site in sites)
+            rows.append([role, len(sites), ", ".join(shapes), span(ranks), len(sites) - len(ranks)])
+        return html_table(repr(self), ["role", "linears", "out x in", "ranks", "without a rank"], rows)
 
     def rank(self, site: Site) -> int | None:
         return self.ranks.get(site.name)

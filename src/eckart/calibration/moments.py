@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +30,7 @@ from eckart.models.experts import layer_role
 from eckart.models.sites import Site, find_sites, first_readers
 from eckart.support.files import GRADIENTS
 from eckart.support.fingerprint import describe_architecture, hash_weights
+from eckart.support.html import html_table
 from eckart.support.progress import Track, silent
 
 # Number of this layout and of the way moments are taken; part of every digest, so that a change reuses nothing.
@@ -79,6 +81,9 @@ class BlockCalibration:
             self.gradient_means.update(mean_gradients(self.gradients, [layer]))
         return own.shrunk(self.gradient_means[layer], PRIOR * self.gradient_means[layer].d_out)
 
+    def __repr__(self) -> str:
+        return f"BlockCalibration(block {self.block}: {len(self.inputs)} inputs, {len(self.gradients)} gradients)"
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -92,6 +97,20 @@ class Calibration:
 
     def __iter__(self) -> Iterator[BlockCalibration]:
         return iter(self.blocks)
+
+    def __repr__(self) -> str:
+        source = self.source
+        of = f"{len(source['parts'])} texts" if "parts" in source else source.get("corpus")
+        return f"Calibration({len(self.blocks)} blocks, {source.get('tokens', 0):,} tokens of {of})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a line for each input that the blocks have, and each linear with gradients."""
+        kinds: dict[str, list[object]] = {}
+        for block in self.blocks:
+            for name, moments in (*block.inputs.items(), *block.gradients.items()):
+                kinds.setdefault(re.sub(r"\.\d+\.", ".N.", name), []).append(moments)
+        rows = [[name, len(moments), moments[0]] for name, moments in kinds.items()]
+        return html_table(repr(self), ["of what", "blocks", "moments"], rows)
 
 
 def calibrate(

@@ -80,7 +80,9 @@ def add_rows(
     moments.update(x, mask.flatten()[route.tokens], reference=reference, weights=weights, offered=offered)
 
 
-def both_routes(routes: Mapping[str, Route | None], seen: Mapping[str, Tensor]) -> tuple[Route | None, dict[str, Tensor]]:
+def both_routes(
+    routes: Mapping[str, Route | None], seen: Mapping[str, Tensor]
+) -> tuple[Route | None, dict[str, Tensor]]:
     """(the route, {stream: rows}) of the tokens that an expert is given in every stream.
 
     A token that two models send to different experts is no pair of inputs of one of them. Weights are the last

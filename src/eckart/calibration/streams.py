@@ -276,14 +276,18 @@ class Streams:
             device = self.read("dense", 0).device
             fresh = {path: InputMoments(d_in, own, device=device) for path, d_in in paths.items()}
             with summing_inputs(block, {path: path for path in paths}, fresh) as expect:
-                for index in self.track(range(self.first_held_out), f"block {self.number}: experts", self.first_held_out):
+                for index in self.track(
+                    range(self.first_held_out), f"block {self.number}: experts", self.first_held_out
+                ):
                     args, kwargs = self.call("dense", index)
                     expect(self.masks[index])
                     block(self.read("dense", index), *args, **kwargs)
             sums = {**fresh}
         means = {}
         for layer in {role for path in paths if (role := layer_role(path)) is not None}:
-            mean = mean_of_experts(each for path, each in sums.items() if each is not None and layer_role(path) == layer)
+            mean = mean_of_experts(
+                each for path, each in sums.items() if each is not None and layer_role(path) == layer
+            )
             means[prefix + layer] = mean.doubled() if "cross_moment" in needs else mean
         return means
 

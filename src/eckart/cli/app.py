@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import sys
 import warnings
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 from typing import Annotated, Any, Final, NoReturn
 
@@ -16,8 +16,9 @@ import typer
 import wrapt
 from typer.core import TyperCommand, TyperGroup
 
-from eckart.cli.ending import DEBUG, Stopped, stopping, tell
-from eckart.cli.terminal import errors
+from eckart.cli.completion import command_in, outline
+from eckart.cli.ending import DEBUG, HandedOver, Stopped, stopping, tell, way_on
+from eckart.cli.terminal import be_quiet, errors
 
 # Each is the function `command` of the file of its name, and its docstring is the help. In the order of a first use.
 COMMANDS = (
@@ -36,23 +37,25 @@ COMMANDS = (
     "probe",
     "finetune",
     "pitfalls",
+    "exec",
 )
 STYLE: Final = "rich"
-# How a command that was stopped goes on. Of one that is not here, nothing is kept.
-GOES_ON = {
-    "compress": "the same command starts from what is in the cache, and with --out-of-core goes on by --resume",
-    "correct": "the same command starts from what is in the cache",
-    "eval": "with --out, the same command goes on with what is missing",
-    **dict.fromkeys(("run", "reproduce"), "the same command goes on with what is missing"),
-    **dict.fromkeys(("search", "probe", "finetune"), "the same command goes on where it was"),
-}
-NOTHING_KEPT = "nothing was changed"
 
 
 def load_command(name: str) -> TyperCommand:
     """The command of this name of COMMANDS; imports its file, and torch with most of them, which takes seconds."""
+    module = importlib.import_module(f"eckart.cli.{name}")
+    return _as_command(name, module.command, getattr(module, "SETTINGS", None))
+
+
+def outline_command(name: str) -> TyperCommand:
+    """The same with its options alone, for completion: from the text of its file, at once."""
+    return _as_command(name, outline(name))
+
+
+def _as_command(name: str, function: Callable[..., Any], settings: dict[str, Any] | None = None) -> TyperCommand:
     one = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=STYLE)
-    one.command(name)(importlib.import_module(f"eckart.cli.{name}").command)
+    one.command(name, context_settings=settings)(function)
     command = typer.main.get_command(one)
     assert isinstance(command, TyperCommand)
     return command
@@ -60,9 +63,7 @@ def load_command(name: str) -> TyperCommand:
 
 def first_line(name: str) -> str:
     """What the command of this name of COMMANDS does, from its file, without importing it."""
-    tree = ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
-    (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "command")
-    return (ast.get_docstring(function) or "").partition("\n")[0]
+    return (ast.get_docstring(command_in(name)) or "").partition("\n")[0]
 
 
 class LazyGroup(TyperGroup):
@@ -74,14 +75,16 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
         name, _listed, others = super().resolve_command(ctx, args)
-        return name, load_command(name) if name else None, others
+        if name != "exec":  # whose program says what it wants to
+            wrapt.when_imported("transformers.utils.logging")(_silence)
+        make = outline_command if ctx.resilient_parsing else load_command
+        return name, make(name) if name else None, others
 
 
 app = typer.Typer(
     name="eckart",
     cls=LazyGroup,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=STYLE,
 )
@@ -98,27 +101,35 @@ def eckart(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print errors and warnings only, and what --json asks for")
+    ] = False,
 ) -> None:
     """Low-rank compression of Hugging Face language models.
 
     Start with [bold]eckart demo[/bold] (the built-in model, no network), then [bold]eckart compress[/bold] and
     [bold]eckart eval[/bold] on your own. "keep" is always the share of parameters kept, not removed.
     """
+    be_quiet(quiet)
 
 
 def main() -> None:
     """Entry point. What does not end well is told in one line on stderr, see `ending`; ECKART_DEBUG=1 raises it."""
-    wrapt.when_imported("transformers.utils.logging")(_silence)
+    program: Callable[[], None] | None = None
     try:
         with stopping(), warnings.catch_warnings():
             warnings.showwarning = _warn
-            app()
+            app(prog_name="eckart")
     except Exception as error:
         if os.environ.get(DEBUG):
             raise
         _end(*tell(error))
     except Stopped as signal:
-        _end(signal.status, f"stopped; {GOES_ON.get(''.join(sys.argv[1:2]), NOTHING_KEPT)}")
+        _end(signal.status, f"stopped; {way_on(sys.argv[1:])}")
+    except HandedOver as end:
+        program = end.program
+    if program is not None:  # not called above: what it raises would be told as raised while that was handled
+        program()
 
 
 def _end(status: int, line: str) -> NoReturn:

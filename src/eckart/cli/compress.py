@@ -28,6 +28,7 @@ from eckart.cli.options import (
     MethodOptions,
     NoCache,
     RankMultiple,
+    RemoteCode,
     TextColumn,
     TrustRemoteCode,
     Workers,
@@ -106,6 +107,7 @@ def command(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="With --out-of-core: go on where a run was stopped")] = False,
     trust_remote_code: TrustRemoteCode = False,
+    remote_code: RemoteCode = False,
     force: Force = False,
 ) -> None:
     """Factor a model's linears and write a checkpoint that stock transformers loads after `import eckart`.
@@ -168,6 +170,7 @@ def command(
         cache=cache,
         no_cache=no_cache,
         trust_remote_code=trust_remote_code,
+        remote_code=remote_code,
         claims=out,
     ) as how:
         if out_of_core:

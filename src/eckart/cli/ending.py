@@ -11,11 +11,12 @@ import errno
 import importlib.metadata
 import os
 import platform
+import shlex
 import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -31,7 +32,11 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 # errors of their own.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_SPACE = (*map(os.strerror, FULL), "PytorchStreamWriter failed")
-
+# What stopped commands keep. These go on where they were, those of the second line if they have an --out.
+GO_ON = ("run", "reproduce", "search", "finetune")
+GO_ON_IN_OUT = ("eval", "probe")
+# In the cache, unless --no-cache: what these have read of a model; they start again from there.
+IN_CACHE = {"compress": "moments", "correct": "moments", "probe": "states"}
 
 # The signal that was heard, if any: of the process, as signals are.
 _HEARD: list[int] = []
@@ -47,6 +52,18 @@ class Stopped(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.status = 128 + number
+
+
+class HandedOver(BaseException):
+    """The command hands the process over to another program, which ends it.
+
+    Attributes:
+        program: runs it; called when nothing of the command line's is in the way any more.
+    """
+
+    def __init__(self, program: Callable[[], None]) -> None:
+        super().__init__()
+        self.program = program
 
 
 @contextlib.contextmanager
@@ -72,6 +89,26 @@ def check_stopped() -> None:
     """Raises Stopped where a signal was heard: what it raised then may have ended in a callback, which drops it."""
     if _HEARD:
         raise Stopped(_HEARD[0])
+
+
+def way_on(words: Sequence[str]) -> str:
+    """What there is of a command that was stopped, and the command line that goes on.
+
+    Args:
+        words: of its command line, without "eckart".
+    """
+    command = next((word for word in words if not word.startswith("-")), "")
+    options = {word.partition("=")[0] for word in words if word.startswith("-")}
+    line = shlex.join(["eckart", *words])
+    if command == "compress" and "--out-of-core" in options:
+        return f"go on with: {line}{'' if '--resume' in options else ' --resume'}"
+    if command in GO_ON:
+        return f"go on with: {line}"
+    if command in GO_ON_IN_OUT and "--out" in options:  # with --force no result that is there counts
+        return f"{'start again' if '--force' in options else 'go on'} with: {line}"
+    if command in IN_CACHE and "--no-cache" not in options:
+        return f"the {IN_CACHE[command]} so far are in the cache; start again with: {line}"
+    return f"nothing was changed; start again with: {line}"
 
 
 def tell(error: Exception) -> tuple[int, str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,12 +18,22 @@ from eckart.cli.options import (
     Dtype,
     EngineName,
     Force,
+    Json,
     TextColumn,
     TrustRemoteCode,
     Workers,
     open_run,
 )
-from eckart.cli.terminal import TerminalTrack, console, number, print_line, print_warnings, table
+from eckart.cli.terminal import (
+    TerminalTrack,
+    console,
+    number,
+    print_json,
+    print_line,
+    print_warnings,
+    stdout_for_json,
+    table,
+)
 from eckart.data.mixtures import parts_of
 from eckart.data.tokens import read_tokens
 from eckart.evals.result import EvalResult
@@ -65,6 +76,7 @@ def command(
     address: Address = None,
     trust_remote_code: TrustRemoteCode = False,
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Measure a model.
 
@@ -79,15 +91,19 @@ def command(
     texts = [] if calibration is None else [calibration]
     if "errors" in needs and calibration is None:
         texts = [recorded_recipe(Path(model)).calibration.corpus]
-    with open_results(
-        out,
-        tasks,
-        {"model": model, "dtype": dtype, "reference": reference, "calibration": calibration, "samples": samples},
-        models=[model] if reference is None else [model, reference],
-        texts=[part for text in texts for part in parts_of(text)],
-        data=data,
-        force=force,
-    ) as (results, kept):
+    settings = {"model": model, "dtype": dtype, "reference": reference, "calibration": calibration, "samples": samples}
+    with (
+        stdout_for_json(as_json),
+        open_results(
+            out,
+            tasks,
+            settings,
+            models=[model] if reference is None else [model, reference],
+            texts=[part for text in texts for part in parts_of(text)],
+            data=data,
+            force=force,
+        ) as (results, kept),
+    ):
         missing = [item for item in tasks if item.slug not in kept]
         if len(missing) < len(tasks):
             print_line(f"{len(tasks) - len(missing)} of {len(tasks)} are there already")
@@ -133,16 +149,28 @@ def command(
                     results.write(item, outcome)
                     kept[item.slug] = outcome
     measured = [kept[item.slug] for item in tasks]
-    rows = [
-        row
-        for result in measured
-        for row in [
-            _score_row(result.task, result.metric, result.value, result.stderr, result.n),
-            *(_score_row("", name, score.value, score.stderr, score.n) for name, score in result.scores.items()),
+    if as_json:
+        print_json({"model": model, "results": [_as_data(result) for result in measured]})
+    else:
+        rows = [
+            row
+            for result in measured
+            for row in [
+                _score_row(result.task, result.metric, result.value, result.stderr, result.n),
+                *(_score_row("", name, score.value, score.stderr, score.n) for name, score in result.scores.items()),
+            ]
         ]
-    ]
-    console.print(table(model, ["task", "metric", "value", "stderr", "n"], rows, text_columns=2))
+        console.print(table(model, ["task", "metric", "value", "stderr", "n"], rows, text_columns=2))
     print_warnings(measured)
+
+
+def _as_data(result: EvalResult) -> dict[str, Any]:
+    """A result without what there is of each example, which is in the files of --out."""
+    whole = asdict(result)
+    return {
+        **{key: whole[key] for key in ("task", "metric", "value", "stderr", "n", "better", "scores", "settings")},
+        "warning": result.warning,
+    }
 
 
 def _score_row(task: str, metric: str, value: float, stderr: float | None, n: int) -> list[str]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from transformers import PreTrainedModel
 
 from eckart.allocation import RankPlan, plan, summarise
-from eckart.cli.options import AnyModel, Blocks, Exclude, Include, RankMultiple, TrustRemoteCode
+from eckart.cli.options import AnyModel, Blocks, Exclude, Include, Json, RankMultiple, TrustRemoteCode
 from eckart.cli.tables import remarks, sizes_table
-from eckart.cli.terminal import console, megabytes, print_line, table
-from eckart.lowrank.storage import PLAIN
+from eckart.cli.terminal import console, megabytes, print_json, print_line, stdout_for_json, table
+from eckart.lowrank.storage import PLAIN, Storage
 from eckart.models.coded import CodedLinear
 from eckart.models.linear import LowRankLinear
 from eckart.models.loading import load_model, locate
@@ -36,61 +39,127 @@ def command(
         bool, typer.Option("--verify", help="Check every file by the digests that were written with it")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
 ) -> None:
     """Show a model's compressible linears, the ranks a plan would give them, or the ranks of a compressed model."""
     if save_plan is not None and save_plan.exists():
         raise FileExistsError(f"{save_plan} exists; give another place")
-    if check:
-        checked = verify(locate(model))
-        message = f"{checked} files are as they were written" if checked else f"no {DIGESTS} to check the files by"
-        console.print(message)
-    loaded = load_model(model, trust_remote_code=trust_remote_code)
+    checked = verify(locate(model)) if check else None
+    with stdout_for_json(as_json):
+        loaded = load_model(model, trust_remote_code=trust_remote_code)
     low_rank = low_rank_modules(loaded)
     if save_plan is not None and (low_rank or keep is None):
         raise ValueError("--save-plan needs a dense model and --keep")
+    ranks: RankPlan | None = None
+    if keep is not None and not low_rank:
+        ranks = plan(
+            loaded,
+            keep,
+            include=include or (),
+            exclude=exclude or (),
+            blocks=blocks,
+            rank_multiple=rank_multiple,
+            layout=layout,  # type: ignore[arg-type]
+        )
+        if save_plan is not None:
+            write_whole(save_plan, ranks.to_json())
+    if as_json:
+        print_json(_described(model, loaded, low_rank, ranks, checked))
+        return
+    if check:
+        message = f"{checked} files are as they were written" if checked else f"no {DIGESTS} to check the files by"
+        console.print(message)
     if low_rank:
-        coded = any(isinstance(m, CodedLinear) for m in low_rank.values())
-        rows = [
-            [
-                name,
-                f"{m.out_features} x {m.in_features}",
-                str(m.rank),
-                f"{_kept(m):.3f}",
-                *([str(m.storage) if isinstance(m, CodedLinear) else str(PLAIN)] if coded else []),
-            ]
-            for name, m in low_rank.items()
-        ]
-        columns = ["low-rank linear", "out x in", "rank", "kept", *(["stored"] if coded else [])]
-        console.print(table(model, columns, rows))
-        recipe = loaded.config.quantization_config.recipe
-        console.print(f"made by {json.dumps(recipe, ensure_ascii=False)}")
+        _show_compressed(model, loaded, low_rank)
     else:
-        ranks: RankPlan | None = None
-        if keep is not None:
-            ranks = plan(
-                loaded,
-                keep,
-                include=include or (),
-                exclude=exclude or (),
-                blocks=blocks,
-                rank_multiple=rank_multiple,
-                layout=layout,  # type: ignore[arg-type]
-            )
-        rows, sites = [], find_sites(loaded)
-        for site in sites:
-            rank = ranks.rank(site) if ranks else None
-            shown = "dense" if rank is None else str(rank)
-            rows.append([site.name, site.part, f"{site.d_out} x {site.d_in}", str(site.break_even_rank), shown])
-        console.print(table(model, ["linear", "part", "out x in", "break-even rank", "rank"], rows, text_columns=2))
-        for line in uncompressed_parts(loaded, sites):
-            print_line(line)
-        if ranks is not None:
-            console.print(sizes_table("The same share everywhere", summarise(ranks, loaded), ranks))
-            for line in remarks(ranks):
-                console.print(line)
-            if save_plan is not None:
-                write_whole(save_plan, ranks.to_json())
+        _show_dense(model, loaded, ranks)
     console.print(f"{num_params(loaded):,} parameters, {megabytes(num_bytes(loaded))} in {loaded.dtype}")
+
+
+def _show_compressed(name: str, model: PreTrainedModel, low_rank: Mapping[str, LowRankLinear | CodedLinear]) -> None:
+    coded = any(isinstance(m, CodedLinear) for m in low_rank.values())
+    rows = [
+        [
+            place,
+            f"{m.out_features} x {m.in_features}",
+            str(m.rank),
+            f"{_kept(m):.3f}",
+            *([str(_storage(m))] if coded else []),
+        ]
+        for place, m in low_rank.items()
+    ]
+    columns = ["low-rank linear", "out x in", "rank", "kept", *(["stored"] if coded else [])]
+    console.print(table(name, columns, rows))
+    console.print(f"made by {json.dumps(_recipe(model), ensure_ascii=False)}")
+
+
+def _show_dense(name: str, model: PreTrainedModel, ranks: RankPlan | None) -> None:
+    rows, sites = [], find_sites(model)
+    for site in sites:
+        rank = ranks.rank(site) if ranks else None
+        shown = "dense" if rank is None else str(rank)
+        rows.append([site.name, site.part, f"{site.d_out} x {site.d_in}", str(site.break_even_rank), shown])
+    console.print(table(name, ["linear", "part", "out x in", "break-even rank", "rank"], rows, text_columns=2))
+    for line in uncompressed_parts(model, sites):
+        print_line(line)
+    if ranks is not None:
+        console.print(sizes_table("The same share everywhere", summarise(ranks, model), ranks))
+        for line in remarks(ranks):
+            console.print(line)
+
+
+def _described(
+    name: str,
+    model: PreTrainedModel,
+    low_rank: Mapping[str, LowRankLinear | CodedLinear],
+    ranks: RankPlan | None,
+    checked: int | None,
+) -> dict[str, Any]:
+    """What the tables have, as plain data. Of the files' digests: how many were right, None where nobody asked."""
+    sites = () if low_rank else find_sites(model)
+    compressed = [
+        {
+            "name": place,
+            "d_out": module.out_features,
+            "d_in": module.in_features,
+            "rank": module.rank,
+            "kept": _kept(module),
+            "stored": _storage(module).to_dict(),
+        }
+        for place, module in low_rank.items()
+    ]
+    dense = [
+        {
+            "name": site.name,
+            "part": site.part,
+            "block": site.block,
+            "d_out": site.d_out,
+            "d_in": site.d_in,
+            "break_even_rank": site.break_even_rank,
+            "rank": ranks.rank(site) if ranks else None,
+        }
+        for site in sites
+    ]
+    return {
+        "model": name,
+        "compressed": bool(low_rank),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "params": num_params(model),
+        "bytes": num_bytes(model),
+        "linears": compressed or dense,
+        "made_by": _recipe(model) if low_rank else None,
+        "plan": None if ranks is None else asdict(summarise(ranks, model)),
+        "remarks": [*uncompressed_parts(model, sites), *(remarks(ranks) if ranks else ())] if sites else [],
+        "verified_files": checked,
+    }
+
+
+def _recipe(model: PreTrainedModel) -> Any:
+    return model.config.quantization_config.recipe
+
+
+def _storage(module: LowRankLinear | CodedLinear) -> Storage:
+    return module.storage if isinstance(module, CodedLinear) else PLAIN
 
 
 def _kept(module: LowRankLinear | CodedLinear) -> float:

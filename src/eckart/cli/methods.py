@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Annotated
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any
 
 import typer
 
-from eckart.cli.terminal import console, table
+from eckart.cli.options import Json
+from eckart.cli.terminal import console, print_json, table
 from eckart.compression.baselines import BASELINES, baseline_options, build_baseline
 from eckart.lowrank import METHODS, build_method, method_options
 from eckart.runs.composition import COMPOSITIONS, composition_options
@@ -15,8 +16,15 @@ from eckart.runs.composition import COMPOSITIONS, composition_options
 
 def command(
     name: Annotated[str | None, typer.Argument(help="Show one method whole")] = None,
+    as_json: Json = False,
 ) -> None:
     """List compositions, methods and baselines, or show one: its paper, equation, assumptions and settings."""
+    if as_json:
+        kinds: dict[str, Iterable[str]] = {"compositions": COMPOSITIONS, "methods": METHODS, "baselines": BASELINES}
+        print_json(
+            {kind: [_entry(each) for each in names] for kind, names in kinds.items()} if name is None else _entry(name)
+        )
+        return
     if name is None:
         compositions = {entry: compose() for entry, compose in COMPOSITIONS.items()}
         rows = [
@@ -56,6 +64,34 @@ def command(
             "settings": _settings(settings) or "none",
         }
     console.print(table(name, ["", ""], [[key, value] for key, value in facts.items()], text_columns=2))
+
+
+def _entry(name: str) -> dict[str, Any]:
+    """All that is known of a composition, a method or a baseline, as plain data. Raises ValueError for another name."""
+    if name in BASELINES:
+        baseline = build_baseline(name)
+        return {
+            "name": name,
+            "kind": "baseline",
+            "about": baseline.about,
+            "paper": baseline.paper,
+            "needs": ["calibration text"] if baseline.needs_tokens else [],
+            "settings": baseline_options(name),
+        }
+    settings = composition_options(name)  # refuses an unknown name, with what there is
+    composed = COMPOSITIONS[name]() if name in COMPOSITIONS else None
+    method = composed.method if composed else build_method(name)
+    return {
+        "name": name,
+        "kind": "composition" if composed else "method",
+        "about": f"{method.name}. {composed.describe()}" if composed else _first_line(METHODS[name]),
+        "paper": method.paper,
+        "equation": method.equation,
+        "assumes": method.assumes,
+        "fails": method.fails,
+        "needs": sorted(method.needs),
+        "settings": settings,
+    }
 
 
 def _first_line(entry: Callable[..., object]) -> str:

@@ -26,6 +26,10 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with a model's files; read it before")
 ]
+RemoteCode = Annotated[
+    bool,
+    typer.Option("--remote-code", help="The checkpoint carries code: trust_remote_code=True loads it without eckart"),
+]
 
 # Its linears, and their ranks
 MethodOptions = Annotated[
@@ -74,6 +78,7 @@ Address = Annotated[
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "eckart"
 Cache = Annotated[Path, typer.Option(help="Folder for calibration moments, reused by content; safe to delete")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep no moments on disk")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else on stdout; see docs/commands.md")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there, once the new one is complete")]
 
 
@@ -89,6 +94,7 @@ def open_run(
     cache: Path | None = None,
     no_cache: bool = False,
     trust_remote_code: bool = False,
+    remote_code: bool = False,
     claims: Path | None = None,
 ) -> Iterator[How]:
     """The options of where and how fast as the `How` of a run; its engine is open for the `with` block.
@@ -115,6 +121,7 @@ def open_run(
             opened,
             say=print_line,
             trust_remote_code=trust_remote_code,
+            remote_code=remote_code,
         )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,6 +16,7 @@ from rich.table import Table
 
 from eckart.cli.ending import check_stopped
 from eckart.evals.result import EvalResult
+from eckart.support.plain_data import finite
 
 T = TypeVar("T")
 
@@ -23,6 +26,10 @@ console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ e
 errors = Console(stderr=True, markup=False, emoji=False)
 # A log file gets a line this often; a terminal gets a live bar.
 LOG_SECONDS = 30.0
+# What turns the progress bars of libraries off, where it is set before they are imported.
+BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+# Of what --json prints: another one where a key goes, or comes to mean something else.
+JSON_FORMAT = 1
 
 
 class TerminalTrack:
@@ -79,6 +86,23 @@ class TerminalTrack:
 def print_line(line: str) -> None:
     """Print a line as it is, brackets and all."""
     console.print(line, highlight=False, soft_wrap=True)
+
+
+def be_quiet(wanted: bool) -> None:
+    """From now on print nothing but errors, warnings and JSON; libraries that are imported later draw no bars."""
+    console.quiet = wanted
+    if wanted:
+        os.environ.update(dict.fromkeys(BARS, "1"))
+
+
+def stdout_for_json(wanted: bool) -> AbstractContextManager[Any]:
+    """Inside, what is printed goes to stderr where JSON is wanted: stdout has that and nothing else."""
+    return redirect_stdout(sys.stderr) if wanted else nullcontext()
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """Print plain data as JSON, with null for numbers that are not finite; docs/commands.md has what is in it."""
+    print(json.dumps({"format": JSON_FORMAT, **finite(data)}, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def print_warnings(results: Iterable[EvalResult]) -> None:

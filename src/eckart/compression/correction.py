@@ -37,6 +37,7 @@ from eckart.models.families import UnsupportedModelError
 from eckart.models.quantised import differing_sites, quantised_weight
 from eckart.models.sites import Site, find_sites, replace_module
 from eckart.models.units import Unit
+from eckart.support.html import span
 from eckart.support.progress import Track, silent
 
 # Who gets which rank: the same for all, or a knapsack over the losses of all.
@@ -89,6 +90,11 @@ class Correction:
     method: Method
     order: CorrectionOrder
     allocation: Ranks
+
+    def __repr__(self) -> str:
+        ranks = span(each.rank for each in self.sites)
+        linears = f"{len(self.factors)} of {len(self.sites)} linears"
+        return f"Correction({linears}, ranks {ranks}, {self.num_params:,} numbers)"
 
     @property
     def factors(self) -> dict[str, Factors]:

@@ -20,6 +20,7 @@ from eckart.lowrank.input_moments import INPUT_STATISTICS
 from eckart.models.checkpoint import describe
 from eckart.models.sites import Site, read_weight, replace_module
 from eckart.models.units import Unit, units_of
+from eckart.support.html import html_table, span
 from eckart.support.progress import Track, silent
 from eckart.support.sizes import num_bytes, num_params
 
@@ -81,6 +82,24 @@ class CompressionReport:
     bytes_before: int
     bytes_after: int
     seconds: Mapping[str, float]
+
+    def __repr__(self) -> str:
+        return (
+            f"CompressionReport({len(self.sites)} linears compressed, {len(self.dense)} as they were; parameters "
+            f"{self.params_before:,} to {self.params_after:,}, bytes {self.bytes_before:,} to {self.bytes_after:,})"
+        )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a line for each role, over the blocks."""
+        roles: dict[str, list[SiteReport]] = {}
+        for each in self.sites:
+            roles.setdefault(each.site.role, []).append(each)
+        rows = []
+        for role, sites in roles.items():
+            ranks = [each.rank for each in sites if each.rank is not None]
+            errors = [each.relative_error for each in sites if each.relative_error is not None]
+            rows.append([role, len(sites), span(ranks), span(errors, ".2g")])
+        return html_table(repr(self), ["role", "linears", "ranks", "relative errors"], rows)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -38,6 +38,10 @@ class Text:
     source: dict[str, Any]
     templated: bool = False
 
+    def __repr__(self) -> str:
+        size = sum(map(len, self.documents))
+        return f"Text({len(self.documents):,} documents, {size:,} characters of {self.source.get('corpus')})"
+
     @property
     def joined(self) -> str:
         return self.joiner.join(self.documents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import glob
 import gzip
@@ -62,13 +63,33 @@ def table_kind(path: Path) -> str | None:
     return next((TABLES[suffix] for suffix in path.suffixes if suffix in TABLES), None)
 
 
+def unpack(path: Path, most: int = -1) -> bytes:
+    """The bytes of a file of UTF-8 text, plain or .gz, up to so many; -1 is all of them.
+
+    Raises:
+        ValueError: it is not UTF-8, or damaged.
+    """
+    try:
+        with cast("IO[bytes]", gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
+            data = file.read(most)
+        codecs.getincrementaldecoder("utf-8")().decode(data, final=most < 0 or len(data) < most)
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} is not readable as UTF-8 text: {error}") from error
+    return data
+
+
+def lines_of(data: bytes) -> list[str]:
+    """The lines of a text, whatever ends them, without a byte order mark."""
+    return list(io.StringIO(data.decode("utf-8-sig"), newline=None))
+
+
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file, plain or .gz, without a byte order mark.
 
     Raises:
         ValueError: it is not UTF-8, or longer than the bound.
     """
-    return list(io.StringIO(_read_bytes(path).decode("utf-8-sig"), newline=None))
+    return lines_of(_read_bytes(path))
 
 
 def read_rows(path: Path) -> list[tuple[str, Row]]:
@@ -97,13 +118,8 @@ def _check(path: Path, kind: str) -> bool:
 
 def _read_bytes(path: Path) -> bytes:
     """The unpacked bytes of a file of UTF-8 text, no more than the bound."""
-    try:
-        with cast("IO[bytes]", gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
-            data = file.read(text_limit() + 1 if text_limit() < 2**63 else -1)
-        check_length(path, len(data))
-        data.decode("utf-8")
-    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} is not readable as UTF-8 text: {error}") from error
+    data = unpack(path, text_limit() + 1 if text_limit() < 2**63 else -1)
+    check_length(path, len(data))
     return data
 
 

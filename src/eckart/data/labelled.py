@@ -51,6 +51,9 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def __repr__(self) -> str:
+        return f"Labelled({len(self):,} texts, classes {', '.join(self.classes)})"
+
     def draw(self, limit: int | None, seed: int = 0) -> Labelled:
         """At least `limit` rows where there are so many: whole groups drawn at random, in their own order.
 

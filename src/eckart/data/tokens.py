@@ -8,6 +8,7 @@ import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -41,6 +42,20 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __repr__(self) -> str:
+        parts = self.parts
+        of = parts[0]["corpus"] if len(parts) == 1 else f"{len(parts)} texts"
+        return f"Tokens({len(self):,} samples of {self.ids.shape[1]:,}, {self.count:,} tokens of {of})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a line for each text."""
+        rows = [
+            f"<tr><td>{escape(str(part['corpus']))}</td><td>{part['samples']:,}</td><td>{part['tokens']:,}</td></tr>"
+            for part in self.parts
+        ]
+        head = "<tr><th>text</th><th>samples</th><th>tokens</th></tr>"
+        return f"<table><caption>{escape(repr(self))}</caption>{head}{''.join(rows)}</table>"
 
     @property
     def count(self) -> int:

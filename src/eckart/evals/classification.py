@@ -96,18 +96,21 @@ def matthews(confusion: NDArray[np.float64]) -> float:
     Args:
         confusion: (classes, classes) counts by true class and answer.
     """
-    total, right = confusion.sum(), np.trace(confusion)
-    true, answered = confusion.sum(1), confusion.sum(0)
-    scale = np.sqrt((total**2 - answered @ answered) * (total**2 - true @ true))
-    return float((right * total - true @ answered) / scale) if scale > 0 else 0.0
+    from sklearn.metrics import matthews_corrcoef  # slow to import, and needed only here
+
+    labels, answers = np.nonzero(confusion)
+    if len(np.union1d(labels, answers)) == 1:
+        return 0.0
+    return float(matthews_corrcoef(labels, answers, sample_weight=confusion[labels, answers]))
 
 
 def weighted_f1(confusion: NDArray[np.float64]) -> float:
     """F1 of every class, weighted by how many rows are truly of it; a class without rows and answers counts nothing."""
-    true, answered = confusion.sum(1), confusion.sum(0)
-    both = true + answered
-    scores = np.divide(2 * np.diag(confusion), both, out=np.zeros_like(both), where=both > 0)
-    return float((scores @ true) / true.sum())
+    from sklearn.metrics import f1_score
+
+    labels, answers = np.nonzero(confusion)
+    weights = confusion[labels, answers]
+    return float(f1_score(labels, answers, average="weighted", sample_weight=weights, zero_division=0.0))
 
 
 def _jackknife(confusion: NDArray[np.float64], statistic: Any) -> float | None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 import string
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from eckart.data.files import lines_of, unpack
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -373,14 +373,8 @@ def _find_file(row: LocalTask, patterns: tuple[str, ...], data: Path) -> Path:
 
 def _read_rows(row: LocalTask, path: Path) -> list[tuple[str, Row]]:
     """[(member, columns of the stock data set)] of a file; the member is "" for a task of its own."""
-    rows = []
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    rows.append(_read_row(row, line, f"{path}: line {number}"))
-    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} is not readable as UTF-8 text: {error}") from error
+    lines = enumerate(lines_of(unpack(path)), 1)
+    rows = [_read_row(row, line, f"{path}: line {number}") for number, line in lines if line.strip()]
     if not rows:
         raise ValueError(f"{path} is empty")
     return rows

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from eckart.support.files import write_whole
+from eckart.support.html import html_table
 from eckart.support.plain_data import parse_json, read_json
 
 Better = Literal["higher", "lower"]
@@ -136,6 +137,19 @@ class EvalResult:
         for name, value in {self.metric: self.value, **{key: s.value for key, s in self.scores.items()}}.items():
             if math.isnan(value):
                 raise ValueError(f"{self.task}: {name} is not a number; the model or its data is broken")
+
+    def __repr__(self) -> str:
+        error = "" if self.stderr is None else f" \u00b1 {self.stderr:.2g}"
+        return f"EvalResult({self.task}: {self.metric} {self.value:.6g}{error}, n = {self.n:,})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the value and the other scores, with their errors."""
+        scores = {self.metric: Score(self.value, self.stderr, self.n), **self.scores}
+        rows = [
+            [name, f"{each.value:.6g}", "" if each.stderr is None else f"{each.stderr:.2g}", f"{each.n:,}"]
+            for name, each in scores.items()
+        ]
+        return html_table(self.task, ["metric", "value", "stderr", "n"], rows)
 
     @property
     def warning(self) -> str | None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import itertools
 import json
 import string
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eckart.data.files import unpack
 from eckart.data.positions import usable_positions
 from eckart.evals.harness_tasks import SPLIT_SEED, split_rows
 from eckart.evals.icat import icat
@@ -118,10 +117,10 @@ def read_stereoset(data: Path | None) -> StereoSet:
     path = next((folder / name for folder in folders for name in FILES if (folder / name).is_file()), None)
     if path is None:
         raise ValueError(f"stereoset: no {' or '.join(FILES)} in {' or '.join(map(str, folders))}")
+    packed = unpack(path)
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            content = json.load(file)
-    except (UnicodeDecodeError, json.JSONDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        content = json.loads(packed)
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not readable as JSON: {error}") from error
     parts = content.get("data") if isinstance(content, dict) else None
     if not isinstance(parts, dict):

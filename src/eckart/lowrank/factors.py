@@ -38,6 +38,11 @@ class Factors:
         if self.bias is not None and self.bias.shape != (self.d_out,):
             raise ValueError(f"bias has shape {tuple(self.bias.shape)}, expected ({self.d_out},)")
 
+    def __repr__(self) -> str:
+        bias = "" if self.bias is None else ", with a bias"
+        kind = str(self.left.dtype).removeprefix("torch.")
+        return f"Factors({self.d_out} x {self.d_in}, rank {self.rank}{bias}, {kind})"
+
     @property
     def d_out(self) -> int:
         return self.left.shape[0]

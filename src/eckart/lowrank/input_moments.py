@@ -114,6 +114,9 @@ class InputMoments:
         self._shifts: dict[str, Tensor | None] = {}
         self._is_read = False
 
+    def __repr__(self) -> str:
+        return f"InputMoments({self.d_in} channels, {', '.join(self._sums)}; {self.count:,} tokens)"
+
     @property
     def d_in(self) -> int:
         return self._sums["mean"].shape[0]
@@ -338,7 +341,7 @@ class InputMoments:
         """The moments of two streams that are one: this one, and its reference the same."""
         sums = self._state(torch.float32)
         sums |= {"reference_mean": sums["mean"]}
-        sums |= {name: sums["covariance"] for name in ("cross_covariance", "reference_covariance")}
+        sums |= dict.fromkeys(("cross_covariance", "reference_covariance"), sums["covariance"])
         return InputMoments.from_state(self.count, sums)
 
     def compact(self) -> InputMoments:

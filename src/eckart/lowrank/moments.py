@@ -64,6 +64,10 @@ class GradientMoments:
         if "gradient_covariance" in needs:
             self._sums["gradient_covariance"] = torch.zeros(d_out, d_out, device=device)
 
+    def __repr__(self) -> str:
+        names = ", ".join(self._sums) or "nothing kept"
+        return f"GradientMoments({names}; {self.examples:,} examples, {self.tokens:,} tokens)"
+
     @property
     def keeps_fisher(self) -> bool:
         """Whether the Fisher sums are kept."""

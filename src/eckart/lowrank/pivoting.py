@@ -89,6 +89,10 @@ class Pivoted:
         if self.bias is not None and self.bias.shape != (self.d_out,):
             raise ValueError(f"bias has shape {tuple(self.bias.shape)}, expected ({self.d_out},)")
 
+    def __repr__(self) -> str:
+        bias = "" if self.bias is None else ", with a bias"
+        return f"Pivoted({self.d_out} x {self.d_in}, rank {self.rank}{bias})"
+
     @property
     def d_out(self) -> int:
         return self.order.shape[0]

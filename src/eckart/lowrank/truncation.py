@@ -67,6 +67,10 @@ class Spectrum:
     input_mean: Float[Tensor, "in"] | None = None
     floor: float = 0.0
 
+    def __repr__(self) -> str:
+        d_out, d_in = self.weighted.shape
+        return f"Spectrum({d_out} x {d_in}, ranks to {self.max_rank})"
+
     @property
     def max_rank(self) -> int:
         return len(self.energies)

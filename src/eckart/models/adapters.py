@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from eckart.lowrank import Factors
-from eckart.models.families import UnsupportedModelError
+from eckart.models.coded import CodedLinear
+from eckart.models.families import UnsupportedModelError, is_linear
+from eckart.models.linear import LowRankLinear
 from eckart.models.weight_files import CheckpointError, damaged, some_of
 from eckart.support.extras import import_extra
 from eckart.support.plain_data import read_json
@@ -109,6 +111,62 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
         raise CheckpointError(f"{adapter.folder} cannot be merged into {adapter.base}: {reason}") from error
     merged.config.name_or_path = merged.name_or_path = str(adapter.folder)
     return merged.eval()
+
+
+def lora_targets(model: PreTrainedModel, names: str | Iterable[str] | None = None) -> list[str]:
+    """What `peft.LoraConfig(target_modules=...)` takes for a compressed model, of the names that a dense one has.
+
+    A low-rank linear is two linears to PEFT, and both get an adapter, so that it merges into the factors and the rank
+    stays. A right factor that several linears share has one adapter, where its lender is named. Dense linears are
+    themselves.
+
+    Args:
+        names: ends of the names of linears, as "q_proj"; None for those that PEFT takes of this kind of model if
+            nothing is said, as by `LoraConfig()`.
+
+    Raises:
+        ValueError: PEFT is not installed or has no names of its own for this kind of model; or no linear has a name.
+        UnsupportedModelError: factors in few bits, which no adapter merges into.
+    """
+    ends = [names] if isinstance(names, str) else _default_names(model) if names is None else list(names)
+    modules = {name: module for name, module in model.named_modules() if _takes_adapter(module)}
+    chosen: dict[str, None] = {}
+    for end in ends:
+        matched = [name for name in modules if name == end or name.endswith(f".{end}")]
+        if not matched:
+            roles = sorted({name.rsplit(".", 1)[-1] for name in modules} - {"left", "right"})
+            raise ValueError(f"no linear of the {type(model).__name__} is named {end!r}; there are {', '.join(roles)}")
+        for name in matched:
+            chosen |= dict.fromkeys(_factors_of(name, modules[name]))
+    return list(chosen)
+
+
+def _default_names(model: PreTrainedModel) -> list[str]:
+    table = import_extra(
+        "peft.utils", "peft", "the default names are PEFT's"
+    ).TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    names = table.get(model.config.model_type)
+    if names is None or isinstance(names, str):
+        raise ValueError(f"PEFT has no list of names for a {model.config.model_type}: give names, such as ['q_proj']")
+    return list(names)
+
+
+def _takes_adapter(module: nn.Module) -> bool:
+    return isinstance(module, LowRankLinear | CodedLinear) or is_linear(module)
+
+
+def _factors_of(name: str, module: nn.Module) -> list[str]:
+    """The linears with numbers of their own that stand for a linear."""
+    if not isinstance(module, LowRankLinear | CodedLinear):
+        return [name]
+    sides = dict(module.named_children())
+    factors = [side for side in ("right", "left") if isinstance(sides.get(side), nn.Linear)]
+    if isinstance(module, CodedLinear) and not factors:
+        raise UnsupportedModelError(
+            f"{name} keeps its numbers in few bits ({module.storage}), which an adapter does not merge into: compress "
+            "without bits, or put the adapter on a dense export"
+        )
+    return [f"{name}.{side}" for side in factors if cast(nn.Linear, sides[side]).weight.numel()]
 
 
 def write_lora(folder: Path, model: PreTrainedModel, factors: Mapping[str, Factors], base: str) -> None:

@@ -136,7 +136,7 @@ class LowRankQuantizer(HfQuantizer):
         if self.quantization_config.open_experts:
             open_experts(model)
         names = dict(zip(sites, resolve_names(model, sites), strict=True))
-        _build(model, sites, names)
+        _build(model, sites, names, device="meta")
         files = kwargs.get("checkpoint_files") or ()
         check_files(model, list(names.values()), [file for file in files if str(file).endswith(".safetensors")])
         return model
@@ -214,51 +214,94 @@ def specs_of(module: nn.Module, prefix: str = "") -> dict[str, dict[str, Any]]:
     return sites
 
 
-def _build(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> None:
-    """Replace the linears of a rank map by low-rank ones without numbers (on the meta device), in place.
+def build_as_described(model: PreTrainedModel) -> PreTrainedModel:
+    """A dense model as its class builds it, in place with the low-rank linears that its configuration describes.
+
+    Their factors are random, as torch starts a linear; numbers in few bits and biases are zero. For those who fill it
+    from a state dict, count it, or train it from the start.
+
+    Raises:
+        CheckpointError: the description does not fit the model.
+    """
+    section: Any = model.config.quantization_config
+    config = section if isinstance(section, LowRankConfig) else LowRankConfig(**section)
+    if config.open_experts:
+        open_experts(model)
+    names = dict(zip(config.sites, resolve_names(model, config.sites), strict=True))
+    for linear in _build(model, config.sites, names, device=None):
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+    attach(model, config.sites, config.recipe)
+    return model
+
+
+def _build(
+    model: nn.Module, sites: Mapping[str, Mapping[str, Any]], names: Mapping[str, str], *, device: str | None
+) -> list[LowRankLinear | CodedLinear]:
+    """Replace the linears of a rank map by low-rank ones with no numbers of their own yet, in place; gives these.
+
+    Classes that build their base model with `AutoModel.from_config`, as classifiers do, have them there already.
 
     Args:
         names: {site of the map: its name in the model}.
+        device: of the new ones; None for that of the linear that each replaces.
 
     Raises:
         CheckpointError: a site is no linear, or its entry does not fit it.
     """
+    built: list[LowRankLinear | CodedLinear] = []
     # Lenders first: their borrowers are built with them.
     for saved in sorted(sites, key=lambda saved: "right_of" in sites[saved]):
         name, spec = names[saved], sites[saved]
         dense = model.get_submodule(name)
+        if isinstance(dense, LowRankLinear | CodedLinear):
+            continue
         if not is_linear(dense):
             raise CheckpointError(
                 f"{name} is in the checkpoint's rank map but is a {type(dense).__name__}, not a linear"
             )
-        weight, storage = read_weight(dense), storage_of(spec)
-        if not storage.is_plain:
-            coded = CodedLinear(
-                weight.shape[1],
-                weight.shape[0],
-                spec["rank"],
-                storage,
-                bias=spec["bias"],
-                device="meta",
-                dtype=weight.dtype,
-            )
-            replace_module(model, name, coded)
-            continue
+        weight = read_weight(dense)
         lender = model.get_submodule(names[spec["right_of"]]) if "right_of" in spec else None
-        try:
-            low_rank = LowRankLinear(
-                weight.shape[1],
-                weight.shape[0],
-                spec["rank"],
-                bias=spec["bias"],
-                pivots=spec.get("pivots"),
-                right_of=lender,  # type: ignore[arg-type]
-                device="meta",
-                dtype=weight.dtype,
-            )
-        except ValueError as error:
-            raise CheckpointError(f"{name}: its entry {spec} does not fit the model: {error}") from error
-        replace_module(model, name, low_rank)
+        place: Any = {"device": device or weight.device, "dtype": weight.dtype, "lender": lender}
+        linear = empty_linear(name, spec, weight.shape[1], weight.shape[0], **place)
+        replace_module(model, name, linear)
+        built.append(linear)
+    return built
+
+
+def empty_linear(
+    name: str,
+    spec: Mapping[str, Any],
+    d_in: int,
+    d_out: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "meta",
+    lender: nn.Module | None = None,
+) -> LowRankLinear | CodedLinear:
+    """The linear that an entry of a rank map describes; its state dict says what a file holds.
+
+    Args:
+        dtype: the model's type. lender: the linear whose right factor it shares.
+
+    Raises:
+        CheckpointError: the entry does not fit a linear of this size.
+    """
+    storage, place = storage_of(spec), {"device": device, "dtype": dtype}
+    if not storage.is_plain:
+        return CodedLinear(d_in, d_out, spec["rank"], storage, bias=spec["bias"], **place)  # type: ignore[arg-type]
+    try:
+        return LowRankLinear(
+            d_in,
+            d_out,
+            spec["rank"],
+            bias=spec["bias"],
+            pivots=spec.get("pivots"),
+            right_of=lender,  # type: ignore[arg-type]
+            **place,  # type: ignore[arg-type]
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{name}: its entry {spec} does not fit the model: {error}") from error
 
 
 def put_back(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
@@ -272,7 +315,7 @@ def put_back(model: nn.Module, sites: Mapping[str, Mapping[str, Any]], tensors: 
         CheckpointError: a site is no linear, or its entry does not fit it.
         RuntimeError: a tensor is missing or has another shape.
     """
-    _build(model, sites, {name: name for name in sites})
+    _build(model, sites, {name: name for name in sites}, device="meta")
     for name in sites:
         state = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
         model.get_submodule(name).load_state_dict(state, assign=True)

@@ -15,10 +15,11 @@ from eckart.models.coded import CodedLinear
 from eckart.models.experts import close_experts, open_experts
 from eckart.models.families import UnsupportedModelError, is_linear, text_config
 from eckart.models.linear import LowRankLinear
+from eckart.models.remote_code import drop_code
 from eckart.models.sites import low_rank_modules, replace_module
 
-# Config switches that give an architecture's linears a bias, as Llama's does.
-BIAS_SWITCHES = ("attention_bias", "mlp_bias")
+# Config switches that give an architecture's linears a bias: Llama's two; SeedOss's, Ernie's, StableLM's and Falcon's.
+BIAS_SWITCHES = ("attention_bias", "mlp_bias", "attention_out_bias", "use_bias", "use_qkv_bias", "bias")
 
 
 def export_dense(model: PreTrainedModel) -> PreTrainedModel:
@@ -29,7 +30,8 @@ def export_dense(model: PreTrainedModel) -> PreTrainedModel:
     Pivoted layouts and shared right factors are multiplied out too: every linear has a matrix of its own.
 
     A bias that the method added needs a place in the architecture. Where its config can ask for one (Llama's
-    attention_bias and mlp_bias) it does, and linears that get a place they do not need hold zeros.
+    attention_bias and mlp_bias) it does, and linears that get a place they do not need hold zeros. No bias is folded
+    into another layer: docs/decisions.md says why that never makes a whole model exportable.
 
     Raises:
         UnsupportedModelError: the architecture has no place for an added bias. Nothing was changed.
@@ -39,8 +41,9 @@ def export_dense(model: PreTrainedModel) -> PreTrainedModel:
     lacking = _without_bias(skeleton, biased)
     if lacking:
         raise UnsupportedModelError(
-            f"{lacking[0]}: the method added a bias, and {type(model).__name__} has no place for one; "
-            "to export dense, compress with a method that adds none, such as feature-space"
+            f"{lacking[0]}: the method added a bias, and {type(model).__name__} has no place for one in "
+            f"{describe_linears(lacking)}; to export dense, compress anew without: `best` leaves it out by itself "
+            "where there is no place, kfac and shrunk with the option bias=false, and feature-space is sfsd without one"
         )
     multiply_back(model)
     close_experts(model)
@@ -53,7 +56,14 @@ def export_dense(model: PreTrainedModel) -> PreTrainedModel:
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
+    drop_code(model.config)
     return model
+
+
+def describe_linears(names: Sequence[str]) -> str:
+    """How many linears these are and of which roles: "24 linears (self_attn.o_proj, mlp.up_proj)"."""
+    roles = dict.fromkeys(".".join(name.split(".")[-2:]) for name in names)
+    return f"{len(names)} linear{'' if len(names) == 1 else 's'} ({', '.join(roles)})"
 
 
 def without_place_for_bias(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
@@ -62,17 +72,23 @@ def without_place_for_bias(model: PreTrainedModel, names: Sequence[str]) -> list
 
 
 def _biased_skeleton(model: PreTrainedModel, names: Sequence[str]) -> PreTrainedModel:
-    """The dense model without memory for its weights, with biases asked for where one of these linears has none."""
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    skeleton = _skeleton(model, config)
-    if not _without_bias(skeleton, names):
-        return skeleton
+    """The dense model without memory for its weights, with biases asked for where one of these linears has none.
+
+    A switch is turned where it gives such a linear a bias, and nothing to any module that is no linear.
+    """
+    skeleton = _skeleton(model, model.config)
     for switch in BIAS_SWITCHES:
-        if getattr(text_config(skeleton), switch, None) is False:
-            setattr(text_config(skeleton), switch, True)
-    return _skeleton(model, skeleton.config)
+        lacking, section = _without_bias(skeleton, names), text_config(skeleton)
+        if not lacking or getattr(section, switch, None) is not False:
+            continue
+        setattr(section, switch, True)
+        wider = _skeleton(model, copy.deepcopy(skeleton.config))
+        setattr(section, switch, False)
+        gained = {name for name, _ in wider.named_parameters()} - {name for name, _ in skeleton.named_parameters()}
+        biases = {f"{name}.bias" for name, module in wider.named_modules() if is_linear(module)}
+        if gained <= biases and not gained.isdisjoint(f"{name}.bias" for name in lacking):
+            skeleton = wider
+    return skeleton
 
 
 def _without_bias(skeleton: PreTrainedModel, names: Sequence[str]) -> list[str]:
@@ -87,7 +103,10 @@ def multiply_back(model: PreTrainedModel) -> None:
 
 
 def _skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """The dense model that the class builds from `config`, without memory for its weights."""
+    """The dense model that the class builds from a copy of `config`, without memory for its weights."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     with torch.device("meta"):
         skeleton = type(model)(config)
     return open_experts(skeleton)

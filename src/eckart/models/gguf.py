@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,15 +54,21 @@ WINDOW = {"attention.sliding_window": "sliding_window"}
 
 @dataclass(frozen=True)
 class Architecture:
-    """An architecture of llama.cpp: its type in transformers, and which entry of its metadata is which there."""
+    """An architecture of llama.cpp: its type in transformers, and which entry of its metadata is which there.
+
+    Attributes:
+        switches: {tensor of a block: entry of the configuration that says the model has such}.
+    """
 
     model_type: str
     entries: Mapping[str, str]
+    switches: Mapping[str, str] = field(default_factory=dict)
 
 
 # {llama.cpp's name: it in transformers}; each has a row in `families.FAMILIES`, and transformers knows its tensors.
 ARCHITECTURES = {
-    "llama": Architecture("llama", WITH_HEADS),  # Mistral's too, and whatever else computes as Llama does
+    # Mistral's too, and whatever else computes as Llama does
+    "llama": Architecture("llama", WITH_HEADS, {"attn_output.bias": "attention_bias", "ffn_down.bias": "mlp_bias"}),
     "qwen2": Architecture("qwen2", LLAMA),
     "qwen3": Architecture("qwen3", WITH_HEADS),
     "phi3": Architecture(
@@ -170,13 +176,18 @@ def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
         UnsupportedModelError: as `load_gguf`.
     """
     import_gguf()
-    _row(read_gguf_header(file))
+    header = read_gguf_header(file)
+    _row(header)
     try:
         # In a folder of its own: transformers would take in what lies next to the file.
         with tempfile.TemporaryDirectory() as empty:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(empty, gguf_file=str(file.resolve()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise damaged_gguf(file, f"no tokenizer can be made of it: {error!r}") from error
+    for name, key in IDS.items():  # transformers 5.6 to 5.16 leave pad out, and take another eos
+        number, token = header.metadata.get(f"tokenizer.ggml.{key}_token_id"), name.removesuffix("_id")
+        if number is not None and getattr(tokenizer, name) != number:
+            setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(number))
     tokenizer.name_or_path = str(file)
     tokenizer.init_kwargs.pop("name_or_path", None)
     return tokenizer
@@ -227,6 +238,7 @@ def read_gguf_config(header: GgufHeader) -> PreTrainedConfig:
     }
     _check_entries(header, row, entries)
     values = {name: entries[key] for key, name in row.entries.items() if key in entries}
+    values |= {switch: f"blk.0.{tensor}" in header.tensors for tensor, switch in row.switches.items()}
     if "rope.freq_base" in row.entries:
         values |= _rotary(header, row, entries)
     ids = {name: header.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in IDS.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,9 @@ from eckart.models.gguf import gguf_type, load_gguf, load_gguf_tokenizer
 from eckart.models.gguf_header import gguf_file
 from eckart.models.matching import check_counts, complaints_about, is_head, refuse, stored_names, wrong_types
 from eckart.models.plain_weights import multiply_out
-from eckart.models.refusals import UNTRUSTED, check_architecture, check_quantised, check_source
+from eckart.models.refusals import UNTRUSTED, check_architecture, check_quantised, check_source, raw_config
 from eckart.models.registration import QUANT_METHOD
+from eckart.models.remote_code import carries_code, carry_code, drop_code
 from eckart.models.sites import find_sites, low_rank_modules
 from eckart.models.weight_files import (
     CheckpointError,
@@ -48,7 +49,7 @@ from eckart.models.weight_files import (
     write_digests,
 )
 from eckart.support.device import check_device
-from eckart.support.files import staged_directory, write_whole
+from eckart.support.files import staged_directory, whole_file, write_whole
 from eckart.support.quiet import quiet
 
 BUILTIN = "builtin"
@@ -184,8 +185,9 @@ def read_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrai
         CheckpointError: a weights file is damaged or outside the folder; or there are more layers than tensors.
     """
     check_source(path, trust_remote_code=trust_remote_code)
+    trusted = trust_remote_code and not carries_code(raw_config(path))
     config = load_or_refuse(
-        f"the model {path}", path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        f"the model {path}", path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=trusted)
     )
     stored = _read_stored(path)
     check_counts(config, None if stored is None else len(stored))
@@ -281,7 +283,7 @@ def class_of(config: PreTrainedConfig, path: str | Path, *, trust_remote_code: b
         str(reference).rpartition(".")[2]: (auto_class, str(reference))
         for auto_class, reference in (getattr(config, "auto_map", None) or {}).items()
     }
-    if trust_remote_code and architecture in own:
+    if trust_remote_code and architecture in own and not carries_code(config):
         auto_class, reference = own[architecture]
         remote: type[PreTrainedModel] = load_or_refuse(
             f"the code of {path}", path, lambda: get_class_from_dynamic_module(reference, str(path))
@@ -413,7 +415,8 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     recipe: dict[str, Any] | None = None,
-    files: dict[str, str] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
+    remote_code: bool | None = None,
     max_shard_size: str = "5GB",
     force: bool = False,
 ) -> Path:
@@ -424,11 +427,15 @@ def save(
     Args:
         tokenizer: saved with the model.
         recipe: what made the model; goes into config.json. None keeps what `compress` noted.
-        files: {name: text} of further files, such as README.md and plan.json.
+        files: {name: content} of further files, such as README.md and plan.json.
+        remote_code: write a file by which people who trust it load the model without eckart, as code that comes with
+            it; None does so where the model was loaded with such a file.
         force: replace a directory that exists; it is removed only after the new one is complete.
 
     Raises:
         FileExistsError: `out` exists and `force` is off. Nothing was changed.
+        ValueError: `remote_code` for a model without compressed linears, or (UnsupportedModelError) of a class of its
+            own. Nothing was written.
 
     Cost: what is written is read once more, for the digests that `weight_files.verify` checks.
     """
@@ -436,13 +443,24 @@ def save(
         if low_rank_modules(model):
             noted = getattr(getattr(model.config, "quantization_config", None), "recipe", None)
             describe(model, recipe if recipe is not None else noted)
+        elif remote_code:
+            raise ValueError(f"the {type(model).__name__} holds no compressed linear: it loads without code of ours")
         else:
+            remote_code = False
             close_experts(model)
+        if remote_code or (remote_code is None and carries_code(model.config)):
+            files = {**(files or {}), **carry_code(model)}
+        else:
+            drop_code(model.config)
         model.save_pretrained(staging, max_shard_size=max_shard_size)
         open_experts(model)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        for name, text in (files or {}).items():
-            write_whole(staging / name, text)
+        for name, content in (files or {}).items():
+            if isinstance(content, str):
+                write_whole(staging / name, content)
+            else:
+                with whole_file(staging / name) as partial:
+                    partial.write_bytes(content)
         write_digests(staging)
     return Path(out)

@@ -43,15 +43,15 @@ def check_source(path: str | Path, *, trust_remote_code: bool = False) -> None:
         )
     if place.is_file():
         raise UnsupportedModelError(f"{path} is a file; give the directory of a Hugging Face model, or a .gguf file")
-    config = _raw_config(place if place.is_dir() else path)
+    config = raw_config(path)
     if config and not trust_remote_code:
         _check_code(config, path)
 
 
-def _raw_config(path: str | Path) -> dict[str, Any]:
+def raw_config(path: str | Path) -> dict[str, Any]:
     """What config.json says; nothing where it cannot be had, which the loader then reports."""
-    if isinstance(path, Path):
-        return _read(path / CONFIG)
+    if Path(path).is_dir():
+        return _read(Path(path) / CONFIG)
     try:
         return PreTrainedConfig.get_config_dict(path)[0]
     except (OSError, ValueError):

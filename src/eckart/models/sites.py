@@ -17,7 +17,6 @@ from eckart.models.families import UnsupportedModelError, family_of, is_linear, 
 from eckart.models.linear import LowRankLinear
 from eckart.models.refusals import check_object
 
-
 # The number of an expert, or of another member of a list, inside a block.
 NUMBERS = re.compile(r"\.\d+\.")
 # What transformers' mixtures call their routers, and why those are no sites.

@@ -19,4 +19,5 @@ def all_figures(collection: Collection) -> list[Chart]:
         *(perplexity, kept_share, spectra, tasks, scores, stereoset),
         *(agreement, divergence, accumulation, probing, similarity, cost),
     )
-    return [chart for maker in makers if (chart := maker(collection)) is not None]
+    charts = [maker(collection) for maker in makers]
+    return [chart for chart in charts if chart is not None and chart.views]

@@ -1,10 +1,9 @@
-"""Formats: numbers as people read them, and as JSON holds them."""
+"""Formats: numbers as people read them."""
 
 from __future__ import annotations
 
 import html
 import math
-from typing import Any
 
 MISSING = "\u2013"  # a dash
 MINUS = "\u2212"
@@ -78,12 +77,3 @@ def with_error(value: float | None, stderr: float | None, metric: str = "") -> s
 def plain(text: object) -> str:
     """Text for a figure, in which plotly would otherwise read tags."""
     return html.escape(str(text), quote=False)
-
-
-def finite(value: Any) -> Any:
-    """Plain data for JSON: names as text, lists for tuples, null for every number that JSON does not have."""
-    if isinstance(value, dict):
-        return {str(key): finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

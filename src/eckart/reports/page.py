@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import functools
+import gzip
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,12 @@ from plotly.offline import get_plotlyjs
 
 from eckart.reports.charts import Chart, View
 from eckart.reports.figures import all_figures
-from eckart.reports.formats import finite
 from eckart.reports.palette import DARK
 from eckart.reports.runs import Collection, Run, naming_damage, read_runs
-from eckart.reports.tables import Table, environments, incomplete, paper_table, summary, warnings
+from eckart.reports.tables import Table, environments, incomplete, paper_table, repeats, summary, warnings
 from eckart.reports.verdicts import pitfalls_of
 from eckart.support.files import write_whole
+from eckart.support.plain_data import finite
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -53,6 +56,8 @@ def write_report(
 def render(collection: Collection, *, title: str | None = None, baseline: str | None = None) -> str:
     """The page as text. Raises ValueError as `write_report` does."""
     charts = all_figures(collection)
+    overview = summary(collection, baseline)
+    studies = [(study, paper_table(study, place)) for place, study in enumerate(collection.studies, 1) if study.rows]
     data = {"dark": DARK, "charts": {chart.slug: _chart_data(chart) for chart in charts}}
     jinja = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -63,10 +68,10 @@ def render(collection: Collection, *, title: str | None = None, baseline: str | 
     )
     return jinja.get_template("page.html").render(
         title=title or _title(collection),
-        studies=[(study, paper_table(study, place)) for place, study in enumerate(collection.studies, 1) if study.rows],
+        studies=[(study, table, repeats(overview, table)) for study, table in studies],
         facts=_facts(collection),
         when=_when(collection),
-        summary=summary(collection, baseline),
+        summary=overview if any(isinstance(cell.value, float) for row in overview.rows for cell in row) else None,
         charts=charts,
         questions=pitfalls_of(collection),
         incomplete=incomplete(collection),
@@ -75,9 +80,18 @@ def render(collection: Collection, *, title: str | None = None, baseline: str | 
         runs=[(run, _settings_text(run)) for run in collection.runs],
         css=(TEMPLATES / "page.css").read_text(encoding="utf-8"),
         js=(TEMPLATES / "page.js").read_text(encoding="utf-8"),
-        plotly=get_plotlyjs(),
+        plotly=packed_plotly() if charts else None,
         data=script_json(data),
     )
+
+
+@functools.cache
+def packed_plotly() -> str:
+    """plotly.js, which draws the figures, as base64 of gzip: 2 MB for 4.8. The page's own script unpacks it.
+
+    It is the whole library, of which the page uses scatter, bar and heatmap: the Python package ships no smaller one.
+    """
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
 
 
 def script_json(data: Any) -> str:
@@ -145,26 +159,25 @@ def _title(collection: Collection) -> str:
     if collection.studies:
         return "; ".join(dict.fromkeys(study.title for study in collection.studies))
     models = collection.models
-    return f"{' and '.join(models[:3])}{' and others' if len(models) > 3 else ''}, compressed"
+    what = "measured" if all(run.is_dense for run in collection.runs) else "compressed"
+    return f"{' and '.join(models[:3])}{' and others' if len(models) > 3 else ''}, {what}"
 
 
 def _facts(collection: Collection) -> list[tuple[str, str, str]]:
-    """(label, what there is of it, names) for the head of the page."""
+    """(count, of what, names) for the head of the page, of what there is any."""
     runs = [run for run in collection.runs if not run.is_dense]
     methods = list(dict.fromkeys(run.method for run in runs))
     sizes = [f"{keep:g}" for keep in sorted({run.keep for run in runs if run.keep is not None}, reverse=True)]
     tasks = {task for run in collection.runs for results in (run.compressed, run.dense) for task in results}
-    facts = [
-        (_count(collection.models, "model"), ", ".join(collection.models)),
-        (_count(methods, "method"), ", ".join(dict.fromkeys(run.series for run in runs))),
-        (_count(runs, "run"), f"keeping {', '.join(sizes)} of each linear" if sizes else ""),
-        (_count(tasks, "evaluation"), "of the dense and of the compressed models"),
+    facts: list[tuple[Sized, str, str]] = [
+        (collection.models, "model", ", ".join(collection.models)),
+        (methods, "method", ", ".join(dict.fromkeys(run.series for run in runs))),
+        (runs, "run", f"keeping {', '.join(sizes)} of the linears" if sizes else ""),
+        (tasks, "evaluation", "of the dense and of the compressed models" if runs else "of the models as they are"),
     ]
-    return [(*head.split(" ", 1), names) for head, names in facts]  # type: ignore[misc]
-
-
-def _count(things: Any, noun: str) -> str:
-    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
+    return [
+        (f"{len(things)}", noun if len(things) == 1 else f"{noun}s", names) for things, noun, names in facts if things
+    ]
 
 
 def _when(collection: Collection) -> str:

@@ -202,7 +202,7 @@ def summary(collection: Collection, baseline: str | None = None) -> Table:
                     text_cell(run.name, str(run.directory)),
                 )
             )
-    notes = ["Bold: the best of a model at one share kept."]
+    notes = ["Bold: the best of a model at one share kept."] if any(cell.best for row in rows for cell in row) else []
     if compared:
         notes.append(
             f"Gain: mean over corpora of 1 \u2212 perplexity ÷ {baseline}'s at the same share kept, "
@@ -315,6 +315,15 @@ def paper_table(study: Study, place: int) -> Table:
                 cells[-len(shown)] = Cell("incomplete", None, f"not measured: {lacking}")
         rows.append(tuple(cells))
     return Table(f"paper-{place}", study.title, tuple(columns), tuple(rows), study.about, study.notes)
+
+
+def repeats(whole: Table, part: Table) -> bool:
+    """Whether a table has numbers, and all of them stand in another one, to nine digits: it need not be shown again."""
+
+    def numbers(table: Table) -> set[str]:
+        return {f"{cell.value:.9g}" for row in table.rows for cell in row if isinstance(cell.value, int | float)}
+
+    return bool(numbers(part)) and numbers(part) <= numbers(whole)
 
 
 def _label(column: str) -> str:

@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from eckart.evals.result import CHECK, Score
-from eckart.reports.formats import MISSING, finite, percent, score, with_error
+from eckart.reports.formats import MISSING, percent, score, with_error
 from eckart.reports.pitfalls import Answers, Difference, Relation, WonBack, answer
 from eckart.reports.profiles import probings
 from eckart.reports.resampling import Estimate
 from eckart.reports.runs import Collection
 from eckart.reports.tables import Cell, Column, Table, corpus_of, number_cell, text_cell
+from eckart.support.plain_data import finite
 
 # The columns of an estimate, in a group under its name.
 ESTIMATE = ("value", "from", "to")

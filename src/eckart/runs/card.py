@@ -8,15 +8,29 @@ from typing import Any
 
 from eckart.allocation.speed import describe_rows
 from eckart.evals.result import EvalResult
+from eckart.models.remote_code import FILE
 from eckart.runs.facts import Facts
 from eckart.runs.recipe import Recipe
 
+# How a checkpoint that carries code is loaded by it.
+REMOTE_CODE = (
+    f"- Without eckart, as it is: `from_pretrained(..., trust_remote_code=True)` runs {FILE}, which is here to be\n"
+    "  read first. It needs transformers alone, and is slower than eckart."
+)
 
-def write_card(recipe: Recipe, facts: Facts, results: Sequence[tuple[EvalResult, EvalResult]] = ()) -> str:
+
+def write_card(
+    recipe: Recipe,
+    facts: Facts,
+    results: Sequence[tuple[EvalResult, EvalResult]] = (),
+    *,
+    remote_code: bool = False,
+) -> str:
     """Markdown with the front matter that the hub reads.
 
     Args:
         results: (dense, compressed) pairs of the same task.
+        remote_code: the checkpoint carries code by which it loads without eckart.
     """
     composition = dataclasses.replace(recipe.composition, layout=facts.layout, joint=bool(facts.joint))
     method, ranks = composition.method, "as in plan.json" if recipe.plan else "by rules" if recipe.rules else None
@@ -35,13 +49,7 @@ def write_card(recipe: Recipe, facts: Facts, results: Sequence[tuple[EvalResult,
         f"({method.paper}; {method.equation}).",
         f"{composition.describe(ranks)}.",
         "",
-        "```python",
-        "import eckart  # teaches transformers to read this checkpoint",
-        "from transformers import AutoModelForCausalLM",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this")',
-        "```",
-        "",
-        "Without `import eckart` loading stops with a shape mismatch; it never builds a random model.",
+        *ways_to_load(remote_code=remote_code),
         "",
         "| | dense | compressed |",
         "|---|---|---|",
@@ -62,6 +70,8 @@ def write_card(recipe: Recipe, facts: Facts, results: Sequence[tuple[EvalResult,
     ]
     if facts.origin is not None:
         lines.append(describe_origin(facts.origin))
+    if facts.no_bias is not None:
+        lines.append(f"No bias: {facts.no_bias}.")
     if facts.speed is not None:
         lines.append(describe_speed(facts.speed))
     when = " before gradient steps," if any(report["kept"] for report in facts.passes) else ""
@@ -76,6 +86,29 @@ def write_card(recipe: Recipe, facts: Facts, results: Sequence[tuple[EvalResult,
         lines.append(f"Gradient steps were undone where they did not help on held-out samples: {', '.join(undone)}.")
     lines += ["", "## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def ways_to_load(*, remote_code: bool) -> list[str]:
+    """Lines on how a checkpoint is loaded, by whom.
+
+    Args:
+        remote_code: the checkpoint carries code by which it loads without eckart.
+    """
+    return [
+        "```python",
+        "import eckart  # teaches transformers to read this checkpoint",
+        "from transformers import AutoModelForCausalLM",
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this")',
+        "```",
+        "",
+        "- A program that does not import eckart: `eckart exec -- lm_eval --model hf --model_args pretrained=...`,",
+        "  `eckart exec -- python script.py`.",
+        *([REMOTE_CODE] if remote_code else []),
+        "- vLLM: `pip install 'eckart[vllm]'`, and then as any model; nothing is imported by hand.",
+        "- Without eckart, at the full size: `eckart export path/to/this DENSE --dense` writes an ordinary checkpoint.",
+        "",
+        "In any other way loading stops with a shape mismatch; it never builds a random model.",
+    ]
 
 
 def describe_origin(origin: Mapping[str, Any]) -> str:

@@ -64,7 +64,7 @@ class Composition:
         words += ["left factors refit"] if self.refit else []
         words += [f"blocks refined in {self.refinement.steps} steps"] if self.refinement else []
         words += [f"distilled in {self.distillation.steps} steps"] if self.distillation else []
-        words += [f"fine-tuned in {self.recovery.steps} steps"] if self.recovery else []
+        words += [self.recovery.describe()] if self.recovery else []
         return ", ".join(words)
 
     @property
@@ -86,7 +86,8 @@ Effort = Literal["low", "medium", "high"]
 def best(effort: Effort = "medium", **options: Any) -> Composition:
     """kfac, ranks from a knapsack over all linears, pivoted layout; more with more effort.
 
-    docs/ablation.md has the gain of each part, alone and with the others.
+    docs/ablation.md has the gain of each part, alone and with the others. A recipe that does not say `bias` has it only
+    where the model can be exported dense with it: see `added_bias.settle_bias`.
 
     Args:
         effort: low calibrates every linear on the dense model; medium in anchored order; high refines the blocks too.

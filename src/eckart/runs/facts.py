@@ -41,6 +41,7 @@ class Facts:
         calibration: the texts that were calibrated on, with samples and tokens of each, see `Tokens.parts`.
         origin: of a model that was made of a GGUF file or of an adapter, what `describe_origin` says and "files", the
             digest of every file it was made of; None of a plain checkpoint.
+        no_bias: where a composition left its bias out, why, see `settle_bias`.
     """
 
     layout: Layout
@@ -62,6 +63,7 @@ class Facts:
     speed: dict[str, Any] | None = None
     calibration: list[dict[str, Any]] = field(default_factory=list)
     origin: dict[str, Any] | None = None
+    no_bias: str | None = None
 
     @classmethod
     def of(
@@ -74,6 +76,7 @@ class Facts:
         speed: dict[str, Any] | None = None,
         calibration: Sequence[dict[str, Any]] = (),
         origin: dict[str, Any] | None = None,
+        no_bias: str | None = None,
     ) -> Facts:
         """The facts of a finished compression. Parameters are counted in the model, not the plan's forecast."""
         planned = {key: value for key, value in asdict(summary).items() if key != "params"}
@@ -87,13 +90,14 @@ class Facts:
             speed=speed,
             calibration=list(calibration),
             origin=origin,
+            no_bias=no_bias,
             **planned,
             **report.to_dict(),
         )
 
     def to_json(self) -> str:
         """The file's text."""
-        omitted = [name for name in ("fisher", "speed", "origin") if getattr(self, name) is None]
+        omitted = [name for name in ("fisher", "speed", "origin", "no_bias") if getattr(self, name) is None]
         return json.dumps({key: value for key, value in asdict(self).items() if key not in omitted}, indent=2)
 
     @classmethod

@@ -26,6 +26,7 @@ class How:
         say: shows a line, before what it is about is computed.
         trust_remote_code: run code that comes with a model's files; never asked for, and no part of a recipe, which
             people take from others.
+        remote_code: a checkpoint carries code by which those who trust it load it without eckart.
     """
 
     device: str = "cpu"
@@ -37,3 +38,4 @@ class How:
     engine: Engine = HERE
     say: Callable[[str], None] = mute
     trust_remote_code: bool = False
+    remote_code: bool = False

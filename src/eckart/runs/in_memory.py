@@ -25,6 +25,9 @@ from eckart.runs.workbench import Workbench, make_tokens, resolve
 from eckart.support.files import check_replaceable, claimed, write_whole
 from eckart.support.timing import timed
 
+# In a checkpoint, of a recovery's adapter that is not merged.
+ADAPTER_FOLDER = "adapter"
+
 
 def make_checkpoint(recipe: Recipe, out: Path, how: How, *, force: bool = False) -> Outcome:
     """Compress the recipe's model into the checkpoint directory `out`.
@@ -62,7 +65,7 @@ def _make(recipe: Recipe, out: Path, how: How, force: bool) -> Outcome:
             ranking = work.rank()
         else:
             ranking = kept_ranking(folder / "ranks.json", find_sites(model), work.rank)
-    composition = recipe.composition
+    composition = work.composition
     summary = summarise(ranking.plan, model, bias=composition.method.centred)
     blocks = work.calibration(ranking.plan)
     kept = None
@@ -89,8 +92,14 @@ def _make(recipe: Recipe, out: Path, how: How, force: bool) -> Outcome:
         passes += work.recover()
     with timed(seconds, "save"):
         speed = ranking.facts.get("speed")
-        facts = Facts.of(work.recipe, ranking.plan, summary, report, passes, speed, work.parts, origin)
-        files = work.side_files(ranking.plan, facts, ranking.facts)
+        facts = Facts.of(
+            work.recipe, ranking.plan, summary, report, passes, speed, work.parts, origin, no_bias=work.no_bias
+        )
+        files: dict[str, str | bytes] = {}
+        if work.adapter is not None:
+            taken = work.adapter.take_off(str(out.absolute()))
+            files |= {f"{ADAPTER_FOLDER}/{name}": content for name, content in taken.items()}
+        files |= work.side_files(ranking.plan, facts, ranking.facts)
         save(model, out, tokenizer, recipe=work.noted, files=files, force=force)
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)  # it is as large as the model

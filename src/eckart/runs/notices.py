@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedModel
 
-from eckart.models.dense import without_place_for_bias
+from eckart.models.dense import describe_linears
 from eckart.models.families import parts_outside
 from eckart.models.sites import Site, blocks_of
+from eckart.runs.added_bias import lacking_place
 from eckart.runs.composition import Composition
 
 
@@ -28,12 +29,11 @@ def notices(model: PreTrainedModel, sites: Sequence[Site], composition: Composit
     """
     yield from uncompressed_parts(model, sites)
     method = composition.method
-    added = [site.name for site in sites if not site.has_bias] if method.centred else []
-    lacking = without_place_for_bias(model, added)
+    lacking = lacking_place(model, sites, method)
     if lacking:
         way = "with the method's option bias=false" if "bias" in method.options else "with the method feature-space"
         yield (
             f"the method, {method.name}, adds a bias to every linear, and {type(model).__name__} has no place for one "
-            f"in {len(lacking)} of them, such as {lacking[0]}: `eckart export --dense` will refuse the result; if you "
-            f"need it dense, compress {way}"
+            f"in {describe_linears(lacking)}: `eckart export --dense` will refuse the result; if you need it dense, "
+            f"compress {way}"
         )

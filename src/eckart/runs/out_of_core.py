@@ -170,6 +170,7 @@ class _Compression:
         self.model = self.skeleton.model
         self.tokenizer = load_tokenizer(recipe.model, trust_remote_code=how.trust_remote_code)
         self.workbench = workbench = Workbench(recipe, self.model, self.tokenizer, how)
+        workbench.check()
         workbench.announce()
         self.recipe, self.composition = workbench.recipe, workbench.composition
         self.method = self.composition.in_order
@@ -404,7 +405,6 @@ class _Compression:
         if self.planned:
             sites = {name: spec for record in records for name, spec in record["sites"].items()}
             attach(self.model, sites, self.noted)
-        self.model.config.save_pretrained(self.checkpoint)
         if self.model.can_generate() and self.model.generation_config is not None:
             self.model.generation_config.save_pretrained(self.checkpoint)
         self.tokenizer.save_pretrained(self.checkpoint)
@@ -418,9 +418,11 @@ class _Compression:
         report = CompressionReport(reports, dense, self.before[0], after[0], self.before[1], after[1], self.seconds)
         # A record of an older eckart, which made no passes out of core, has none.
         passes = tuple(PassReport(**each) for record in records for each in record.get("passes", ()))
-        facts = Facts.of(self.recipe, self.plan, self.summary, report, passes, calibration=self.workbench.parts)
+        parts, no_bias = self.workbench.parts, self.workbench.no_bias
+        facts = Facts.of(self.recipe, self.plan, self.summary, report, passes, calibration=parts, no_bias=no_bias)
         for name, text in self.workbench.side_files(self.plan, facts, ranking.facts).items():
             write_whole(self.checkpoint / name, text)
+        self.model.config.save_pretrained(self.checkpoint)
         write_digests(self.checkpoint, digests)
         self.seconds["save"] += time.perf_counter() - start
         return Outcome(self.recipe, self.plan, self.summary, report, dict(self.seconds), passes, ranking.facts)

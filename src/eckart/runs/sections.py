@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from eckart.compression.baselines import BASELINES, build_baseline
 from eckart.compression.tuning.distillation import Distillation
+from eckart.compression.tuning.lora import RANK as LORA_RANK
 from eckart.compression.tuning.recovery import Recovery
 from eckart.compression.tuning.refinement import Refinement
 from eckart.data.corpora import BUILTIN
@@ -187,6 +188,21 @@ class RecoverSection(Section):
     rate: float = Field(Recovery.rate, gt=0, lt=1, description=RATE)
     batch: int = Field(Recovery.batch, gt=0, description=BATCH)
     corpus: str | None = Field(None, description="of a classifier: the labelled set that it recovers on")
+    adapter: Literal["lora"] | None = Field(
+        None, description="only an adapter around the factors moves, and the ranks stay; default: all numbers move"
+    )
+    adapter_rank: int | None = Field(None, gt=0, description=f"of the adapter; default {LORA_RANK}")
+    merge: bool | None = Field(
+        None,
+        description="true adds the adapter to the factors; false leaves these and puts it into the folder adapter of "
+        "the checkpoint, for PEFT; default true",
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> RecoverSection:
+        if self.steps:
+            Recovery(**self.model_dump())
+        return self
 
 
 def named_text(section: Any, model: Any) -> Any:

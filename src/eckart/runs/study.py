@@ -117,6 +117,8 @@ class Study(Section):
     def at(self, scale: str = "paper", changes: Mapping[str, Any] | None = None) -> Study:
         """The study at a scale, with changes on top; "paper" is the study as it is written.
 
+        Its title names the scale and the models where they are not the paper's.
+
         A scale's `base` overrides the base and every run; its `evaluate`, `columns` and `runs` replace the study's, and
         the published numbers of other tasks or columns are dropped; its `limits` bound evaluations and the scores of
         searches.
@@ -157,9 +159,17 @@ class Study(Section):
             if section.evaluate
             else self.columns
         )
+        recipes = [merge(base, row.recipe) for row in runs]
+        before = [merge(self.base, row.recipe) for row in self.runs]
+        measured, named = _models(models, recipes), _models(self.models, before)
+        title = self.title
+        if scale != "paper" or measured != named:  # what follows the colon is of the paper's model and sizes
+            shown = f"{', '.join(measured[:3])}{' and others' if len(measured) > 3 else ''}"
+            title = f"{title.partition(':')[0]}, on {shown} (scale {scale})"
         compare = self.compare and self.compare.model_copy(update=section.compare)
         return self.model_copy(
             update={
+                "title": title,
                 "about": "\n\n".join(part.strip() for part in (section.note, self.about) if part.strip()),
                 "base": base,
                 "models": models,
@@ -209,6 +219,12 @@ class Study(Section):
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"two different runs are both called {twice!r}: give each a label")
         return list(by_yaml.values())
+
+
+def _models(models: Sequence[str], recipes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of a study's models, without their owners and folders."""
+    paths = models or [str(recipe.get("model")) for recipe in recipes]
+    return list(dict.fromkeys(Path(path).name for path in paths))
 
 
 def describe(recipe: Mapping[str, Any]) -> str:

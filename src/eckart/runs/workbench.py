@@ -22,13 +22,17 @@ from eckart.calibration.moments import (
     recorded_gradients,
 )
 from eckart.calibration.sequential import KnownInputs, PassReport, SequentialCalibration
+from eckart.compression.tuning.lora import Lora
 from eckart.compression.tuning.recovery import Samples
 from eckart.data.tokens import Tokens, check_vocabulary, read_tokens, warn_of_tokenizer
 from eckart.evals.tasks import default_length
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.moments import GRADIENT_STATISTICS
+from eckart.models.adapters import import_peft
 from eckart.models.loading import load_model, locate
+from eckart.models.remote_code import carry_code
 from eckart.models.sites import Site, find_sites, select_sites
+from eckart.runs.added_bias import settle_bias
 from eckart.runs.card import write_card
 from eckart.runs.engine.base import CalibrationRequest
 from eckart.runs.facts import FACTS, Facts
@@ -48,25 +52,38 @@ class Workbench:
     """A recipe and its model, in memory or out of core.
 
     Attributes:
-        recipe: with its defaults filled in.
-        composition: of the recipe as it was written.
+        recipe: with its defaults filled in, and its composition's bias settled by the model.
+        composition: of that recipe.
+        no_bias: why the composition adds no bias, see `settle_bias`; None where that was not ours to settle.
     """
 
     def __init__(self, recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: How) -> None:
+        recipe, self.no_bias = settle_bias(recipe, model, planned_sites(model, recipe))
         self.recipe = resolve(recipe, model, tokenizer)
         self.model, self.tokenizer, self.how = model, tokenizer, how
         self.composition = recipe.composition
         # Of the dense model's inputs, where they came with the gradients and no cache has them: see `_one_shot`.
         self._memory: Memory = {}
+        # Of a recovery, where it is not merged: around the factors of the model until that is saved.
+        self.adapter: Lora | None = None
 
     def check(self) -> None:
-        """Raises ValueError where the recovery's data do not fit, before anything is computed."""
+        """Raises ValueError where the recovery's data or the code to carry do not fit, before anything is computed.
+
+        Or where a recovery by an adapter has no PEFT.
+        """
         _ = self.recovery_samples
+        if self.composition.recovery is not None and self.composition.recovery.adapter is not None:
+            import_peft()
+        if self.how.remote_code:
+            carry_code(self.model)
 
     def announce(self) -> None:
         """Say what to know before anything is computed."""
         for line in notices(self.model, self.sites, self.composition):
             self.how.say(line)
+        if self.no_bias is not None:
+            self.how.say(self.no_bias)
 
     @property
     def noted(self) -> dict[str, Any]:
@@ -76,12 +93,15 @@ class Workbench:
     def side_files(self, plan: RankPlan, facts: Facts, measured: Mapping[str, Any]) -> dict[str, str]:
         """{file name: text} of the files that accompany the weights of a compressed model.
 
+        Code to carry is named in the model's configuration, in place, so that this comes before that is written.
+
         Args:
             measured: facts that were measured for the plan.
         """
         return {
+            **(carry_code(self.model) if self.how.remote_code else {}),
             **({"allocation.json": json.dumps(measured, indent=1)} if measured else {}),
-            "README.md": write_card(self.recipe, facts),
+            "README.md": write_card(self.recipe, facts, remote_code=self.how.remote_code),
             "plan.json": plan.to_json(),
             "recipe.yaml": self.recipe.to_yaml(),
             FACTS: facts.to_json(),
@@ -90,10 +110,7 @@ class Workbench:
     @functools.cached_property
     def sites(self) -> tuple[Site, ...]:
         """The linears that the budget is shared among."""
-        selection = self.recipe.sites
-        return select_sites(
-            find_sites(self.model), include=selection.include, exclude=selection.exclude, blocks=selection.blocks
-        )
+        return selected_sites(self.model, self.recipe)
 
     @functools.cached_property
     def tokens(self) -> tuple[Tokens, Tokens | None]:
@@ -301,7 +318,8 @@ class Workbench:
         """Fine-tune the compressed model, in place, as the last step. Gives the report; nothing without a recovery."""
         if self.composition.recovery is None or self.recovery_samples is None:
             return []
-        return [self.composition.recovery(self.model, self.recovery_samples, self.how.track)]
+        report, self.adapter = self.composition.recovery.train(self.model, self.recovery_samples, self.how.track)
+        return [report]
 
     def _one_shot(self, sites: Sequence[Site] | None = None) -> Iterator[BlockCalibration]:
         """The dense model's moments of these sites; default: the selected ones.
@@ -331,6 +349,21 @@ class Workbench:
         )
 
 
+def selected_sites(model: PreTrainedModel, recipe: Recipe) -> tuple[Site, ...]:
+    """The linears that a recipe selects."""
+    selection = recipe.sites
+    return select_sites(
+        find_sites(model), include=selection.include, exclude=selection.exclude, blocks=selection.blocks
+    )
+
+
+def planned_sites(model: PreTrainedModel, recipe: Recipe) -> tuple[Site, ...]:
+    """The linears that a recipe may compress: those that its rules or its plan name, else all that it selects."""
+    if recipe.plan is None and recipe.rules is None:
+        return selected_sites(model, recipe)
+    return make_plan(model, recipe).changed
+
+
 def make_plan(model: PreTrainedModel, recipe: Recipe) -> RankPlan:
     """The ranks that a recipe fixes without measuring: by its plan, its rules, or the same share everywhere.
 
@@ -345,9 +378,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> RankPlan:
     composition, selection = recipe.composition, recipe.sites
     shared: dict[str, Any] = {"rank_multiple": recipe.rank_multiple, "layout": composition.layout}
     if composition.joint:
-        sites = find_sites(model)
-        selected = select_sites(sites, include=selection.include, exclude=selection.exclude, blocks=selection.blocks)
-        shared["joint"] = joint_groups(selected, sites)
+        shared["joint"] = joint_groups(selected_sites(model, recipe), find_sites(model))
     if recipe.rules is not None:
         rules = [Rule(r.keep, tuple(r.include), tuple(r.exclude), r.blocks) for r in recipe.rules]
         return plan(model, rules=rules, **shared)

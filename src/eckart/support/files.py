@@ -6,17 +6,18 @@ import errno
 import hashlib
 import os
 import shutil
-import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 # (thread, path) of what this process has claimed, see `claimed`.
 _CLAIMS: set[tuple[int, Path]] = set()
+NO_LOCKS = "the file system has no locks"
 # Squared gradients: in a calibration's folder, and with the weights of a fine-tuned model, of which they are none.
 GRADIENTS = "gradients.safetensors"
 # Every checkpoint, and every adapter, has one of them.
@@ -88,46 +89,27 @@ def claimed(out: str | Path) -> Iterator[Path]:
         yield out
         return
     path = _next_to(out, "lock")
+    lock = FileLock(path, timeout=0, fallback_to_soft=False)  # a soft lock is a file, which a kill leaves
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("a", encoding="utf-8")
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"another run is making {out}; wait for it, or give another place") from None
+    except NotImplementedError as error:
+        raise OSError(errno.ENOSYS, f"{NO_LOCKS} ({error}): give a place on another", str(path)) from error
     except OSError as error:  # of the place that was asked for, not of the lock next to it
-        raise OSError(error.errno, f"cannot be written ({error.strerror})", str(out)) from error
-    with lock as file:
-        if not _take(file.fileno(), path):
-            raise ValueError(f"another run is making {out}; wait for it, or give another place")
-        _CLAIMS.add(owner)
-        try:
-            _tidy(out)
-            yield out
-        finally:
-            _CLAIMS.remove(owner)
-            with suppress(OSError):  # where a file cannot be removed while it is open
-                path.unlink()
-
-
-def _take(descriptor: int, path: Path) -> bool:
-    """Whether the lock on an open file is ours now."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-            raise OSError(
-                error.errno, f"the file system has no locks ({error.strerror}): give a place on another", str(path)
-            ) from error
-        return False
+            raise OSError(error.errno, f"{NO_LOCKS} ({error.strerror}): give a place on another", str(path)) from error
+        raise OSError(error.errno, f"cannot be written ({error.strerror})", str(out)) from error
     try:
-        # Who lets go removes the file: a lock on one that was opened before keeps nobody out.
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+        _CLAIMS.add(owner)
+        _tidy(out)
+        yield out
+    finally:
+        _CLAIMS.remove(owner)
+        with suppress(OSError):  # where a file cannot be removed while it is open
+            path.unlink()  # before it is let go of: who opened it meanwhile finds it gone, and is refused
+        lock.release()
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""Plain data in files that anybody may have written, YAML and JSON: read whole, or refused with the file's name."""
+"""Plain data, YAML and JSON: read whole of files that anybody may have written, or refused with the file's name."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,15 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{where} holds no JSON object")
     return data
+
+
+def finite(value: Any) -> Any:
+    """Plain data for JSON: names as text, lists for tuples, null for every number that JSON does not have."""
+    if isinstance(value, dict):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _text(file: Path, largest: int) -> str:

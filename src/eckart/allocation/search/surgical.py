@@ -154,6 +154,9 @@ class SearchResult:
     trials: tuple[Trial, ...]
     order: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return f"SearchResult({self.plan}, {len(self.order)} linears decided, {self.evaluations} evaluations)"
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON: everything but the plan's sites."""
         return {

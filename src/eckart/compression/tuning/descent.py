@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -44,6 +44,7 @@ def descend(
     steps: int,
     rate: float,
     what: str,
+    sizes: Sequence[float] | None = None,
     track: Track = silent,
 ) -> None:
     """Take `steps` of Adam, in place; the rate falls to zero along a cosine.
@@ -55,12 +56,13 @@ def descend(
         module: has the parameters; only they have gradients meanwhile.
         parameters: float32 or wider.
         loss: from the number of a step to its loss, which is minimised.
+        sizes: of each parameter, in place of the root mean square of its numbers.
 
     Cost: a forward and a backward pass per step; three times the memory of the parameters.
     """
+    sizes = [size_of(parameter) for parameter in parameters] if sizes is None else sizes
     groups = [
-        {"params": [parameter], "lr": 0.0, "size": float(parameter.detach().square().mean().sqrt())}
-        for parameter in parameters
+        {"params": [parameter], "lr": 0.0, "size": size} for parameter, size in zip(parameters, sizes, strict=True)
     ]
     optimiser = torch.optim.Adam(groups, betas=BETAS)
     with _only(module, parameters):
@@ -71,6 +73,11 @@ def descend(
             optimiser.zero_grad()
             loss(step).backward()
             optimiser.step()
+
+
+def size_of(tensor: Tensor) -> float:
+    """The root mean square of its numbers."""
+    return float(tensor.detach().square().mean().sqrt())
 
 
 @torch.no_grad()

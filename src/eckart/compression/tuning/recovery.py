@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eckart.calibration.gradients import language_loss
 from eckart.calibration.sequential import PassReport
 from eckart.compression.tuning.descent import descend, draw_batches
+from eckart.compression.tuning.lora import Lora
 from eckart.data.labelled import read_labelled
 from eckart.data.tokens import Tokens
 from eckart.evals.hidden_states import pad_rows, tokenize_texts
@@ -43,6 +45,9 @@ class Recovery:
     AdamW suits both, and 5e-4 of a dense weight, whose numbers are around 0.04, is the 2e-5 of ordinary fine-tuning. A
     tensor that is all zeros stays so.
 
+    By an adapter only it moves, see `lora.Lora`: less memory, and less that can change. It is merged into the factors,
+    or taken off and kept by itself.
+
     It is a measurement of how much steps can mend, and so it is never undone.
 
     Attributes:
@@ -50,15 +55,21 @@ class Recovery:
         rate: of the largest step of a number, relative to the root mean square of the tensor that it is in.
         batch: samples in a step.
         corpus: of a classifier, the labelled set, whose train split it recovers on.
+        adapter: None moves all parameters.
+        adapter_rank: None is `lora.RANK`.
+        merge: None is True.
 
     Raises:
-        ValueError: steps, a rate or a batch that are not positive.
+        ValueError: steps, a rate, a batch or a rank that are not positive, or settings of an adapter without one.
     """
 
     steps: int = 64
     rate: float = 5e-4
     batch: int = 8
     corpus: str | None = None
+    adapter: Literal["lora"] | None = None
+    adapter_rank: int | None = None
+    merge: bool | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or not 0 < self.rate < 1:
@@ -66,6 +77,17 @@ class Recovery:
                 f"recovery: {self.steps} steps of {self.batch} at rate {self.rate}; give at least 1 of each and a rate "
                 "in (0, 1)"
             )
+        if self.adapter is None and (self.adapter_rank, self.merge) != (None, None):
+            raise ValueError("recovery: adapter_rank and merge go with adapter: lora")
+        if self.adapter_rank is not None and self.adapter_rank < 1:
+            raise ValueError(f"recovery: an adapter of rank {self.adapter_rank} is none")
+
+    def describe(self) -> str:
+        """In words, for a model card."""
+        if self.adapter is None:
+            return f"fine-tuned in {self.steps} steps"
+        how = "merged into the factors" if self.merge is not False else "which is kept by itself"
+        return f"fine-tuned in {self.steps} steps by a LoRA adapter, {how}"
 
     def read_samples(
         self,
@@ -102,28 +124,42 @@ class Recovery:
         return Samples(Tokens(*pad_rows(texts.ids, texts.padding), rows.source), torch.tensor(rows.labels))
 
     def __call__(self, model: PreTrainedModel, samples: Samples, track: Track = silent) -> PassReport:
+        """The report of `train`; an adapter that is not merged stays around the model's factors."""
+        return self.train(model, samples, track)[0]
+
+    def train(self, model: PreTrainedModel, samples: Samples, track: Track = silent) -> tuple[PassReport, Lora | None]:
         """Recover, in place.
 
         Returns:
-            the mean loss on the samples that steps were taken on, each once, before the first and after the last step.
+            the mean loss on the samples that steps were taken on, each once, before the first and after the last step;
+            and the adapter, still around the model's factors, where it is not to be merged.
 
         Raises:
-            ValueError: a loss that is not finite (the rate is too high, or the model is broken).
+            ValueError: a loss that is not finite (the rate is too high, or the model is broken); or as `Lora.around`.
 
-        Cost: a forward and a backward pass per step; memory of the model, three times that for Adam, and the
-        activations of one batch.
+        Cost: a forward and a backward pass per step; the activations of one batch; memory of the model, and three times
+        that for Adam, or three times that of the adapter.
         """
         batches = draw_batches(len(samples.tokens), self.batch, self.steps)
         seen = batches[: math.ceil(len(samples.tokens) / self.batch)]
         before = _mean_loss(model, samples, seen)
-        parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
 
         def loss(step: int) -> Tensor:
             return _loss(model, samples, batches[step], step)[0]
 
-        with in_float32(model):
-            descend(model, parameters, loss, steps=self.steps, rate=self.rate, what="recovery", track=track)
-        return PassReport("recover", "model", before, _mean_loss(model, samples, seen), True)
+        descent: Any = {"steps": self.steps, "rate": self.rate, "what": "recovery", "track": track}
+        lora = None
+        if self.adapter is None:
+            parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+            with in_float32(model):
+                descend(model, parameters, loss, **descent)
+        else:
+            lora = Lora.around(model, self.adapter_rank)
+            descend(model, lora.parameters, loss, sizes=lora.sizes, **descent)
+            if self.merge is not False:
+                lora.merge()
+                lora = None
+        return PassReport("recover", "model", before, _mean_loss(model, samples, seen), True), lora
 
 
 def _loss(model: PreTrainedModel, samples: Samples, rows: list[int], number: int) -> tuple[Tensor, int]:

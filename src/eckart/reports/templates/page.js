@@ -120,6 +120,19 @@
     add("path", { d: symbols[trace.marker?.symbol] ?? symbols.circle, fill: color, stroke: outline ? paint(outline, dark) : "none", "stroke-width": outline ? 1.5 : 0 });
     return svg;
   }
+  /* plotly.js comes packed; a script that is put into the page runs at once. */
+  async function unpackPlotly() {
+    const packed = document.getElementById("plotly");
+    if (!packed) return;
+    if (typeof DecompressionStream === "undefined") {
+      document.getElementById("old-browser").hidden = false;
+      return;
+    }
+    const bytes = Uint8Array.from(atob(packed.textContent), (c) => c.charCodeAt(0));
+    const script = make("script");
+    script.textContent = await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+    packed.replaceWith(script);
+  }
   const config = { displayModeBar: false, responsive: false, showTips: false, doubleClick: "reset" };
   const touch = matchMedia("(pointer: coarse)");
 
@@ -187,6 +200,7 @@
     }
     fileTop(data) { return 40 + (data.some((trace) => trace.legendgroup) ? 34 : 0); }
     async draw() {
+      if (!window.Plotly) return;
       this.started = true;
       const dark = theme() === "dark" && !printing;
       const width = Math.floor(this.plot.clientWidth);
@@ -246,7 +260,22 @@
     say(`Saved ${name}`);
   }
 
-  /* Tables. */
+  /* Tables. One that is larger than its box fades where it goes on, and says so below. */
+  function watchScroll(box, tools) {
+    const note = tools.querySelector(".more");
+    const look = () => {
+      const wide = box.scrollWidth - box.clientWidth, high = box.scrollHeight - box.clientHeight;
+      box.classList.toggle("more-right", wide - box.scrollLeft > 1);
+      box.classList.toggle("more-down", high - box.scrollTop > 1);
+      const ways = [...(wide > 1 ? ["sideways"] : []), ...(high > 1 ? ["down"] : [])];
+      note.hidden = !ways.length;
+      note.textContent = `This table is larger than its frame: scroll ${ways.join(" and ")}.`;
+    };
+    box.addEventListener("scroll", look, { passive: true });
+    new ResizeObserver(look).observe(box);
+    look();
+  }
+  for (const box of document.querySelectorAll(".table-box")) watchScroll(box, box.nextElementSibling);
   function buildTable({ slug, title, groups, columns, rows }) {
     const box = make("div", { class: "table-box", tabindex: "0", role: "region", "aria-label": title });
     const table = make("table", { id: `${slug}-table`, "data-name": slug });
@@ -272,6 +301,8 @@
     box.append(table);
     const tools = make("div", { class: "tools" });
     tools.append(make("button", { type: "button", class: "quiet csv", "data-table": table.id }, "Save as CSV"));
+    tools.append(make("span", { class: "more", hidden: "" }));
+    watchScroll(box, tools);
     return [box, tools];
   }
   const MISSING = "–";
@@ -331,7 +362,7 @@
     }
   }
   if (!charts.length) root.dataset.ready = "true";
-  drawAll();
+  unpackPlotly().then(drawAll);
   button.addEventListener("click", () => {
     showTheme(theme() === "dark" ? "light" : "dark");
     remember(theme());

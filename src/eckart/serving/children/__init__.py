@@ -1,0 +1,1 @@
+"""A folder for PYTHONPATH: see `launch.carry_to_children`."""
