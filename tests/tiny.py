@@ -156,7 +156,9 @@ def closed_model(
     """
     config = tiny_config(model_type, **changes)
     head = head or ("masked" if model_type in ENCODERS else "causal")
-    model: PreTrainedModel = HEADS[head].from_config(config, dtype=dtype).eval()
+    with torch.random.fork_rng(devices=[]):  # some classes draw vectors
+        torch.manual_seed(seed)
+        model: PreTrainedModel = HEADS[head].from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,8 +1,8 @@
-"""Experts: those of a mixture of experts as linears of their own, where transformers keeps all of a layer in one tensor.
+"""Experts: those of a mixture as linears of their own, where transformers keeps all of a layer in one tensor.
 
-transformers computes with `gate_up_proj` (experts, d_out, d_in) and `down_proj` as parameters of one module. Opened, the
-same module has a child for each expert, with two ordinary linears: each is a site like any other, with inputs, a rank
-and factors of its own, and is saved under its own name, "mlp.experts.3.down_proj".
+transformers computes with `gate_up_proj` (experts, d_out, d_in) and `down_proj` as parameters of one module. Opened,
+the same module has a child for each expert, with two ordinary linears: each is a site like any other, with inputs, a
+rank and factors of its own, and is saved under its own name, "mlp.experts.3.down_proj".
 """
 
 from __future__ import annotations
@@ -100,11 +100,10 @@ class Experts(nn.Module):
     def run(self, number: int, x: Tensor) -> Tensor:
         """The output of one expert, not weighted yet."""
         expert, fused = cast(Expert, self.get_submodule(str(number))), self.__dict__["fused"]
-        if fused.has_gate:
-            x = fused._apply_gate(expert.gate_up_proj(x))  # noqa: SLF001 (the hook of transformers' experts interface)
-        else:
-            x = fused.act_fn(expert.up_proj(x))
-        return expert.down_proj(x)
+        if not fused.has_gate:
+            return expert.down_proj(fused.act_fn(expert.up_proj(x)))
+        gate = fused._apply_gate  # noqa: SLF001 (the hook of transformers' experts interface)
+        return expert.down_proj(gate(expert.gate_up_proj(x)))
 
     @property
     def is_transposed(self) -> bool:
