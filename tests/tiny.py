@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from eckart.data.tokens import Tokens
+from eckart.models.experts import open_experts
 from eckart.models.sites import Site
 
 # `eckart ARGUMENTS` in this process: the exit status and everything printed. See the fixture `run`.
@@ -71,6 +72,33 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "roberta": COMMON,
     "roberta-prelayernorm": COMMON,
 }
+# Mixtures of experts that have a row, four experts or more of which a token is given to two.
+EXPERTS: dict[str, Any] = {**GROUPED, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+DEEPSEEK: dict[str, Any] = {
+    **COMMON,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_shared_experts": 1,
+}
+MIXTURE_CONFIGS: dict[str, dict[str, Any]] = {
+    "mixtral": {**GROUPED, "num_local_experts": 4},
+    "olmoe": {**EXPERTS, "intermediate_size": 24},
+    "gpt_oss": {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    "granitemoe": {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 40},
+    # The second of its blocks has no experts.
+    "qwen3_moe": {**EXPERTS, "mlp_only_layers": [1]},
+    "deepseek_v2": {**DEEPSEEK, "q_lora_rank": None},
+    "deepseek_v3": {**DEEPSEEK, "q_lora_rank": 16},
+}
 # Models without a row: the default family's.
 DEFAULT_CONFIGS: dict[str, dict[str, Any]] = {
     "phi": COMMON,
@@ -81,12 +109,10 @@ DEFAULT_CONFIGS: dict[str, dict[str, Any]] = {
 }
 # Models that are refused, each for its own reason.
 REFUSED_CONFIGS: dict[str, dict[str, Any]] = {
-    "mixtral": {**GROUPED, "num_local_experts": 4},
-    "qwen3_moe": {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     "t5": {"vocab_size": VOCABULARY, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "num_layers": 2},
     "albert": {**COMMON, "embedding_size": 16, "num_hidden_groups": 1},
 }
-CONFIGS = {**FAMILY_CONFIGS, **DEFAULT_CONFIGS, **REFUSED_CONFIGS}
+CONFIGS = {**FAMILY_CONFIGS, **MIXTURE_CONFIGS, **DEFAULT_CONFIGS, **REFUSED_CONFIGS}
 ENCODERS = frozenset({"bert", "roberta", "roberta-prelayernorm", "modernbert", "albert"})
 DECODERS = tuple(name for name in FAMILY_CONFIGS if name not in ENCODERS)
 
@@ -112,13 +138,27 @@ def tiny_model(
     dtype: torch.dtype = torch.float32,
     **changes: Any,
 ) -> PreTrainedModel:
+    """A model as `closed_model` makes it; the experts of a mixture are open, as `load_model` gives them."""
+    return open_experts(closed_model(model_type, head, seed=seed, dtype=dtype, **changes))
+
+
+def closed_model(
+    model_type: str,
+    head: str | None = None,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> PreTrainedModel:
     """A model with random weights, ready to evaluate; its head is the pretraining one unless another is named.
 
     Biases and norms are random as well, so that a dropped one shows, and weights keep activations near one in size.
     """
     config = tiny_config(model_type, **changes)
     head = head or ("masked" if model_type in ENCODERS else "causal")
-    model: PreTrainedModel = HEADS[head].from_config(config, dtype=dtype).eval()
+    with torch.random.fork_rng(devices=[]):  # some classes draw vectors
+        torch.manual_seed(seed)
+        model: PreTrainedModel = HEADS[head].from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -20,6 +20,7 @@ from eckart.calibration.doors import Spill, whole_doors
 from eckart.calibration.gradients import (
     Batch,
     Loss,
+    count_examples,
     gradient_of,
     place_sums,
     rows_of_one_length,
@@ -128,6 +129,7 @@ class Sweep:
                     output = hidden_of(block(hidden, *args, **kwargs))
                     output.backward(back.read(index).to(output))
                 back.write(index, gradient_of(hidden))
+        count_examples(collected, len(self.tokens.ids))
         if sites:
             write_gradients(self._file(number), collected)
         back.turn()

@@ -66,11 +66,11 @@ def collect_gradients(
     if after is not None:
         loss.draw_past(after)
     first = first_readers(sites)
-    readers = {group: model.get_submodule(first[group].name) for group in inputs or {}}
+    readers = {group: first[group].name for group in inputs or {}}
     with (
         in_float32(model, {torch.float16}),
         watching(model, collected) as scale,
-        summing_inputs(readers, inputs or {}) as expect,
+        summing_inputs(model, readers, inputs or {}) as expect,
     ):
         batches = rows_of_one_length(tokens, rows_together(model, needs))
         for ids in track(batches, "gradients", len(batches)):
@@ -81,7 +81,15 @@ def collect_gradients(
             gradient = loss.gradient(hidden.detach(), tail, batch)
             scale.scored = batch.scored
             hidden.backward(gradient)
+    count_examples(collected, len(tokens.ids))
     return collected
+
+
+def count_examples(collected: Mapping[str, GradientMoments], samples: int) -> None:
+    """Have Fisher sums be of all samples, in place: one in which an expert is given no token has no gradient of it."""
+    for moments in collected.values():
+        if moments.keeps_fisher:
+            moments.examples = samples
 
 
 def read_as_it_is(model: PreTrainedModel) -> bool:

@@ -19,12 +19,14 @@ from transformers import PreTrainedModel
 
 from eckart.calibration.cache import Store, read_gradients
 from eckart.calibration.gradients import collect_gradients, read_as_it_is
+from eckart.calibration.routes import mean_gradients, mean_of_experts
 from eckart.calibration.walk import Walk
 from eckart.data.positions import check_positions
 from eckart.data.tokens import Tokens, check_vocabulary
 from eckart.lowrank import GradientMoments, InputMoments, Method
 from eckart.lowrank.input_moments import INPUT_STATISTICS
 from eckart.lowrank.moments import GRADIENT_STATISTICS
+from eckart.models.experts import layer_role
 from eckart.models.sites import Site, find_sites, first_readers
 from eckart.support.files import GRADIENTS
 from eckart.support.fingerprint import describe_architecture, hash_weights
@@ -36,6 +38,9 @@ FORMAT = 4
 # Bytes of input moments of all blocks at once. Within them, and only then, they come from the passes that gradients are
 # gathered in, which saves a forward pass.
 IN_ONE_PASS = 4 * 2**30
+# Rows, as a share of an expert's width, of which its statistics get as many more that are distributed as those of all
+# experts of its layer: of an expert with many tokens they change nothing, and one without any has the layer's mean.
+PRIOR = 0.25
 
 # The moments of a dense model's blocks that are in memory: {block: {input group: moments}}.
 Memory = dict[int, dict[str, InputMoments]]
@@ -47,12 +52,34 @@ class BlockCalibration:
 
     Attributes:
         held_out: {input group: InputMoments} of the tokens held out, for refits and passes that are tested on them.
+        means: {role of every expert of a layer, see `layer_role`: InputMoments of all of them together}; of a part
+            that has the inputs of all of them, they are made of these. gradient_means: the same of gradients.
     """
 
     block: int
     inputs: dict[str, InputMoments] = field(default_factory=dict)
     gradients: Mapping[str, GradientMoments] = field(default_factory=dict)
     held_out: dict[str, InputMoments] = field(default_factory=dict)
+    means: dict[str, InputMoments] = field(default_factory=dict)
+    gradient_means: dict[str, GradientMoments] = field(default_factory=dict)
+
+    def inputs_of(self, group: str) -> InputMoments | None:
+        """The moments of an input group; an expert's, shrunk towards the mean of its layer."""
+        own, layer = self.inputs.get(group), layer_role(group)
+        if own is None or layer is None:
+            return own
+        if layer not in self.means:
+            self.means[layer] = mean_of_experts(each for name, each in self.inputs.items() if layer_role(name) == layer)
+        return own.shrunk(self.means[layer], PRIOR * own.d_in)
+
+    def gradients_of(self, name: str) -> GradientMoments | None:
+        """The gradient statistics of a site; an expert's, shrunk towards the mean of its layer."""
+        own, layer = self.gradients.get(name), layer_role(name)
+        if own is None or layer is None:
+            return own
+        if layer not in self.gradient_means:
+            self.gradient_means.update(mean_gradients(self.gradients, [layer]))
+        return own.shrunk(self.gradient_means[layer], PRIOR * self.gradient_means[layer].d_out)
 
     def __repr__(self) -> str:
         return f"BlockCalibration(block {self.block}: {len(self.inputs)} inputs, {len(self.gradients)} gradients)"

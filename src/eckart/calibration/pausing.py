@@ -10,7 +10,9 @@ import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 
+from eckart.calibration.routes import Routes
 from eckart.calibration.walk import Call, hidden_of, not_of_tokens
+from eckart.models.experts import Route
 
 
 class Run(greenlet):
@@ -35,19 +37,20 @@ class Run(greenlet):
     ) -> None:
         super().__init__(self._forward)
         self.block, self.readers, self._passed = block, readers, passed
+        self.routes = Routes(block, readers.values())
         self._start: tuple[Tensor, Call] | None = (hidden, call)
         self._seen: set[str] = set()
         self.forwards: dict[str, Callable[..., Any]] = {}
 
-    def advance(self) -> tuple[str, Tensor] | Tensor:
-        """(the next input group, what is read), or the block's output where no further group is read.
+    def advance(self) -> tuple[str, Tensor, Route | None] | Tensor:
+        """(the next input group, what is read, of which tokens), or the block's output where no further group is read.
 
         Raises:
             ValueError: a group is read a second time; or what the block raises.
 
         Cost: of the block's operations, those between two groups.
         """
-        with _standing_in(self.block, self.readers, self), torch.no_grad():
+        with _standing_in(self.block, self.readers, self), self.routes.watched(), torch.no_grad():
             return self.switch()
 
     def finish(self) -> Tensor:
@@ -69,7 +72,7 @@ class Run(greenlet):
         self._seen.add(group)
         if group not in self._passed:
             assert self.parent is not None
-            self.parent.switch((group, x))
+            self.parent.switch((group, x, self.routes.of(self.readers[group])))
 
 
 @contextmanager

@@ -18,10 +18,12 @@ from transformers import PreTrainedModel
 
 from eckart.calibration.doors import Doors
 from eckart.calibration.moments import BlockCalibration, check_readable, gather_gradients
+from eckart.calibration.routes import mean_gradients
 from eckart.calibration.streams import OpenDoors, Sample, Samples, Streams, hold
 from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments, InputMoments, Method
 from eckart.lowrank.input_moments import INPUT_STATISTICS
+from eckart.models.experts import layer_role
 from eckart.models.sites import Site, find_sites, first_readers
 from eckart.support.progress import Track, silent
 
@@ -219,8 +221,12 @@ class SequentialCalibration:
             if number < self.last and not self.passes:
                 onward.add("compressed")
             known = None if self.known is None else self.known(number)
+            means = streams.means(blocks.get("dense", block), readers, needs, known)
+            roles = {role for site in sites if (role := layer_role(site.name)) is not None}
+            gradient_means = mean_gradients(self.gradients or {}, roles) if roles else {}
             for group, moments in streams.meet(blocks, readers, needs, onward, known):
-                yield self._part(number, [site for site in sites if site.input_group == group], {group: moments})
+                read = [site for site in sites if site.input_group == group]
+                yield self._part(number, read, {group: moments}, means, gradient_means)
                 del moments
 
     def _run_passes(self, streams: Streams, number: int) -> None:
@@ -232,13 +238,24 @@ class SequentialCalibration:
                 self.reports.append(report)
 
     def _part(
-        self, number: int, sites: Sequence[Site], moments: dict[str, tuple[InputMoments, InputMoments]]
+        self,
+        number: int,
+        sites: Sequence[Site],
+        moments: dict[str, tuple[InputMoments, InputMoments]],
+        means: dict[str, InputMoments] | None = None,
+        gradient_means: dict[str, GradientMoments] | None = None,
     ) -> BlockCalibration:
         """The statistics of some sites of a block; moments are (calibration, held-out) ones."""
-        gradients = self.gradients or {}
         return BlockCalibration(
             number,
             {group: calibrated for group, (calibrated, _) in moments.items()},
-            {site.name: gradients[site.name] for site in sites if site.name in gradients},
-            {group: held_out for group, (_, held_out) in moments.items() if held_out.count},
+            self._gradients_of(sites),
+            {group: held_out for group, (_, held_out) in moments.items() if held_out.total},
+            means or {},
+            gradient_means or {},
         )
+
+    def _gradients_of(self, sites: Sequence[Site]) -> dict[str, GradientMoments]:
+        """Their gradient statistics, of those that have any."""
+        gradients = self.gradients or {}
+        return {site.name: gradients[site.name] for site in sites if site.name in gradients}

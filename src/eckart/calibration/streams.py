@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 
 from eckart.calibration.doors import Doors, Held
 from eckart.calibration.pausing import Run
-from eckart.calibration.walk import Call, check_rows, hidden_of, record_each, shared
+from eckart.calibration.routes import add_rows, both_routes, mean_of_experts
+from eckart.calibration.walk import Call, check_rows, hidden_of, record_each, shared, summing_inputs
 from eckart.data.tokens import Tokens
 from eckart.lowrank import InputMoments
+from eckart.models.experts import Route, every_expert, layer_role
 from eckart.models.sites import Site, blocks_of
 from eckart.support.progress import Track, silent
 
@@ -24,6 +26,8 @@ WAITING_BYTES = 2**30
 # Tensors of the hidden states' width, and of the widest input's, that a block has in memory while it waits.
 NARROW, WIDE = 6, 2
 
+# What a linear reads of a batch, and of which tokens; None for all.
+Read = tuple[Tensor, Route | None]
 # Opens the doors of a stream by its name, with its states at the given one first.
 OpenDoors = Callable[[str, int], Doors]
 
@@ -196,13 +200,16 @@ class Streams:
         """
         paths = {group: site.role for group, site in readers.items()}
         collected = {group: self._start(site, needs) for group, site in readers.items()}
+        visited: set[str] = set()
         for index in self.track(range(len(self.masks)), f"block {self.number}: moments", len(self.masks)):
             run = Run(block, self.read("dense", index), self.call("dense", index), paths)
             while not isinstance(reached := run.advance(), Tensor):
+                group, x, route = reached
+                visited.add(group)
                 if index < self.measured:
-                    self._add(collected[reached[0]], index, reached[0], {"dense": reached[1]})
+                    self._add(collected[group], index, group, {"dense": (x, route)})
             self.doors["dense"].write(index, reached)
-            _check_all_read(readers, [group for group, both in collected.items() if any(each.count for each in both)])
+            _check_all_read(readers, visited)
         self._turn("dense")
         return {group: _compact(collected.pop(group)) for group in list(collected)}
 
@@ -235,7 +242,7 @@ class Streams:
         """
         runs = _Runs(self, blocks, readers)
         while (group := runs.next_group()) is not None:
-            reference = (known or {}).get(group) if len(blocks) > 1 else None
+            reference = (known or {}).get(group) if len(blocks) > 1 and layer_role(group) is None else None
             yield group, self._meet_at(group, runs, readers[group], needs, reference)
         for name in onward:
             if name in blocks:
@@ -243,6 +250,46 @@ class Streams:
                 for index in self.track(range(len(self.masks)), what, len(self.masks)):
                     self.doors[name].write(index, runs.finish(name, index))
                 self._turn(name)
+
+    def means(
+        self,
+        block: nn.Module,
+        readers: Mapping[str, Site],
+        needs: frozenset[str],
+        known: Mapping[str, InputMoments] | None = None,
+    ) -> dict[str, InputMoments]:
+        """{role of the experts of a layer: moments of all their tokens in the dense stream}, towards which the moments
+        of an expert with few tokens are shrunk. Where those of two streams are needed, both are this one.
+
+        Args:
+            block: the dense one. readers, needs, known: as in `meet`.
+
+        Cost: a forward pass of the block, where not all that is needed is known; nothing in a block without experts.
+        """
+        paths = {path: site.d_in for site in readers.values() for path in every_expert(block, site.role)}
+        if not paths:
+            return {}
+        prefix = next(iter(readers.values())).name.removesuffix(next(iter(readers.values())).role)
+        own = frozenset({"second_moment"} if needs & {"second_moment", "cross_moment"} else ())
+        sums = {path: (known or {}).get(prefix + path) for path in paths}
+        if any(each is None for each in sums.values()):
+            device = self.read("dense", 0).device
+            fresh = {path: InputMoments(d_in, own, device=device) for path, d_in in paths.items()}
+            with summing_inputs(block, {path: path for path in paths}, fresh) as expect:
+                for index in self.track(
+                    range(self.first_held_out), f"block {self.number}: experts", self.first_held_out
+                ):
+                    args, kwargs = self.call("dense", index)
+                    expect(self.masks[index])
+                    block(self.read("dense", index), *args, **kwargs)
+            sums = {**fresh}
+        means = {}
+        for layer in {role for path in paths if (role := layer_role(path)) is not None}:
+            mean = mean_of_experts(
+                each for path, each in sums.items() if each is not None and layer_role(path) == layer
+            )
+            means[prefix + layer] = mean.doubled() if "cross_moment" in needs else mean
+        return means
 
     def _meet_at(
         self, group: str, runs: _Runs, site: Site, needs: frozenset[str], reference: InputMoments | None
@@ -262,17 +309,22 @@ class Streams:
         return calibration, InputMoments(site.d_in, held_out, device=device)
 
     def _add(
-        self, collected: tuple[InputMoments, InputMoments], index: int, group: str, seen: Mapping[str, Tensor]
+        self, collected: tuple[InputMoments, InputMoments], index: int, group: str, seen: Mapping[str, Read]
     ) -> None:
         """Add what a batch reads, {stream: input}, to the moments of calibration or of what is held out."""
-        x, mask = seen["compressed" if "compressed" in seen else "dense"], self.masks[index]
-        reference = seen["dense"] if len(seen) > 1 else None
+        mask = self.masks[index]
+        for x, route in seen.values():
+            check_rows(group, x, mask, route)
+        # The compressed stream's weights, where there are both.
+        names = sorted(seen, reverse=True)
+        route, rows = both_routes({name: seen[name][1] for name in names}, {name: seen[name][0] for name in names})
+        x = rows["compressed" if "compressed" in rows else "dense"]
+        reference = rows["dense"] if len(rows) > 1 else None
         if reference is not None and reference.dtype != x.dtype:  # of two models
             x, reference = x.float(), reference.float()
-        check_rows(group, x, mask)
         moments = collected[index >= self.first_held_out]
         try:
-            moments.update(x, mask.to(x.device), reference=reference)
+            add_rows(moments, x, mask, route, reference=reference)
         except ValueError as error:
             raise ValueError(f"{group}: {error}") from error
 
@@ -299,7 +351,7 @@ class _Runs:
         self.paths = {group: site.role for group, site in readers.items()}
         self.passed: list[str] = []
         self.waiting: dict[tuple[str, int], Run] = {}
-        self.reached: dict[tuple[str, int], tuple[str, Tensor] | Tensor] = {}
+        self.reached: dict[tuple[str, int], tuple[str, Tensor, Route | None] | Tensor] = {}
         width, hidden = max(site.d_in for site in readers.values()), streams.read(next(iter(blocks)), 0)
         row = hidden.element_size() * (NARROW * hidden.shape[-1] + WIDE * width)
         free = waiting_bytes(hidden.device)
@@ -326,9 +378,9 @@ class _Runs:
             return None
         return reached[0]
 
-    def advance(self, index: int, group: str) -> dict[str, Tensor]:
-        """{stream: what the batch's run reads at the group}."""
-        seen = {}
+    def advance(self, index: int, group: str) -> dict[str, Read]:
+        """{stream: what the batch's run reads at the group, and of which tokens}."""
+        seen: dict[str, Read] = {}
         for name in self.blocks:
             reached = self.reached.pop((name, index), None)
             reached = self._step(name, index) if reached is None else reached
@@ -336,7 +388,7 @@ class _Runs:
                 raise ValueError(
                     f"{group}: its block reads its linears in an order that depends on the text; exclude it"
                 )
-            seen[name] = reached[1]
+            seen[name] = reached[1:]
             if index >= self.kept:
                 self.waiting.pop((name, index)).throw()
         return seen
@@ -346,7 +398,7 @@ class _Runs:
         run = self.waiting.pop((name, index), None) or self._open(name, index)
         return run.finish()
 
-    def _step(self, name: str, index: int) -> tuple[str, Tensor] | Tensor:
+    def _step(self, name: str, index: int) -> tuple[str, Tensor, Route | None] | Tensor:
         run = self.waiting.get((name, index))
         if run is None:
             run = self.waiting[name, index] = self._open(name, index)

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eckart.calibration.doors import Doors, Held
+from eckart.calibration.routes import Routes, add_rows
 from eckart.lowrank import InputMoments
+from eckart.models.experts import Route
 from eckart.models.sites import Site, blocks_of
 from eckart.support.progress import Track, silent
 
@@ -137,11 +139,11 @@ def shared(value: Any, known: Any) -> Any:
     return value
 
 
-def check_rows(name: str, x: Tensor, mask: Tensor) -> None:
-    """Raises ValueError where a linear's input (..., d_in) is not one row for each token of the mask."""
-    rows = x.shape[:-1].numel()
-    if rows != mask.numel():
-        raise not_of_tokens(name, f"reads {rows} rows for {mask.numel()} tokens")
+def check_rows(name: str, x: Tensor, mask: Tensor, route: Route | None = None) -> None:
+    """Raises ValueError where a linear's input (..., d_in) is not one row for each token of the mask, or of a route."""
+    rows, tokens = x.shape[:-1].numel(), mask.numel() if route is None else len(route.tokens)
+    if rows != tokens:
+        raise not_of_tokens(name, f"reads {rows} rows for {tokens} tokens")
 
 
 def not_of_tokens(name: str, what: str) -> ValueError:
@@ -154,12 +156,13 @@ def not_of_tokens(name: str, what: str) -> ValueError:
 
 @contextmanager
 def summing_inputs(
-    readers: Mapping[str, nn.Module], sums: Mapping[str, InputMoments]
+    root: nn.Module, readers: Mapping[str, str], sums: Mapping[str, InputMoments]
 ) -> Iterator[Callable[[Tensor], None]]:
-    """Inside, what each module reads is added to the moments of its input group, in place.
+    """Inside, what each linear reads is added to the moments of its input group, in place.
 
     Args:
-        readers: {input group: its first reader}. sums: {input group: moments}, of the same groups.
+        root: the model, or a block of it.
+        readers: {input group: path of its first reader}. sums: {input group: moments}, of the same groups.
 
     Yields: what is to be told the mask of a batch's tokens before its forward pass.
 
@@ -169,6 +172,7 @@ def summing_inputs(
     """
     masks: list[Tensor] = []
     seen: set[str] = set()
+    routes = Routes(root, readers.values())
 
     def expect(mask: Tensor) -> None:
         masks[:] = [mask]
@@ -179,17 +183,19 @@ def summing_inputs(
             if group in seen:
                 raise not_of_tokens(group, "is called more than once by its block")
             seen.add(group)
-            check_rows(group, args[0], masks[0])
+            route = routes.of(readers[group])
+            check_rows(group, args[0], masks[0], route)
             try:
-                sums[group].update(args[0], masks[0])
+                add_rows(sums[group], args[0], masks[0], route)
             except ValueError as error:
                 raise ValueError(f"{group}: {error}") from error
 
         return add
 
-    handles = [module.register_forward_pre_hook(watch(group)) for group, module in readers.items()]
+    handles = [root.get_submodule(path).register_forward_pre_hook(watch(group)) for group, path in readers.items()]
     try:
-        yield expect
+        with routes.watched():
+            yield expect
     finally:
         for handle in handles:
             handle.remove()
@@ -255,8 +261,8 @@ class Walk:
         self.skip(number - 1)
         device = self.held.read(0).device
         collected = {group: InputMoments(site.d_in, needs, device=device) for group, site in groups.items()}
-        readers = {group: self.blocks[number].get_submodule(site.role) for group, site in groups.items()}
-        with summing_inputs(readers, collected) as expect:
+        readers = {group: site.role for group, site in groups.items()}
+        with summing_inputs(self.blocks[number], readers, collected) as expect:
             for _ in self._advance(f"block {number}: moments", expect):
                 pass
         return {group: collected.pop(group).compact() for group in list(collected)}

@@ -27,6 +27,7 @@ from eckart.lowrank.anchor import Anchor
 from eckart.lowrank.method import Prepared
 from eckart.lowrank.moments import JointGradients
 from eckart.lowrank.rounding import CodedFactors
+from eckart.models.experts import layer_role
 from eckart.models.sites import Site
 from eckart.models.units import Stored, Unit
 
@@ -157,7 +158,7 @@ def _cut_unit(request: CutRequest, unit: Unit, made: _Made) -> Cut:
     """
     plan, method, part, factored = request.plan, request.factor.method, request.factor.part, made.factored
     weight, rank = request.factor.weight_of(unit), plan.rank(unit.sites[0])
-    inputs = _inputs_on(part.inputs.get(unit.group), weight.device)
+    inputs = _inputs_on(part.inputs_of(unit.group), weight.device)
     held_out = _inputs_on(part.held_out.get(unit.group), weight.device)
     stored: Stored
     took = None
@@ -212,15 +213,27 @@ def factor_units(request: FactorRequest, plan: RankPlan | None = None) -> Iterat
 
 @torch.no_grad()
 def tails_of_units(request: FactorRequest) -> Iterator[tuple[Unit, Tensor]]:
-    """Each unit's loss at every rank, (max_rank + 1,), without its spectrum, which takes three times as long.
+    """Each unit's loss at every rank, (max_rank + 1,), without its spectrum, which takes three times as long; an
+    expert's times its use, so that losses can be compared.
 
     Raises: as `factor_units`.
     """
 
     def tails(_unit: Unit, weight: Tensor, moments: Moments, prepared: Prepared) -> Tensor:
-        return request.method.tails(weight, moments, prepared=prepared)
+        return request.method.tails(weight, moments, prepared=prepared) * use_of(request.method, moments)
 
     yield from each_prepared(request, tails)
+
+
+def use_of(method: Method, moments: Moments) -> float:
+    """By what a unit's losses are to be multiplied to be those of a token of the text: an expert's are of its own.
+
+    A loss per token of the expert counts as often as the expert is given one. Where it knows no gradient, which has the
+    router's weight in it, that weight's square comes in too. Fisher sums are of whole samples, whatever is in them.
+    """
+    if moments.inputs is None:
+        return 1.0
+    return moments.inputs.share if "gradient_covariance" in method.needs else moments.inputs.use
 
 
 def each_prepared(
@@ -254,6 +267,8 @@ def note_on(part: BlockCalibration, site: Site) -> str | None:
     See `lowrank.truncation.factor` for how it is factored.
     """
     inputs, gradients = part.inputs.get(site.input_group), part.gradients.get(site.name)
+    if inputs is not None and layer_role(site.input_group) is not None and not inputs.total:
+        return "no calibration token is given to this expert; it was factored by the mean of its layer's experts"
     if inputs is not None and inputs.are_zero:
         return "its input is zero on every calibration token; it was factored as if all inputs were alike"
     if gradients is not None and gradients.are_zero:
@@ -267,10 +282,11 @@ def moments_of(unit: Unit, part: BlockCalibration, device: torch.device | None =
     Args:
         device: of the unit's weight; gradients, and moments that were read from a file, are in main memory.
     """
-    inputs = _inputs_on(part.inputs.get(unit.group), device)
+    inputs = _inputs_on(part.inputs_of(unit.group), device)
     gradients = [
         GradientMoments.from_state(each.examples, each.tokens, _sums_on(each.sums, device))
-        for each in (part.gradients[site.name] for site in unit.sites if site.name in part.gradients)
+        for each in (part.gradients_of(site.name) for site in unit.sites)
+        if each is not None
     ]
     if len(gradients) < len(unit.sites):
         return Moments(inputs)

@@ -191,7 +191,7 @@ class Anchor:
 
     def _rows(self, dtype: torch.dtype) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor]]]:
         """As `_blocks`, made of the sums."""
-        sums, count, size = self.inputs.sums, self.inputs.count, self.inputs.d_in
+        sums, count, size = self.inputs.sums, self.inputs.total, self.inputs.d_in
         own, cross, reference = (sums[name] for name in ("covariance", "cross_covariance", "reference_covariance"))
         mean, shift = self.inputs.mean, self.inputs.reference_mean - self.inputs.mean
         for first in range(0, size, ROWS):

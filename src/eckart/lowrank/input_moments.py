@@ -64,6 +64,9 @@ class InputMoments:
 
     With a reference stream (`update(xh, reference=x)`), mean / second_moment are of xh, `reference_mean` of x.
 
+    Rows may have weights (`update(x, weights=w)`), as the tokens of one expert have: E is sum w x / sum w then, and
+    `use` what the rows weigh among all that there were.
+
     Args:
         d_in: width of the input.
         needs: names out of INPUT_STATISTICS; the mean and the absolute mean cost nothing and are always kept.
@@ -119,9 +122,24 @@ class InputMoments:
         return self._sums["mean"].shape[0]
 
     @property
+    def total(self) -> float:
+        """What all rows weigh together: their number, or the sum of their weights."""
+        return float(self._sums["weight"]) if "weight" in self._sums else float(self.count)
+
+    @property
+    def use(self) -> float:
+        """What these rows weigh for each token that the layer has read; one of rows without weights."""
+        return self.total / float(self._sums["offered"]) if "offered" in self._sums else 1.0
+
+    @property
+    def share(self) -> float:
+        """How many rows there are for each token that the layer has read; one of rows without weights."""
+        return self.count / float(self._sums["offered"]) if "offered" in self._sums else 1.0
+
+    @property
     def are_zero(self) -> bool:
         """Whether the input was zero on every token."""
-        return self.count > 0 and not bool(self._sums["abs_mean"].any())
+        return self.total > 0 and not bool(self._sums["abs_mean"].any())
 
     @property
     def sums(self) -> dict[str, Tensor]:
@@ -137,6 +155,8 @@ class InputMoments:
         mask: Bool[Tensor, "*batch"] | None = None,
         *,
         reference: Float[Tensor, "*batch in"] | None = None,
+        weights: Float[Tensor, "*batch"] | None = None,
+        offered: int = 0,
     ) -> None:
         """Add a batch, in place. Rows where `mask` is False (padding) are left out.
 
@@ -144,6 +164,8 @@ class InputMoments:
             x: (..., d_in); any float type, products are taken in float32 (float64 for float64 input).
             mask: (...), True for real tokens.
             reference: (..., d_in), the same input in the dense model; required when cross_moment is kept.
+            weights: (...), not negative, in every batch or in none.
+            offered: tokens that there were, of which these rows are some; with weights.
 
         Raises:
             ValueError: shapes disagree, an entry is not finite, a reference is missing or needs cross_moment.
@@ -156,6 +178,7 @@ class InputMoments:
             raise ValueError("a reference stream is for the statistic cross_moment, and only for it")
         if reference is not None and reference.shape != x.shape:
             raise ValueError(f"reference {tuple(reference.shape)} does not fit input {tuple(x.shape)}")
+        roots = None if weights is None else self._weigh(rows_of(weights[..., None], mask), offered)
         streams = {"mean": rows_of(x, mask)}
         if reference is not None:
             streams["reference_mean"] = rows_of(reference, mask)
@@ -163,11 +186,18 @@ class InputMoments:
             self._choose_shifts(streams)
         for start in range(0, len(streams["mean"]), CHUNK_ROWS):
             parts = {name: rows[start : start + CHUNK_ROWS] for name, rows in streams.items()}
-            for some in parts["mean"].split(SIZED_ROWS if x.device.type == "cpu" else CHUNK_ROWS):
-                self._on(x.device, "abs_mean").add_(widened(some).abs().sum(0))
+            part_roots = None if roots is None else roots[start : start + CHUNK_ROWS]
+            size = SIZED_ROWS if x.device.type == "cpu" else CHUNK_ROWS
+            for at, some in enumerate(parts["mean"].split(size)):
+                sizes = widened(some).abs()
+                if part_roots is not None:
+                    sizes = sizes * part_roots[at * size : at * size + size].square().to(sizes)
+                self._on(x.device, "abs_mean").add_(sizes.sum(0))
             deviations = {name: _Deviations.of(part, self._shifts.get(name)) for name, part in parts.items()}
             for name, stream in deviations.items():
-                self._add_rows(name, stream.wide)
+                self._add_rows(name, stream.wide, part_roots)
+            if part_roots is not None:
+                deviations = {name: stream.times(part_roots) for name, stream in deviations.items()}
             if "covariance" in self._sums:
                 for factors, exact in _factors(list(deviations.values())):
                     with exact_products(x) if exact else full_float32():
@@ -196,12 +226,22 @@ class InputMoments:
             self._sums[name] = self._sums[name].to(device)
         return self._sums[name]
 
-    def _add_rows(self, name: str, deviations: Tensor) -> None:
+    def _weigh(self, weights: Float[Tensor, "n 1"], offered: int) -> Float[Tensor, "n 1"]:
+        """Note what some rows weigh; returns the roots of their weights, in float64."""
+        weights = weights.double()
+        for name, more in (("weight", weights.sum()), ("offered", torch.tensor(float(offered)))):
+            before = self._sums.get(name, torch.zeros((), dtype=torch.float64))
+            self._sums[name] = before + more.to(before)
+        return weights.sqrt()
+
+    def _add_rows(self, name: str, deviations: Tensor, roots: Tensor | None) -> None:
         """Add rows to the sum of a stream, unless its mean is known."""
         if name in self._sums:
-            total, shift = self._on(deviations.device, name).add_(deviations.sum(0)), self._shifts.get(name)
+            squares = None if roots is None else roots.square().to(deviations)
+            rows = deviations if squares is None else deviations * squares
+            total, shift = self._on(deviations.device, name).add_(rows.sum(0)), self._shifts.get(name)
             if shift is not None:
-                total.add_(shift, alpha=len(deviations))
+                total.add_(shift, alpha=len(deviations) if squares is None else float(squares.sum(dtype=torch.float64)))
 
     def _add_squares(self, own: Tensor, reference: Tensor | None = None) -> None:
         """Add products of rows to the square sums; of symmetric ones to the upper block triangle."""
@@ -225,7 +265,7 @@ class InputMoments:
         """The mean of a stream, zero where no token was seen."""
         if name not in self._sums and self.reference is not None:
             return self.reference.mean
-        return self._sums[name].double() / max(self.count, 1)
+        return self._sums[name].double() / (self.total or 1)
 
     def _offsets(self, name: str, shifts: Mapping[str, Tensor | None] | None = None) -> tuple[Tensor, Tensor] | None:
         """By what the means are off the shifts of a square sum's rows and columns; None where that changes nothing.
@@ -260,7 +300,7 @@ class InputMoments:
             rows = total[place].to(torch.float64, copy=True)
             for offsets, sign in ((before, -1), (after, 1)):
                 if offsets is not None:
-                    rows.addr_(offsets[0][place], offsets[1], alpha=sign * self.count)
+                    rows.addr_(offsets[0][place], offsets[1], alpha=sign * self.total)
             moved[place] = rows
         return moved
 
@@ -270,11 +310,11 @@ class InputMoments:
             raise ValueError("only moments of the same width and the same statistics can be merged")
         first, second = self._state(torch.float64), other._state(torch.float64)
         merged = {name: first[name] + second[name] for name in first}
-        count = self.count + other.count
+        count, total = self.count + other.count, self.total + other.total
         apart = {name: other._stream_mean(name) - self._stream_mean(name) for name in STREAMS if name in first}
         for name, (rows, columns) in SQUARES.items():
             if name in merged:
-                merged[name].addr_(apart[rows], apart[columns], alpha=self.count * other.count / max(count, 1))
+                merged[name].addr_(apart[rows], apart[columns], alpha=self.total * other.total / (total or 1))
         return InputMoments.from_state(count, merged)
 
     @classmethod
@@ -283,6 +323,26 @@ class InputMoments:
         moments = cls(sums["mean"].shape[0], frozenset())
         moments.count, moments._sums, moments._is_read = count, dict(sums), True
         return moments
+
+    def shrunk(self, mean: InputMoments, rows: float) -> InputMoments:
+        """These moments with so many more rows, of ordinary weight, that are distributed as `mean` is.
+
+        Args:
+            mean: of rows with weights, as these are.
+        """
+        factor = rows / mean.count
+        sums = {name: total * factor for name, total in mean._state(torch.float64).items()}
+        more = InputMoments.from_state(0, sums | {"offered": torch.zeros_like(sums["offered"])})
+        merged = self + more
+        merged.count = self.count + round(rows)
+        return merged.compact()
+
+    def doubled(self) -> InputMoments:
+        """The moments of two streams that are one: this one, and its reference the same."""
+        sums = self._state(torch.float32)
+        sums |= {"reference_mean": sums["mean"]}
+        sums |= dict.fromkeys(("cross_covariance", "reference_covariance"), sums["covariance"])
+        return InputMoments.from_state(self.count, sums)
 
     def compact(self) -> InputMoments:
         """These moments, their square sums now about the mean and in float32: half the memory and disk, 6e-8 relative.
@@ -324,12 +384,12 @@ class InputMoments:
         """Raises ValueError where the sum that a statistic is made of is not kept, or no token was seen."""
         if name not in self._sums:
             raise ValueError(f"{statistic} was not collected; calibrate with a method that needs it")
-        if self.count == 0:
+        if not self.total:
             raise ValueError("no token was seen: the calibration text is empty or masked out")
 
     def _mean_of(self, name: str) -> Tensor:
         self._require(name, name)
-        return self._sums[name].double() / self.count
+        return self._sums[name].double() / self.total
 
     def moment(self, *, centred: bool = False, dtype: torch.dtype = torch.float64) -> Float[Tensor, "in in"]:
         """G, or C where centred: computed in float64, returned in `dtype`, without a copy in between."""
@@ -346,7 +406,7 @@ class InputMoments:
     def variances(self, *, centred: bool = False) -> Float[Tensor, "in"]:
         """The diagonal of G or C."""
         self._require("covariance", "second_moment")
-        squares = self._sums["covariance"].diagonal().double() / self.count
+        squares = self._sums["covariance"].diagonal().double() / self.total
         offsets = self._offsets("covariance")
         if offsets is not None:
             squares = squares - offsets[0].square()
@@ -361,7 +421,7 @@ class InputMoments:
         """E||W (x - mu)||^2. Cost: d_out d_in (d_in + 256) operations."""
         name = "reference_covariance" if reference else "covariance"
         self._require(name, "reference_second_moment" if reference else "second_moment")
-        return symmetric_trace(weight, self._about(name)) / self.count
+        return symmetric_trace(weight, self._about(name)) / self.total
 
     def _moment_rows(self, centred: bool) -> Iterator[tuple[slice, Tensor]]:
         """Some rows of G or C at a time, in float64, and which."""
@@ -370,7 +430,7 @@ class InputMoments:
         mean = None if centred else self.mean
         for start in range(0, self.d_in, NORMALISED_ROWS):
             place = slice(start, start + NORMALISED_ROWS)
-            rows = total[place].to(torch.float64, copy=True).div_(self.count)
+            rows = total[place].to(torch.float64, copy=True).div_(self.total)
             if offsets is not None:
                 rows.addr_(offsets[0][place], offsets[1], alpha=-1)
             if mean is not None:
@@ -379,7 +439,7 @@ class InputMoments:
 
     def _covariance_of(self, name: str, statistic: str) -> Tensor:
         self._require(name, statistic)
-        return self._about(name, dtype=torch.float64) / self.count
+        return self._about(name, dtype=torch.float64) / self.total
 
     @property
     def mean(self) -> Float[Tensor, "in"]:
@@ -464,6 +524,12 @@ class _Deviations:
     wide: Float[Tensor, "n in"]
     factors: Float[Tensor, "n in"]
     exact: Bool[Tensor, "n"] | None
+
+    def times(self, roots: Float[Tensor, "n 1"]) -> _Deviations:
+        """Each row times a number: no 16 bits hold the products."""
+        wide = self.wide * roots.to(self.wide)
+        exact = None if self.exact is None else torch.zeros_like(self.exact)
+        return _Deviations(wide, wide, exact)
 
     @classmethod
     def of(cls, rows: Float[Tensor, "n in"], shift: Float[Tensor, "in"] | None) -> _Deviations:

@@ -24,6 +24,7 @@ from eckart.lowrank.input_moments import CHUNK_ROWS, NORMALISED_ROWS, InputMomen
 # What a method may ask for, of one layer's gradients; it needs backward passes.
 FISHER = frozenset({"fisher_in", "fisher_out"})
 GRADIENT_STATISTICS = FISHER | {"gradient_covariance"}
+FISHER_PRIOR = 0.01
 
 
 class GradientMoments:
@@ -130,6 +131,26 @@ class GradientMoments:
             raise ValueError("only moments of the same shape and the same statistics can be merged")
         merged = {name: self.sums[name] + other.sums[name] for name in self.sums}
         return GradientMoments.from_state(self.examples + other.examples, self.tokens + other.tokens, merged)
+
+    @property
+    def d_out(self) -> int:
+        """The number of outputs."""
+        return next(len(self._sums[name]) for name in ("fisher_out", "gradient_covariance") if name in self._sums)
+
+    def shrunk(self, mean: GradientMoments, rows: float) -> GradientMoments:
+        """These moments with so many more tokens, distributed as those of `mean` are.
+
+        Fisher sums, of which one is of as many examples as any other, get FISHER_PRIOR of the average one.
+
+        Args:
+            mean: the sum of these moments and others of the same kind.
+        """
+        merged = {}
+        for name, total in self.sums.items():
+            covariance = name == "gradient_covariance"
+            factor = rows / max(mean.tokens, 1) if covariance else FISHER_PRIOR * self.examples / max(mean.examples, 1)
+            merged[name] = total + mean.sums[name].to(total) * factor
+        return GradientMoments.from_state(self.examples, self.tokens + round(rows), merged)
 
     @classmethod
     def from_state(cls, examples: int, tokens: int, sums: dict[str, Tensor]) -> GradientMoments:

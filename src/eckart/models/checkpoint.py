@@ -23,6 +23,7 @@ from eckart.lowrank.pivoting import check_order
 from eckart.lowrank.storage import PLAIN, Storage
 from eckart.models.coded import CodedLinear
 from eckart.models.dense import export_dense
+from eckart.models.experts import open_experts, opened_experts, without_merging
 from eckart.models.families import is_linear
 from eckart.models.linear import LowRankLinear
 from eckart.models.matching import check_finite, is_head, refuse, stored_names, without_place, wrong_types
@@ -31,8 +32,8 @@ from eckart.models.sites import low_rank_modules, read_weight, replace_module
 from eckart.models.weight_files import CheckpointError, read_headers
 
 # 1: plain factors, each linear with its own. 2: pivoted layouts and shared right factors as well. 3: numbers in few
-# bits.
-FORMATS = (1, 2, 3)
+# bits. 4: experts with linears of their own.
+FORMATS = (1, 2, 3, 4)
 # Keys of an entry whose numbers are in few bits.
 CODED = ("base", "bits", "group")
 
@@ -47,14 +48,18 @@ class LowRankConfig(QuantizationConfigMixin):
             also "pivots": how many of its rows are pivots, where it is pivoted; and "right_of": the site whose right
             factor it shares, where it has none of its own. Of format 3 on also "base": bits of a quantised weight, to
             which factors are added if the rank is not 0; "bits": of the factors; and "group": numbers of one scale.
+        open_experts: whether the experts of its mixtures have linears of their own, see `experts.Experts`; format 4.
         recipe: method, settings and calibration that made it; for people, not read by the loader.
     """
+
+    open_experts = False
 
     def __init__(
         self,
         sites: Mapping[str, Mapping[str, Any]] | None = None,
         format: int = FORMATS[0],
         recipe: Mapping[str, Any] | None = None,
+        open_experts: bool = False,
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
@@ -73,6 +78,10 @@ class LowRankConfig(QuantizationConfigMixin):
         for name, spec in self.sites.items():
             _check_lender(name, spec, self.sites)
         self.recipe = dict(recipe or {})
+        if type(open_experts) is not bool or (open_experts and format < 4):
+            raise CheckpointError(f"open_experts: {open_experts!r} does not go with format {format}")
+        if open_experts:
+            self.open_experts = open_experts
 
 
 def _check_spec(name: str, spec: Any, format: int) -> None:
@@ -124,6 +133,8 @@ class LowRankQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         sites = self.quantization_config.sites
+        if self.quantization_config.open_experts:
+            open_experts(model)
         names = dict(zip(sites, resolve_names(model, sites), strict=True))
         _build(model, sites, names, device="meta")
         files = kwargs.get("checkpoint_files") or ()
@@ -141,6 +152,11 @@ class LowRankQuantizer(HfQuantizer):
             check_finite("the checkpoint", scales)
         model.is_quantized = False  # type: ignore[assignment]
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *given: Any) -> list[Any]:
+        """How stored tensors become the model's: those of open experts are as the model has them."""
+        conversions = super().update_weight_conversions(weight_conversions, *given)
+        return without_merging(conversions) if self.quantization_config.open_experts else conversions
 
     def is_serializable(self) -> bool:
         return True
@@ -209,6 +225,8 @@ def build_as_described(model: PreTrainedModel) -> PreTrainedModel:
     """
     section: Any = model.config.quantization_config
     config = section if isinstance(section, LowRankConfig) else LowRankConfig(**section)
+    if config.open_experts:
+        open_experts(model)
     names = dict(zip(config.sites, resolve_names(model, config.sites), strict=True))
     for linear in _build(model, config.sites, names, device=None):
         if linear.bias is not None:
@@ -308,8 +326,9 @@ def attach(
 ) -> None:
     """Write a rank map into the model's config, in place."""
     keys = {key for spec in sites.values() for key in spec}
-    format = 3 if keys & {*CODED} else 2 if keys - {"rank", "bias"} else 1
-    config = LowRankConfig(sites=sites, format=format, recipe=recipe)
+    experts = bool(opened_experts(model))
+    format = 4 if experts else 3 if keys & {*CODED} else 2 if keys - {"rank", "bias"} else 1
+    config = LowRankConfig(sites=sites, format=format, recipe=recipe, open_experts=experts)
     model.config.quantization_config = config
     model.hf_quantizer = LowRankQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
     model.quantization_method = QUANT_METHOD  # type: ignore[assignment]

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from eckart.models.coded import CodedLinear
+from eckart.models.experts import close_experts, open_experts
 from eckart.models.families import UnsupportedModelError, is_linear, text_config
 from eckart.models.linear import LowRankLinear
 from eckart.models.remote_code import drop_code
@@ -45,6 +46,7 @@ def export_dense(model: PreTrainedModel) -> PreTrainedModel:
             "where there is no place, kfac and shrunk with the option bias=false, and feature-space is sfsd without one"
         )
     multiply_back(model)
+    close_experts(model)
     for name, module in model.named_modules():
         if is_linear(module) and module.bias is None and skeleton.get_submodule(name).bias is not None:
             module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
@@ -106,7 +108,8 @@ def _skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMod
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        return type(model)(config)
+        skeleton = type(model)(config)
+    return open_experts(skeleton)
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from eckart.models.experts import projections_of, routers_of
+
 Inputs = tuple[tuple[str, ...], ...]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
@@ -30,7 +32,8 @@ class Family:
 
     Attributes:
         blocks: path of the list of blocks, from the `language_model`.
-        parts: {part: linears by shared input}; a part ("attention", "mlp") can be selected by its name.
+        parts: {part: linears by shared input}; a part ("attention", "mlp", "experts") can be selected by its name. "*"
+            in a path stands for every number of an expert; each expert has tokens, and so inputs, of its own.
     """
 
     blocks: str
@@ -59,6 +62,32 @@ BERT = Family(
     },
 )
 
+# Linears of every expert, opened: see `experts.Experts`.
+EXPERTS: Inputs = (("mlp.experts.*.gate_up_proj",), ("mlp.experts.*.down_proj",))
+# The same blocks with a mixture of experts in some or all of them; Mixtral, Qwen3-MoE, OLMoE, GPT-OSS.
+MIXTURE = Family(blocks="layers", parts={**GATED.parts, "experts": EXPERTS})
+
+
+def _shared(name: str) -> Inputs:
+    """The linears of the experts that every token is given to, in the mixture's child of this name."""
+    return ((f"mlp.{name}.gate_proj", f"mlp.{name}.up_proj"), (f"mlp.{name}.down_proj",))
+
+
+# Latent attention: keys and values are low-rank by design, and so are queries of the larger models.
+DEEPSEEK = Family(
+    blocks="layers",
+    parts={
+        "attention": (
+            ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+            ("self_attn.q_b_proj",),
+            ("self_attn.kv_b_proj",),
+            ("self_attn.o_proj",),
+        ),
+        "mlp": (*GATED.parts["mlp"], *_shared("shared_experts")),
+        "experts": EXPERTS,
+    },
+)
+
 FAMILIES: dict[str, Family] = {
     "llama": GATED,
     "mistral": GATED,
@@ -66,6 +95,23 @@ FAMILIES: dict[str, Family] = {
     "qwen3": GATED,
     "gemma2": GATED,
     "gemma3_text": GATED,
+    "mixtral": MIXTURE,
+    "olmoe": MIXTURE,
+    "gpt_oss": MIXTURE,
+    "qwen3_moe": MIXTURE,
+    "qwen2_moe": Family(
+        blocks="layers",
+        parts={**MIXTURE.parts, "mlp": (*GATED.parts["mlp"], *_shared("shared_expert"))},
+    ),
+    "granitemoe": Family(
+        blocks="layers",
+        parts={
+            "attention": GATED.parts["attention"],
+            "experts": tuple(tuple(path.replace("mlp", "block_sparse_moe") for path in paths) for paths in EXPERTS),
+        },
+    ),
+    "deepseek_v2": DEEPSEEK,
+    "deepseek_v3": DEEPSEEK,
     # Fused projections are one linear each: factored whole, they share their right factor.
     "phi3": Family(
         blocks="layers",
@@ -197,7 +243,7 @@ def default_family(model: PreTrainedModel) -> Family:
         )
     _, name, blocks = max(candidates, key=lambda c: c[0])
     parts: dict[str, Inputs] = {}
-    paths = dict.fromkeys(path for block in blocks for path in _linears(block))
+    paths = dict.fromkeys(path for block in blocks for path in _sites(block))
     for path in paths:
         part = path.split(".")[0]
         parts[part] = (*parts.get(part, ()), (path,))
@@ -217,9 +263,13 @@ def refuse_other_weights(model: PreTrainedModel, blocks: nn.Module) -> None:
                 continue
             kind, shape = type(model).__name__, tuple(parameter.shape)
             if "experts" in f"{path} {type(module).__name__}".lower():
+                open_them = (
+                    "give each linears of its own first: eckart.open_experts(model); eckart.load_model does it"
+                    if projections_of(module)
+                    else "experts of this form are not supported yet"
+                )
                 raise UnsupportedModelError(
-                    f"{kind}: {name} holds fused experts, a parameter of shape {shape}; "
-                    "mixtures of experts stored so are not supported yet"
+                    f"{kind}: {name} holds all experts of a layer in one tensor of shape {shape}; {open_them}"
                 )
             what = "the kernel of a convolution" if isinstance(module, CONVOLUTIONS) else "no linear's weight"
             raise UnsupportedModelError(
@@ -251,6 +301,12 @@ def is_linear(module: nn.Module) -> bool:
 
 def _linear_params(module: nn.Module) -> int:
     return sum(cast(Tensor, linear.weight).numel() for linear in _linears(module).values())
+
+
+def _sites(block: nn.Module) -> list[str]:
+    """Paths of the block's linears in order, routers left out."""
+    routers = {*routers_of(block)}
+    return [path for path in _linears(block) if path not in routers]
 
 
 def _linears(module: nn.Module) -> dict[str, nn.Module]:

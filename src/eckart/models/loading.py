@@ -29,6 +29,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from eckart.data.builtin import builtin_model_path
 from eckart.models.adapters import Adapter, import_peft, merge_adapter, read_adapter
 from eckart.models.checkpoint import describe
+from eckart.models.experts import close_experts, open_experts
 from eckart.models.families import UnsupportedModelError
 from eckart.models.gguf import gguf_type, load_gguf, load_gguf_tokenizer
 from eckart.models.gguf_header import gguf_file
@@ -103,7 +104,7 @@ def load_model(
     check_device(device)
     path = locate(path)
     if (file := gguf_file(path)) is not None:
-        return load_gguf(file, dtype).to(device)  # type: ignore[arg-type]
+        return open_experts(load_gguf(file, dtype).to(device))  # type: ignore[arg-type]
     if (adapter := read_adapter(path)) is not None:
         import_peft()
         base = _load_base(adapter, dtype=dtype, dense=dense, trust_remote_code=trust_remote_code)
@@ -122,7 +123,7 @@ def load_model(
     )
     if Path(path).is_dir():
         verify(path)
-    return model.to(device).eval()
+    return open_experts(model.to(device).eval())  # type: ignore[arg-type]
 
 
 def _load_base(adapter: Adapter, **given: Any) -> PreTrainedModel:
@@ -172,7 +173,7 @@ def check_compressible(config: PreTrainedConfig, model_class: type[PreTrainedMod
     """
     check_quantised(config, path)
     with torch.device("meta"):
-        find_sites(model_class(copy.deepcopy(config)))
+        find_sites(open_experts(model_class(copy.deepcopy(config))))
 
 
 def read_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -421,6 +422,8 @@ def save(
 ) -> Path:
     """Write a Hugging Face directory that stock `from_pretrained` reads after `import eckart`.
 
+    The experts of a dense model are written as transformers keeps them, one tensor a layer, see `close_experts`.
+
     Args:
         tokenizer: saved with the model.
         recipe: what made the model; goes into config.json. None keeps what `compress` noted.
@@ -444,11 +447,13 @@ def save(
             raise ValueError(f"the {type(model).__name__} holds no compressed linear: it loads without code of ours")
         else:
             remote_code = False
+            close_experts(model)
         if remote_code or (remote_code is None and carries_code(model.config)):
             files = {**(files or {}), **carry_code(model)}
         else:
             drop_code(model.config)
         model.save_pretrained(staging, max_shard_size=max_shard_size)
+        open_experts(model)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         for name, content in (files or {}).items():

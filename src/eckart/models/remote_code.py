@@ -8,6 +8,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from eckart.models.experts import opened_experts
 from eckart.models.families import UnsupportedModelError
 
 # The file in a checkpoint: the text of `standalone`, as it is.
@@ -35,13 +36,19 @@ def carry_code(model: PreTrainedModel) -> dict[str, str]:
     """Name our file in the model's configuration, in place, and give {its name: its text}.
 
     Raises:
-        UnsupportedModelError: the model's class is of code of its own, which the file would stand in the way of.
+        UnsupportedModelError: the model's class is of code of its own, which the file would stand in the way of; or it
+            is a mixture whose experts are open.
     """
     kind = type(model)
     if not kind.__module__.startswith("transformers.") and not carries_code(model.config):
         raise UnsupportedModelError(
             f"{kind.__name__} is of code that comes with its model, and that is needed to load it anyway: leave out "
             "remote code, and `import eckart` besides"
+        )
+    if opened_experts(model):
+        raise UnsupportedModelError(
+            f"{kind.__name__} has experts with linears of their own, which only eckart's own code loads: leave out "
+            "remote code"
         )
     model.config.auto_map = _auto_map(model.config)
     return {FILE: SOURCE.read_text(encoding="utf-8")}

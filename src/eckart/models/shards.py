@@ -28,6 +28,7 @@ from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from eckart.models.checkpoint import put_back
+from eckart.models.experts import Source, open_experts, opened_experts, sources_of
 from eckart.models.loading import check_weights, class_of, locate, read_config
 from eckart.models.matching import check_finite, stored_names
 from eckart.models.refusals import check_quantised, check_source
@@ -187,8 +188,10 @@ class Skeleton:
         self.model.eval()
         if (self.shards.folder / GENERATION_CONFIG_NAME).is_file():
             self.model.generation_config = GenerationConfig.from_pretrained(self.shards.folder)
+        open_experts(self.model)
         self.blocks = blocks_of(self.model)
         self.prefix = next(name for name, module in self.model.named_modules() if module is self.blocks)
+        self.experts: dict[str, Source] = {}
         self.names = self._find_names()
         self.fill(name for name in self.names if not name.startswith(f"{self.prefix}."))
         self.model.tie_weights()
@@ -209,7 +212,16 @@ class Skeleton:
         prefix = f"{self.model.base_model_prefix}."
         names, complaints = {}, []
         parameters = {name for name, _ in self.model.named_parameters()}
+        self.experts, experts = sources_of(self.model, stored), opened_experts(self.model)
         for name, tensor in self.model.state_dict().items():
+            if name not in parameters and name.rpartition(".")[0] in experts:
+                continue  # the empty tensors under the keys of closed experts
+            if name in self.experts:
+                shape = self.experts[name].shape(self.shards.shapes)
+                if shape != tuple(tensor.shape):
+                    complaints.append(f"{name} has shape {shape}, expected {tuple(tensor.shape)}")
+                names[name] = self.experts[name].keys[0]
+                continue
             key = stored.get(name.removeprefix(prefix))
             if key is None:
                 if name in parameters and name not in tied:
@@ -230,11 +242,25 @@ class Skeleton:
         Raises:
             CheckpointError: a file cannot be read, or a tensor has numbers that are not finite.
         """
-        stored = {self.names[name]: name for name in names}
+        names = list(names)
+        stored = {self.names[name]: name for name in names if name not in self.experts}
         for key, tensor in self.shards.read(list(stored)):
-            check_finite(str(self.shards.folder), [(stored[key], tensor)])
-            kind = self.dtype if tensor.is_floating_point() else tensor.dtype
-            set_module_tensor_to_device(self.model, stored[key], self.device, value=tensor, dtype=kind)
+            self._put(stored[key], tensor)
+        # Of experts some tensors are of several linears, and some linears of several tensors.
+        by_keys: dict[tuple[str, ...], list[str]] = {}
+        for name in names:
+            if name in self.experts:
+                by_keys.setdefault(self.experts[name].keys, []).append(name)
+        for keys, linears in by_keys.items():
+            tensors = dict(self.shards.read(keys))
+            for name in linears:
+                self._put(name, self.experts[name].make(tensors))
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        """Give a tensor of the model its numbers."""
+        check_finite(str(self.shards.folder), [(name, tensor)])
+        kind = self.dtype if tensor.is_floating_point() else tensor.dtype
+        set_module_tensor_to_device(self.model, name, self.device, value=tensor, dtype=kind)
 
     def _check_whole(self) -> None:
         for name, parameter in self.model.named_parameters():
@@ -248,6 +274,11 @@ class Skeleton:
         """Parameters and stored buffers of a block."""
         return [name for name in self.names if name.startswith(f"{self.prefix}.{number}.")]
 
+    def _keys_of(self, names: Iterable[str]) -> list[str]:
+        """Where the files have these, each once."""
+        keys = (self.experts[name].keys if name in self.experts else (self.names[name],) for name in names)
+        return list(dict.fromkeys(key for some in keys for key in some))
+
     @contextmanager
     def resident(self, number: int) -> Iterator[nn.Module]:
         """Inside, the block has its weights; afterwards they are gone, those of modules put into it as well."""
@@ -255,7 +286,7 @@ class Skeleton:
         try:
             self.fill(names)
             if number + 1 < len(self.blocks):
-                self.shards.read_ahead([self.names[name] for name in self.names_of(number + 1)])
+                self.shards.read_ahead(self._keys_of(self.names_of(number + 1)))
             yield self.blocks[number]
         finally:
             self.empty(number)

@@ -12,9 +12,19 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from eckart.models.coded import CodedLinear
+from eckart.models.experts import Experts
 from eckart.models.families import UnsupportedModelError, family_of, is_linear, language_model, refuse_other_weights
 from eckart.models.linear import LowRankLinear
 from eckart.models.refusals import check_object
+
+# The number of an expert, or of another member of a list, inside a block.
+NUMBERS = re.compile(r"\.\d+\.")
+# What transformers' mixtures call their routers, and why those are no sites.
+ROUTERS = {"gate", "router"}
+ROUTER = (
+    "; a router is no site: it has as many rows as there are experts, so that its factors would save next to nothing, "
+    "and what it loses sends tokens to other experts"
+)
 
 
 @dataclass(frozen=True)
@@ -112,13 +122,24 @@ def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
     for index, block in enumerate(blocks):
         for part, inputs in family.parts.items():
             for shared in inputs:
-                for path in shared:
-                    site = _site(f"{prefix}.{index}", block, path, part, index, shared)
-                    if site is not None:
-                        sites.append(site)
+                for paths in each_expert(block, shared):
+                    for path in paths:
+                        site = _site(f"{prefix}.{index}", block, path, part, index, paths)
+                        if site is not None:
+                            sites.append(site)
     if not sites:
         raise UnsupportedModelError(f"{type(model).__name__}: its blocks at {prefix} hold no linear to compress")
     return tuple(sites)
+
+
+def each_expert(block: nn.Module, paths: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The paths, once for every expert of the block where they have a "*" for its number."""
+    place = paths[0].partition(".*.")[0]
+    if place == paths[0]:
+        return [paths]
+    experts = next((module for path, module in block.named_modules() if path == place), None)
+    count = experts.num_experts if isinstance(experts, Experts) else 0
+    return [tuple(path.replace("*", str(number)) for path in paths) for number in range(count)]
 
 
 def _site(prefix: str, block: nn.Module, path: str, part: str, index: int, shared: tuple[str, ...]) -> Site | None:
@@ -171,10 +192,11 @@ def select_sites(
     include, exclude = as_patterns(include), as_patterns(exclude)
     for pattern in (*include, *exclude):
         if not any(matches(site, pattern) for site in sites):
-            roles = ", ".join(dict.fromkeys(site.role for site in sites))
+            roles = ", ".join(dict.fromkeys(NUMBERS.sub(".*.", site.role) for site in sites))
             parts = ", ".join(dict.fromkeys(site.part for site in sites))
             raise ValueError(
                 f"{pattern!r} matches no site; roles: {roles}; parts: {parts}; or a pattern such as {sites[0].name!r}"
+                f"{ROUTER if pattern.rpartition('.')[2] in ROUTERS else ''}"
             )
     numbers = None if blocks is None else parse_blocks(blocks, 1 + max(site.block for site in sites))
     selected = tuple(
@@ -210,8 +232,9 @@ def as_patterns(value: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def matches(site: Site, pattern: str) -> bool:
-    """Whether a shell pattern, a role or a part names the site."""
-    return pattern in {site.part, site.role, site.role.rsplit(".", 1)[-1]} or fnmatchcase(site.name, pattern)
+    """Whether a shell pattern, a role or a part names the site; "experts.*.down_proj" is a role of every expert."""
+    roles = {site.role, NUMBERS.sub(".*.", site.role), site.role.rsplit(".", 1)[-1]}
+    return pattern in {site.part, *roles} or fnmatchcase(site.name, pattern)
 
 
 def parse_blocks(text: str, count: int) -> frozenset[int]:

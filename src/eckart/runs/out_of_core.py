@@ -25,6 +25,7 @@ from eckart.allocation import Ranking, RankPlan, summarise
 from eckart.calibration.backward import Sweep
 from eckart.calibration.doors import Spill, whole_doors
 from eckart.calibration.moments import FORMAT, BlockCalibration, check_readable, recorded_gradients
+from eckart.calibration.routes import mean_gradients
 from eckart.calibration.sequential import PassReport, SequentialCalibration
 from eckart.calibration.streams import Streams
 from eckart.compression.cuts import CutRequest, FactorRequest
@@ -34,6 +35,7 @@ from eckart.lowrank import GradientMoments
 from eckart.lowrank.input_moments import INPUT_STATISTICS
 from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.models.checkpoint import attach, specs_of
+from eckart.models.experts import layer_role
 from eckart.models.loading import load_tokenizer, locate
 from eckart.models.shards import Skeleton, write_index, write_shard
 from eckart.models.sites import Site
@@ -430,8 +432,10 @@ def _with_gradients(
     parts: Iterator[BlockCalibration], gradients: Mapping[str, GradientMoments]
 ) -> Iterator[BlockCalibration]:
     """The parts with a block's gradient statistics."""
+    roles = {role for name in gradients if (role := layer_role(name)) is not None}
+    means = mean_gradients(gradients, roles) if roles else {}
     # A generator would hold a part while the next one is made.
-    return map(lambda part: replace(part, gradients=gradients), parts)  # noqa: C417
+    return map(lambda part: replace(part, gradients=gradients, gradient_means=means), parts)  # noqa: C417
 
 
 def _nothing(_number: int) -> None:

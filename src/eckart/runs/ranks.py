@@ -21,7 +21,7 @@ from eckart.allocation.search.loss_weights import probe_linears
 from eckart.allocation.search.trials import SearchInputs
 from eckart.calibration.moments import BlockCalibration, calibration_digest
 from eckart.compression.coding import losses_in_bits
-from eckart.compression.cuts import FactorRequest, each_prepared
+from eckart.compression.cuts import FactorRequest, each_prepared, use_of
 from eckart.compression.spectra import spectra_on_demand
 from eckart.data.tokens import Tokens
 from eckart.lowrank import Factored, Method, Moments
@@ -157,7 +157,8 @@ def measure_bit_losses(method: Method, inputs: AllocationInputs, bases: Sequence
     """What every linear loses at each rank, alone and as the correction of a weight in so many bits, block by block."""
 
     def measure(_unit: Unit, weight: Tensor, moments: Moments, prepared: Prepared) -> dict[int | None, Tensor]:
-        return losses_in_bits(method, weight, moments, prepared, bases, group)
+        losses, use = losses_in_bits(method, weight, moments, prepared, bases, group), use_of(method, moments)
+        return {base: each * use for base, each in losses.items()}
 
     curves = []
     for sites, part in _parts_to_measure(inputs):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from eckart.models.experts import opened_experts
 from eckart.models.families import UnsupportedModelError
 from eckart.support.quiet import quiet
 
@@ -109,6 +110,10 @@ def signature_of(model: PreTrainedModel) -> Signature:
         raise UnsupportedModelError(f"{name}: encoder-decoder models are not exported to ONNX")
     if config.get_text_config() is not config:
         raise UnsupportedModelError(f"{name} reads more than text, and only its language model could be exported")
+    if opened_experts(model):
+        raise UnsupportedModelError(
+            f"{name} is a mixture of experts: which of them run depends on the text, and a graph runs all it has"
+        )
     accepted = _parameters(model)
     ids = torch.zeros(BATCH, HELD, dtype=torch.long, device=model.device)
     if not model.can_generate():

@@ -61,7 +61,10 @@ class EckartConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> EckartConfig:
         """Of the `quantization_config` section of config.json. Raises CheckpointError as `LowRankConfig`."""
-        sites = LowRankConfig(**config).sites
+        section = LowRankConfig(**config)
+        sites = section.sites
+        if section.open_experts:
+            raise CheckpointError(f"experts that are factored one by one have no layer of their own in vLLM. {INSTEAD}")
         bases = sum("base" in spec for spec in sites.values())
         coded = sum("bits" in spec and "base" not in spec for spec in sites.values())
         if bases or coded:
