@@ -87,5 +87,7 @@ def _write_onnx(model: Path, out: Path, *, int8: bool, dtype: str, trust_remote_
             f"{written.multiplied_out} linears of few bits became numbers in {'8 bits' if int8 else 'full'}: ONNX "
             "Runtime has no products of such codes"
         )
+    if int8:
+        console.print(f"logits on random tokens differ by up to {written.difference:.0%} of the largest: measure it")
     cache = "with a cache of keys and values" if written.cached else "one pass, without a cache"
     console.print(f"{out}: {megabytes(written.num_bytes)}, {cache}, runs in ONNX Runtime without eckart")

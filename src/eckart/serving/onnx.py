@@ -19,9 +19,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.models.coded import CodedLinear, CodedMatrix
+from eckart.models.families import UnsupportedModelError
 from eckart.models.sites import low_rank_modules
 from eckart.serving.genai import genai_config
-from eckart.serving.onnx_check import check_outputs
+from eckart.serving.onnx_check import difference_of
 from eckart.serving.onnx_decoder import MODEL
 from eckart.serving.onnx_graph import Signature, signature_of, trace
 from eckart.support.extras import import_extra
@@ -30,8 +31,6 @@ from eckart.support.files import staged_directory, write_whole
 # {type that ONNX Runtime has a processor's kernels for: how far an output may be from the model's, over its largest
 # number}. Kernels round in another order, and half precision rounds coarsely.
 CLOSE = {torch.float32: 1e-3, torch.float16: 5e-2}
-# The same with weights and inputs in 8 bits; what is further away has nothing to do with the model.
-COARSE = 0.5
 # Weights of these are kept in 8 bits by `int8`; an embedding, which is looked up and not multiplied, is not.
 PRODUCTS = ("MatMul", "Gemm")
 
@@ -45,12 +44,14 @@ class OnnxExport:
         num_bytes: of the graph and its numbers, on disk.
         cached: whether the graph has a cache of keys and values; one of an encoder or a classifier has none.
         multiplied_out: linears of few bits, whose numbers are in the graph as those that they stand for.
+        difference: the largest of ONNX Runtime's logits from the model's on random tokens, over the largest logit.
     """
 
     folder: Path
     num_bytes: int
     cached: bool
     multiplied_out: int
+    difference: float
 
 
 def export_onnx(
@@ -67,7 +68,7 @@ def export_onnx(
     a sliding window the cache holds everything as well, and the mask is what the window is. Others (encoders,
     classifiers) get one pass without a cache. Factors stay two products, in every layout. Linears of few bits become,
     in place, linears with the numbers that they stand for. ONNX Runtime's results are compared with the model's before
-    anything is put in place.
+    anything is put in place; by how much those of `int8` differ is only told.
 
     Args:
         model: on the processor, in float32, or float16 for those who run it on a GPU.
@@ -97,16 +98,26 @@ def export_onnx(
     with staged_directory(out, force=force) as staging:
         if int8:
             with tempfile.TemporaryDirectory(dir=staging) as exact:
-                trace(model, signature, Path(exact) / MODEL, tied=False)
-                check_outputs(model, signature, Path(exact), CLOSE[dtype])
+                _write_exact(model, signature, Path(exact), tied=False)
                 _round_weights(Path(exact) / MODEL, staging / MODEL)
-            check_outputs(model, signature, staging, COARSE)
+            difference = difference_of(model, signature, staging)
         else:
-            trace(model, signature, staging / MODEL, tied=True)
-            check_outputs(model, signature, staging, CLOSE[dtype])
+            difference = _write_exact(model, signature, staging, tied=True)
         _write_companions(model, signature, tokenizer, staging)
         num_bytes = sum(file.stat().st_size for file in staging.glob(f"{MODEL}*"))
-    return OnnxExport(Path(out), num_bytes, bool(signature.past), multiplied_out)
+    return OnnxExport(Path(out), num_bytes, bool(signature.past), multiplied_out, difference)
+
+
+def _write_exact(model: PreTrainedModel, signature: Signature, folder: Path, *, tied: bool) -> float:
+    """Write the graph in the model's type; gives by how much its logits differ, or refuses it where that is much."""
+    trace(model, signature, folder / MODEL, tied=tied)
+    difference = difference_of(model, signature, folder)
+    if difference > CLOSE[model.dtype]:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} would be exported to ONNX wrongly: ONNX Runtime's logits differ from the model's "
+            f"by {difference:.1e} of the largest; use PyTorch for this model"
+        )
+    return difference
 
 
 @torch.no_grad()
