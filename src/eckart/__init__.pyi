@@ -8,6 +8,7 @@ from .data.labelled import Labelled as Labelled, read_labelled as read_labelled
 from .data.tokens import Tokens as Tokens, read_tokens as read_tokens
 from .data.tokens import sample_documents as sample_documents, sample_windows as sample_windows
 from .models.checkpoint import CheckpointError as CheckpointError
+from .models.experts import open_experts as open_experts
 from .models.families import UnsupportedModelError as UnsupportedModelError
 from .models.loading import load_model as load_model, load_tokenizer as load_tokenizer
 from .models.quantised import Quantised as Quantised, load_quantised as load_quantised

@@ -17,13 +17,15 @@ from eckart.lowrank import LAYOUTS, Layout, build_method
 from eckart.models.families import FAMILIES
 from eckart.models.sites import find_sites
 from eckart.models.units import units_of
-from tiny import DEFAULT_CONFIGS, tiny_model, tiny_tokens
+from tiny import DEFAULT_CONFIGS, FAMILY_CONFIGS, tiny_model, tiny_tokens
 
 from .curves import curve
 
 # With linears that read one tensor, and without.
-GROUPED = sorted(name for name, row in FAMILIES.items() if any(len(one) > 1 for of in row.parts.values() for one in of))
-ALL = sorted({*FAMILIES, *DEFAULT_CONFIGS})
+GROUPED = sorted(
+    name for name in FAMILY_CONFIGS if any(len(one) > 1 for of in FAMILIES[name].parts.values() for one in of)
+)
+ALL = sorted({*FAMILY_CONFIGS, *DEFAULT_CONFIGS})
 OPTIONS: Mapping[str, dict[str, Any]] = {"per-role": {"shares": {"mlp": 2.0}}, "global": {"exact": True}}
 
 

@@ -10,12 +10,11 @@ import pytest
 
 from eckart.allocation import Rule, plan, stored_params
 from eckart.lowrank import LAYOUTS, Layout, pivoted_rank_for
-from eckart.models.families import FAMILIES
 from eckart.models.sites import find_sites
 from eckart.support.sizes import num_params
-from tiny import DEFAULT_CONFIGS, tiny_model
+from tiny import DEFAULT_CONFIGS, FAMILY_CONFIGS, tiny_model
 
-ALL = sorted({*FAMILIES, *DEFAULT_CONFIGS})
+ALL = sorted({*FAMILY_CONFIGS, *DEFAULT_CONFIGS})
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,9 @@ from eckart.allocation import Rule, linear_macs, plan, summarise
 from eckart.compression.replace import compress
 from eckart.evals.cost import count_macs
 from eckart.lowrank import LAYOUTS, Layout
-from eckart.models.families import FAMILIES
 from eckart.models.sites import find_sites, low_rank_modules
 from eckart.support.sizes import num_params
-from tiny import DEFAULT_CONFIGS, tiny_model
+from tiny import DEFAULT_CONFIGS, FAMILY_CONFIGS, tiny_model
 
 LENGTH = 8
 
@@ -23,7 +22,7 @@ def counted(model: Any) -> float:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model_type", sorted({*FAMILIES, *DEFAULT_CONFIGS}))
+@pytest.mark.parametrize("model_type", sorted({*FAMILY_CONFIGS, *DEFAULT_CONFIGS}))
 def test_the_summary_is_what_compression_then_does(model_type: str, layout: Layout) -> None:
     model = tiny_model(model_type)
     sites = find_sites(model)

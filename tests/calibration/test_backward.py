@@ -13,9 +13,9 @@ from eckart.calibration.gradients import collect_gradients
 from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.models.shards import Skeleton
 from eckart.models.sites import find_sites
-from tiny import BLOCKS, CONFIGS, REFUSED_CONFIGS, tiny_model, tiny_tokens
+from tiny import BLOCKS, CONFIGS, MIXTURE_CONFIGS, REFUSED_CONFIGS, closed_model, tiny_model, tiny_tokens
 
-NAMES = [name for name in CONFIGS if name not in REFUSED_CONFIGS]
+NAMES = [name for name in CONFIGS if name not in {*REFUSED_CONFIGS, *MIXTURE_CONFIGS}]
 
 
 def check_sweep(
@@ -48,20 +48,20 @@ def check_sweep(
 
 @pytest.mark.parametrize("model_type", NAMES)
 def test_every_family(tmp_path: Path, model_type: str) -> None:
-    tiny_model(model_type).save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    closed_model(model_type).save_pretrained(tmp_path / "model", max_shard_size="20KB")
     check_sweep(tmp_path, padded=False)
 
 
 @pytest.mark.parametrize(("model_type", "head"), [("llama", "causal"), ("bert", "masked"), ("bert", "classifier")])
 @pytest.mark.parametrize("first", [0, 1])
 def test_heads_and_padding(tmp_path: Path, model_type: str, head: str, first: int) -> None:
-    tiny_model(model_type, head=head).save_pretrained(tmp_path / "model")
+    closed_model(model_type, head=head).save_pretrained(tmp_path / "model")
     check_sweep(tmp_path, padded=True, first=first)
 
 
 @pytest.mark.parametrize(("model_type", "head"), [("llama", "causal"), ("bert", "masked"), ("bert", "classifier")])
 def test_covariances_alone_take_samples_together(tmp_path: Path, model_type: str, head: str) -> None:
-    tiny_model(model_type, head=head).save_pretrained(tmp_path / "model")
+    closed_model(model_type, head=head).save_pretrained(tmp_path / "model")
     check_sweep(tmp_path, padded=False, needs=frozenset({"gradient_covariance"}))
 
 

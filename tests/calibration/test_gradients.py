@@ -18,9 +18,8 @@ from eckart.calibration.gradients import MASKED_SHARE, Loss, collect_gradients, 
 from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.moments import FISHER, GRADIENT_STATISTICS
-from eckart.models.families import FAMILIES
 from eckart.models.sites import find_sites
-from tiny import ENCODERS, MASK, VOCABULARY, logits_of, relative, tiny_model, tiny_tokens
+from tiny import ENCODERS, FAMILY_CONFIGS, MASK, VOCABULARY, logits_of, relative, tiny_model, tiny_tokens
 
 IGNORED = -100  # labels that transformers leaves out of a loss
 COVARIANCE = frozenset({"gradient_covariance"})
@@ -44,7 +43,7 @@ def losses(model: PreTrainedModel, tokens: Tokens) -> Iterator[tuple[Tensor, int
             yield model(input_ids=ids, labels=ids).loss, ids.shape[1] - 1
 
 
-CASES = [(name, None) for name in FAMILIES] + [(name, "classifier") for name in ("bert", "roberta", "llama")]
+CASES = [(name, None) for name in FAMILY_CONFIGS] + [(name, "classifier") for name in ("bert", "roberta", "llama")]
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -152,7 +151,7 @@ def test_a_classifier_is_asked_for_its_own_labels() -> None:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
     ("model_type", "head"),
-    [*((name, None) for name in FAMILIES), ("bert", "classifier"), ("llama", "classifier"), ("modernbert", None)],
+    [*((name, None) for name in FAMILY_CONFIGS), ("bert", "classifier"), ("llama", "classifier"), ("modernbert", None)],
 )
 def test_samples_together_are_samples_one_by_one(
     monkeypatch: pytest.MonkeyPatch, model_type: str, head: str | None, padded: bool

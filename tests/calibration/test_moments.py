@@ -17,11 +17,11 @@ from eckart.calibration.moments import BlockCalibration, calibrate, calibrate_by
 from eckart.compression.replace import compress
 from eckart.data.tokens import Tokens
 from eckart.lowrank import build_method
-from eckart.models.families import FAMILIES
 from eckart.models.sites import blocks_of, find_sites
 from tiny import (
     BLOCKS,
     DEFAULT_CONFIGS,
+    FAMILY_CONFIGS,
     logits_of,
     relative,
     site_inputs,
@@ -30,7 +30,7 @@ from tiny import (
 )
 from walks import Noted, alike, refuse_to_run, tensors_of, traces
 
-ALL = sorted({*FAMILIES, *DEFAULT_CONFIGS})
+ALL = sorted({*FAMILY_CONFIGS, *DEFAULT_CONFIGS})
 METHOD = build_method("asvd-i")
 T = TypeVar("T")
 

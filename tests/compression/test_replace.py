@@ -12,13 +12,12 @@ from eckart.calibration.gradients import collect_gradients
 from eckart.calibration.moments import BlockCalibration, Calibration, calibrate, calibrate_by_block
 from eckart.compression.replace import compress
 from eckart.lowrank import METHODS, DecompositionError, Moments, build_method
-from eckart.models.families import FAMILIES
 from eckart.models.linear import LowRankLinear
 from eckart.models.sites import Site, find_sites, low_rank_modules, read_weight, replace_module
 from eckart.support.sizes import num_bytes, num_params
-from tiny import DEFAULT_CONFIGS, logits_of, site_inputs, tiny_model, tiny_tokens
+from tiny import DEFAULT_CONFIGS, FAMILY_CONFIGS, logits_of, site_inputs, tiny_model, tiny_tokens
 
-ALL = sorted({*FAMILIES, *DEFAULT_CONFIGS})
+ALL = sorted({*FAMILY_CONFIGS, *DEFAULT_CONFIGS})
 # The catalogue's parts: no metric, a root of the second moment, two stages, an interpolative one, a bias, gradients.
 CHOSEN = ("svd", "asvd-i", "nsvd-i", "nid-i", "sfsd", "fwsvd")
 CASES = [(name, None) for name in ALL] + [(name, "classifier") for name in ("bert", "roberta")]
@@ -90,7 +89,7 @@ def test_the_report_is_the_error_on_real_activations(model_type: str, head: str 
 
 
 @pytest.mark.parametrize("axis", ["in", "out"])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
 def test_gradients_reach_the_site_that_they_are_of(model_type: str, axis: str) -> None:
     method = build_method("fwsvd", {"fisher_axis": axis})
     dense, model = tiny_model(model_type), tiny_model(model_type)

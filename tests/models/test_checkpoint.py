@@ -22,13 +22,12 @@ from eckart.calibration.moments import calibrate
 from eckart.compression.replace import compress
 from eckart.lowrank import build_method
 from eckart.models.checkpoint import CheckpointError, LowRankConfig
-from eckart.models.families import FAMILIES
 from eckart.models.linear import LowRankLinear
 from eckart.models.loading import save
 from eckart.models.sites import low_rank_modules
-from tiny import DEFAULT_CONFIGS, ENCODERS, HEADS, logits_of, tiny_model, tiny_tokens
+from tiny import DEFAULT_CONFIGS, ENCODERS, FAMILY_CONFIGS, HEADS, logits_of, tiny_model, tiny_tokens
 
-ALL = sorted({*FAMILIES, *DEFAULT_CONFIGS})
+ALL = sorted({*FAMILY_CONFIGS, *DEFAULT_CONFIGS})
 SHARD = "30KB"
 
 

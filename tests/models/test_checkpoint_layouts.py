@@ -19,15 +19,14 @@ import eckart  # noqa: F401 (registers the checkpoint format)
 from eckart.evals.cost import count_macs
 from eckart.lowrank import num_stored
 from eckart.models.checkpoint import CheckpointError, LowRankConfig, describe
-from eckart.models.families import FAMILIES
 from eckart.models.loading import save
 from eckart.models.sites import low_rank_modules, replace_module
 from eckart.support.sizes import num_bytes, num_params
-from tiny import DEFAULT_CONFIGS, ENCODERS, HEADS, logits_of, tiny_model, tiny_tokens
+from tiny import DEFAULT_CONFIGS, ENCODERS, FAMILY_CONFIGS, HEADS, logits_of, tiny_model, tiny_tokens
 
 from .layouts import KINDS, groups_of, head_of, laid_out, lay_out
 
-ALL = sorted({*FAMILIES, *DEFAULT_CONFIGS})
+ALL = sorted({*FAMILY_CONFIGS, *DEFAULT_CONFIGS})
 # One that shares right factors, one of Conv1Ds, and an encoder whose attention reads a block's input as it comes.
 SOME = ("llama", "gpt2", "bert")
 

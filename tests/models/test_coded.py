@@ -25,14 +25,14 @@ from eckart.models import coded as coded_module
 from eckart.models.checkpoint import CheckpointError, LowRankConfig
 from eckart.models.coded import KERNEL_PROCESSORS, CodedLinear, CodedMatrix
 from eckart.models.dense import export_dense
-from eckart.models.families import FAMILIES, UnsupportedModelError
+from eckart.models.families import UnsupportedModelError
 from eckart.models.linear import LowRankLinear
 from eckart.models.loading import load_model, save
 from eckart.models.sites import find_sites, low_rank_modules
 from eckart.support.sizes import num_bytes, num_params
-from tiny import DEFAULT_CONFIGS, ENCODERS, HEADS, logits_of, relative, tiny_model
+from tiny import DEFAULT_CONFIGS, ENCODERS, FAMILY_CONFIGS, HEADS, logits_of, relative, tiny_model
 
-ALL = sorted({*FAMILIES, *DEFAULT_CONFIGS})
+ALL = sorted({*FAMILY_CONFIGS, *DEFAULT_CONFIGS})
 # One after the other for the linears of a model: every kind of place that a checkpoint has.
 WAYS = (
     (None, Storage(4, None, 8)),

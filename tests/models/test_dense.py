@@ -17,10 +17,10 @@ from eckart.calibration.moments import calibrate
 from eckart.compression.replace import compress
 from eckart.lowrank import build_method
 from eckart.models.dense import BIAS_SWITCHES, export_dense
-from eckart.models.families import FAMILIES, UnsupportedModelError
+from eckart.models.families import UnsupportedModelError
 from eckart.models.loading import save
 from eckart.models.sites import low_rank_modules, read_weight
-from tiny import COMMON, DEFAULT_CONFIGS, GROUPED, HEADS, logits_of, tiny_model, tiny_tokens
+from tiny import COMMON, DEFAULT_CONFIGS, FAMILY_CONFIGS, GROUPED, HEADS, logits_of, tiny_model, tiny_tokens
 
 from .layouts import KINDS, head_of, laid_out
 
@@ -29,7 +29,7 @@ TAKES_BIASES = {
     *("llama", "opt", "gpt2", "gpt_neox", "bert", "roberta", "roberta-prelayernorm"),
     *("phi", "starcoder2", "bloom", "modernbert"),
 }
-ALL = sorted({*FAMILIES, *DEFAULT_CONFIGS})
+ALL = sorted({*FAMILY_CONFIGS, *DEFAULT_CONFIGS})
 
 
 def compressed(model: PreTrainedModel, method: str, **selection: Any) -> PreTrainedModel:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from eckart.models.families import FAMILIES
 from eckart.models.loading import load_model
 from eckart.models.sites import find_sites, low_rank_modules
 from eckart.reports import write_report
@@ -18,7 +17,7 @@ from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.out_of_core import compress_out_of_core
 from eckart.runs.recipe import load_recipe, parse_recipe
 from eckart.runs.workbench import planned_sites
-from tiny import Run, logits_of, tiny_model, tiny_text, tiny_tokenizer
+from tiny import FAMILY_CONFIGS, Run, logits_of, tiny_model, tiny_text, tiny_tokenizer
 
 # Families of which some linear has no bias, and no switch of the configuration gives it one.
 WITHOUT_PLACE = {"mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"}
@@ -40,7 +39,7 @@ def recipe_of(folder: Path, model: str = "mistral", **more: Any):
     return parse_recipe({"model": str(folder / model), "keep": 0.5, "calibration": calibration, **more})
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", sorted(FAMILY_CONFIGS))
 @pytest.mark.parametrize("method", ["best", "best-distilled"])
 def test_it_is_left_out_where_the_architecture_has_no_place(model_type: str, method: str) -> None:
     model, recipe = tiny_model(model_type), parse_recipe({"model": "x", "method": method, "keep": 0.5})
