@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from loop import Schedule, add_schedule_options, make_optimizer, run_steps, take_step
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from eckart.data.builtin import builtin_model_path, builtin_texts
 
@@ -195,7 +195,7 @@ def split_windows(tokens: torch.Tensor, window: int) -> Iterator[torch.Tensor]:
 
 
 @torch.no_grad()
-def measure_perplexity(model: LlamaForCausalLM, tokens: torch.Tensor, window: int) -> float:
+def measure_perplexity(model: PreTrainedModel, tokens: torch.Tensor, window: int) -> float:
     """Perplexity in float32, each window on its own."""
     total, count = 0.0, 0
     for rows in split_windows(tokens, window):

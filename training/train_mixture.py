@@ -11,11 +11,12 @@ import argparse
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 from loop import Schedule, add_schedule_options, make_optimizer, run_steps
 from train_builtin import DOMAINS, LONG_WINDOW, WINDOW, Plan, draw_batch, measure_perplexity, tokenize_texts
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from eckart.data.builtin import builtin_model_path
 
@@ -25,7 +26,7 @@ PROSE_SHARE = 0.4
 def make_model(tokenizer: PreTrainedTokenizerFast, experts: int, seed: int) -> Qwen3MoeForCausalLM:
     """Two of so many experts for each token, in every block; some ten million parameters at twelve."""
     torch.manual_seed(seed)
-    config = Qwen3MoeConfig(
+    settings: dict[str, Any] = dict(
         vocab_size=len(tokenizer),
         hidden_size=256,
         intermediate_size=640,
@@ -44,7 +45,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, experts: int, seed: int) -> Q
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Qwen3MoeForCausalLM(config)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings))
 
 
 def compute_loss(model: Qwen3MoeForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
@@ -63,7 +64,7 @@ def main() -> None:
     given = vars(parser.parse_args())
     experts, out = given.pop("experts"), given["out"]
     plan = Plan(**given, metrics=out / "training.json")
-    tokenizer = AutoTokenizer.from_pretrained(builtin_model_path())
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(builtin_model_path())
     streams = {domain: tokenize_texts(tokenizer, domain, "train") for domain in DOMAINS}
     model = make_model(tokenizer, experts, plan.seed)
     print(f"{model.num_parameters()} parameters", flush=True)

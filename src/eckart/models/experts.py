@@ -99,11 +99,10 @@ class Experts(nn.Module):
 
     def run(self, number: int, x: Tensor) -> Tensor:
         """The output of one expert, not weighted yet."""
-        expert, fused = cast(Expert, self.get_submodule(str(number))), self.__dict__["fused"]
-        if not fused.has_gate:
-            return expert.down_proj(fused.act_fn(expert.up_proj(x)))
-        gate = fused._apply_gate  # noqa: SLF001 (the hook of transformers' experts interface)
-        return expert.down_proj(gate(expert.gate_up_proj(x)))
+        linears, fused = self.get_submodule(str(number))._modules, self.__dict__["fused"]  # noqa: SLF001 (by name)
+        up, *_, down = (cast(nn.Module, linears[name]) for name in PROJECTIONS if name in linears)
+        gate = fused._apply_gate if fused.has_gate else fused.act_fn  # noqa: SLF001 (transformers' experts interface)
+        return cast(Tensor, down(gate(up(x))))
 
     @property
     def is_transposed(self) -> bool:
