@@ -26,25 +26,25 @@ PROSE_SHARE = 0.4
 def make_model(tokenizer: PreTrainedTokenizerFast, experts: int, seed: int) -> Qwen3MoeForCausalLM:
     """Two of so many experts for each token, in every block; some ten million parameters at twelve."""
     torch.manual_seed(seed)
-    settings: dict[str, Any] = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=640,
-        moe_intermediate_size=192,
-        num_experts=experts,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        router_aux_loss_coef=0.01,
-        num_hidden_layers=5,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
-        max_position_embeddings=LONG_WINDOW,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 256,
+        "intermediate_size": 640,
+        "moe_intermediate_size": 192,
+        "num_experts": experts,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "router_aux_loss_coef": 0.01,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "max_position_embeddings": LONG_WINDOW,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings))
 
 

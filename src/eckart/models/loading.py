@@ -123,7 +123,7 @@ def load_model(
     )
     if Path(path).is_dir():
         verify(path)
-    return open_experts(model.to(device).eval())  # type: ignore[arg-type]
+    return open_experts(model.to(device).eval())
 
 
 def _load_base(adapter: Adapter, **given: Any) -> PreTrainedModel:
