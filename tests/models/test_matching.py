@@ -16,7 +16,7 @@ from torch import Tensor
 from eckart.models.loading import load_classifier, load_model
 from eckart.models.shards import Skeleton
 from eckart.models.weight_files import CheckpointError
-from tiny import BLOCKS, CONFIGS, ENCODERS, Run, logits_of, tiny_model, tiny_text, tiny_tokenizer
+from tiny import BLOCKS, CONFIGS, ENCODERS, Run, closed_model, logits_of, tiny_model, tiny_text, tiny_tokenizer
 
 Tensors = dict[str, Tensor]
 # Every way in which we read a dense model.
@@ -55,7 +55,7 @@ def refusal(path: Path, loader: str = "model") -> str:
 
 @pytest.mark.parametrize("model_type", sorted(set(CONFIGS) - {"t5"}))
 def test_every_family_loads_as_it_was_saved(model_type: str, tmp_path: Path) -> None:
-    model = tiny_model(model_type)
+    model = closed_model(model_type)
     model.save_pretrained(tmp_path)
     loaded = load_model(tmp_path)
     assert type(loaded) is type(model)
