@@ -119,3 +119,11 @@ def test_an_experts_losses_are_those_of_a_token_of_the_text() -> None:
         expected = inputs.energy(unit.weight(model)) * use_of(method, Moments(inputs))
         torch.testing.assert_close(float(tails[0]), expected, rtol=1e-3, atol=1e-6)
         assert use_of(method, Moments(inputs)) == inputs.use < 1
+
+
+def test_selected_experts_without_any_token_are_one_error() -> None:
+    poor = InputMoments(6, NEEDS)
+    add_rows(poor, torch.randn(0, 6), torch.ones(5, dtype=torch.bool), Route(torch.arange(0), torch.rand(0)))
+    part = BlockCalibration(0, {"b.experts.1.down_proj": poor.compact()})
+    with pytest.raises(ValueError, match="no calibration token is given to any selected expert"):
+        part.inputs_of("b.experts.1.down_proj")

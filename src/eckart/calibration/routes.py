@@ -104,8 +104,17 @@ def both_routes(
 
 
 def mean_of_experts(moments: Iterable[InputMoments]) -> InputMoments:
-    """The moments of all tokens of several experts together."""
-    return reduce(operator.add, (each for each in moments if each.total))
+    """The moments of all tokens of several experts together.
+
+    Raises:
+        ValueError: none of them is given a token.
+    """
+    seen = [each for each in moments if each.total]
+    if not seen:
+        raise ValueError(
+            "no calibration token is given to any selected expert of its layer: select more of them, or take more text"
+        )
+    return reduce(operator.add, seen)
 
 
 def mean_gradients(gradients: Mapping[str, GradientMoments], layers: Collection[str]) -> dict[str, GradientMoments]:

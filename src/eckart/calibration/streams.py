@@ -251,6 +251,7 @@ class Streams:
                     self.doors[name].write(index, runs.finish(name, index))
                 self._turn(name)
 
+    @torch.no_grad()
     def means(
         self,
         block: nn.Module,
@@ -269,7 +270,8 @@ class Streams:
         paths = {path: site.d_in for site in readers.values() for path in every_expert(block, site.role)}
         if not paths:
             return {}
-        prefix = next(iter(readers.values())).name.removesuffix(next(iter(readers.values())).role)
+        first = next(iter(readers.values()))
+        prefix = first.name.removesuffix(first.role)
         own = frozenset({"second_moment"} if needs & {"second_moment", "cross_moment"} else ())
         sums = {path: (known or {}).get(prefix + path) for path in paths}
         if any(each is None for each in sums.values()):
@@ -282,7 +284,7 @@ class Streams:
                     args, kwargs = self.call("dense", index)
                     expect(self.masks[index])
                     block(self.read("dense", index), *args, **kwargs)
-            sums = {**fresh}
+            sums |= fresh
         means = {}
         for layer in {role for path in paths if (role := layer_role(path)) is not None}:
             mean = mean_of_experts(
