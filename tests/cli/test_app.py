@@ -64,7 +64,7 @@ def complete(words: str) -> list[str]:
 def test_a_shell_completes_commands_and_their_options_at_once() -> None:
     assert complete("eckart co") == ["compress", "correct"]
     found = complete("eckart -q compress MODEL --keep 0.5 --out-of-core --re")
-    assert sorted(found) == ["--refine", "--refit", "--resume"]
+    assert sorted(found) == ["--refine", "--refit", "--remote-code", "--resume"]
     assert complete("eckart methods --js") == ["--json"]
 
 

@@ -123,7 +123,7 @@ def test_no_file_and_no_archive(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no dev\.json or dev\.json\.gz in .*stereoset or "):
         read_stereoset(tmp_path)
     (tmp_path / "dev.json.gz").write_text("no archive")
-    with pytest.raises(ValueError, match="not readable as JSON"):
+    with pytest.raises(ValueError, match=r"dev\.json\.gz is not readable as UTF-8 text: Not a gzipped file"):
         read_stereoset(tmp_path)
 
 

@@ -181,3 +181,9 @@ def test_from_config_builds_open_experts() -> None:
     assert {name: value.shape for name, value in built.state_dict().items()} == {
         name: value.shape for name, value in model.state_dict().items()
     }
+
+
+@pytest.mark.parametrize("model_type", ALL)
+def test_closed_experts_are_no_sites_yet(model_type: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"give each linears of its own first: eckart\.open_experts"):
+        find_sites(closed_model(model_type))
