@@ -11,7 +11,7 @@ from eckart.allocation.speed import Shape
 from eckart.allocation.stopwatch import describe_machine, measure_speed
 from eckart.lowrank import Layout
 from eckart.models.linear import LowRankLinear
-from eckart.models.sites import find_sites
+from eckart.models.sites import find_sites, select_sites
 from eckart.models.units import Unit, units_of
 from tiny import POSITIONS, tiny_model
 
@@ -93,6 +93,15 @@ def test_the_model_stays_as_it_is() -> None:
 def test_prompts_past_the_positions_are_refused() -> None:
     with pytest.raises(ValueError, match=f"rows {POSITIONS + 1} is past the model's {POSITIONS} positions"):
         measured(tiny_model("llama"), rows=POSITIONS + 1)
+
+
+def test_experts_are_not_timed() -> None:
+    model = tiny_model("mixtral")
+    sites = find_sites(model)
+    with pytest.raises(ValueError, match=r"experts\.0\.gate_up_proj: a budget in speed is not supported for experts"):
+        measure_speed(model, sites, rows=1)
+    others = select_sites(sites, exclude="*.experts.*")
+    assert measure_speed(model, others, rows=1).rows == 1
 
 
 def test_a_machine_is_its_device_threads_type_and_torch() -> None:

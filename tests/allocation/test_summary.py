@@ -12,7 +12,7 @@ from eckart.evals.cost import count_macs
 from eckart.lowrank import LAYOUTS, Layout
 from eckart.models.sites import find_sites, low_rank_modules
 from eckart.support.sizes import num_params
-from tiny import DEFAULT_CONFIGS, FAMILY_CONFIGS, tiny_model
+from tiny import DEFAULT_CONFIGS, FAMILY_CONFIGS, MIXTURE_CONFIGS, tiny_model
 
 LENGTH = 8
 
@@ -22,7 +22,7 @@ def counted(model: Any) -> float:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model_type", sorted({*FAMILY_CONFIGS, *DEFAULT_CONFIGS}))
+@pytest.mark.parametrize("model_type", sorted({*FAMILY_CONFIGS, *DEFAULT_CONFIGS, *MIXTURE_CONFIGS}))
 def test_the_summary_is_what_compression_then_does(model_type: str, layout: Layout) -> None:
     model = tiny_model(model_type)
     sites = find_sites(model)
@@ -35,7 +35,10 @@ def test_the_summary_is_what_compression_then_does(model_type: str, layout: Layo
     assert summary.macs_per_token == [dense_macs, counted(model)]
     assert summary.keep_of_model == pytest.approx(num_params(model) / dense_params)
     assert summary.keep_of_linears == pytest.approx(made.kept_params / made.dense_params)
-    assert (summary.sites_low_rank, summary.sites_dense) == (len(low_rank_modules(model)), len(sites) // 3)
+    assert (summary.sites_low_rank, summary.sites_dense) == (
+        len(low_rank_modules(model)),
+        sum(site.block == 2 for site in sites),
+    )
 
 
 def test_added_biases_are_counted() -> None:
@@ -63,3 +66,21 @@ def test_what_reads_one_token_is_not_counted(model_type: str, head: str) -> None
     few, many = (count_macs(model, length).linear - length * inside for length in (2, 12))
     assert few >= 0
     assert many <= 12 * 32 * 2 + 32 * 32
+
+
+def test_experts_count_for_the_tokens_that_they_are_given() -> None:
+    """Of a rank for one expert of four, of which each token is given to two, half of what it saves is saved."""
+    model = tiny_model("mixtral")
+    experts = {site.name for site in find_sites(model) if ".experts." in site.name}
+    made = plan(model, rules=[Rule(0.5, include="*.experts.1.*")])
+    before, after = summarise(made, model).macs_per_token
+    assert before - after == pytest.approx((made.dense_params - made.kept_params) / 2, abs=0.5)
+    inside = sum(site.num_params * (0.5 if site.name in experts else 1) for site in find_sites(model))
+    assert before == inside + model.lm_head.weight.numel()
+
+
+def test_a_mixture_that_does_not_say_how_many_experts_a_token_is_given() -> None:
+    model = tiny_model("deepseek_v2")
+    model.config.num_experts_per_tok = None
+    with pytest.raises(ValueError, match="DeepseekV2ForCausalLM: its configuration has no num_experts_per_tok"):
+        linear_macs(model)

@@ -103,8 +103,13 @@ class RankPlan:
 
         A quantised weight counts its numbers too, whatever their bits.
         """
-        based = sum(site.num_params for site in self.sites if self.storage(site).base and self.rank(site) is not None)
-        return based + sum(unit.num_stored(self.rank(unit.sites[0]), self.layout) for unit in self.units)
+        return sum(map(self.kept_of, self.units))
+
+    def kept_of(self, unit: Unit) -> int:
+        """Of one unit, see `kept_params`."""
+        rank = self.rank(unit.sites[0])
+        based = sum(site.num_params for site in unit.sites if self.storage(site).base and rank is not None)
+        return based + unit.num_stored(rank, self.layout)
 
     @property
     def planned_params(self) -> int:

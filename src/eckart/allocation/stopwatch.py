@@ -24,6 +24,7 @@ from eckart.allocation.speed import LinearTimes, Shape, SpeedTable
 from eckart.data.positions import check_positions, usable_positions
 from eckart.evals.speed import synchronise, time_once
 from eckart.lowrank import Layout
+from eckart.models.experts import expert_of
 from eckart.models.linear import LowRankLinear
 from eckart.models.sites import Site
 from eckart.models.units import Unit, units_of
@@ -82,10 +83,16 @@ def measure_speed(
         rank_multiple: ranks are multiples of this; of 1 odd ones are timed, as most are.
 
     Raises:
-        ValueError: more rows than the model's positions.
+        ValueError: more rows than the model's positions, or a linear of an expert, which reads as many rows as its
+            router gives it.
 
     Cost: some ten seconds, of a large model some of its steps. POOL bytes, or twice its largest linear's.
     """
+    if routed := next((site.name for site in sites if expert_of(site.name)), None):
+        raise ValueError(
+            f"{routed}: a budget in speed is not supported for experts, whose rows a router chooses; give keep, "
+            'keep_total or max_bytes, or exclude "*.experts.*"'
+        )
     units = {Shape.of(unit): unit for unit in (*units_of(sites), *units_of(sites, joint))}
     step, steps = step_of(model, rows)
     pool = _Pool(model)

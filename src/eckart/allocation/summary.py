@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.allocation.file_size import weight_bytes
 from eckart.allocation.rank_plan import RankPlan
+from eckart.models.experts import share_of_tokens
 from eckart.models.families import tower_modules
 from eckart.support.sizes import num_params
 
@@ -50,6 +51,11 @@ def summarise(plan: RankPlan, model: PreTrainedModel, *, bias: bool = False) -> 
     low_rank = [site for site in plan.sites if plan.rank(site) is not None]
     removed = plan.dense_params - plan.kept_params
     added = sum(site.d_out for site in low_rank if bias and not site.has_bias)
+    # Factors take a multiply-accumulate for each number that they store: the layouts and a shared right factor save as
+    # many of the one as of the other.
+    macs_removed = sum(
+        (unit.num_params - plan.kept_of(unit)) * share_of_tokens(model, unit.sites[0].name) for unit in plan.units
+    )
     macs = linear_macs(model)
     return PlanSummary(
         sites_low_rank=len(low_rank),
@@ -58,9 +64,7 @@ def summarise(plan: RankPlan, model: PreTrainedModel, *, bias: bool = False) -> 
         keep_of_model=(whole - removed + added) / whole,
         params=[whole, whole - removed + added],
         file_bytes=[weight_bytes(model, RankPlan(plan.sites, {})), weight_bytes(model, plan, bias=bias)],
-        # Factors take a multiply-accumulate for each number that they store: the layouts and a shared right factor save
-        # as many of the one as of the other.
-        macs_per_token=[macs, macs - removed],
+        macs_per_token=[macs, round(macs - macs_removed)],
         keep_of_planned=plan.keep,
     )
 
@@ -70,16 +74,18 @@ def linear_macs(model: PreTrainedModel) -> int:
 
     A pooler and what a classifier adds to the base model read one token of a text, and towers for images or sound none;
     they are not counted. Products that are no linear's, such as attention scores, grow with the text and are not
-    counted either.
+    counted either. Of a layer's experts those count that a token is given to, each for the mean of all.
     """
     base = model.base_model
     counted = [model] if model.get_output_embeddings() is not None else [base]
     pooler = getattr(base, "pooler", None)
     once = set(pooler.modules()) if isinstance(pooler, nn.Module) else set()
     once |= tower_modules(model)
-    return sum(
-        module.weight.numel()
+    paths = {module: path for path, module in model.named_modules()}
+    macs = sum(
+        module.weight.numel() * share_of_tokens(model, paths[module])
         for root in counted
         for module in root.modules()
         if isinstance(module, nn.Linear | Conv1D) and module not in once
     )
+    return round(macs)

@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, cast
 
 import torch
@@ -255,6 +256,23 @@ def expert_of(path: str) -> tuple[str, int] | None:
     """(path of the experts' module, number) of an expert's linear; None of any other linear."""
     match = EXPERT.match(path)
     return (match["experts"], int(match["number"])) if match else None
+
+
+def share_of_tokens(model: PreTrainedModel, path: str) -> Fraction:
+    """How many of a text's tokens a linear reads, on average over its layer's experts: k of E; 1 of any other linear.
+
+    Raises:
+        ValueError: the configuration does not say how many experts a token is given.
+    """
+    place = expert_of(path)
+    if place is None:
+        return Fraction(1)
+    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    if chosen is None:
+        raise ValueError(
+            f"{type(model).__name__}: its configuration has no num_experts_per_tok, experts for each token"
+        )
+    return Fraction(chosen, cast(Experts, model.get_submodule(place[0])).num_experts)
 
 
 def every_expert(root: nn.Module, path: str) -> list[str]:
