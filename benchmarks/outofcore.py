@@ -1,6 +1,6 @@
 """Compressing a model of Llama-7B's shape with one block in memory: seconds a block, peak memory, a kill on the way.
 
-    python benchmarks/outofcore.py --step make --folder DIR [--layers 32]
+    python benchmarks/outofcore.py --step make --folder DIR [--layers 32 | --mixture --layers 2]
     python benchmarks/outofcore.py --step compress --folder DIR [--model smollm2] [--kill-after 2] [--json FILE]
 
 `make` writes random weights in bfloat16 (13.5 GB), a few blocks at a time, and the built-in tokenizer. `compress` runs
@@ -10,6 +10,8 @@ and how many times the floor (floor.py) of asvd-i they are, the peak resident me
 pages count) over the model's bytes, and what all blocks of the model would take at that pace. Of kfac and best, what
 comes before the first block (gradients, and losses of best) is of all the blocks that there are: make as many as are to
 be compressed.
+
+With `--mixture` the model is of Qwen3-30B-A3B's shape, 128 experts a block, 8 for each token; there is no floor of it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from floor import factor_work, forward_work, measure_rates, moments_work
 from measuring import machine, peak_bytes, write_json
 from real_models import add_model_option
 from torch import Tensor
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from eckart import load_tokenizer
 from eckart.data.builtin import builtin_model_path
@@ -43,8 +45,26 @@ BLOCKS_A_SHARD = 2
 KEEP = 0.7
 
 
-def shape_of(arguments: argparse.Namespace) -> LlamaConfig:
-    """Llama-7B, or what the arguments make of it."""
+def shape_of(arguments: argparse.Namespace) -> PreTrainedConfig:
+    """Llama-7B, or what the arguments make of it; or Qwen3-30B-A3B with as many layers as they say."""
+    if arguments.mixture:
+        settings: dict[str, Any] = {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "vocab_size": 32000,
+            "hidden_size": 2048,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "num_hidden_layers": arguments.layers,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": False,
+            "dtype": "bfloat16",
+        }
+        return Qwen3MoeConfig(**settings)
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=32000,
@@ -58,25 +78,43 @@ def shape_of(arguments: argparse.Namespace) -> LlamaConfig:
     )
 
 
-def random_block(config: LlamaConfig, number: int) -> dict[str, Tensor]:
+def block_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """{name in the files: shape} of a block's weights."""
+    wide, heads = config.hidden_size, config.num_attention_heads
+    width = getattr(config, "head_dim", None) or wide // heads
+    queries, keys = heads * width, config.num_key_value_heads * width
+    shapes: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (queries, wide),
+        "self_attn.k_proj": (keys, wide),
+        "self_attn.v_proj": (keys, wide),
+        "self_attn.o_proj": (wide, queries),
+        "input_layernorm": (wide,),
+        "post_attention_layernorm": (wide,),
+    }
+    inner, places = config.intermediate_size, ["mlp"]
+    if isinstance(config, Qwen3MoeConfig):
+        shapes |= {"mlp.gate": (config.num_experts, wide)}
+        shapes |= {"self_attn.q_norm": (width,), "self_attn.k_norm": (width,)}
+        inner, places = config.moe_intermediate_size, [f"mlp.experts.{number}" for number in range(config.num_experts)]
+    for place in places:
+        shapes |= {f"{place}.{name}_proj": (inner, wide) for name in ("gate", "up")}
+        shapes |= {f"{place}.down_proj": (wide, inner)}
+    return shapes
+
+
+def random_block(config: PreTrainedConfig, number: int) -> dict[str, Tensor]:
     """One block's weights: as large as training leaves them, so that activations stay near one."""
     generator = torch.Generator().manual_seed(number)
-    wide, inner = config.hidden_size, config.intermediate_size
-    shapes = {
-        **{f"self_attn.{name}_proj": (wide, wide) for name in "qkvo"},
-        **{f"mlp.{name}_proj": (inner, wide) for name in ("gate", "up")},
-        "mlp.down_proj": (wide, inner),
-    }
     block = {
-        f"{name}.weight": torch.randn(shape, generator=generator, dtype=torch.bfloat16) / shape[1] ** 0.5
-        for name, shape in shapes.items()
+        name: torch.ones(shape, dtype=torch.bfloat16)
+        if len(shape) == 1
+        else torch.randn(shape, generator=generator, dtype=torch.bfloat16) / shape[1] ** 0.5
+        for name, shape in block_shapes(config).items()
     }
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        block[f"{norm}.weight"] = torch.ones(wide, dtype=torch.bfloat16)
-    return {f"model.layers.{number}.{name}": tensor for name, tensor in block.items()}
+    return {f"model.layers.{number}.{name}.weight": tensor for name, tensor in block.items()}
 
 
-def make_model(folder: Path, config: LlamaConfig) -> None:
+def make_model(folder: Path, config: PreTrainedConfig) -> None:
     """The checkpoint, and the built-in tokenizer, whose ids fit the vocabulary."""
     folder.mkdir(parents=True, exist_ok=True)
     count = -(-config.num_hidden_layers // BLOCKS_A_SHARD) + 1
@@ -120,9 +158,14 @@ def run_child(arguments: argparse.Namespace) -> None:
     compress_out_of_core(recipe, place_of(arguments), How(batch_size=arguments.batch), resume=True)
 
 
-def floor_of(arguments: argparse.Namespace) -> float:
-    """The seconds that a block's products take at this machine's rates, now: forward, moments and factors."""
-    config: LlamaConfig = AutoConfig.from_pretrained(source_of(arguments))
+def floor_of(arguments: argparse.Namespace) -> float | None:
+    """The seconds that a block's products take at this machine's rates, now: forward, moments and factors.
+
+    None of a mixture: which expert has how many tokens is not known before it runs.
+    """
+    config = AutoConfig.from_pretrained(source_of(arguments))
+    if not isinstance(config, LlamaConfig):
+        return None
     samples, length = arguments.samples, arguments.length
     work = forward_work(config, samples, length) + moments_work(config, samples, length) + factor_work(config, KEEP)
     return measure_rates(2048).seconds(work)
@@ -179,6 +222,7 @@ def main() -> None:
         "--folder", type=Path, required=True, help="where `make` writes; the compressed model goes next to it"
     )
     add_model_option(parser, None)
+    parser.add_argument("--mixture", action="store_true", help="of Qwen3-30B-A3B's shape")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--intermediate", type=int, default=11008)
@@ -215,8 +259,9 @@ def main() -> None:
     floor = floor_of(arguments)
     for block in blocks:
         stages = ", ".join(f"{stage} {value:.1f} s" for stage, value in block.items() if stage != "block")
-        block["over_floor"] = sum(value for stage, value in block.items() if stage != "block") / floor
-        print(f"block {block['block']}: {stages}; {block['over_floor']:.1f} x the floor of {floor:.1f} s")
+        block["whole"] = sum(value for stage, value in block.items() if stage != "block")
+        over = f"; {block['whole'] / floor:.1f} x the floor of {floor:.1f} s" if floor else ""
+        print(f"block {block['block']}: {stages}{over}")
     for run in runs:
         first, last = run["blocks"]
         end = "killed" if run["killed"] else "came through"
@@ -224,9 +269,9 @@ def main() -> None:
             f"blocks {first} ... {last - 1}: {run['seconds']:.1f} s, peak memory {run['peak_bytes'] / 2**20:,.0f} MiB, "
             f"{run['peak_bytes'] / dense:.0%} of the model; {end}"
         )
-    whole = floor * sum(block["over_floor"] for block in blocks) / max(len(blocks), 1) * arguments.layers
+    whole = sum(block["whole"] for block in blocks) / max(len(blocks), 1) * arguments.layers
     first = blocks[: runs[0]["blocks"][1]]
-    before = runs[0]["seconds"] - floor * sum(block["over_floor"] for block in first)
+    before = runs[0]["seconds"] - sum(block["whole"] for block in first)
     print(f"before the first block: {before:.1f} s")
     print(f"all {arguments.layers} blocks at that pace: {whole / 60:.1f} min")
     facts = {"machine": machine(), "settings": vars(arguments), "model_bytes": dense, "floor_seconds": floor}

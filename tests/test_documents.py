@@ -94,6 +94,7 @@ def test_modules_in_the_changelog_are_there() -> None:
         assert place.with_suffix(".py").is_file() or (place / "__init__.py").is_file(), name
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs() -> None:
     notebook = tool("tutorial")["run_tutorial"]()
     printed = "".join(

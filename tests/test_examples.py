@@ -12,7 +12,6 @@ from tiny import Run
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
-QUICK = "bytes"
 
 
 def test_there_are_five() -> None:
@@ -29,9 +28,8 @@ def test_each_reads_what_comes_with_eckart_and_says_how_to_run_it(example: Path)
     assert ["eckart", "run", f"examples/{example.name}", "--out", f"runs/{example.stem}"] in commands
 
 
-@pytest.mark.parametrize(
-    "example", [pytest.param(e, marks=[] if e.stem == QUICK else pytest.mark.slow, id=e.stem) for e in EXAMPLES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_each_runs(example: Path, run: Run, tmp_path: Path) -> None:
     status, printed = run("run", example, "--out", tmp_path / "run", "--cache", tmp_path / "cache")
     assert status == 0, printed

@@ -40,6 +40,7 @@ def test_a_difference_above_its_tolerance_and_nan_are_failures() -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_script_comes_through_in_small(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--shape", "tiny"]
     parts = ["rates", "parts", "asvd-i", "best", "plain"]

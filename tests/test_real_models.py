@@ -37,6 +37,7 @@ def test_the_round_trip_is_exact(name: str, tmp_path: Path) -> None:
         assert torch.equal(model(tokens.ids[:2]).logits, again(tokens.ids[:2]).logits)
 
 
+@pytest.mark.slow
 @needs_shared
 def test_activation_awareness_pays_in_its_domain() -> None:
     """The NSVD paper's first finding, on a model where it is small: asvd-i beats svd on the calibration corpus."""

@@ -110,6 +110,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Path, Any
     return folder, {**read_run(run), folder / "study.json": json.loads((folder / "study.json").read_text())}
 
 
+@pytest.mark.slow
 @settings(QUICK, max_examples=20, phases=set(Phase) - {Phase.shrink, Phase.explain})
 @given(st.data())
 def test_a_run_directory_in_a_report(made: tuple[Path, dict[Path, Any]], data: st.DataObject) -> None:

@@ -80,7 +80,7 @@ def test_names_are_printed_as_they_are(run: Run, tmp_path: Path) -> None:
     assert "Traceback" not in printed
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_ends_with_one_line_and_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     code = "from eckart.cli import main; main()"
     command = ["compress", "builtin", str(tmp_path / "out"), "--keep", "0.5", "--calibration", "builtin/prose"]

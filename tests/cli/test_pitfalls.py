@@ -65,6 +65,7 @@ def test_a_report_leaves_its_tables_and_figures_as_files(run: Run, study: Path, 
     assert run(*arguments, "--force")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_report_without_figures_says_what_to_install(
     run: Run, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ def test_the_jackknife_leaves_out_every_row_once() -> None:
     assert _jackknife(confusion_of([0], [0]), matthews) is None
 
 
+@pytest.mark.slow
 def test_the_error_is_that_of_repeated_samples() -> None:
     draw = np.random.default_rng(1)
 

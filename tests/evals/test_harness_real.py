@@ -82,6 +82,7 @@ def assert_equal_to(result: EvalResult, table: dict[str, Any]) -> None:
         assert result.scores["acc_norm"].stderr == table["acc_norm_stderr,none"]
 
 
+@pytest.mark.slow
 @real
 @pytest.mark.parametrize(("name", "keep"), [("piqa", 1), ("boolq", 1), ("arc_easy", 1), ("arc_easy", 0.7)])
 def test_the_harness_itself_finds_the_same(

@@ -62,7 +62,7 @@ def test_what_no_line_divides_is_found_as_well() -> None:
     assert reading.f1 > 0.9
 
 
-@pytest.mark.parametrize("share", [0.5, 0.2])
+@pytest.mark.parametrize("share", [pytest.param(0.5, marks=pytest.mark.slow), 0.2])
 @pytest.mark.parametrize("what", ["random features", "shuffled labels"])
 def test_where_there_is_nothing_selectivity_is_zero_within_its_error(what: str, share: float) -> None:
     draw = np.random.default_rng(1)
@@ -147,6 +147,7 @@ def test_the_result_has_every_layer_with_its_control() -> None:
     assert result.scores["f1.0"].value > 0.8  # the mean of embeddings, two of them of the word
 
 
+@pytest.mark.slow
 def test_workers_and_batches_change_nothing() -> None:
     model, rows = tiny_model("llama"), keyword_rows(60)
     plain = probe(model, tiny_tokenizer(), rows, seeds=1)
@@ -154,6 +155,7 @@ def test_workers_and_batches_change_nothing() -> None:
     assert probe(model, tiny_tokenizer(), rows, seeds=1).details == plain.details
 
 
+@pytest.mark.slow
 def test_one_seed_has_no_error_and_another_first_seed_is_another_draw() -> None:
     model, rows = tiny_model("llama"), labelled(np.random.default_rng(0).integers(0, 2, 80), [
         tiny_text(5, n) for n in range(80)
@@ -185,7 +187,7 @@ def write_rows(file: Path, rows: Labelled) -> None:
 def test_probing_is_an_evaluation_like_any_other(tmp_path: Path) -> None:
     write_rows(tmp_path / "cola" / "dev.jsonl", keyword_rows(60))
     write_rows(tmp_path / "cola" / "train.jsonl", keyword_rows(80, 1000))
-    tasks = [Task("probing:cola"), Task("probing:cola", "train", limit=40, pooling="last", seeds=1)]
+    tasks = [Task("probing:cola", seeds=1), Task("probing:cola", "train", limit=40, pooling="last", seeds=1)]
     results = evaluate(tiny_model("llama"), tiny_tokenizer(), tasks, data=tmp_path, cache=tmp_path / "cache")
     assert [result.task for result in results] == ["probing:cola", "probing:cola@train@last"]
     assert [result.n for result in results] == [60, 40]
@@ -193,6 +195,7 @@ def test_probing_is_an_evaluation_like_any_other(tmp_path: Path) -> None:
     assert Counter(file.suffix for file in (tmp_path / "cache" / "states").iterdir()) == {".npy": 2}
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_row_for_every_layer(run: Run, tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "model")

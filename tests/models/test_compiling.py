@@ -69,6 +69,7 @@ def test_a_model_that_reads_is_one_graph(kind: str) -> None:
         torch.testing.assert_close(outputs, model(input_ids=ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_that_generates_is_one_graph(kind: str) -> None:
     """A step behind a prompt, with a cache of fixed size, as `generate` compiles it."""

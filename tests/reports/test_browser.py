@@ -95,6 +95,7 @@ def test_panels_and_marks_are_all_there(desktop: Seen) -> None:
     assert plot.locator(".scatterlayer .point").count() == marks * len(CORPORA)
 
 
+@pytest.mark.slow
 def test_a_hover_shows_a_number(desktop: Seen) -> None:
     mark = desktop.page.locator("figure[data-chart=perplexity] .scatterlayer .trace .point").nth(3)
     mark.scroll_into_view_if_needed()
@@ -224,6 +225,7 @@ def test_the_log_button_straightens_the_axis(desktop: Seen) -> None:
     assert (button.get_attribute("aria-pressed"), desktop.page.evaluate(kind)) == ("false", "linear")
 
 
+@pytest.mark.slow
 def test_dark_and_light(browser: Any, report: Path) -> None:
     background = "() => getComputedStyle(document.body).backgroundColor"
     tick = "() => getComputedStyle(document.querySelector('figure[data-chart=perplexity] .xtick text')).fill"
@@ -245,6 +247,7 @@ def test_dark_and_light(browser: Any, report: Path) -> None:
     wishes_dark.context.close()
 
 
+@pytest.mark.slow
 def test_a_phone_scrolls_in_one_direction(browser: Any, report: Path) -> None:
     seen = Seen(browser, report, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     assert seen.page.evaluate("document.documentElement.scrollWidth") == 390
@@ -266,6 +269,7 @@ def test_a_phone_scrolls_in_one_direction(browser: Any, report: Path) -> None:
     seen.context.close()
 
 
+@pytest.mark.slow
 def test_the_keyboard_reaches_every_control(browser: Any, report: Path) -> None:
     seen = Seen(browser, report)
     seen.page.keyboard.press("Tab")
@@ -300,6 +304,7 @@ def test_every_control_has_a_name_and_every_figure_a_text(desktop: Seen) -> None
         assert desktop.page.locator(f"figure[data-chart={chart}] details.numbers summary").count() == 1
 
 
+@pytest.mark.slow
 def test_a_window_made_narrower_folds_the_panels(browser: Any, report: Path) -> None:
     seen = Seen(browser, report)
     domain = "() => document.querySelector('figure[data-chart=perplexity] .plot')._fullLayout.xaxis2.domain[0]"
@@ -309,6 +314,7 @@ def test_a_window_made_narrower_folds_the_panels(browser: Any, report: Path) -> 
     seen.context.close()
 
 
+@pytest.mark.slow
 def test_a_table_that_scrolls_shows_it(browser: Any, report: Path) -> None:
     seen = Seen(browser, report, viewport={"width": 700, "height": 900})
     box, note = seen.page.locator("#summary .table-box"), seen.page.locator("#summary .more")
@@ -344,6 +350,7 @@ def test_a_browser_that_cannot_unpack_says_so_and_has_the_numbers(browser: Any, 
     context.close()
 
 
+@pytest.mark.slow
 def test_the_page_prints(browser: Any, report: Path) -> None:
     seen = Seen(browser, report, color_scheme="dark")
     content = seen.page.pdf(format="A4")
@@ -352,6 +359,7 @@ def test_the_page_prints(browser: Any, report: Path) -> None:
     seen.context.close()
 
 
+@pytest.mark.slow
 def test_probing_and_its_questions_are_drawn_without_complaint(browser: Any, tmp_path: Path) -> None:
     make_probing_study(tmp_path / "study")
     seen = Seen(browser, write_report([tmp_path / "study"], tmp_path / "r.html"))

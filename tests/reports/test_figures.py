@@ -281,6 +281,7 @@ def test_the_ramp_is_ordered_by_lightness_alone() -> None:
     assert dark == sorted(dark)
 
 
+@pytest.mark.slow
 def test_every_colour_of_a_figure_has_a_dark_partner(study: Collection) -> None:
     def colors(value: object) -> set[str]:
         if isinstance(value, dict):

@@ -58,6 +58,7 @@ def test_every_table_of_a_report_is_a_file(tmp_path: Path) -> None:
     assert tables["nsvd-table-1-small.csv"][0][:3] == ["", "wikitext2 ours", "wikitext2 published"]
 
 
+@pytest.mark.slow
 def test_the_layers_and_their_questions_are_files_too(tmp_path: Path) -> None:
     files = {file.name: file for file in write_files(read_runs([make_probing_study(tmp_path / "s")]), tmp_path / "f")}
     assert {"probing.csv", "scores.csv", "pitfalls-related.csv", "pitfalls-related-layers.csv"} <= set(files)
@@ -93,6 +94,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     assert any("<b>$x_1$</b>&" in text for text in texts)
 
 
+@pytest.mark.slow
 def test_names_are_slugs_and_each_is_its_own(tmp_path: Path) -> None:
     assert slug("Table 2: CoLA & MMLU (small)") == "table-2-cola-mmlu-small"
     assert slug("../..") == "untitled"

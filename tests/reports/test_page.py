@@ -191,6 +191,7 @@ def test_a_page_that_fails_leaves_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("r.html*"))
 
 
+@pytest.mark.slow
 def test_one_study_of_several_models_has_one_title(tmp_path: Path) -> None:
     folders = [make_study(tmp_path / name) for name in ("a", "b")]
     page = write_report(folders, tmp_path / "r.html").read_text(encoding="utf-8")

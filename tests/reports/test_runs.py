@@ -252,6 +252,7 @@ def test_the_time_of_a_run_is_what_it_noted(tmp_path: Path) -> None:
         read_runs([folder])
 
 
+@pytest.mark.slow
 def test_details_of_a_wrong_form_are_one_error_that_names_the_run(tmp_path: Path) -> None:
     """What each evaluation keeps in detail is taken as written; where it cannot be drawn, its run is named."""
     make_run(tmp_path / "whole", keep=0.5)

@@ -39,6 +39,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [

@@ -370,6 +370,7 @@ def test_a_search_that_stays_above_its_size_is_a_gap_with_its_reason(place: Path
     assert searched.label.startswith("svd, surgical (score=perplexity:")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sfsd-table-1", "probing-figure-1-mmlu"])
 def test_llm_pruner_runs_in_the_type_of_the_papers(name: str, tmp_path: Path) -> None:
     """float16, as both studies say at the paper's scale; gradients are taken in float32."""

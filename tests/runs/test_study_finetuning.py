@@ -107,6 +107,7 @@ def test_runs_start_from_the_fine_tuned_models(place: Path, tmp_path: Path) -> N
     assert written["finetune"]["epochs"] == 3
 
 
+@pytest.mark.slow
 def test_what_is_fine_tuned_is_not_again_unless_it_is_to_be_otherwise(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +128,7 @@ def test_what_is_fine_tuned_is_not_again_unless_it_is_to_be_otherwise(
     assert again == run_study(changed, tmp_path / "anew", How(data=place)), "nothing is left of the other weights"
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_in_the_middle_of_a_training(place: Path, tmp_path: Path) -> None:
     whole = run_study(at_place(place, "one"), tmp_path / "whole", How(data=place))
 

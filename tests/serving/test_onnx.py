@@ -90,6 +90,7 @@ def test_factors_stay_two_products_and_a_shared_one_is_stored_once(model: PreTra
     assert not any(part.metadata_props for part in (*graph.node, *graph.value_info))  # no places in anybody's files
 
 
+@pytest.mark.slow
 def test_names_are_those_of_optimum_and_genai(model: PreTrainedModel, written: OnnxExport) -> None:
     session = OnnxDecoder(written.folder).session
     assert {given.name: given.shape for given in session.get_inputs()} == {

@@ -88,7 +88,9 @@ def test_every_evaluation_is_here() -> None:
     assert {kind for kind, row in EVALUATIONS.items() if row.search} == SCORES.keys()
 
 
-@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind == "probing" else []) for kind in SCORES]
+)
 def test_search_and_report_read_other_items(kind: str, data: Path) -> None:
     if kind == "lm-eval":
         pytest.importorskip("lm_eval")

@@ -342,6 +342,7 @@ def test_a_model_without_a_language_head_is_refused() -> None:
         prune_structures(tiny_model("llama", "base"), 0.7, tiny_tokens())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (SHARED / "models/llama6M/config.json").is_file(),
     reason="needs the real models of ../shared, which are not part of the project",

@@ -52,6 +52,7 @@ def test_without_ray_the_extra_is_named(run: Run, place: Path, tmp_path: Path, m
     assert "pip install 'eckart[ray]'" in printed
 
 
+@pytest.mark.slow
 def test_a_worker_with_another_release_is_refused(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eckart.runs.engine.cluster.version", lambda _: "0.0.1")  # the workers have what is installed
     told = rf"{socket.gethostname()} has eckart {version('eckart')}, and the run was started with 0\.0\.1"

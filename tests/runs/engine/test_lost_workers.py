@@ -44,6 +44,7 @@ def test_a_killed_worker_is_replaced(nodes: Any, engine: OnCluster, place: Path)
             assert all(torch.equal(other.inputs[group].sums[key], value) for key, value in moments.sums.items())
 
 
+@pytest.mark.slow
 def test_a_factorisation_whose_worker_dies_is_done_again(engine: OnCluster, place: Path, tmp_path: Path) -> None:
     model, method = eckart.load_model(place / "llama"), build_method("asvd-i")
     moments = list(HERE.calibrate_by_block(CalibrationRequest(model, TOKENS, method)))
@@ -56,6 +57,7 @@ def test_a_factorisation_whose_worker_dies_is_done_again(engine: OnCluster, plac
     assert relative(logits_of(other), logits_of(model)) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_model_that_a_worker_cannot_load_is_named(engine: OnCluster, place: Path, tmp_path: Path) -> None:
     import socket
 

@@ -39,7 +39,13 @@ def factors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [("llama", "asvd-i"), ("llama", "kfac"), ("llama", "svd"), ("gpt2", "sfsd")]
+    ("name", "method"),
+    [
+        pytest.param("llama", "asvd-i", marks=pytest.mark.slow),
+        pytest.param("llama", "kfac", marks=pytest.mark.slow),
+        ("llama", "svd"),
+        ("gpt2", "sfsd"),
+    ],
 )
 def test_any_number_of_workers_gives_the_same_factors(engine: OnCluster, place: Path, name: str, method: str) -> None:
     alone = compressed(HERE, place / name, method)
@@ -80,6 +86,7 @@ def test_every_method_goes_to_a_worker(engine: OnCluster, place: Path) -> None:
             assert relative(clustered[unit].factors.dense(), cut.factors.dense()) < 1e-6, (name, unit.name)
 
 
+@pytest.mark.slow
 def test_a_search_decides_as_it_would_alone(engine: OnCluster, place: Path, tmp_path: Path) -> None:
     alone = searched(HERE, place / "llama", journal=tmp_path / "alone", identity={"of": "test"})
     assert 0.2 < alone.curve[-1].keep < 0.98
