@@ -90,7 +90,7 @@ class Budget:
             ValueError: the selected sites do not fit even at rank 1; the message says what the least possible is.
         """
         dense = sum(site.num_params for site in sites)
-        present = [group for group in joint if any(site.input_group == group for site in sites)]
+        present = [group for group in joint if any(site.joint_group == group for site in sites)]
         least = sum(min(unit.num_stored(1, layout), unit.num_params) for unit in units_of(sites, present))
         if self.keep is not None:
             numbers = _share_of(dense, self.keep)

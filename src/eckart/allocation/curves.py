@@ -34,7 +34,7 @@ class Curve:
     def __post_init__(self) -> None:
         if not self.sites:
             raise ValueError("a curve is of one site or of several; it has none")
-        if len({site.input_group for site in self.sites}) > 1:
+        if len({site.joint_group for site in self.sites}) > 1:
             names = ", ".join(site.name for site in self.sites)
             raise ValueError(f"{names} do not read one tensor and cannot share a right factor")
         losses = np.asarray(self.losses, dtype=np.float64)

@@ -98,4 +98,4 @@ def plan(
 
 def _units_of(selected: Sequence[Site], joint: Collection[str]) -> tuple[Unit, ...]:
     """The selected sites, those of a joint group that has any of them as one."""
-    return units_of(selected, [group for group in joint if any(site.input_group == group for site in selected)])
+    return units_of(selected, [group for group in joint if any(site.joint_group == group for site in selected)])

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,22 +64,49 @@ class BlockCalibration:
     gradient_means: dict[str, GradientMoments] = field(default_factory=dict)
 
     def inputs_of(self, group: str) -> InputMoments | None:
-        """The moments of an input group; an expert's, shrunk towards the mean of its layer."""
+        """The moments of an input group; an expert's, shrunk towards the mean of its layer.
+
+        Of the role of a layer's experts: of all their tokens together.
+        """
         own, layer = self.inputs.get(group), layer_role(group)
+        if own is None and (experts := self._experts(group)):
+            return mean_of_experts(experts)
         if own is None or layer is None:
             return own
-        if layer not in self.means:
-            self.means[layer] = mean_of_experts(each for name, each in self.inputs.items() if layer_role(name) == layer)
-        return own.shrunk(self.means[layer], PRIOR * own.d_in)
+        return own.shrunk(self._mean_inputs(layer), PRIOR * own.d_in)
 
     def gradients_of(self, name: str) -> GradientMoments | None:
         """The gradient statistics of a site; an expert's, shrunk towards the mean of its layer."""
         own, layer = self.gradients.get(name), layer_role(name)
         if own is None or layer is None:
             return own
+        mean = self._mean_gradients(layer)
+        return own.shrunk(mean, PRIOR * mean.d_out)
+
+    def part_of(self, groups: Collection[str], names: Collection[str]) -> BlockCalibration:
+        """The moments of some input groups and of some sites alone, with the means that theirs are shrunk towards."""
+        read, written = ({role for name in some if (role := layer_role(name))} for some in (groups, names))
+        return replace(
+            self,
+            inputs={group: self.inputs[group] for group in groups if group in self.inputs},
+            gradients={name: self.gradients[name] for name in names if name in self.gradients},
+            held_out={group: self.held_out[group] for group in groups if group in self.held_out},
+            means={layer: self._mean_inputs(layer) for layer in read if self._experts(layer)},
+            gradient_means={layer: self._mean_gradients(layer) for layer in written if self.gradients},
+        )
+
+    def _experts(self, layer: str) -> list[InputMoments]:
+        return [moments for group, moments in self.inputs.items() if layer_role(group) == layer]
+
+    def _mean_inputs(self, layer: str) -> InputMoments:
+        if layer not in self.means:
+            self.means[layer] = mean_of_experts(self._experts(layer))
+        return self.means[layer]
+
+    def _mean_gradients(self, layer: str) -> GradientMoments:
         if layer not in self.gradient_means:
             self.gradient_means.update(mean_gradients(self.gradients, [layer]))
-        return own.shrunk(self.gradient_means[layer], PRIOR * self.gradient_means[layer].d_out)
+        return self.gradient_means[layer]
 
     def __repr__(self) -> str:
         return f"BlockCalibration(block {self.block}: {len(self.inputs)} inputs, {len(self.gradients)} gradients)"

@@ -14,6 +14,9 @@ from eckart.calibration.routes import Routes
 from eckart.calibration.walk import Call, hidden_of, not_of_tokens
 from eckart.models.experts import Route
 
+# What a linear reads of a batch, and of which tokens; None of all.
+Read = tuple[Tensor, Route | None]
+
 
 class Run(greenlet):
     """A block's forward pass on one batch.
@@ -28,29 +31,37 @@ class Run(greenlet):
     Args:
         block: its sites may be replaced between two steps.
         hidden: (batch, length, width), at the block's door. call: the other arguments.
-        readers: {input group: path in the block of the first linear that reads it}.
+        readers: {group: {input group: path in the block of the first linear that reads it}}. The run waits before the
+            first linear of a group, which is of one input, or of what the experts of a layer read.
         passed: groups that the run does not wait for.
     """
 
     def __init__(
-        self, block: nn.Module, hidden: Tensor, call: Call, readers: Mapping[str, str], passed: tuple[str, ...] = ()
+        self,
+        block: nn.Module,
+        hidden: Tensor,
+        call: Call,
+        readers: Mapping[str, Mapping[str, str]],
+        passed: tuple[str, ...] = (),
     ) -> None:
         super().__init__(self._forward)
         self.block, self.readers, self._passed = block, readers, passed
-        self.routes = Routes(block, readers.values())
+        self.first = {group: next(iter(paths.values())) for group, paths in readers.items()}
+        self.routes = Routes(block, [path for paths in readers.values() for path in paths.values()])
         self._start: tuple[Tensor, Call] | None = (hidden, call)
         self._seen: set[str] = set()
         self.forwards: dict[str, Callable[..., Any]] = {}
 
-    def advance(self) -> tuple[str, Tensor, Route | None] | Tensor:
-        """(the next input group, what is read, of which tokens), or the block's output where no further group is read.
+    def advance(self) -> tuple[str, dict[str, Read]] | Tensor:
+        """(the next group, {input group: what is read, of which tokens}), or the block's output where no further group
+        is read.
 
         Raises:
             ValueError: a group is read a second time; or what the block raises.
 
         Cost: of the block's operations, those between two groups.
         """
-        with _standing_in(self.block, self.readers, self), self.routes.watched(), torch.no_grad():
+        with _standing_in(self.block, self.first, self), self.routes.watched(), torch.no_grad():
             return self.switch()
 
     def finish(self) -> Tensor:
@@ -72,7 +83,13 @@ class Run(greenlet):
         self._seen.add(group)
         if group not in self._passed:
             assert self.parent is not None
-            self.parent.switch((group, x, self.routes.of(self.readers[group])))
+            self.parent.switch((group, self._reads(group, x)))
+
+    def _reads(self, group: str, x: Tensor) -> dict[str, Read]:
+        paths = self.readers[group]
+        if len(paths) > 1:
+            return {name: self.routes.rows_of(path) for name, path in paths.items()}
+        return {name: (x, self.routes.of(path)) for name, path in paths.items()}
 
 
 @contextmanager

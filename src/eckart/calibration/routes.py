@@ -26,12 +26,19 @@ class Routes:
         self._places = {path: expert_of(path) for path in paths}
         names = {place[0] for place in self._places.values() if place is not None}
         self._experts = {name: root.get_submodule(name) for name in names}
-        self._chosen: dict[str, tuple[Tensor, Tensor]] = {}
+        self._called: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def of(self, path: str) -> Route | None:
         """The tokens that the linear is given; None of one that reads all of them."""
         place = self._places[path]
-        return None if place is None else Route.to(place[1], *self._chosen[place[0]])
+        return None if place is None else Route.to(place[1], *self._called[place[0]][1:])
+
+    def rows_of(self, path: str) -> tuple[Tensor, Route]:
+        """What an expert's first linear reads of the batch, (n, d_in), whether it was called already or not."""
+        place, route = self._places[path], self.of(path)
+        assert place is not None
+        assert route is not None
+        return self._called[place[0]][0][route.tokens], route
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -51,7 +58,7 @@ class Routes:
 
     def _note(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._chosen[name] = args[1], args[2]
+            self._called[name] = args[0], args[1], args[2]
 
         return note
 

@@ -9,7 +9,7 @@ a pass over a block (see `passes`) is undone unless it lowers the loss on them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -24,7 +24,7 @@ from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments, InputMoments, Method
 from eckart.lowrank.input_moments import INPUT_STATISTICS
 from eckart.models.experts import layer_role
-from eckart.models.sites import Site, find_sites, first_readers
+from eckart.models.sites import Site, find_sites, first_readers, joint_readers
 from eckart.support.progress import Track, silent
 
 # What a site is calibrated on: the dense model's inputs; the compressed model's; or the compressed model's inputs with
@@ -75,6 +75,7 @@ class SequentialCalibration:
         method: for what it needs. An anchored one (`Method.anchored`) is for order "anchored", and only for it.
         order: see `Order`.
         sites: those that will be replaced; default all.
+        joint: `Site.joint_group`s whose sites will share a right factor.
         gradients: of these sites, if they were gathered before.
         reference: the dense model, where `model` is compressed already; for order "anchored".
         known: the dense model's moments on `tokens`, where they were taken before; for order "anchored".
@@ -98,6 +99,7 @@ class SequentialCalibration:
         order: Order = "anchored",
         held_out: Tokens | None = None,
         sites: Sequence[Site] | None = None,
+        joint: Collection[str] = (),
         gradients: dict[str, GradientMoments] | None = None,
         reference: PreTrainedModel | None = None,
         known: KnownInputs | None = None,
@@ -115,6 +117,7 @@ class SequentialCalibration:
         self.gradients, self.passes, self.batch_size, self.track = gradients, tuple(passes), batch_size, track
         if reference is not None and order != "anchored":
             raise ValueError(f"a reference is for order 'anchored', and not for {order!r}: leave it out")
+        self.joint = frozenset(joint)
         self.judged, self.known, self.reference = judged, known, reference
         self.reports: list[PassReport] = []
         self.started = False
@@ -224,9 +227,10 @@ class SequentialCalibration:
             means = streams.means(blocks.get("dense", block), readers, needs, known)
             roles = {role for site in sites if (role := layer_role(site.name)) is not None}
             gradient_means = mean_gradients(self.gradients or {}, roles) if roles else {}
-            for group, moments in streams.meet(blocks, readers, needs, onward, known):
-                read = [site for site in sites if site.input_group == group]
-                yield self._part(number, read, {group: moments}, means, gradient_means)
+            together = joint_readers(sites, self.joint)
+            for moments in streams.meet(blocks, together, needs, onward, known):
+                read = [site for site in sites if site.input_group in moments]
+                yield self._part(number, read, moments, means, gradient_means)
                 del moments
 
     def _run_passes(self, streams: Streams, number: int) -> None:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eckart.calibration.doors import Doors, Held
-from eckart.calibration.pausing import Run
+from eckart.calibration.pausing import Read, Run
 from eckart.calibration.routes import add_rows, both_routes, mean_of_experts
 from eckart.calibration.walk import Call, check_rows, hidden_of, record_each, shared, summing_inputs
 from eckart.data.tokens import Tokens
 from eckart.lowrank import InputMoments
-from eckart.models.experts import Route, every_expert, layer_role
+from eckart.models.experts import every_expert, layer_role
 from eckart.models.sites import Site, blocks_of
 from eckart.support.progress import Track, silent
 
@@ -27,7 +27,6 @@ WAITING_BYTES = 2**30
 NARROW, WIDE = 6, 2
 
 # What a linear reads of a batch, and of which tokens; None for all.
-Read = tuple[Tensor, Route | None]
 # Opens the doors of a stream by its name, with its states at the given one first.
 OpenDoors = Callable[[str, int], Doors]
 
@@ -198,16 +197,16 @@ class Streams:
 
         Cost: one forward pass of the block.
         """
-        paths = {group: site.role for group, site in readers.items()}
+        paths = {group: {group: site.role} for group, site in readers.items()}
         collected = {group: self._start(site, needs) for group, site in readers.items()}
         visited: set[str] = set()
         for index in self.track(range(len(self.masks)), f"block {self.number}: moments", len(self.masks)):
             run = Run(block, self.read("dense", index), self.call("dense", index), paths)
             while not isinstance(reached := run.advance(), Tensor):
-                group, x, route = reached
+                ((group, read),) = reached[1].items()
                 visited.add(group)
                 if index < self.measured:
-                    self._add(collected[group], index, group, {"dense": (x, route)})
+                    self._add(collected[group], index, group, {"dense": read})
             self.doors["dense"].write(index, reached)
             _check_all_read(readers, visited)
         self._turn("dense")
@@ -216,19 +215,19 @@ class Streams:
     def meet(
         self,
         blocks: Mapping[str, nn.Module],
-        readers: Mapping[str, Site],
+        readers: Mapping[str, Mapping[str, Site]],
         needs: frozenset[str],
         onward: Collection[str] = (),
         known: Mapping[str, InputMoments] | None = None,
-    ) -> Iterator[tuple[str, tuple[InputMoments, InputMoments]]]:
-        """One input group after the other, as they are read, and its (calibration, held-out) moments.
+    ) -> Iterator[dict[str, tuple[InputMoments, InputMoments]]]:
+        """One group after the other, as they are read: {input group: its (calibration, held-out) moments}.
 
         The sites of a group may be replaced once its moments were yielded: what is read after them is computed then.
 
         Args:
             blocks: {stream: the block that it goes through}. With both, xh is what the compressed one reads and the
                 dense one is the reference.
-            readers: {input group: its first site}.
+            readers: as `joint_readers` has them.
             onward: streams of `blocks` that are to be at the next door at the end.
             known: {input group: moments of what the dense block reads on the calibration tokens}, of any groups; with
                 both streams they are not summed again.
@@ -243,7 +242,7 @@ class Streams:
         runs = _Runs(self, blocks, readers)
         while (group := runs.next_group()) is not None:
             reference = (known or {}).get(group) if len(blocks) > 1 and layer_role(group) is None else None
-            yield group, self._meet_at(group, runs, readers[group], needs, reference)
+            yield self._meet_at(group, runs, readers[group], needs, reference)
         for name in onward:
             if name in blocks:
                 what = f"block {self.number}: {name}"
@@ -294,13 +293,20 @@ class Streams:
         return means
 
     def _meet_at(
-        self, group: str, runs: _Runs, site: Site, needs: frozenset[str], reference: InputMoments | None
-    ) -> tuple[InputMoments, InputMoments]:
-        collected = self._start(site, needs, reference)
+        self,
+        group: str,
+        runs: _Runs,
+        readers: Mapping[str, Site],
+        needs: frozenset[str],
+        reference: InputMoments | None,
+    ) -> dict[str, tuple[InputMoments, InputMoments]]:
+        collected = {name: self._start(site, needs, reference) for name, site in readers.items()}
         for index in self.track(range(self.measured), f"{group}: moments", self.measured):
-            self._add(collected, index, group, runs.advance(index, group))
+            seen = runs.advance(index, group)
+            for name, moments in collected.items():
+                self._add(moments, index, name, {stream: reads[name] for stream, reads in seen.items()})
         runs.passed.append(group)
-        return _compact(collected)
+        return {name: _compact(collected.pop(name)) for name in list(collected)}
 
     def _start(
         self, site: Site, needs: frozenset[str], reference: InputMoments | None = None
@@ -348,13 +354,16 @@ class _Runs:
         blocks, readers: as in `Streams.meet`.
     """
 
-    def __init__(self, streams: Streams, blocks: Mapping[str, nn.Module], readers: Mapping[str, Site]) -> None:
-        self.streams, self.blocks, self.readers = streams, blocks, readers
-        self.paths = {group: site.role for group, site in readers.items()}
+    def __init__(
+        self, streams: Streams, blocks: Mapping[str, nn.Module], readers: Mapping[str, Mapping[str, Site]]
+    ) -> None:
+        self.streams, self.blocks = streams, blocks
+        self.readers = {group: next(iter(sites.values())) for group, sites in readers.items()}
+        self.paths = {group: {name: site.role for name, site in sites.items()} for group, sites in readers.items()}
         self.passed: list[str] = []
         self.waiting: dict[tuple[str, int], Run] = {}
-        self.reached: dict[tuple[str, int], tuple[str, Tensor, Route | None] | Tensor] = {}
-        width, hidden = max(site.d_in for site in readers.values()), streams.read(next(iter(blocks)), 0)
+        self.reached: dict[tuple[str, int], tuple[str, dict[str, Read]] | Tensor] = {}
+        width, hidden = max(site.d_in for site in self.readers.values()), streams.read(next(iter(blocks)), 0)
         row = hidden.element_size() * (NARROW * hidden.shape[-1] + WIDE * width)
         free = waiting_bytes(hidden.device)
         # Batches before this one wait, those from it on start again for every group.
@@ -380,9 +389,9 @@ class _Runs:
             return None
         return reached[0]
 
-    def advance(self, index: int, group: str) -> dict[str, Read]:
-        """{stream: what the batch's run reads at the group, and of which tokens}."""
-        seen: dict[str, Read] = {}
+    def advance(self, index: int, group: str) -> dict[str, dict[str, Read]]:
+        """{stream: {input group: what the batch's run reads at the group, and of which tokens}}."""
+        seen: dict[str, dict[str, Read]] = {}
         for name in self.blocks:
             reached = self.reached.pop((name, index), None)
             reached = self._step(name, index) if reached is None else reached
@@ -390,7 +399,7 @@ class _Runs:
                 raise ValueError(
                     f"{group}: its block reads its linears in an order that depends on the text; exclude it"
                 )
-            seen[name] = reached[1:]
+            seen[name] = reached[1]
             if index >= self.kept:
                 self.waiting.pop((name, index)).throw()
         return seen
@@ -400,7 +409,7 @@ class _Runs:
         run = self.waiting.pop((name, index), None) or self._open(name, index)
         return run.finish()
 
-    def _step(self, name: str, index: int) -> tuple[str, Tensor, Route | None] | Tensor:
+    def _step(self, name: str, index: int) -> tuple[str, dict[str, Read]] | Tensor:
         run = self.waiting.get((name, index))
         if run is None:
             run = self.waiting[name, index] = self._open(name, index)

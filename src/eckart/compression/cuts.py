@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -12,6 +13,7 @@ from torch import Tensor
 from eckart.allocation import RankPlan
 from eckart.calibration.moments import BlockCalibration
 from eckart.compression.coding import code_linear
+from eckart.compression.shared_by_experts import SharedByExperts, weigh_rows
 from eckart.lowrank import (
     DecompositionError,
     Factored,
@@ -119,7 +121,7 @@ def cut_units(request: CutRequest) -> Iterator[tuple[Unit, Cut]]:
             return _Made(factored, coded, prepared.anchor)
         # A spectrum that is kept may be cut at any rank later on; else only at this one.
         rank = plan.rank(unit.sites[0]) if spectra is None else None
-        factored = request.factor.method.factor(weight, moments, prepared=prepared, rank=rank)
+        factored = factor_unit(request.factor, unit, weight, moments, prepared, rank)
         return _Made(factored, None, prepared.anchor)
 
     fresh = each_prepared(replace(request.factor, units=missing), made)
@@ -169,7 +171,7 @@ def _cut_unit(request: CutRequest, unit: Unit, made: _Made) -> Cut:
             assert factored is not None
             assert rank is not None
             factors = factored.cut(rank)
-            if request.refit:
+            if request.refit and not unit.is_of_experts:  # theirs are fit already
                 if inputs is None or inputs.keeps("covariance") is None:
                     raise ValueError(f"a refit needs second moments, and {method.name}'s calibration has none")
                 factors, took = _refit(weight, factors, inputs, held_out)
@@ -187,8 +189,14 @@ def _cut_unit(request: CutRequest, unit: Unit, made: _Made) -> Cut:
     rows = weight.split([site.d_out for site in unit.sites])
     as_read = replace(stored, bias=_read_bias(stored.bias, request.factor.bias_of(unit), weight.dtype))
     errors = tuple(
-        _relative_error(each, member, inputs, energy, made.anchor)
-        for each, member in zip(rows, unit.split(as_read), strict=True)
+        _relative_error(
+            each,
+            member,
+            _inputs_on(part.inputs_of(site.input_group), weight.device) if unit.is_of_experts else inputs,
+            energy,
+            None if unit.is_of_experts else made.anchor,
+        )
+        for site, each, member in zip(unit.sites, rows, unit.split(as_read), strict=True)
     )
     notes = tuple(note_on(part, site) for site in unit.sites)
     return Cut(stored, tail, losses, errors, took, notes)
@@ -206,7 +214,7 @@ def factor_units(request: FactorRequest, plan: RankPlan | None = None) -> Iterat
 
     def factored(unit: Unit, weight: Tensor, moments: Moments, prepared: Prepared) -> Factored:
         rank = None if plan is None else plan.rank(unit.sites[0])
-        return request.method.factor(weight, moments, prepared=prepared, rank=rank)
+        return factor_unit(request, unit, weight, moments, prepared, rank)
 
     yield from each_prepared(request, factored)
 
@@ -219,10 +227,42 @@ def tails_of_units(request: FactorRequest) -> Iterator[tuple[Unit, Tensor]]:
     Raises: as `factor_units`.
     """
 
-    def tails(_unit: Unit, weight: Tensor, moments: Moments, prepared: Prepared) -> Tensor:
+    def tails(unit: Unit, weight: Tensor, moments: Moments, prepared: Prepared) -> Tensor:
+        if unit.is_of_experts:
+            weighed = _weigh(request.method, unit, request.part, weight)[1]
+            return request.method.tails(weighed, moments, prepared=prepared)
         return request.method.tails(weight, moments, prepared=prepared) * use_of(request.method, moments)
 
     yield from each_prepared(request, tails)
+
+
+def factor_unit(
+    request: FactorRequest, unit: Unit, weight: Tensor, moments: Moments, prepared: Prepared, rank: int | None = None
+) -> Factored:
+    """A unit's spectrum; that of experts which share a right factor has left factors fit to each one's own tokens.
+
+    Args:
+        weight, moments, prepared: of the unit. rank: the only one that it will be cut at, where that is known.
+
+    Raises: as `Method.factor`.
+    """
+    method, part = request.method, request.part
+    if not unit.is_of_experts:
+        return method.factor(weight, moments, prepared=prepared, rank=rank)
+    roots, weighed = _weigh(method, unit, part, weight)
+    spectrum = method.factor(weighed, moments, prepared=prepared, rank=rank)
+
+    def inputs_of(place: int) -> InputMoments | None:
+        return _inputs_on(part.inputs_of(unit.sites[place].input_group), weight.device)
+
+    return SharedByExperts(spectrum, weight.split([site.d_out for site in unit.sites]), roots, inputs_of)
+
+
+def _weigh(method: Method, unit: Unit, part: BlockCalibration, weight: Tensor) -> tuple[tuple[float, ...], Tensor]:
+    """(the root of each expert's use, the stack of their weights times it)."""
+    uses = (use_of(method, Moments(part.inputs_of(site.input_group))) for site in unit.sites)
+    roots = tuple(math.sqrt(use) for use in uses)
+    return roots, weigh_rows(weight, [site.d_out for site in unit.sites], roots)
 
 
 def use_of(method: Method, moments: Moments) -> float:

@@ -180,7 +180,7 @@ def compress(
     planned = plan.changed
     _check_sites(model, planned)
     before = (num_params(model), num_bytes(model))
-    pending = list(units_of(planned, [group for group in plan.joint if any(s.input_group == group for s in planned)]))
+    pending = list(units_of(planned, [group for group in plan.joint if any(s.joint_group == group for s in planned)]))
     there = {report.name for report in finished}
     pending = [unit for unit in pending if unit.sites[0].name not in there]
     seconds = {"calibrate": 0.0, "factor": 0.0}

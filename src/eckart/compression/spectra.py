@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from transformers import PreTrainedModel
 
 from eckart.calibration.moments import BlockCalibration
-from eckart.compression.cuts import moments_of
+from eckart.compression.cuts import FactorRequest, factor_unit, moments_of
 from eckart.lowrank import DecompositionError, Factored, Method
 from eckart.lowrank.method import Prepared
 from eckart.models.sites import find_sites, low_rank_modules
@@ -56,12 +56,14 @@ def spectra_on_demand(
         if method.needs and block not in parts:
             raise ValueError(f"{name}: the calibration has no moments of block {block}")
         weight = unit.weight(model)
-        moments = moments_of(unit, parts[block] if block in parts else BlockCalibration(block), weight.device)
+        part = parts[block] if block in parts else BlockCalibration(block)
+        request = FactorRequest(method, [unit], part, lambda _: weight)
+        moments = moments_of(unit, part, weight.device)
         try:
             if last is None or last[0] != group or not last[1].is_shared:
                 last = None
                 last = (group, method.prepare(moments))
-            return method.factor(weight, moments, prepared=last[1])
+            return factor_unit(request, unit, weight, moments, last[1])
         except (ValueError, DecompositionError) as error:
             raise type(error)(f"{name}: {error}") from error
 

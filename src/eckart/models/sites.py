@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from eckart.models.coded import CodedLinear
-from eckart.models.experts import Experts
+from eckart.models.experts import Experts, layer_role
 from eckart.models.families import UnsupportedModelError, family_of, is_linear, language_model, refuse_other_weights
 from eckart.models.linear import LowRankLinear
 from eckart.models.refusals import check_object
@@ -49,6 +49,14 @@ class Site:
     d_in: int
     d_out: int
     has_bias: bool
+
+    @property
+    def joint_group(self) -> str:
+        """Sites with the same value can share a right factor: those that read one tensor, and the first linears of a
+        layer's experts, which read tokens of one tensor.
+        """
+        role = layer_role(self.name)
+        return self.input_group if role is None or role.endswith(".down_proj") else role
 
     @property
     def num_params(self) -> int:
@@ -224,6 +232,18 @@ def first_readers(sites: Iterable[Site]) -> dict[str, Site]:
     for site in sites:
         first.setdefault(site.input_group, site)
     return first
+
+
+def joint_readers(sites: Iterable[Site], joint: Collection[str] = ()) -> dict[str, dict[str, Site]]:
+    """{group: {input group: its first reader}}: what is calibrated before any of it is replaced.
+
+    The input groups of a `Site.joint_group` in `joint` together, and every other one by itself, under its own name.
+    """
+    readers: dict[str, dict[str, Site]] = {}
+    for site in sites:
+        group = site.joint_group if site.joint_group in joint else site.input_group
+        readers.setdefault(group, {}).setdefault(site.input_group, site)
+    return readers
 
 
 def as_patterns(value: str | Iterable[str]) -> tuple[str, ...]:

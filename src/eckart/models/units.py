@@ -37,8 +37,13 @@ class Unit:
 
     @property
     def group(self) -> str:
-        """The input group of its sites."""
-        return self.sites[0].input_group
+        """The input group of its sites; of experts' linears that share a right factor, their role."""
+        return self.sites[0].input_group if len(self.sites) == 1 else self.sites[0].joint_group
+
+    @property
+    def is_of_experts(self) -> bool:
+        """Whether its sites are the same linear of several experts, each of which reads tokens of its own."""
+        return len({site.input_group for site in self.sites}) > 1
 
     @property
     def d_in(self) -> int:
@@ -134,15 +139,15 @@ class Unit:
 
 
 def units_of(sites: Sequence[Site], joint: Collection[str] = ()) -> tuple[Unit, ...]:
-    """The sites in order, those of the input groups in `joint` as one unit each, at the place of their first.
+    """The sites in order, those of the `Site.joint_group`s in `joint` as one unit each, at the place of their first.
 
     Raises:
         ValueError: no site has such an input group.
     """
     groups: dict[str, list[Site]] = {}
     for site in sites:
-        groups.setdefault(f"joint {site.input_group}" if site.input_group in joint else site.name, []).append(site)
+        groups.setdefault(f"joint {site.joint_group}" if site.joint_group in joint else site.name, []).append(site)
     for group in joint:
         if f"joint {group}" not in groups:
-            raise ValueError(f"no site reads {group!r}; joint names input groups, such as {sites[0].input_group!r}")
+            raise ValueError(f"no site reads {group!r}; joint names input groups, such as {sites[0].joint_group!r}")
     return tuple(Unit(tuple(members)) for members in groups.values())

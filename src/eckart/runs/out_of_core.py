@@ -197,7 +197,7 @@ class _Compression:
         with self._open_journal(JOURNAL, KIND, identity) as journal:
             self.walk = None
             if self.planned and (walks or self.method.needs & INPUT_STATISTICS):
-                calibration = self.workbench.walk(self.planned, {})
+                calibration = self.workbench.walk(self.plan, {})
                 folder = self._folder("hidden", {"together": calibration.batch_size})
                 self.walk = _Walk(calibration, self.skeleton, folder)
             with timed(self.seconds, "calibrate"):
@@ -305,7 +305,7 @@ class _Compression:
         """Calibrate, factor, improve and write a block."""
         start, factoring = time.perf_counter(), 0.0
         sites = [site for site in self.planned if site.block == number]
-        groups = [group for group in self.plan.joint if any(site.input_group == group for site in sites)]
+        groups = [group for group in self.plan.joint if any(site.joint_group == group for site in sites)]
         units = units_of(sites, groups)
         streams = None if self.walk is None or not sites else self.walk.to(number, partial(self._put_back, journal))
         earlier = 0 if self.walk is None else len(self.walk.calibration.reports)

@@ -182,10 +182,10 @@ def _parts_to_measure(inputs: AllocationInputs) -> Iterator[tuple[list[Site], Bl
 
 
 def joint_groups(selected: Collection[Site], every: Iterable[Site]) -> frozenset[str]:
-    """The input groups that several sites read, if all of those are selected."""
+    """The groups of sites that can share a right factor, if there are several in one and all of them are selected."""
     readers: dict[str, list[Site]] = {}
     for site in every:
-        readers.setdefault(site.input_group, []).append(site)
+        readers.setdefault(site.joint_group, []).append(site)
     return frozenset(
         group for group, sites in readers.items() if len(sites) > 1 and all(site in selected for site in sites)
     )
@@ -200,10 +200,10 @@ def measure_losses(method: Method, inputs: AllocationInputs, joint: frozenset[st
     curves: list[Curve] = []
     weight_of = partial(Unit.weight, model=inputs.model)
     for sites, part in _parts_to_measure(inputs):
-        groups = [group for group in joint if any(site.input_group == group for site in sites)]
+        groups = [group for group in joint if any(site.joint_group == group for site in sites)]
         units = list(units_of(sites, groups))
         if both and groups:
-            units += [Unit((site,)) for site in sites if site.input_group in joint]
+            units += [Unit((site,)) for site in sites if site.joint_group in joint]
         # Units of one input group follow each other, so that its root is made once.
         units.sort(key=lambda unit: unit.group)
         for unit, tails in (inputs.losses or inputs.engine.losses)(FactorRequest(method, units, part, weight_of)):
@@ -228,7 +228,7 @@ def _weigh(
                 inputs.model,
                 {} if spread else spectra_of(method, inputs, groups),
                 windows,
-                sites=[site for site in inputs.sites if not groups or site.input_group in groups],
+                sites=[site for site in inputs.sites if not groups or site.joint_group in groups],
                 joint=groups,
                 journal=_journal(inputs, "probes", {**identity, "joint": sorted(groups), **options}),
                 identity=identity,

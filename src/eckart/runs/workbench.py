@@ -243,7 +243,7 @@ class Workbench:
             # Where losses decided the ranks, the moments of all selected sites are in the cache; else only the cut
             # sites' are computed.
             return self._one_shot(None if self._measures else sites) if composition.method.needs else None
-        return self.walk(sites, self.gradients, self._known())
+        return self.walk(plan, self.gradients, self._known())
 
     def _known(self) -> KnownInputs | None:
         """The dense model's moments, by block, where ranks or gradients have needed them; None in another order."""
@@ -254,9 +254,9 @@ class Workbench:
         return kept_inputs(self.model, self.tokens[0], self.composition.method, self.sites, self.how.cache)
 
     def walk(
-        self, sites: Sequence[Site], gradients: dict[str, GradientMoments], known: KnownInputs | None = None
+        self, plan: RankPlan, gradients: dict[str, GradientMoments], known: KnownInputs | None = None
     ) -> SequentialCalibration:
-        """The calibration of these sites block by block, in the composition's order; `known`: see there."""
+        """The calibration that a plan needs block by block, in the composition's order; `known`: see there."""
         composition, (tokens, held_out) = self.composition, self.tokens
         return SequentialCalibration(
             self.model,
@@ -264,7 +264,8 @@ class Workbench:
             composition.in_order,
             order=composition.order,
             held_out=held_out,
-            sites=sites,
+            sites=plan.changed,
+            joint=plan.joint,
             gradients=gradients,
             known=known,
             passes=() if composition.refinement is None else (composition.refinement,),

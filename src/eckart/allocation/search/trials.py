@@ -301,7 +301,7 @@ def select_units(
         raise ValueError("no site is selected: leave sites out for all")
     for site in every:
         if site not in selected and any(
-            site.input_group in joint and site.input_group == c.input_group for c in selected
+            site.joint_group in joint and site.joint_group == c.joint_group for c in selected
         ):
             raise ValueError(f"{site.name} is joint with selected sites; select it as well")
     return every, units_of(selected, joint)

@@ -155,15 +155,12 @@ def _bundles(request: FactorRequest) -> Iterator[FactorRequest]:
     """
     method, part = request.method, request.part
     alone = method.needs_gradients or method.stage.root is None
-    for key, numbered in groupby(enumerate(request.units), lambda one: (one[0] if alone else 0, one[1].group)):
+    for _, numbered in groupby(enumerate(request.units), lambda one: (one[0] if alone else 0, one[1].group)):
         units = [unit for _, unit in numbered]
         names = {site.name for unit in units for site in unit.sites}
-        inputs, held_out = (
-            {group: moments for group, moments in of.items() if group == key[1]} for of in (part.inputs, part.held_out)
-        )
-        gradients = {name: moments for name, moments in part.gradients.items() if name in names}
+        groups = {site.input_group for unit in units for site in unit.sites}
         weights = {unit.name: request.weight_of(unit) for unit in units}
-        own = replace(part, inputs=inputs, gradients=gradients, held_out=held_out)
+        own = part.part_of(groups, names)
         biases = {unit.name: request.bias_of(unit) for unit in units}
         yield FactorRequest(method, units, own, partial(_of, weights), partial(_of, biases))
 
