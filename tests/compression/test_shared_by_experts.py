@@ -156,3 +156,23 @@ def test_nothing_of_a_layer_is_replaced_before_all_its_experts_were_read() -> No
     report = compress(model, method, made, calibration)
     assert {site.site.name for site in report.sites} == {site.name for site in made.changed}
     assert torch.isfinite(logits_of(model, TOKENS)).all()
+
+
+def test_what_the_shared_factor_keeps_is_computed_once_and_each_expert_alone_computes_the_same() -> None:
+    model, method = tiny_model("mixtral"), build_method("asvd-i")
+    compress(model, method, shared_plan(model, 0.5), calibrate(model, TOKENS, method))
+    experts = next(iter(opened_experts(model).values()))
+    right, calls = experts.get_submodule("0.gate_up_proj").right, []
+    right.register_forward_hook(lambda *_: calls.append(1))
+    hidden = torch.randn(9, right.in_features)
+    chosen = torch.tensor([[0, 1], [1, 2], [2, 3]]).repeat(3, 1)
+    weights = torch.rand(9, 2)
+    together = experts(hidden, chosen, weights)
+    assert len(calls) == 1
+    alone = torch.zeros_like(hidden)
+    for token in range(9):
+        for number, weight in zip(chosen[token].tolist(), weights[token], strict=True):
+            alone[token] += weight * experts.run(number, hidden[token][None])[0]
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    together.sum().backward()
+    assert right.weight.grad is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,6 +13,7 @@ from eckart.allocation.file_size import weight_bytes
 from eckart.allocation.rank_plan import RankPlan
 from eckart.models.experts import share_of_tokens
 from eckart.models.families import tower_modules
+from eckart.models.units import Unit
 from eckart.support.sizes import num_params
 
 
@@ -53,9 +55,7 @@ def summarise(plan: RankPlan, model: PreTrainedModel, *, bias: bool = False) -> 
     added = sum(site.d_out for site in low_rank if bias and not site.has_bias)
     # Factors take a multiply-accumulate for each number that they store: the layouts and a shared right factor save as
     # many of the one as of the other.
-    macs_removed = sum(
-        (unit.num_params - plan.kept_of(unit)) * share_of_tokens(model, unit.sites[0].name) for unit in plan.units
-    )
+    macs_removed = sum(_macs_removed(unit, plan, model) for unit in plan.units)
     macs = linear_macs(model)
     return PlanSummary(
         sites_low_rank=len(low_rank),
@@ -67,6 +67,15 @@ def summarise(plan: RankPlan, model: PreTrainedModel, *, bias: bool = False) -> 
         macs_per_token=[macs, round(macs - macs_removed)],
         keep_of_planned=plan.keep,
     )
+
+
+def _macs_removed(unit: Unit, plan: RankPlan, model: PreTrainedModel) -> Fraction:
+    """Multiply-accumulates per token that the plan saves in a unit."""
+    share, rank = share_of_tokens(model, unit.sites[0].name), plan.rank(unit.sites[0])
+    kept = plan.kept_of(unit) * share
+    if unit.is_of_experts and rank is not None:  # each token goes through the shared right factor once
+        kept += rank * unit.d_in * (1 - share)
+    return unit.num_params * share - kept
 
 
 def linear_macs(model: PreTrainedModel) -> int:

@@ -88,9 +88,9 @@ class BlockCalibration:
         read, written = ({role for name in some if (role := layer_role(name))} for some in (groups, names))
         return replace(
             self,
-            inputs={group: self.inputs[group] for group in groups if group in self.inputs},
-            gradients={name: self.gradients[name] for name in names if name in self.gradients},
-            held_out={group: self.held_out[group] for group in groups if group in self.held_out},
+            inputs={group: moments for group, moments in self.inputs.items() if group in groups},
+            gradients={name: self.gradients[name] for name in self.gradients if name in names},
+            held_out={group: moments for group, moments in self.held_out.items() if group in groups},
             means={layer: self._mean_inputs(layer) for layer in read if self._experts(layer)},
             gradient_means={layer: self._mean_gradients(layer) for layer in written if self.gradients},
         )

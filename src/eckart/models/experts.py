@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter
 
+from eckart.models.linear import LowRankLinear
+
 # The parameters of a fused module, first to last; those that are there are its experts' linears.
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 # What transformers says of the layout of a fused module, in each module that its experts interface knows.
@@ -91,19 +93,37 @@ class Experts(nn.Module):
     def forward(self, hidden_states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """(tokens, width): the sum over the chosen experts, weighted; see `Route.to` for the arguments."""
         total = torch.zeros_like(hidden_states)
+        lender = self._lender()
+        product = None if lender is None else lender.right(hidden_states)
         for number in range(self.num_experts):
             route = Route.to(number, chosen, weights)
             if len(route.tokens) or self.visits_all:
-                y = self.run(number, hidden_states[route.tokens]) * route.weights[:, None]
+                x = hidden_states[route.tokens]
+                if lender is not None and product is not None:
+                    lender.product.give(x, product[route.tokens])
+                y = self.run(number, x) * route.weights[:, None]
                 total.index_add_(0, route.tokens, y.to(total.dtype))
         return total
 
     def run(self, number: int, x: Tensor) -> Tensor:
         """The output of one expert, not weighted yet."""
-        linears, fused = self.get_submodule(str(number))._modules, self.__dict__["fused"]  # noqa: SLF001 (by name)
-        up, *_, down = (cast(nn.Module, linears[name]) for name in PROJECTIONS if name in linears)
+        fused, (up, down) = self.__dict__["fused"], self._linears(number)
         gate = fused._apply_gate if fused.has_gate else fused.act_fn  # noqa: SLF001 (transformers' experts interface)
         return cast(Tensor, down(gate(up(x))))
+
+    def _linears(self, number: int) -> tuple[nn.Module, nn.Module]:
+        """(the first linear, the last one) of an expert."""
+        linears = self.get_submodule(str(number))._modules  # noqa: SLF001 (by name)
+        up, *_, down = (cast(nn.Module, linears[name]) for name in PROJECTIONS if name in linears)
+        return up, down
+
+    def _lender(self) -> LowRankLinear | None:
+        """Whose right factor all experts' first linears share: what it keeps of a token is computed once for all."""
+        lenders = {
+            (up.lender or up) if isinstance(up, LowRankLinear) else None
+            for up in (self._linears(number)[0] for number in range(self.num_experts))
+        }
+        return lenders.pop() if len(lenders) == 1 else None
 
     @property
     def is_transposed(self) -> bool:

@@ -43,6 +43,8 @@ class SharedProduct:
     def __init__(self, readers: int = 1) -> None:
         self.readers = readers
         self._held: _Held | None = None
+        # An input and its product, which were computed elsewhere.
+        self._given: tuple[Tensor, Tensor] | None = None
         # In compiled code: the factor, the input, the product, and how many linears have yet to read it.
         self._traced: tuple[nn.Module, Tensor, Tensor, int] | None = None
 
@@ -54,11 +56,18 @@ class SharedProduct:
         """Whether no product is held."""
         return self._held is None and self._traced is None
 
+    def give(self, x: Tensor, product: Tensor) -> None:
+        """Hand over the product with an input that the next call of `take` is to be asked for: rows of a larger one."""
+        self._given = (x, product)
+
     def take(self, right: nn.Module, x: Tensor, reader: object) -> Tensor:
         """right(x), computed now or held since another reader's call.
 
         Cost: the product itself and some microseconds, whatever the size.
         """
+        given, self._given = self._given, None
+        if given is not None and given[0] is x:
+            return given[1]
         if self.readers == 1 or torch.jit.is_tracing():
             return multiply(right, x)
         if torch.compiler.is_compiling():
