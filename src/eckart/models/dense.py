@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from eckart.models.coded import CodedLinear
-from eckart.models.experts import close_experts, open_experts
+from eckart.models.experts import close_experts, layer_role, open_experts
 from eckart.models.families import UnsupportedModelError, is_linear, text_config
 from eckart.models.linear import LowRankLinear
 from eckart.models.remote_code import drop_code
@@ -62,7 +62,7 @@ def export_dense(model: PreTrainedModel) -> PreTrainedModel:
 
 def describe_linears(names: Sequence[str]) -> str:
     """How many linears these are and of which roles: "24 linears (self_attn.o_proj, mlp.up_proj)"."""
-    roles = dict.fromkeys(".".join(name.split(".")[-2:]) for name in names)
+    roles = dict.fromkeys(".".join((layer_role(name) or name).split(".")[-2:]) for name in names)
     return f"{len(names)} linear{'' if len(names) == 1 else 's'} ({', '.join(roles)})"
 
 
