@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eckart.data.tokens import Rows
 from eckart.lowrank import GradientMoments, InputMoments
 from eckart.models.experts import Experts, Route, expert_of, layer_role
 
@@ -57,7 +58,13 @@ class Routes:
 
 
 def add_rows(
-    moments: InputMoments, x: Tensor, mask: Tensor, route: Route | None, *, reference: Tensor | None = None
+    moments: InputMoments,
+    x: Tensor,
+    rows: Rows,
+    route: Route | None,
+    *,
+    source: bool = False,
+    reference: Tensor | None = None,
 ) -> None:
     """Add what a linear reads of a batch to its moments, in place.
 
@@ -65,15 +72,16 @@ def add_rows(
     of a token is in the model's hidden states times that number, and the errors are squared.
 
     Args:
-        x: (..., d_in), of all tokens, or (n, d_in) of an expert's. mask: (...) of all tokens, True for real ones.
-        route: of the expert.
+        x: (..., d_in), of all tokens, or (n, d_in) of an expert's. rows: the batch.
+        route: of the expert. source: whether the tokens are those of an encoder-decoder's source. A loss is of a token
+            of its target, for each of which there are as many of the source.
 
     Raises:
         ValueError: as `InputMoments.update`.
     """
-    mask = mask.to(x.device)
+    mask = rows.mask_of(source=source).to(x.device)
     if route is None:
-        moments.update(x, mask, reference=reference)
+        moments.update(x, mask, reference=reference, offered=int(rows.mask_of(source=False).sum()) if source else 0)
         return
     weights = route.weights.double().square()
     offered = int(mask.sum())

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.data.corpora import read_text
 from eckart.data.labelled import LABELLED, Labelled, read_labelled
+from eckart.data.pairs import is_encoder_decoder
 from eckart.data.positions import usable_positions
-from eckart.data.tokens import check_vocabulary, encode, warn_of_tokenizer
+from eckart.data.tokens import check_vocabulary, encode, specials_of, warn_of_tokenizer
 from eckart.evals.accumulation import accumulation
 from eckart.evals.classification import classification
 from eckart.evals.cost import cost
@@ -31,7 +32,7 @@ from eckart.evals.result import TRAITS, Better, EvalResult, Traits
 from eckart.evals.similarity import Activations, similarity
 from eckart.evals.stereoset import read_stereoset, stereoset
 from eckart.evals.subject import Setup, Subject
-from eckart.evals.windows import check_causal, check_evaluating, cut_windows
+from eckart.evals.windows import check_causal, check_evaluating, check_reads_text, cut_windows
 from eckart.support.progress import Track, silent
 
 # The window of the published tables; a model with fewer positions is read at its own.
@@ -278,9 +279,12 @@ def windows_of(
 
 
 def default_length(model: PreTrainedModel, context: int | None = None) -> int:
-    """The window of a model where none is asked for: `context` (None is 2048) tokens, or its positions if fewer."""
-    longest = context or DEFAULT_LENGTH
-    return min(longest, usable_positions(model) or longest)
+    """The window of a model where none is asked for: `context` (None is 2048) tokens, or its positions if fewer.
+
+    Of an encoder-decoder source and target together, each of which has as many positions.
+    """
+    longest, positions = context or DEFAULT_LENGTH, usable_positions(model)
+    return longest if positions is None else min(longest, positions * (2 if is_encoder_decoder(model) else 1))
 
 
 def _text(subject: Subject, task: Task, setup: Setup) -> tuple[Tensor, dict[str, Any]]:
@@ -312,9 +316,14 @@ def _length(subject: Subject, task: Task) -> int:
 
 
 def _perplexity(subject: Subject, task: Task, setup: Setup) -> EvalResult:
-    check_causal(subject.model, "perplexity")
+    if is_encoder_decoder(subject.model):
+        check_reads_text(subject.model)
+        shared_specials: dict[str, Any] = {"specials": specials_of(subject.tokenizer)}
+    else:
+        check_causal(subject.model, "perplexity")
+        shared_specials = {}
     stream, shared = _text(subject, task, setup)
-    return perplexity(subject.model, stream, length=_length(subject, task), **shared)
+    return perplexity(subject.model, stream, length=_length(subject, task), **shared_specials, **shared)
 
 
 def _perplexity_on(model: PreTrainedModel, windows: Int[Tensor, "windows length"]) -> float:

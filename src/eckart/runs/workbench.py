@@ -24,7 +24,8 @@ from eckart.calibration.moments import (
 from eckart.calibration.sequential import KnownInputs, PassReport, SequentialCalibration
 from eckart.compression.tuning.lora import Lora
 from eckart.compression.tuning.recovery import Samples
-from eckart.data.tokens import Tokens, check_vocabulary, read_tokens, warn_of_tokenizer
+from eckart.data.pairs import is_encoder_decoder
+from eckart.data.tokens import Cutting, Tokens, check_vocabulary, read_tokens, warn_of_tokenizer
 from eckart.evals.tasks import default_length
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.moments import GRADIENT_STATISTICS
@@ -412,6 +413,7 @@ def draw_tokens(
         split=section.split,
         data=data,
         column=section.column,
+        target=section.target,
     )
     check_vocabulary(model, tokens.ids, tokenizer)
     return tokens
@@ -435,11 +437,20 @@ def resolve_calibration(
 ) -> CalibrationSection:
     """The section with length and cut filled in.
 
-    A model that does not generate and whose tokenizer has a mask token is an encoder, and reads whole documents.
+    A model that does not generate and whose tokenizer has a mask token is an encoder, and reads whole documents. An
+    encoder-decoder reads pairs of source and target.
+
+    Raises:
+        ValueError: a cut into pairs for a model of one text, or the other way round; a target for one.
     """
-    decoder = model.can_generate() or tokenizer.mask_token_id is None
-    length, cut = (
-        section.length or default_length(model, context),
-        section.cut or ("windows" if decoder else "documents"),
-    )
-    return section.model_copy(update={"length": length, "cut": cut})
+    paired = is_encoder_decoder(model)
+    own: Cutting = "windows" if model.can_generate() or tokenizer.mask_token_id is None else "documents"
+    if paired:
+        own = "halves" if section.target is None else "pairs"
+    cut = section.cut or own
+    if paired != (cut in ("halves", "pairs")):
+        reads = "pairs of source and target" if paired else "one text"
+        raise ValueError(f"calibration: {type(model).__name__} reads {reads}, and not {cut}: leave out cut")
+    if section.target is not None and not paired:
+        raise ValueError(f"calibration: {type(model).__name__} reads one text: leave out target")
+    return section.model_copy(update={"length": section.length or default_length(model, context), "cut": cut})

@@ -1,0 +1,77 @@
+"""Pairs: source and target as an encoder-decoder reads them, and the checks that come before."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eckart.data.positions import check_positions
+from eckart.data.tokens import Tokens
+
+
+def is_encoder_decoder(model: PreTrainedModel) -> bool:
+    """Whether the model has an encoder for one text, and a decoder for another that reads what the encoder gives."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def decoder_inputs(model: PreTrainedModel, targets: Int[Tensor, "rows length"]) -> Int[Tensor, "rows length"]:
+    """What the decoder reads where it is to predict `targets`: those, shifted to the right as the model itself does.
+
+    Raises:
+        ValueError: the model does not say how its decoder begins.
+    """
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is not None:
+        return shift(labels=targets)  # type: ignore[no-any-return]
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if not isinstance(start, int):
+        raise ValueError(
+            f"{type(model).__name__}: its configuration has no decoder_start_token_id, so how its decoder begins is "
+            "not known"
+        )
+    return torch.cat([torch.full_like(targets[:, :1], start), targets[:, :-1]], 1)
+
+
+def check_sides(model: PreTrainedModel, tokens: Tokens, what: str) -> None:
+    """Raises ValueError where samples are longer than the model reads, or are pairs for a model of one text or
+    the other way round.
+    """
+    kind = type(model).__name__
+    if not is_encoder_decoder(model):
+        if tokens.split is not None:
+            raise ValueError(f"{kind} reads one text, and the samples are pairs of source and target")
+        check_positions(model, tokens.ids.shape[1], what)
+        return
+    if model.main_input_name != "input_ids":
+        raise ValueError(
+            f"{kind} reads {model.main_input_name} and no text: it cannot be calibrated on text; give a method that "
+            "needs no calibration, such as svd"
+        )
+    if tokens.split is None:
+        raise ValueError(
+            f"{kind} is an encoder-decoder, and reads pairs of source and target: cut the text with "
+            "eckart.sample_halves or eckart.sample_pairs"
+        )
+    for side, width in (("source", tokens.split), ("target", tokens.ids.shape[1] - tokens.split)):
+        check_positions(model, width, f"{what}: a {side} of")
+
+
+def source_and_target(
+    ids: Int[Tensor, "rows length"], mask: Bool[Tensor, "rows length"], split: int, model: PreTrainedModel
+) -> tuple[dict[str, Tensor | None], Int[Tensor, "rows target"], Bool[Tensor, "rows target"]]:
+    """(arguments of the model's call, the targets, their mask) of pairs on the model's device.
+
+    As in calibration, a mask that hides nothing is left out.
+    """
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    sources, targets = ids.tensor_split([split], 1)
+    masks = mask.tensor_split([split], 1)
+    given = {
+        "input_ids": sources,
+        "attention_mask": None if bool(masks[0].all()) else masks[0].long(),
+        "decoder_input_ids": decoder_inputs(model, targets),
+        "decoder_attention_mask": None if bool(masks[1].all()) else masks[1].long(),
+    }
+    return given, targets, masks[1]
