@@ -17,7 +17,7 @@ from eckart.compression.replace import compress
 from eckart.compression.tuning.refinement import Refinement
 from eckart.lowrank import build_method
 from eckart.lowrank.moments import FISHER, GRADIENT_STATISTICS
-from eckart.models.sites import blocks_of, find_sites
+from eckart.models.sites import blocks_of, find_sites, stacks_of
 from tiny import (
     ENCODER_DECODER_CONFIGS,
     PAD,
@@ -99,7 +99,7 @@ def test_passes_see_the_blocks_own_tokens(model_type: str) -> None:
     calibration = SequentialCalibration(
         model, pairs, METHOD_OF["anchored"], held_out=held_out, passes=(collect,), batch_size=2
     )
-    encoders = 2
+    encoders = len(stacks_of(model)[0])
     with torch.no_grad():
         for _ in calibration:  # nothing is replaced: the compressed stream is the dense one
             pass

@@ -51,8 +51,8 @@ def perplexity(
 
     Raises:
         ValueError: less than one window of text, a length past the model's positions, a token outside its vocabulary,
-            a model that is neither causal nor an encoder-decoder or is in training mode, or a logit that is not finite (the message names the
-            window).
+            a model that is neither causal nor an encoder-decoder or is in training mode, or a logit that is not finite
+            (the message names the window).
     """
     paired = is_encoder_decoder(model) and model.can_generate()
     if paired:
