@@ -28,6 +28,7 @@ from tiny import (
     ENCODER_DECODER_CONFIGS,
     EOS,
     logits_of,
+    relative,
     tiny_model,
     tiny_pairs,
     tiny_sound,
@@ -47,7 +48,7 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("model_type", ENCODER_DECODER_CONFIGS)
 def test_every_family_comes_out_of_core_as_in_memory_and_loads_and_generates(tmp_path: Path, model_type: str) -> None:
-    outcome, _ = both(put_model(tmp_path, model_type), tmp_path, method="best")
+    outcome, _ = both(put_model(tmp_path, model_type), tmp_path, method="asvd-i", order="anchored")
     assert outcome.recipe.calibration.cut == "halves"
     assert {site.part for site in outcome.plan.changed} == {"attention", "cross_attention", "mlp"}
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2 + 3 + 1
@@ -75,6 +76,7 @@ def test_every_family_comes_out_of_core_as_in_memory_and_loads_and_generates(tmp
         {"method": "kfac", "joint": True, "layout": "pivoted"},
         {"method": "best", "refine": {"steps": 3}},
         {"method": "best", "dtype": "bfloat16"},
+        {"method": "best", "dtype": "float16"},
         {"method": "best", "sites": {"include": ["cross_attention"]}},
         {"method": "best", "sites": {"include": ["decoder.*"]}},
         {"method": "best", "bits": 8},
@@ -84,6 +86,21 @@ def test_every_family_comes_out_of_core_as_in_memory_and_loads_and_generates(tmp
 def test_recipes_come_out_of_core_as_in_memory(t5: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
     both(t5, tmp_path, **keys)
     assert torch.isfinite(logits_of(eckart.load_model(tmp_path / "out"))).all()
+
+
+def test_what_transformers_keeps_in_float32_stays_so(t5: Path, tmp_path: Path) -> None:
+    make_checkpoint(recipe_of(t5), tmp_path / "out", BATCHED)
+    half = eckart.load_model(tmp_path / "out", dtype="float16")
+    types = {name: each.dtype for name, each in half.named_parameters()}
+    assert {types[name] for name in types if ".wo." in name} == {torch.float32}
+    assert {types[name] for name in types if ".wo." not in name} == {torch.float16}
+    assert relative(logits_of(half), logits_of(eckart.load_model(tmp_path / "out"))) < 0.02
+
+
+def test_nothing_is_said_of_a_head(t5: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    make_checkpoint(recipe_of(t5, method="svd"), tmp_path / "out", How(say=said.append))
+    assert said == []
 
 
 def test_what_is_kept_dense_computes_the_same(t5: Path, tmp_path: Path) -> None:

@@ -68,9 +68,11 @@ class DecoderCall(Call):
 
     Attributes:
         split: how many rows are the encoder's.
+        dtype: of those, where the decoder's own are of a wider one, as some of T5's are in float16.
     """
 
     split: int = 0
+    dtype: torch.dtype = torch.float32
 
     @property
     def start(self) -> int:
@@ -78,13 +80,17 @@ class DecoderCall(Call):
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """See `Call`."""
-        encoded, own = hidden[:, : self.split], hidden[:, self.split :]
+        encoded, own = hidden[:, : self.split].to(self.dtype), hidden[:, self.split :]
         args, kwargs = (_filled(given, encoded) for given in (self.args, self.kwargs))
         return torch.cat([encoded, hidden_of(block(own, *args, **kwargs))], 1)
 
     def own(self, hidden: Tensor) -> Tensor:
         """See `Call`."""
         return hidden[:, self.split :]
+
+    def cast(self, dtype: torch.dtype) -> Call:
+        """See `Call`."""
+        return replace(super().cast(dtype), dtype=dtype)  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)
@@ -154,8 +160,11 @@ def record(model: PreTrainedModel, rows: Rows) -> Recording:
     calls = [Call(each.args, each.kwargs) for each in read]
     for number, each in enumerate(made):
         args, kwargs = (_emptied(taken, given) for taken in (each.args, each.kwargs))
-        kind = DecoderCall(args, kwargs, rows.split)
-        calls.append(kind if number else FirstDecoderCall(args, kwargs, rows.split, enter))
+        calls.append(
+            DecoderCall(args, kwargs, rows.split, given.dtype)
+            if number
+            else FirstDecoderCall(args, kwargs, rows.split, given.dtype, enter)
+        )
     return Recording(read[0].hidden, calls, tails[0])
 
 

@@ -348,11 +348,14 @@ def refuse_other_weights(model: PreTrainedModel, blocks: nn.Module) -> None:
 
 
 def parts_outside(model: PreTrainedModel, blocks: nn.Module) -> tuple[str, ...]:
-    """Names of the base model's largest parts with linears that are not in its blocks: towers, projectors, poolers."""
-    inside = set(blocks.modules())
+    """Names of the base model's largest parts with linears that are not in its blocks: towers, projectors, poolers.
+
+    A head is none, though T5's model is its own base model.
+    """
+    inside, head = set(blocks.modules()), model.get_output_embeddings()
 
     def names(prefix: str, module: nn.Module) -> Iterator[str]:
-        linears = [child for child in module.modules() if is_linear(child)]
+        linears = [child for child in module.modules() if is_linear(child) and child is not head]
         if linears and not any(child in inside for child in module.modules()):
             yield prefix
         elif module not in inside:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate
@@ -187,6 +188,9 @@ class Skeleton:
         with init_empty_weights(include_buffers=False), local_torch_dtype(self.dtype, model_class.__name__):
             self.model: PreTrainedModel = model_class(config)
         self.model.eval()
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(self._type_of(name))
         if (self.shards.folder / GENERATION_CONFIG_NAME).is_file():
             self.model.generation_config = GenerationConfig.from_pretrained(self.shards.folder)
         open_experts(self.model)
@@ -261,8 +265,13 @@ class Skeleton:
     def _put(self, name: str, tensor: Tensor) -> None:
         """Give a tensor of the model its numbers."""
         check_finite(str(self.shards.folder), [(name, tensor)])
-        kind = self.dtype if tensor.is_floating_point() else tensor.dtype
+        kind = self._type_of(name) if tensor.is_floating_point() else tensor.dtype
         set_module_tensor_to_device(self.model, name, self.device, value=tensor, dtype=kind)
+
+    def _type_of(self, name: str) -> torch.dtype:
+        """The type of a float tensor: transformers keeps some in float32, such as T5's `wo` of a model in float16."""
+        plan = self.model._get_dtype_plan(self.dtype)  # noqa: SLF001 (what `from_pretrained` goes by)
+        return next((kind for pattern, kind in plan.items() if re.search(pattern.replace("*", ".*"), name)), self.dtype)
 
     def _make(self) -> None:
         """Compute what no file has."""
