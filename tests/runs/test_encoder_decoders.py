@@ -97,10 +97,13 @@ def test_what_transformers_keeps_in_float32_stays_so(t5: Path, tmp_path: Path) -
     assert relative(logits_of(half), logits_of(eckart.load_model(tmp_path / "out"))) < 0.02
 
 
-def test_nothing_is_said_of_a_head(t5: Path, tmp_path: Path) -> None:
+def test_what_is_said_of_halves_and_not_of_a_head(t5: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    make_checkpoint(recipe_of(t5, method="svd"), tmp_path / "out", How(say=said.append))
+    make_checkpoint(recipe_of(t5, method="svd"), tmp_path / "svd", How(say=said.append))
     assert said == []
+    make_checkpoint(recipe_of(t5), tmp_path / "out", How(say=said.append))
+    assert len(said) == 1
+    assert "of each 16 tokens of the calibration text the first half is the source" in said[0]
 
 
 def test_what_is_kept_dense_computes_the_same(t5: Path, tmp_path: Path) -> None:
@@ -253,7 +256,9 @@ def test_other_evaluations_are_refused(tmp_path: Path, task: str) -> None:
 def test_whisper_is_compressed_without_text_and_generates(tmp_path: Path) -> None:
     place = put_model(tmp_path, "whisper")
     recipe = parse_recipe({"model": str(place / "model"), "method": "svd", "keep": 0.6})
-    make_checkpoint(recipe, tmp_path / "expected", BATCHED)
+    outcome = make_checkpoint(recipe, tmp_path / "expected", BATCHED)
+    linears = sum(site.num_params for site in outcome.plan.sites)
+    assert outcome.summary.macs_per_token[0] == linears + 96 * 32  # those and the head
     compress_out_of_core(recipe, tmp_path / "out", BATCHED)
     ours = eckart.load_model(tmp_path / "out")
     stock = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "expected").eval()
@@ -264,7 +269,7 @@ def test_whisper_is_compressed_without_text_and_generates(tmp_path: Path) -> Non
 
 def test_whisper_cannot_be_calibrated_or_measured_on_text(tmp_path: Path) -> None:
     place = put_model(tmp_path, "whisper")
-    with pytest.raises(ValueError, match=r"reads input_features and no text: it cannot be calibrated.*svd"):
+    with pytest.raises(ValueError, match=r"reads input_features and no text: it can be neither calibrated nor.*svd"):
         make_checkpoint(recipe_of(place, method="best"), tmp_path / "out", BATCHED)
     with pytest.raises(ValueError, match="reads input_features and no text"):
         eckart.evaluate(tiny_model("whisper"), tiny_tokenizer(), [f"perplexity:{place / 'train.jsonl'}"])

@@ -90,7 +90,7 @@ class DecoderCall(Call):
 
     def cast(self, dtype: torch.dtype) -> Call:
         """See `Call`."""
-        return replace(super().cast(dtype), dtype=dtype)  # type: ignore[call-arg]
+        return DecoderCall(_cast(self.args, dtype), _cast(self.kwargs, dtype), self.split, dtype)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ class FirstDecoderCall(DecoderCall):
     def cast(self, dtype: torch.dtype) -> Call:
         """See `Call`."""
         enter = self.enter
-        return replace(super().cast(dtype), enter=lambda hidden: enter(hidden).to(dtype))
+        args, kwargs = _cast(self.args, dtype), _cast(self.kwargs, dtype)
+        return FirstDecoderCall(args, kwargs, self.split, dtype, lambda hidden: enter(hidden).to(dtype))
 
 
 @dataclass
@@ -189,7 +190,8 @@ class _Sides:
     def encode(self) -> Tensor:
         """What the encoder gives."""
         output = self.model.get_encoder()(input_ids=self.sources, attention_mask=self.source_mask)
-        return output.last_hidden_state  # type: ignore[no-any-return]
+        hidden: Tensor = output.last_hidden_state
+        return hidden
 
     def decode(self, encoded: Tensor) -> Tensor:
         """What the decoder gives."""
@@ -201,7 +203,8 @@ class _Sides:
             encoder_attention_mask=self.source_mask,
             **without_cache(decoder),
         )
-        return output.last_hidden_state  # type: ignore[no-any-return]
+        hidden: Tensor = output.last_hidden_state
+        return hidden
 
 
 @dataclass(frozen=True)

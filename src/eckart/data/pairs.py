@@ -24,7 +24,8 @@ def decoder_inputs(model: PreTrainedModel, targets: Int[Tensor, "rows length"]) 
     """
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if shift is not None:
-        return shift(labels=targets)  # type: ignore[no-any-return]
+        shifted: Tensor = shift(labels=targets)
+        return shifted
     start = getattr(model.config, "decoder_start_token_id", None)
     if not isinstance(start, int):
         raise ValueError(
@@ -32,6 +33,15 @@ def decoder_inputs(model: PreTrainedModel, targets: Int[Tensor, "rows length"]) 
             "not known"
         )
     return torch.cat([torch.full_like(targets[:, :1], start), targets[:, :-1]], 1)
+
+
+def check_reads_text(model: PreTrainedModel) -> None:
+    """Raises ValueError for an encoder-decoder whose encoder reads sound or images."""
+    if is_encoder_decoder(model) and model.main_input_name != "input_ids":
+        raise ValueError(
+            f"{type(model).__name__} reads {model.main_input_name} and no text: it can be neither calibrated nor "
+            "measured on text; give a method that needs no calibration, such as svd"
+        )
 
 
 def check_sides(model: PreTrainedModel, tokens: Tokens, what: str) -> None:
@@ -44,11 +54,7 @@ def check_sides(model: PreTrainedModel, tokens: Tokens, what: str) -> None:
             raise ValueError(f"{kind} reads one text, and the samples are pairs of source and target")
         check_positions(model, tokens.ids.shape[1], what)
         return
-    if model.main_input_name != "input_ids":
-        raise ValueError(
-            f"{kind} reads {model.main_input_name} and no text: it cannot be calibrated on text; give a method that "
-            "needs no calibration, such as svd"
-        )
+    check_reads_text(model)
     if tokens.split is None:
         raise ValueError(
             f"{kind} is an encoder-decoder, and reads pairs of source and target: cut the text with "

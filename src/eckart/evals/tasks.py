@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.data.corpora import read_text
 from eckart.data.labelled import LABELLED, Labelled, read_labelled
-from eckart.data.pairs import is_encoder_decoder
+from eckart.data.pairs import check_reads_text, is_encoder_decoder
 from eckart.data.positions import usable_positions
 from eckart.data.tokens import check_vocabulary, encode, specials_of, warn_of_tokenizer
 from eckart.evals.accumulation import accumulation
@@ -32,7 +32,7 @@ from eckart.evals.result import TRAITS, Better, EvalResult, Traits
 from eckart.evals.similarity import Activations, similarity
 from eckart.evals.stereoset import read_stereoset, stereoset
 from eckart.evals.subject import Setup, Subject
-from eckart.evals.windows import check_causal, check_evaluating, check_reads_text, cut_windows
+from eckart.evals.windows import check_causal, check_evaluating, cut_windows
 from eckart.support.progress import Track, silent
 
 # The window of the published tables; a model with fewer positions is read at its own.

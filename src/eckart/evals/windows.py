@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eckart.data.pairs import is_encoder_decoder
+from eckart.data.pairs import check_reads_text, is_encoder_decoder
 from eckart.data.positions import check_positions
 from eckart.data.tokens import check_vocabulary, half_content, halve
 
@@ -93,14 +93,6 @@ def check_one_text(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{type(model).__name__} is an encoder-decoder, which reads pairs of source and target: of what is "
             "measured on text, perplexity is there for it, of the targets"
-        )
-
-
-def check_reads_text(model: PreTrainedModel) -> None:
-    """Raises ValueError for a model of sound or images."""
-    if model.main_input_name != "input_ids":
-        raise ValueError(
-            f"{type(model).__name__} reads {model.main_input_name} and no text: nothing is measured of it on text"
         )
 
 

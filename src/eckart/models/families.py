@@ -265,8 +265,13 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def tower_modules(model: PreTrainedModel) -> set[nn.Module]:
-    """Modules of the base model that read no tokens: all outside its language model, and models of images or sound."""
+    """Modules of the base model that read no tokens: all outside its language model, and models of images or sound.
+
+    None of an encoder-decoder, of which both stacks are its language model, Whisper's encoder of sound too.
+    """
     language = language_model(model)
+    if getattr(model.config, "is_encoder_decoder", False) and language is model.base_model:
+        return set()
     parts = [part for part in language.modules() if isinstance(part, PreTrainedModel)]
     towers = [part for part in parts if part.main_input_name != language.main_input_name]
     inside = {module for tower in towers for module in tower.modules()}

@@ -24,7 +24,7 @@ from eckart.calibration.moments import (
 from eckart.calibration.sequential import KnownInputs, PassReport, SequentialCalibration
 from eckart.compression.tuning.lora import Lora
 from eckart.compression.tuning.recovery import Samples
-from eckart.data.pairs import is_encoder_decoder
+from eckart.data.pairs import check_reads_text, is_encoder_decoder
 from eckart.data.tokens import Cutting, Tokens, check_vocabulary, read_tokens, warn_of_tokenizer
 from eckart.evals.tasks import default_length
 from eckart.lowrank import GradientMoments
@@ -85,6 +85,13 @@ class Workbench:
             self.how.say(line)
         if self.no_bias is not None:
             self.how.say(self.no_bias)
+        if self.recipe.calibration.cut == "halves" and (self.reads_text or self.walks):
+            kind, length = type(self.model).__name__, self.recipe.calibration.length
+            self.how.say(
+                f"{kind} is an encoder-decoder: of each {length} tokens of the calibration text the first half is the "
+                "source and the second the target; for pairs of your own name the fields that hold them, column and "
+                "target"
+            )
 
     @property
     def noted(self) -> dict[str, Any]:
@@ -400,6 +407,7 @@ def draw_tokens(
     section: CalibrationSection, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path | None
 ) -> Tokens:
     """The tokens of a section with every default filled in, which the model can read: see `read_tokens`."""
+    check_reads_text(model)
     warn_of_tokenizer(model, tokenizer)
     assert section.length is not None
     assert section.cut is not None

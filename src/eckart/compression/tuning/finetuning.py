@@ -29,6 +29,7 @@ from eckart.evals.hidden_states import TokenRows, pad_rows, tokenize_texts
 from eckart.evals.result import EvalResult
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.moments import FISHER
+from eckart.models.families import UnsupportedModelError
 from eckart.models.loading import load_classifier, load_tokenizer
 from eckart.models.sites import find_sites
 from eckart.models.weight_files import write_digests
