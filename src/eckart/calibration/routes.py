@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eckart.data.tokens import Rows
 from eckart.lowrank import GradientMoments, InputMoments
 from eckart.models.experts import Experts, Route, expert_of, layer_role
 
@@ -60,10 +59,10 @@ class Routes:
 def add_rows(
     moments: InputMoments,
     x: Tensor,
-    rows: Rows,
+    mask: Tensor,
     route: Route | None,
     *,
-    source: bool = False,
+    offered: int = 0,
     reference: Tensor | None = None,
 ) -> None:
     """Add what a linear reads of a batch to its moments, in place.
@@ -72,16 +71,15 @@ def add_rows(
     of a token is in the model's hidden states times that number, and the errors are squared.
 
     Args:
-        x: (..., d_in), of all tokens, or (n, d_in) of an expert's. rows: the batch.
-        route: of the expert. source: whether the tokens are those of an encoder-decoder's source. A loss is of a token
-            of its target, for each of which there are as many of the source.
+        x: (..., d_in), of all tokens, or (n, d_in) of an expert's. mask: (...) of all tokens, True for real ones.
+        route: of the expert. offered: see `Rows.offered`.
 
     Raises:
         ValueError: as `InputMoments.update`.
     """
-    mask = rows.mask_of(source=source).to(x.device)
+    mask = mask.to(x.device)
     if route is None:
-        moments.update(x, mask, reference=reference, offered=int(rows.mask_of(source=False).sum()) if source else 0)
+        moments.update(x, mask, reference=reference, offered=offered)
         return
     weights = route.weights.double().square()
     offered = int(mask.sum())

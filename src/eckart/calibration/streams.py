@@ -324,8 +324,8 @@ class Streams:
         Args:
             site: the first that reads it.
         """
-        rows_of_text, group, source = self.batches[index], site.input_group, site.of_source
-        mask = rows_of_text.mask_of(source=source)
+        batch, group = self.batches[index], site.input_group
+        mask, offered = batch.mask_of(source=site.of_source), batch.offered(source=site.of_source)
         for x, route in seen.values():
             check_rows(group, x, mask, route)
         # The compressed stream's weights, where there are both.
@@ -337,7 +337,7 @@ class Streams:
             x, reference = x.float(), reference.float()
         moments = collected[index >= self.first_held_out]
         try:
-            add_rows(moments, x, rows_of_text, route, source=source, reference=reference)
+            add_rows(moments, x, mask, route, offered=offered, reference=reference)
         except ValueError as error:
             raise ValueError(f"{group}: {error}") from error
 

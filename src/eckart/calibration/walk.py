@@ -69,9 +69,10 @@ def summing_inputs(
                 raise not_of_tokens(group, "is called more than once by its block")
             seen.add(group)
             route, source = routes.of(readers[group]), group in of_source
-            check_rows(group, args[0], batch[0].mask_of(source=source), route)
+            mask, offered = batch[0].mask_of(source=source), batch[0].offered(source=source)
+            check_rows(group, args[0], mask, route)
             try:
-                add_rows(sums[group], args[0], batch[0], route, source=source)
+                add_rows(sums[group], args[0], mask, route, offered=offered)
             except ValueError as error:
                 raise ValueError(f"{group}: {error}") from error
 

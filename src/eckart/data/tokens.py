@@ -44,6 +44,10 @@ class Rows(NamedTuple):
             return self.mask
         return self.mask[:, : self.split] if source else self.mask[:, self.split :]
 
+    def offered(self, *, source: bool) -> int:
+        """Of what reads the source, the tokens of the target, by which losses are counted; 0 of all else."""
+        return int(self.mask_of(source=False).sum()) if source and self.split is not None else 0
+
 
 @dataclass(frozen=True)
 class Tokens:
