@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import struct
+import wave
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,20 @@ import pytest
 import torch
 from tokenizers import processors
 from torch import nn
-from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+from transformers import (
+    AutoFeatureExtractor,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    WhisperFeatureExtractor,
+)
 
 import eckart
 from eckart.data.corpora import Text
 from eckart.data.pairs import decoder_inputs
+from eckart.data.sounds import sample_sounds
 from eckart.data.tokens import encode
 from eckart.evals.perplexity import perplexity
+from eckart.models.sites import find_sites
 from eckart.runs import out_of_core
 from eckart.runs.how import How
 from eckart.runs.in_memory import make_checkpoint
@@ -38,7 +47,10 @@ from tiny import (
 
 from .from_files import BATCHED, both, put_model, recipe_of, resume_until_done, tensors_of
 
-pytestmark = pytest.mark.usefixtures("any_tokenizer", "two_passes")
+pytestmark = [
+    pytest.mark.usefixtures("any_tokenizer", "two_passes"),
+    pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -253,9 +265,104 @@ def test_other_evaluations_are_refused(tmp_path: Path, task: str) -> None:
 # Whisper reads sound
 
 
-def test_whisper_is_compressed_without_text_and_generates(tmp_path: Path) -> None:
-    place = put_model(tmp_path, "whisper")
-    recipe = parse_recipe({"model": str(place / "model"), "method": "svd", "keep": 0.6})
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Whisper, its feature extractor, and a table of sounds with transcripts."""
+    place = put_model(tmp_path_factory.mktemp("whisper"), "whisper")
+    extractor = WhisperFeatureExtractor(feature_size=8, sampling_rate=240, hop_length=10, chunk_length=1, n_fft=120)
+    extractor.save_pretrained(place / "model")
+    rows = []
+    for number in range(10):
+        write_wave(place / f"{number}.wav", [round(9000 * math.sin(at * (1 + number) / 9)) for at in range(200)], 240)
+        rows.append({"audio": f"{number}.wav", "text": tiny_text(3 + number % 4, seed=number)})
+    (place / "sounds.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return place
+
+
+def write_wave(file: Path, numbers: list[int], rate: int) -> None:
+    with wave.open(str(file), "wb") as out:
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(rate)
+        out.writeframes(struct.pack(f"<{len(numbers)}h", *numbers))
+
+
+def sounds_of(place: Path, **changes: Any) -> dict[str, Any]:
+    return {"corpus": str(place / "sounds.jsonl"), "target": "text", "samples": 8, "length": 12, **changes}
+
+
+@pytest.mark.parametrize(
+    "keys", [{"method": "best", "refine": {"steps": 2}}, {"method": "fwsvd"}, {"method": "best", "bits": 8}], ids=str
+)
+def test_whisper_is_calibrated_on_sounds_and_transcripts(whisper: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
+    both(whisper, tmp_path, calibration=sounds_of(whisper), **keys)
+    ours = eckart.load_model(tmp_path / "out")
+    assert ours.generate(input_features=tiny_sound(), max_new_tokens=4, do_sample=False).shape[0] == 2
+    extractor = AutoFeatureExtractor.from_pretrained(tmp_path / "out")
+    assert extractor.to_dict() == AutoFeatureExtractor.from_pretrained(whisper / "model").to_dict()
+
+
+def test_what_whisper_calibrates_on_is_what_it_reads(whisper: Path) -> None:
+    model, tokenizer = eckart.load_model(whisper / "model"), tiny_tokenizer()
+    extractor = AutoFeatureExtractor.from_pretrained(whisper / "model")
+    tokens = sample_sounds(
+        str(whisper / "sounds.jsonl"), model, extractor, tokenizer, samples=5, length=12, target="text"
+    )
+    assert tokens.split == 12
+    sites = find_sites(model)
+    seen: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
+    for site in sites:
+        model.get_submodule(site.name).register_forward_pre_hook(
+            lambda _module, args, name=site.name: seen[name].append(args[0].detach().flatten(0, -2))
+        )
+    for row in range(5):
+        labels = tokens.ids[row, 12:][tokens.mask[row, 12:]][None]
+        model(input_features=tokens.sound[row : row + 1], decoder_input_ids=decoder_inputs(model, labels))
+    expected = {name: torch.cat(rows).double() for name, rows in seen.items()}
+    for block in eckart.calibrate(model, tokens, eckart.build_method("asvd-i"), batch_size=2):
+        for site in (site for site in sites if site.block == block.block):
+            moments, x = block.inputs[site.input_group], expected[site.name]
+            assert moments.count == len(x)
+            assert relative(moments.second_moment, x.T @ x / len(x)) < 5e-6
+
+
+def test_what_the_shift_puts_in_front_is_not_put_there_twice(whisper: Path) -> None:
+    model, plain, starting = eckart.load_model(whisper / "model"), tiny_tokenizer(), tiny_tokenizer()
+    extractor = AutoFeatureExtractor.from_pretrained(whisper / "model")
+    assert model.config.decoder_start_token_id == EOS
+    starting.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", EOS)]
+    )
+    first, second = (
+        sample_sounds(str(whisper / "sounds.jsonl"), model, extractor, each, samples=5, length=12, target="text")
+        for each in (plain, starting)
+    )
+    assert torch.equal(first.ids, second.ids)
+    assert torch.equal(first.mask, second.mask)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": 11}, "has 10 rows; 11 were asked for"),
+        ({"column": "text", "target": "audio"}, r"cannot be read as a \.wav file"),
+        ({"target": "nothing"}, "no text field 'nothing'"),
+        ({"corpus": "slow.jsonl"}, "800 numbers of 16 bits a second, and the model reads 240; convert it"),
+    ],
+    ids=str,
+)
+def test_sounds_that_are_refused(
+    whisper: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_wave(tmp_path / "slow.wav", [0] * 50, 800)
+    (tmp_path / "slow.jsonl").write_text("\n".join([json.dumps({"audio": "slow.wav", "text": "w1 w2"})] * 8))
+    with pytest.raises(ValueError, match=message):
+        make_checkpoint(recipe_of(whisper, calibration=sounds_of(whisper, **changes)), tmp_path / "out", BATCHED)
+
+
+def test_whisper_is_compressed_without_text_and_generates(whisper: Path, tmp_path: Path) -> None:
+    recipe = parse_recipe({"model": str(whisper / "model"), "method": "svd", "keep": 0.6})
     outcome = make_checkpoint(recipe, tmp_path / "expected", BATCHED)
     linears = sum(site.num_params for site in outcome.plan.sites)
     assert outcome.summary.macs_per_token[0] == linears + 96 * 32  # those and the head
@@ -267,8 +374,8 @@ def test_whisper_is_compressed_without_text_and_generates(tmp_path: Path) -> Non
     assert torch.equal(*written)
 
 
-def test_whisper_cannot_be_calibrated_or_measured_on_text(tmp_path: Path) -> None:
-    place = put_model(tmp_path, "whisper")
+def test_whisper_cannot_be_calibrated_or_measured_on_text(whisper: Path, tmp_path: Path) -> None:
+    place = whisper
     with pytest.raises(ValueError, match=r"reads input_features and no text: it can be neither calibrated nor.*svd"):
         make_checkpoint(recipe_of(place, method="best"), tmp_path / "out", BATCHED)
     with pytest.raises(ValueError, match="reads input_features and no text"):

@@ -174,7 +174,7 @@ class _Sides:
     """A batch of pairs and the two stacks that read them."""
 
     model: PreTrainedModel
-    sources: Tensor
+    sources: dict[str, Tensor]
     targets: Tensor
     source_mask: Tensor | None
     target_mask: Tensor | None
@@ -185,22 +185,26 @@ class _Sides:
         device = model.device
         sources, targets = rows.ids.to(device).tensor_split([rows.split], 1)
         masks = (_attention(mask, device) for mask in rows.mask.tensor_split([rows.split], 1))
-        return cls(model, sources, decoder_inputs(model, targets), *masks)
+        read = {"input_ids": sources}
+        if rows.sound is not None:
+            read = {model.main_input_name: rows.sound.to(device, model.dtype)}
+        return cls(model, read, decoder_inputs(model, targets), *masks)
 
     def encode(self) -> Tensor:
         """What the encoder gives."""
-        output = self.model.get_encoder()(input_ids=self.sources, attention_mask=self.source_mask)
+        output = self.model.get_encoder()(**self.sources, attention_mask=self.source_mask)
         hidden: Tensor = output.last_hidden_state
         return hidden
 
     def decode(self, encoded: Tensor) -> Tensor:
         """What the decoder gives."""
         decoder = self.model.get_decoder()
+        seen = {} if self.source_mask is None else {"encoder_attention_mask": self.source_mask}
         output = decoder(
             input_ids=self.targets,
             attention_mask=self.target_mask,
             encoder_hidden_states=encoded,
-            encoder_attention_mask=self.source_mask,
+            **seen,
             **without_cache(decoder),
         )
         hidden: Tensor = output.last_hidden_state

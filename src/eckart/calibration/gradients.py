@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, cast
 
@@ -134,13 +134,16 @@ def rows_of_one_length(tokens: Tokens, together: Callable[[int], int]) -> list[R
     Of pairs, sources and targets are each of one length.
     """
     batches: list[Rows] = []
-    samples = [
-        (ids[mask], None if tokens.split is None else int(mask[: tokens.split].sum()))
-        for ids, mask in zip(tokens.ids, tokens.mask, strict=True)
-    ]
-    for (length, split), alike in groupby(samples, lambda sample: (len(sample[0]), sample[1])):
-        rows = torch.stack([ids for ids, _ in alike])
-        batches += [Rows(ids, torch.ones_like(ids, dtype=torch.bool), split) for ids in rows.split(together(length))]
+
+    def lengths(row: int) -> tuple[int, int | None]:
+        mask = tokens.mask[row]
+        return int(mask.sum()), None if tokens.split is None else int(mask[: tokens.split].sum())
+
+    for (length, split), alike in groupby(range(len(tokens)), lengths):
+        numbers = [*alike]
+        ids = torch.stack([tokens.ids[row][tokens.mask[row]] for row in numbers])
+        whole = replace(tokens.take(torch.tensor(numbers)), ids=ids, mask=torch.ones_like(ids).bool(), split=split)
+        batches += whole.rows(together(length))
     return batches
 
 
@@ -284,6 +287,7 @@ def language_loss(
     mask_token: int | None,
     generator: torch.Generator,
     split: int | None = None,
+    sound: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """A language model's own loss on a batch, and the number of tokens that it is a mean over; padding is in neither.
 
@@ -291,14 +295,14 @@ def language_loss(
     tokens, drawn by `generator`, and at least one of every row: its last, where none was drawn.
 
     Args:
-        split: of pairs, how many columns are the source's.
+        split, sound: of pairs, as `Rows` has them.
 
     Raises:
         ValueError: the model's class has no loss that this file knows, or there is nothing to predict.
     """
     if split is not None:
         _check_loss(model)
-        given, targets, real = source_and_target(ids, mask, split, model)
+        given, targets, real = source_and_target(model, ids, mask, split, sound)
         logits = model(**given).logits.float()
         targets = targets.masked_fill(~real, UNSCORED)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=UNSCORED)

@@ -40,7 +40,8 @@ def check_reads_text(model: PreTrainedModel) -> None:
     if is_encoder_decoder(model) and model.main_input_name != "input_ids":
         raise ValueError(
             f"{type(model).__name__} reads {model.main_input_name} and no text: it can be neither calibrated nor "
-            "measured on text; give a method that needs no calibration, such as svd"
+            "measured on text; calibrate on a table of sounds and transcripts (--column, --target), or give a method "
+            "that needs no calibration, such as svd"
         )
 
 
@@ -54,18 +55,27 @@ def check_sides(model: PreTrainedModel, tokens: Tokens, what: str) -> None:
             raise ValueError(f"{kind} reads one text, and the samples are pairs of source and target")
         check_positions(model, tokens.ids.shape[1], what)
         return
-    check_reads_text(model)
+    if tokens.sound is None:
+        check_reads_text(model)
+    elif model.main_input_name == "input_ids":
+        raise ValueError(f"{kind} reads text, and the samples are sound")
     if tokens.split is None:
         raise ValueError(
             f"{kind} is an encoder-decoder, and reads pairs of source and target: cut the text with "
             "eckart.sample_halves or eckart.sample_pairs"
         )
-    for side, width in (("source", tokens.split), ("target", tokens.ids.shape[1] - tokens.split)):
+    widths = {"source": tokens.split, "target": tokens.ids.shape[1] - tokens.split}
+    for side in ("source", "target")[tokens.sound is not None :]:
+        width = widths[side]
         check_positions(model, width, f"{what}: a {side} of")
 
 
 def source_and_target(
-    ids: Int[Tensor, "rows length"], mask: Bool[Tensor, "rows length"], split: int, model: PreTrainedModel
+    model: PreTrainedModel,
+    ids: Int[Tensor, "rows length"],
+    mask: Bool[Tensor, "rows length"],
+    split: int,
+    sound: Tensor | None = None,
 ) -> tuple[dict[str, Tensor | None], Int[Tensor, "rows target"], Bool[Tensor, "rows target"]]:
     """(arguments of the model's call, the targets, their mask) of pairs on the model's device.
 
@@ -74,9 +84,14 @@ def source_and_target(
     ids, mask = ids.to(model.device), mask.to(model.device)
     sources, targets = ids.tensor_split([split], 1)
     masks = mask.tensor_split([split], 1)
-    given = {
+    read: dict[str, Tensor | None] = {
         "input_ids": sources,
         "attention_mask": None if bool(masks[0].all()) else masks[0].long(),
+    }
+    if sound is not None:
+        read = {model.main_input_name: sound.to(model.device, model.dtype)}
+    given = {
+        **read,
         "decoder_input_ids": decoder_inputs(model, targets),
         "decoder_attention_mask": None if bool(masks[1].all()) else masks[1].long(),
     }

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,11 +32,13 @@ class Rows(NamedTuple):
     Attributes:
         ids, mask: (rows, length), as those of `Tokens`.
         split: of an encoder-decoder, how many columns the source has; those after it are the target's. Else None.
+        sound: as that of `Tokens`.
     """
 
     ids: Int[Tensor, "rows length"]
     mask: Bool[Tensor, "rows length"]
     split: int | None = None
+    sound: Float[Tensor, "rows ..."] | None = None
 
     def mask_of(self, *, source: bool) -> Bool[Tensor, "rows side"]:
         """The mask of the source or of the target; where there is but one text, of that."""
@@ -63,6 +65,8 @@ class Tokens:
         mask_token: the tokenizer's, where it has one; masked language models need it for their loss.
         part_of: (samples,) of a mixture: which of `source["parts"]` each sample is of; None is all of one text.
         split: of pairs, how many columns are the source's; None where samples are no pairs.
+        sound: (samples, ...) features that a speech model's encoder reads in place of tokens; the source's columns are
+            then the rows that it makes of them, with no ids.
     """
 
     ids: Int[Tensor, "samples length"]
@@ -71,6 +75,7 @@ class Tokens:
     mask_token: int | None = None
     part_of: Int[Tensor, "samples"] | None = None
     split: int | None = None
+    sound: Float[Tensor, "samples ..."] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -101,6 +106,8 @@ class Tokens:
         state = hashlib.sha256(f"{tuple(self.ids.shape)} {self.mask_token}{split}".encode())
         state.update(self.ids.numpy().tobytes())
         state.update(self.mask.numpy().tobytes())
+        if self.sound is not None:
+            state.update(self.sound.numpy().tobytes())
         return state.hexdigest()
 
     @property
@@ -124,8 +131,10 @@ class Tokens:
         Raises:
             ValueError: only one of them is made of pairs.
         """
-        if (self.split is None) != (other.split is None):
-            raise ValueError("pairs of source and target cannot be joined with samples that are none")
+        if (self.split is None, self.sound is None) != (other.split is None, other.sound is None):
+            raise ValueError(
+                "pairs of source and target cannot be joined with samples that are none, nor sound with text"
+            )
         mine, others = (each.source.get("parts", [each.source]) for each in (self, other))
         sides = [
             [[rows] if each.split is None else rows.tensor_split([each.split], 1) for rows in (each.ids, each.mask)]
@@ -149,7 +158,8 @@ class Tokens:
         )
         part_of = torch.cat([self._own_part, other._own_part + len(mine)])
         split = None if self.split is None else widths[0]
-        return Tokens(ids, mask, {"parts": [*mine, *others]}, self.mask_token, part_of, split)
+        sound = None if self.sound is None or other.sound is None else torch.cat([self.sound, other.sound])
+        return Tokens(ids, mask, {"parts": [*mine, *others]}, self.mask_token, part_of, split, sound)
 
     def hold_out(self, share: float) -> tuple[Tokens, Tokens]:
         """(used, held out): the second is a share of the samples, at least one, evenly spread over all of them.
@@ -176,7 +186,8 @@ class Tokens:
     def take(self, rows: Tensor | slice) -> Tokens:
         """These samples."""
         part_of = None if self.part_of is None else self.part_of[rows]
-        return replace(self, ids=self.ids[rows], mask=self.mask[rows], part_of=part_of)
+        sound = None if self.sound is None else self.sound[rows]
+        return replace(self, ids=self.ids[rows], mask=self.mask[rows], part_of=part_of, sound=sound)
 
     def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
         """(ids, mask) in order, `size` rows at a time."""
@@ -184,7 +195,9 @@ class Tokens:
 
     def rows(self, size: int) -> list[Rows]:
         """The samples in order, `size` rows at a time."""
-        return [Rows(ids, mask, self.split) for ids, mask in self.batches(size)]
+        batches = self.batches(size)
+        sounds = [None] * len(batches) if self.sound is None else self.sound.split(size)
+        return [Rows(*batch, self.split, sound) for batch, sound in zip(batches, sounds, strict=True)]
 
 
 def sample_windows(

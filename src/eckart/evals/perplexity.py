@@ -68,7 +68,7 @@ def perplexity(
     for batch in track(rows.split(size), task, math.ceil(windows / size)):
         batch = batch.to(model.device)
         if paired:
-            given, targets, _ = source_and_target(batch, torch.ones_like(batch).bool(), batch.shape[1] // 2, model)
+            given, targets, _ = source_and_target(model, batch, torch.ones_like(batch).bool(), batch.shape[1] // 2)
             logits = model(**given).logits[:, scored].float()
         else:
             targets, logits = batch, model(input_ids=batch).logits[:, :-1].float()

@@ -15,7 +15,7 @@ ROWS = 1024
 
 
 def log_probabilities(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor, split: int | None = None
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, split: int | None = None, sound: Tensor | None = None
 ) -> Float[Tensor, "predictions outcomes"]:
     """Float32, (predictions, outcomes): of every real token that something is predicted at, or of every example.
 
@@ -24,7 +24,7 @@ def log_probabilities(
     distribution at every real token of the targets.
 
     Args:
-        split: of pairs, how many columns are the source's.
+        split, sound: of pairs, as `Rows` has them.
 
     Raises:
         ValueError: the model makes no predictions, or one is not finite.
@@ -34,7 +34,7 @@ def log_probabilities(
         # As in calibration, a mask that hides nothing is left out.
         output = model(input_ids=ids, attention_mask=None if bool(mask.all()) else mask.long())
     else:
-        given, _, mask = source_and_target(ids, mask, split, model)
+        given, _, mask = source_and_target(model, ids, mask, split, sound)
         output = model(**given)
     if "logits" not in output or output.logits.shape[-1] < 2:
         raise ValueError(

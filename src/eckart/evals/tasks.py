@@ -281,10 +281,12 @@ def windows_of(
 def default_length(model: PreTrainedModel, context: int | None = None) -> int:
     """The window of a model where none is asked for: `context` (None is 2048) tokens, or its positions if fewer.
 
-    Of an encoder-decoder source and target together, each of which has as many positions.
+    Of an encoder-decoder source and target together, each of which has as many positions; of one that reads sound, the
+    target alone.
     """
     longest, positions = context or DEFAULT_LENGTH, usable_positions(model)
-    return longest if positions is None else min(longest, positions * (2 if is_encoder_decoder(model) else 1))
+    sides = 2 if is_encoder_decoder(model) and model.main_input_name == "input_ids" else 1
+    return longest if positions is None else min(longest, sides * positions)
 
 
 def _text(subject: Subject, task: Task, setup: Setup) -> tuple[Tensor, dict[str, Any]]:

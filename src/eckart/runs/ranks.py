@@ -217,7 +217,7 @@ def _weigh(
     """(the curves in nats, each weighed by a probe of its unit; facts). A member of a joint group has its own probe."""
     assert inputs.tokens is not None
     few = inputs.tokens.take(slice(PROBE_SAMPLES))
-    windows = Tokens(few.ids, few.mask, mask_token=few.mask_token, split=few.split)
+    windows = Tokens(few.ids, few.mask, mask_token=few.mask_token, split=few.split, sound=few.sound)
     weights: dict[str, float] = {}
     evaluations = 0
     identity = _identity(method, inputs)

@@ -124,8 +124,8 @@ class CalibrationSection(Section):
     column: str | None = Field(None, description="field that holds the text; default: the corpus's own, or text")
     target: str | None = Field(
         None,
-        description="of an encoder-decoder: field that holds the target, where column is the source; default: each "
-        "sample of plain text is halved",
+        description="of an encoder-decoder: field that holds the target, where column is the source, or a speech "
+        "model's .wav file; default: each sample of plain text is halved",
     )
     samples: int = Field(256, gt=0, description="windows, documents or pairs that the statistics are made of")
     length: int | None = Field(

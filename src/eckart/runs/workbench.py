@@ -25,12 +25,13 @@ from eckart.calibration.sequential import KnownInputs, PassReport, SequentialCal
 from eckart.compression.tuning.lora import Lora
 from eckart.compression.tuning.recovery import Samples
 from eckart.data.pairs import check_reads_text, is_encoder_decoder
+from eckart.data.sounds import sample_sounds
 from eckart.data.tokens import Cutting, Tokens, check_vocabulary, read_tokens, warn_of_tokenizer
 from eckart.evals.tasks import default_length
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.models.adapters import import_peft
-from eckart.models.loading import load_model, locate
+from eckart.models.loading import load_extractor, load_model, locate, read_processor
 from eckart.models.remote_code import carry_code
 from eckart.models.sites import Site, find_sites, select_sites
 from eckart.runs.added_bias import settle_bias
@@ -113,6 +114,7 @@ class Workbench:
             "plan.json": plan.to_json(),
             "recipe.yaml": self.recipe.to_yaml(),
             FACTS: facts.to_json(),
+            **read_processor(self.model),
         }
 
     @functools.cached_property
@@ -407,10 +409,27 @@ def draw_tokens(
     section: CalibrationSection, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path | None
 ) -> Tokens:
     """The tokens of a section with every default filled in, which the model can read: see `read_tokens`."""
-    check_reads_text(model)
-    warn_of_tokenizer(model, tokenizer)
     assert section.length is not None
     assert section.cut is not None
+    warn_of_tokenizer(model, tokenizer)
+    if section.target is None or model.main_input_name == "input_ids":
+        check_reads_text(model)
+    else:
+        tokens = sample_sounds(
+            section.corpus,
+            model,
+            load_extractor(model),
+            tokenizer,
+            samples=section.samples,
+            length=section.length,
+            seed=section.seed,
+            split=section.split,
+            data=data,
+            column=section.column,
+            target=section.target,
+        )
+        check_vocabulary(model, tokens.ids, tokenizer)
+        return tokens
     tokens = read_tokens(
         section.corpus,
         tokenizer,

@@ -64,10 +64,8 @@ class Distillation:
             return None
         before = _divergence(model, dense, held_out, self.batch)
         kept = [parameter.detach().clone() for parameter in parameters]
-        batches = [
-            (tokens.ids[rows], tokens.mask[rows], tokens.split)
-            for rows in draw_batches(len(tokens), self.batch, self.steps)
-        ]
+        drawn = draw_batches(len(tokens), self.batch, self.steps)
+        batches = [tokens.take(torch.tensor(rows)).rows(len(rows))[0] for rows in drawn]
 
         def loss(step: int) -> Tensor:
             with torch.no_grad():
