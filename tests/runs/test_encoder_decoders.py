@@ -131,6 +131,20 @@ def test_an_interrupted_run_goes_on(t5: Path, tmp_path: Path, monkeypatch: pytes
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("speed", [{"times": 1.0}, {"times": 1.0, "rows": 8}], ids=str)
+def test_a_budget_in_speed_is_refused(t5: Path, tmp_path: Path, speed: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"encoder-decoder.*a budget in speed is not defined"):
+        make_checkpoint(recipe_of(t5, keep=None, speed=speed), tmp_path / "out", BATCHED)
+
+
+def test_what_is_kept_in_a_cache_is_read_again(t5: Path, tmp_path: Path) -> None:
+    how = How(batch_size=3, cache=tmp_path / "cache")
+    for name in ("first", "second"):
+        make_checkpoint(recipe_of(t5, method="best"), tmp_path / name, how)
+    first, second = (tensors_of(tmp_path / name) for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.parametrize("way", [{"distil": {"steps": 2}}, {"recover": {"steps": 2}}], ids=str)
 def test_the_whole_model_takes_steps(t5: Path, tmp_path: Path, way: dict[str, Any]) -> None:
     outcome = make_checkpoint(recipe_of(t5, method="svd", **way), tmp_path / "out", BATCHED)
