@@ -140,7 +140,7 @@ def measure_block(entry: dict[str, Any], device: torch.device, config: LlamaConf
     model = make_model(config, device)
     groups = first_readers(site for site in find_sites(model) if site.block == 1)
     with lap(entry, "embedding", device):
-        walk = Walk(model, tokens.batches(BATCH))
+        walk = Walk(model, tokens.rows(BATCH))
     with lap(entry, "forward", device):
         walk.skip(0)
     with lap(entry, "forward and moments", device):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,12 +18,15 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
+from eckart.data.pairs import decoder_inputs, is_encoder_decoder
 from eckart.data.tokens import Tokens
 from eckart.models.experts import open_experts
 from eckart.models.sites import Site
@@ -107,12 +111,66 @@ DEFAULT_CONFIGS: dict[str, dict[str, Any]] = {
     "bloom": {**COMMON, "n_head": 4, "n_layer": BLOCKS},
     "modernbert": {**COMMON, "cls_token_id": CLS, "sep_token_id": SEP, "local_attention": 6},
 }
+# Encoder-decoders that have a row; of some the two stacks are not of one size.
+T5: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "d_ff": 48,
+    "d_kv": 8,
+    "num_heads": 4,
+    "num_layers": BLOCKS,
+    "num_decoder_layers": 2,
+    "relative_attention_num_buckets": 8,
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+    "decoder_start_token_id": PAD,
+}
+BART: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": BLOCKS,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 40,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "decoder_start_token_id": EOS,
+    "forced_eos_token_id": EOS,
+}
+ENCODER_DECODER_CONFIGS: dict[str, dict[str, Any]] = {
+    "t5": T5,
+    "mt5": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "umt5": {**T5, "feed_forward_proj": "gated-gelu"},
+    "bart": BART,
+    "mbart": BART,
+    "pegasus": {**BART, "decoder_start_token_id": PAD},
+    "marian": {**BART, "decoder_start_token_id": PAD},
+}
+# Reads sound, and no text.
+WHISPER: dict[str, Any] = {
+    **BART,
+    "num_mel_bins": 8,
+    "max_source_positions": 12,
+    "max_target_positions": POSITIONS,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
 # Models that are refused, each for its own reason.
 REFUSED_CONFIGS: dict[str, dict[str, Any]] = {
-    "t5": {"vocab_size": VOCABULARY, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "num_layers": 2},
     "albert": {**COMMON, "embedding_size": 16, "num_hidden_groups": 1},
 }
-CONFIGS = {**FAMILY_CONFIGS, **MIXTURE_CONFIGS, **DEFAULT_CONFIGS, **REFUSED_CONFIGS}
+CONFIGS = {
+    **FAMILY_CONFIGS,
+    **MIXTURE_CONFIGS,
+    **DEFAULT_CONFIGS,
+    **ENCODER_DECODER_CONFIGS,
+    "whisper": WHISPER,
+    **REFUSED_CONFIGS,
+}
 ENCODERS = frozenset({"bert", "roberta", "roberta-prelayernorm", "modernbert", "albert"})
 DECODERS = tuple(name for name in FAMILY_CONFIGS if name not in ENCODERS)
 
@@ -120,6 +178,8 @@ HEADS: dict[str, Any] = {
     "base": AutoModel,
     "causal": AutoModelForCausalLM,
     "masked": AutoModelForMaskedLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "speech": AutoModelForSpeechSeq2Seq,
     "classifier": AutoModelForSequenceClassification,
 }
 
@@ -155,14 +215,21 @@ def closed_model(
     Biases and norms are random as well, so that a dropped one shows, and weights keep activations near one in size.
     """
     config = tiny_config(model_type, **changes)
-    head = head or ("masked" if model_type in ENCODERS else "causal")
+    own = {
+        **dict.fromkeys(ENCODERS, "masked"),
+        **dict.fromkeys(ENCODER_DECODER_CONFIGS, "seq2seq"),
+        "whisper": "speech",
+    }
+    head = head or own.get(model_type, "causal")
     with torch.random.fork_rng(devices=[]):  # some classes draw vectors
         torch.manual_seed(seed)
         model: PreTrainedModel = HEADS[head].from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
+            if name in (model._keys_to_ignore_on_save or ()):
+                continue  # a table that the class computes whenever it is loaded
             if parameter.ndim == 1:
                 parameter.add_(0.2 * noise)
             else:
@@ -203,12 +270,46 @@ def tiny_tokens(samples: int = 6, length: int = 16, *, padded: bool = False, see
     return Tokens(ids, mask, {"corpus": "random"}, MASK)
 
 
+def tiny_pairs(samples: int = 6, source: int = 12, target: int = 8, *, padded: bool = False, seed: int = 0) -> Tokens:
+    """Random pairs of source and target."""
+    sides = [
+        tiny_tokens(samples, length, padded=padded, seed=seed + at) for at, length in ((0, source), (1_000, target))
+    ]
+    ids, mask = (torch.cat([getattr(side, name) for side in sides], 1) for name in ("ids", "mask"))
+    return Tokens(ids, mask, {"corpus": "random"}, MASK, split=source)
+
+
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, tokens: Tokens | None = None) -> Tensor:
     """The model's logits (of the base model: its hidden states) on some tokens, padding masked."""
+    if is_encoder_decoder(model):
+        return model(**given_of(model, tokens or tiny_pairs(2))).logits
     tokens = tokens or tiny_tokens(2, 12)
     output = model(input_ids=tokens.ids, attention_mask=tokens.mask.long())
     return output.logits if "logits" in output else output.last_hidden_state
+
+
+def given_of(model: PreTrainedModel, tokens: Tokens) -> dict[str, Tensor]:
+    """What an encoder-decoder is called with: a source or, of one that reads sound, some of that; and the targets."""
+    assert tokens.split is not None
+    sources, targets = tokens.ids.tensor_split([tokens.split], 1)
+    masks = tokens.mask.long().tensor_split([tokens.split], 1)
+    decoder = {"decoder_input_ids": decoder_inputs(model, targets), "decoder_attention_mask": masks[1]}
+    if model.main_input_name == "input_features":
+        return {"input_features": tiny_sound(len(tokens)), **decoder}
+    return {"input_ids": sources, "attention_mask": masks[0], **decoder}
+
+
+def tiny_sound(samples: int = 2, seed: int = 0) -> Tensor:
+    """Random features of as long a sound as the tiny Whisper reads."""
+    return torch.randn(samples, 8, 24, generator=torch.Generator().manual_seed(seed))
+
+
+def unpadded(pair: Tokens) -> Tokens:
+    """One pair without its padding."""
+    assert pair.split is not None
+    split = int(pair.mask[:, : pair.split].sum())
+    return replace(pair, ids=pair.ids[pair.mask][None], mask=pair.mask[pair.mask][None], split=split)
 
 
 @torch.no_grad()
@@ -225,8 +326,12 @@ def site_inputs(model: PreTrainedModel, tokens: Tokens, sites: Iterable[Site]) -
         for site in sites
     ]
     try:
-        for ids, mask in zip(tokens.ids, tokens.mask, strict=True):
-            model(input_ids=ids[mask][None])
+        for row in range(len(tokens)):
+            one = tokens.take(slice(row, row + 1))
+            if tokens.split is None:
+                model(input_ids=one.ids[one.mask][None])
+            else:
+                model(**given_of(model, unpadded(one)))
     finally:
         for handle in handles:
             handle.remove()

@@ -13,17 +13,23 @@ from transformers import PreTrainedModel
 from eckart.calibration.moments import BlockCalibration
 from eckart.calibration.sequential import BlockPass, Order, PassReport, SequentialCalibration
 from eckart.calibration.streams import Sample
+from eckart.data.pairs import is_encoder_decoder
 from eckart.data.tokens import Tokens
 from eckart.lowrank import InputMoments, Method, build_method, factor
 from eckart.models.sites import Site, blocks_of, replace_module
 from eckart.models.units import units_of
 from eckart.support.progress import Track
-from tiny import relative, site_inputs, tiny_tokens
+from tiny import relative, site_inputs, tiny_pairs, tiny_tokens
 
 PLAIN = build_method("asvd-i")
 ANCHORED = PLAIN.anchored(0.1)
 METHOD_OF: dict[Order, Method] = {"one-shot": PLAIN, "sequential": PLAIN, "anchored": ANCHORED}
 T = TypeVar("T")
+
+
+def pairs_of(seed: int = 0) -> tuple[Tokens, Tokens]:
+    """The same for an encoder-decoder; what is held out has other lengths of source and target."""
+    return tiny_pairs(3, 12, 8, padded=True, seed=seed), tiny_pairs(2, 7, 9, padded=True, seed=seed + 10)
 
 
 def tokens_of(seed: int = 0) -> tuple[Tokens, Tokens]:
@@ -168,7 +174,7 @@ def assert_walks_as_hooks_see_it(
         joint: the sites of a group get pivoted factors that share the right one.
     """
     dense = copy.deepcopy(model)
-    texts = tokens_of()
+    texts = pairs_of() if is_encoder_decoder(model) else tokens_of()
     calibration = SequentialCalibration(
         model, texts[0], METHOD_OF[order], order=order, held_out=texts[1], sites=sites, passes=passes, batch_size=2
     )

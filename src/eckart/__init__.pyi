@@ -7,6 +7,7 @@ from .data.corpora import read_text as read_text
 from .data.labelled import Labelled as Labelled, read_labelled as read_labelled
 from .data.tokens import Tokens as Tokens, read_tokens as read_tokens
 from .data.tokens import sample_documents as sample_documents, sample_windows as sample_windows
+from .data.tokens import sample_halves as sample_halves, sample_pairs as sample_pairs
 from .models.checkpoint import CheckpointError as CheckpointError
 from .models.experts import open_experts as open_experts
 from .models.families import UnsupportedModelError as UnsupportedModelError

@@ -10,12 +10,13 @@ import torch
 import eckart
 from eckart.calibration.backward import Sweep
 from eckart.calibration.gradients import collect_gradients
+from eckart.data.pairs import is_encoder_decoder
 from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.models.shards import Skeleton
 from eckart.models.sites import find_sites
-from tiny import BLOCKS, CONFIGS, MIXTURE_CONFIGS, REFUSED_CONFIGS, closed_model, tiny_model, tiny_tokens
+from tiny import CONFIGS, MIXTURE_CONFIGS, REFUSED_CONFIGS, closed_model, tiny_model, tiny_pairs, tiny_tokens
 
-NAMES = [name for name in CONFIGS if name not in {*REFUSED_CONFIGS, *MIXTURE_CONFIGS}]
+NAMES = [name for name in CONFIGS if name not in {*REFUSED_CONFIGS, *MIXTURE_CONFIGS, "whisper"}]
 
 
 def check_sweep(
@@ -27,12 +28,13 @@ def check_sweep(
 ) -> None:
     """Both ways, on the model in the folder."""
     skeleton, model = Skeleton(folder / "model"), eckart.load_model(folder / "model")
-    tokens = tiny_tokens(5, 14, padded=padded)
+    tokens = tiny_pairs(5, padded=padded) if is_encoder_decoder(model) else tiny_tokens(5, 14, padded=padded)
     sites = [site for site in find_sites(model) if site.block >= first]
     sweep = Sweep(skeleton, tokens, sites, needs, folder / "sweep")
     sweep.run()
     expected = collect_gradients(model, tokens, sites, needs)
-    for number in range(first, BLOCKS):
+    count = len(skeleton.blocks)
+    for number in range(first, count):
         statistics = sweep.read(number)
         assert statistics.keys() == {site.name for site in sites if site.block == number}
         for name, moments in statistics.items():
@@ -43,7 +45,7 @@ def check_sweep(
                     moments.sums[statistic], value, rtol=tolerance, atol=tolerance * scale, msg=f"{name}: {statistic}"
                 )
     assert all(parameter.device.type == "meta" for parameter in skeleton.blocks.parameters())
-    assert [place.suffix for place in (folder / "sweep").iterdir()] == [".safetensors"] * (BLOCKS - first)
+    assert [place.suffix for place in (folder / "sweep").iterdir()] == [".safetensors"] * (count - first)
 
 
 @pytest.mark.parametrize("model_type", NAMES)
@@ -52,7 +54,9 @@ def test_every_family(tmp_path: Path, model_type: str) -> None:
     check_sweep(tmp_path, padded=False)
 
 
-@pytest.mark.parametrize(("model_type", "head"), [("llama", "causal"), ("bert", "masked"), ("bert", "classifier")])
+@pytest.mark.parametrize(
+    ("model_type", "head"), [("llama", "causal"), ("bert", "masked"), ("bert", "classifier"), ("t5", "seq2seq")]
+)
 @pytest.mark.parametrize("first", [0, 1])
 def test_heads_and_padding(tmp_path: Path, model_type: str, head: str, first: int) -> None:
     closed_model(model_type, head=head).save_pretrained(tmp_path / "model")

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eckart.calibration.calls import shared
 from eckart.calibration.doors import Spill, whole_doors
-from eckart.calibration.walk import shared
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -111,13 +111,13 @@ def test_the_same_tokens_are_masked_in_every_run() -> None:
 def test_masked_models_are_asked_for_fifteen_per_cent() -> None:
     loss, asked, total = Loss(tiny_model("bert"), MASK), 0, 0
     for number in range(20):
-        ids = tiny_tokens(2, 50, seed=number).ids
-        batch = loss.ask(ids)
+        rows = tiny_tokens(2, 50, seed=number).rows(2)[0]
+        ids, batch = rows.ids, loss.ask(rows)
         assert batch.targets is not None
-        masked = batch.read == MASK
+        masked = batch.read.ids == MASK
         assert batch.scored == masked.sum(1).tolist()
         assert min(batch.scored) >= 1
-        assert torch.equal(batch.read[~masked], ids[~masked])
+        assert torch.equal(batch.read.ids[~masked], ids[~masked])
         assert torch.equal(batch.targets, ids.masked_fill(~masked, IGNORED))
         asked, total = asked + sum(batch.scored), total + ids.numel()
     assert 0.12 < asked / total < 0.18
@@ -125,7 +125,7 @@ def test_masked_models_are_asked_for_fifteen_per_cent() -> None:
 
 def test_a_short_sample_is_asked_for_one_token_at_least() -> None:
     loss = Loss(tiny_model("bert"), MASK)
-    assert min(min(loss.ask(tiny_tokens(5, 2, seed=n).ids).scored) for n in range(8)) == 1
+    assert min(min(loss.ask(tiny_tokens(5, 2, seed=n).rows(5)[0]).scored) for n in range(8)) == 1
 
 
 def test_a_classifier_is_asked_for_its_own_labels() -> None:

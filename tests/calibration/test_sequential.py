@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 import eckart.calibration.sequential
 from eckart.allocation import RankPlan, plan
+from eckart.calibration.calls import Call
 from eckart.calibration.gradients import collect_gradients
 from eckart.calibration.moments import BlockCalibration, calibrate, calibrate_by_block
 from eckart.calibration.pausing import Run
@@ -313,11 +314,12 @@ def test_a_pass_is_given_both_streams(model_type: str, order: Order) -> None:
 def test_a_sample_is_cast_whole() -> None:
     hidden, mask = torch.zeros(1, 2, 3, dtype=torch.bfloat16), torch.ones(1, 2, dtype=torch.bool)
     table = torch.ones(2, dtype=torch.bfloat16)
-    sample = Sample(hidden, ((table, [mask, 3]),), {"positions": {"a": table}, "flag": None}, mask, hidden)
+    sample = Sample(hidden, Call(((table, [mask, 3]),), {"positions": {"a": table}, "flag": None}), mask, hidden)
     cast = sample.cast(torch.float32)
-    assert cast.hidden.dtype == cast.args[0][0].dtype == cast.kwargs["positions"]["a"].dtype == torch.float32
-    assert cast.args[0][1][0] is mask
-    assert (cast.args[0][1][1], cast.kwargs["flag"], cast.target) == (3, None, hidden)
+    args, kwargs = cast.call.args, cast.call.kwargs
+    assert cast.hidden.dtype == args[0][0].dtype == kwargs["positions"]["a"].dtype == torch.float32
+    assert args[0][1][0] is mask
+    assert (args[0][1][1], kwargs["flag"], cast.target) == (3, None, hidden)
     assert sample.cast(torch.bfloat16) is sample
 
 

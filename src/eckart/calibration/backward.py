@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from eckart.calibration.gradients import (
     rows_together,
     watching,
 )
-from eckart.calibration.walk import Walk, hidden_of
+from eckart.calibration.walk import Walk
 from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments
 from eckart.models.shards import Skeleton
@@ -82,7 +82,7 @@ class Sweep:
             door_above = min(whole_doors(above), default=None)
             back = Spill(above, len(self.batches), first=count, door=door_above, step=-1, device=device)
             loss = Loss(self.skeleton.model, self.tokens.mask_token)
-            asked = [loss.ask(ids) for ids in self.batches]
+            asked = [loss.ask(rows) for rows in self.batches]
             walk = self._forward(asked, held, door)
             if back.door > count:
                 self._head(loss, asked, walk, back)
@@ -100,9 +100,8 @@ class Sweep:
 
     def _forward(self, asked: Sequence[Batch], held: Spill, start: int | None) -> Walk:
         """The hidden states of every sample at every door; `start`: the last one on disk, None where there is none."""
-        batches = [(batch.read, torch.ones_like(batch.read, dtype=torch.bool)) for batch in asked]
-        with self._resident(0):  # it runs once, to show the form of its output
-            walk = Walk(self.skeleton.model, batches, self.track, held=held, start=start)
+        with self._first_resident():  # it runs once, to show the form of its output
+            walk = Walk(self.skeleton.model, [batch.read for batch in asked], self.track, held=held, start=start)
         while walk.next < len(self.skeleton.blocks):
             with self._resident(walk.next):
                 walk.skip(walk.next)
@@ -122,11 +121,10 @@ class Sweep:
         collected = {site.name: GradientMoments(site.d_out, site.d_in, self.needs, device=device) for site in sites}
         with self._resident(number) as block, watching(self.skeleton.model, collected) as scale:
             for index, batch in self.track(enumerate(asked), f"block {number}: gradients", len(asked)):
-                args, kwargs = walk.calls[index][number]
                 hidden = held.read_at(number, index).requires_grad_()
                 scale.scored = batch.scored
                 with torch.enable_grad():
-                    output = hidden_of(block(hidden, *args, **kwargs))
+                    output = walk.calls[index][number].run(block, hidden)
                     output.backward(back.read(index).to(output))
                 back.write(index, gradient_of(hidden))
         count_examples(collected, len(self.tokens.ids))
@@ -134,6 +132,13 @@ class Sweep:
             write_gradients(self._file(number), collected)
         back.turn()
         back.clear()
+
+    @contextmanager
+    def _first_resident(self) -> Iterator[None]:
+        with self.skeleton.first_resident() as blocks, ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(in_float32(block, FLOAT16))
+            yield
 
     @contextmanager
     def _resident(self, number: int) -> Iterator[nn.Module]:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.pytorch_utils import Conv1D
 
-from eckart.calibration.walk import Tail, hidden_of, standing_in, summing_inputs, tail_of, without_cache
-from eckart.data.tokens import Tokens
+from eckart.calibration.calls import Tail, run_through, standing_in, without_cache
+from eckart.calibration.walk import summing_inputs
+from eckart.data.pairs import is_encoder_decoder, source_and_target
+from eckart.data.tokens import Rows, Tokens
 from eckart.lowrank import GradientMoments, InputMoments
 from eckart.lowrank.moments import FISHER
-from eckart.models.sites import Site, blocks_of, find_sites, first_readers
+from eckart.models.sites import Site, find_sites, first_readers, stacks_of
 from eckart.support.precision import in_float32
 from eckart.support.progress import Track, silent
 
@@ -67,17 +70,18 @@ def collect_gradients(
         loss.draw_past(after)
     first = first_readers(sites)
     readers = {group: first[group].name for group in inputs or {}}
+    of_source = {group for group, site in first.items() if site.of_source}
     with (
         in_float32(model, {torch.float16}),
         watching(model, collected) as scale,
-        summing_inputs(model, readers, inputs or {}) as expect,
+        summing_inputs(model, readers, inputs or {}, of_source) as expect,
     ):
         batches = rows_of_one_length(tokens, rows_together(model, needs))
-        for ids in track(batches, "gradients", len(batches)):
-            batch = loss.ask(ids)
-            expect(torch.ones_like(ids, dtype=torch.bool))
+        for rows in track(batches, "gradients", len(batches)):
+            batch = loss.ask(rows)
+            expect(rows)
             with torch.enable_grad():
-                hidden, tail = _through_blocks(model, batch.read)
+                hidden, tail = run_through(model, batch.read)
             gradient = loss.gradient(hidden.detach(), tail, batch)
             scale.scored = batch.scored
             hidden.backward(gradient)
@@ -124,24 +128,23 @@ def rows_together(model: PreTrainedModel, needs: frozenset[str]) -> Callable[[in
     return lambda length: 1 if alone else max(1, ACTIVATIONS // (size * max(1, length)))
 
 
-def rows_of_one_length(tokens: Tokens, together: Callable[[int], int]) -> list[Int[Tensor, "rows length"]]:
-    """The samples in order, without their padding: those that follow each other and are of one length in one batch."""
-    batches: list[Tensor] = []
-    samples = [ids[mask] for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
-    for length, alike in groupby(samples, len):
-        batches += torch.stack([*alike]).split(together(length))
+def rows_of_one_length(tokens: Tokens, together: Callable[[int], int]) -> list[Rows]:
+    """The samples in order, without their padding: those that follow each other and are of one length in one batch.
+
+    Of pairs, sources and targets are each of one length.
+    """
+    batches: list[Rows] = []
+
+    def lengths(row: int) -> tuple[int, int | None]:
+        mask = tokens.mask[row]
+        return int(mask.sum()), None if tokens.split is None else int(mask[: tokens.split].sum())
+
+    for (length, split), alike in groupby(range(len(tokens)), lengths):
+        numbers = [*alike]
+        ids = torch.stack([tokens.ids[row][tokens.mask[row]] for row in numbers])
+        whole = replace(tokens.take(torch.tensor(numbers)), ids=ids, mask=torch.ones_like(ids).bool(), split=split)
+        batches += whole.rows(together(length))
     return batches
-
-
-def _through_blocks(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tail]:
-    """What the last block gives: the hidden states, and what comes after them."""
-    base, given = model.base_model, []
-    handle = blocks_of(model)[-1].register_forward_hook(lambda _module, _args, output: given.append(output))
-    try:
-        base(input_ids=ids, **without_cache(base))
-    finally:
-        handle.remove()
-    return hidden_of(given[0]), tail_of(given[0])
 
 
 @dataclass(frozen=True)
@@ -149,12 +152,13 @@ class Batch:
     """Some samples of one length, without padding, as the model is asked for them.
 
     Attributes:
-        read: what the model reads: the ids, some of them masked for a masked language model.
-        targets: the token to predict at each place, UNSCORED where there is none; None of a classifier.
+        read: what the model reads, some of the ids masked for a masked language model.
+        targets: the token to predict at each place, UNSCORED where there is none; None of a classifier. Those of an
+            encoder-decoder stand where its decoder reads the token before each.
         scored: how many tokens or labels a sample's loss is a mean over, for each sample.
     """
 
-    read: Int[Tensor, "rows length"]
+    read: Rows
     targets: Int[Tensor, "rows length"] | None
     scored: list[int]
 
@@ -164,6 +168,7 @@ class Loss:
 
         causal language model: of each next token;
         masked language model: of 15 % of the tokens, masked, the same ones in every run;
+        encoder-decoder: of each token of the target;
         classifier: of a label drawn from the model's own prediction (the true Fisher; calibration text has no labels).
 
     It is summed over tokens, so that the gradient at a token is that of its own sample, whatever samples are in the
@@ -183,25 +188,31 @@ class Loss:
             elif _is_masked(self.model):
                 torch.rand((1, int(mask.sum())), generator=self.generator)
 
-    def ask(self, ids: Int[Tensor, "rows length"]) -> Batch:
+    def ask(self, rows: Rows) -> Batch:
         """What the model is asked for in some samples. Draws the masks of a masked language model, row by row.
 
         Raises:
             ValueError: the model's class has no loss that this file knows, or there is nothing to predict.
         """
-        ids = ids.to(self.model.device)
+        ids = rows.ids.to(self.model.device)
+        rows = rows._replace(ids=ids)
+        if rows.split is not None:
+            _check_loss(self.model)
+            targets = ids.clone()
+            targets[:, : rows.split] = UNSCORED
+            return Batch(rows, targets, [ids.shape[1] - rows.split] * len(ids))
         if _is_classifier(self.model):
-            return Batch(ids, None, [1] * len(ids))
+            return Batch(rows, None, [1] * len(ids))
         if _is_masked(self.model):
             kind, whole = type(self.model).__name__, torch.ones_like(ids[:1], dtype=torch.bool)
-            rows = [_mask_some(kind, row[None], whole, self.mask_token, self.generator) for row in ids]
-            read, drawn = (torch.cat(parts) for parts in zip(*rows, strict=True))
-            return Batch(read, ids.masked_fill(~drawn, UNSCORED), drawn.sum(1).tolist())
+            each = [_mask_some(kind, row[None], whole, self.mask_token, self.generator) for row in ids]
+            read, drawn = (torch.cat(parts) for parts in zip(*each, strict=True))
+            return Batch(rows._replace(ids=read), ids.masked_fill(~drawn, UNSCORED), drawn.sum(1).tolist())
         _check_loss(self.model)
         if ids.shape[1] < 2:
             raise ValueError(ONE_TOKEN)
         targets = nn.functional.pad(ids[:, 1:], (0, 1), value=UNSCORED)
-        return Batch(ids, targets, [ids.shape[1] - 1] * len(ids))
+        return Batch(rows, targets, [ids.shape[1] - 1] * len(ids))
 
     def gradient(self, hidden: Float[Tensor, "rows length width"], tail: Tail, batch: Batch) -> Tensor:
         """dLoss/d(hidden) at what the last block gives. Draws the labels of a classifier, row by row.
@@ -213,7 +224,7 @@ class Loss:
             tail: what the last block gives after the hidden states.
         """
         if batch.targets is None:
-            with self._head(hidden, tail, batch.read) as (leaf, logits):
+            with self._head(hidden, tail, batch.read.ids) as (leaf, logits):
                 odds = logits.detach().float().softmax(-1)
                 labels = torch.cat([torch.multinomial(row[None], 1, generator=self.generator) for row in odds.cpu()])
                 slope = odds.scatter_add(-1, labels.to(odds.device), torch.full_like(odds, -1.0))
@@ -222,10 +233,11 @@ class Loss:
         gradient = torch.zeros_like(hidden).flatten(0, 1)
         places = (batch.targets.flatten() != UNSCORED).nonzero()[:, 0]
         vocabulary = cast(nn.Embedding, self.model.get_input_embeddings()).num_embeddings
-        together = min(hidden.shape[1], max(1, LOGITS // (4 * vocabulary)))
+        longest = hidden.shape[1] - (batch.read.split or 0)
+        together = min(longest, max(1, LOGITS // (4 * vocabulary)))
         for some in places.split(together):
             # As one sample, which is no longer than those that the model was given.
-            rows, ids = (whole.flatten(0, 1)[some][None] for whole in (hidden, batch.read))
+            rows, ids = (whole.flatten(0, 1)[some][None] for whole in (hidden, batch.read.ids))
             with self._head(rows, tail, ids) as (leaf, logits):
                 slope = logits.detach().float().softmax(-1)
                 slope[0, torch.arange(len(some)), batch.targets.flatten()[some]] -= 1
@@ -237,8 +249,12 @@ class Loss:
     def _head(self, hidden: Tensor, tail: Tail, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(the hidden states as a leaf, the logits that the model makes of them)."""
         leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad(), standing_in(blocks_of(self.model), leaf, tail):
-            yield leaf, self.model(input_ids=ids, **without_cache(self.model)).logits
+        given: dict[str, Any] = {"input_ids": ids}
+        if is_encoder_decoder(self.model):
+            encoded = hidden.new_zeros(len(ids), 1, hidden.shape[-1])  # which the blocks that stand in do not read
+            given = {"encoder_outputs": BaseModelOutput(last_hidden_state=encoded), "decoder_input_ids": ids}
+        with torch.enable_grad(), standing_in(stacks_of(self.model)[-1], leaf, tail):
+            yield leaf, self.model(**given, **without_cache(self.model)).logits
 
 
 def gradient_of(leaf: Tensor) -> Tensor:
@@ -270,15 +286,27 @@ def language_loss(
     mask: Bool[Tensor, "rows length"],
     mask_token: int | None,
     generator: torch.Generator,
+    split: int | None = None,
+    sound: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """A language model's own loss on a batch, and the number of tokens that it is a mean over; padding is in neither.
 
-    Of a causal model each next token; of a masked one 15 % of the tokens, drawn by `generator`, and at least one of
-    every row: its last, where none was drawn.
+    Of a causal model each next token; of an encoder-decoder each token of the targets; of a masked one 15 % of the
+    tokens, drawn by `generator`, and at least one of every row: its last, where none was drawn.
+
+    Args:
+        split, sound: of pairs, as `Rows` has them.
 
     Raises:
         ValueError: the model's class has no loss that this file knows, or there is nothing to predict.
     """
+    if split is not None:
+        _check_loss(model)
+        given, targets, real = source_and_target(model, ids, mask, split, sound)
+        logits = model(**given).logits.float()
+        targets = targets.masked_fill(~real, UNSCORED)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=UNSCORED)
+        return loss, int(real.sum())
     ids, mask = ids.to(model.device), mask.to(model.device)
     attention_mask = None if bool(mask.all()) else mask.long()
     if _is_masked(model):

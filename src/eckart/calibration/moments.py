@@ -21,7 +21,7 @@ from eckart.calibration.cache import Store, read_gradients
 from eckart.calibration.gradients import collect_gradients, read_as_it_is
 from eckart.calibration.routes import mean_gradients, mean_of_experts
 from eckart.calibration.walk import Walk
-from eckart.data.positions import check_positions
+from eckart.data.pairs import check_sides
 from eckart.data.tokens import Tokens, check_vocabulary
 from eckart.lowrank import GradientMoments, InputMoments, Method
 from eckart.lowrank.input_moments import INPUT_STATISTICS
@@ -204,7 +204,7 @@ def calibrate_by_block(
     groups = {number: first_readers(site for site in sites if site.block == number) for number in numbers}
     held = {number for number in numbers if groups[number].keys() <= known.get(number, {}).keys()}
     missing = [n for n in numbers if statistics and n not in held and not (store and store.holds(n))]
-    walk = Walk(model, tokens.batches(batch_size), track) if missing else None
+    walk = Walk(model, tokens.rows(batch_size), track) if missing else None
     for number in numbers:
         inputs: dict[str, InputMoments] = {}
         if walk and number in missing:
@@ -353,8 +353,8 @@ def check_readable(model: PreTrainedModel, tokens: Tokens) -> None:
         raise ValueError(
             f"{type(model).__name__} is in training mode, its dropout would be in the moments: call model.eval() first"
         )
+    check_sides(model, tokens, "calibration length")
     check_vocabulary(model, tokens.ids)
-    check_positions(model, tokens.ids.shape[1], "calibration length")
 
 
 def calibration_digest(model: PreTrainedModel, tokens: Tokens, needs: frozenset[str], sites: Sequence[Site]) -> str:

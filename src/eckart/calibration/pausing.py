@@ -10,8 +10,9 @@ import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 
+from eckart.calibration.calls import Call
 from eckart.calibration.routes import Routes
-from eckart.calibration.walk import Call, hidden_of, not_of_tokens
+from eckart.calibration.walk import not_of_tokens
 from eckart.models.experts import Route
 
 # What a linear reads of a batch, and of which tokens; None of all.
@@ -72,9 +73,9 @@ class Run(greenlet):
 
     def _forward(self) -> Tensor:
         assert self._start is not None
-        hidden, (args, kwargs) = self._start
+        hidden, call = self._start
         self._start = None  # the block's own names are the only ones while it runs
-        return hidden_of(self.block(hidden, *args, **kwargs))
+        return call.run(self.block, hidden)
 
     def wait(self, group: str, x: Tensor) -> None:
         """Called in the run, where a group is read: gives back control until `advance` is called again."""

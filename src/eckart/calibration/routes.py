@@ -64,7 +64,13 @@ class Routes:
 
 
 def add_rows(
-    moments: InputMoments, x: Tensor, mask: Tensor, route: Route | None, *, reference: Tensor | None = None
+    moments: InputMoments,
+    x: Tensor,
+    mask: Tensor,
+    route: Route | None,
+    *,
+    offered: int = 0,
+    reference: Tensor | None = None,
 ) -> None:
     """Add what a linear reads of a batch to its moments, in place.
 
@@ -73,14 +79,14 @@ def add_rows(
 
     Args:
         x: (..., d_in), of all tokens, or (n, d_in) of an expert's. mask: (...) of all tokens, True for real ones.
-        route: of the expert.
+        route: of the expert. offered: see `Rows.offered`.
 
     Raises:
         ValueError: as `InputMoments.update`.
     """
     mask = mask.to(x.device)
     if route is None:
-        moments.update(x, mask, reference=reference)
+        moments.update(x, mask, reference=reference, offered=offered)
         return
     weights = route.weights.double().square()
     offered = int(mask.sum())

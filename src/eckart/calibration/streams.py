@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from eckart.calibration.calls import Call, record, shared
 from eckart.calibration.doors import Doors, Held
 from eckart.calibration.pausing import Read, Run
 from eckart.calibration.routes import add_rows, both_routes, mean_of_experts
-from eckart.calibration.walk import Call, check_rows, hidden_of, record_each, shared, summing_inputs
+from eckart.calibration.walk import check_rows, summing_inputs
 from eckart.data.tokens import Tokens
 from eckart.lowrank import InputMoments
 from eckart.models.experts import every_expert, layer_role
-from eckart.models.sites import Site, blocks_of
+from eckart.models.sites import Site, blocks_of, stacks_of
 from eckart.support.progress import Track, silent
 
 # Bytes of main memory that waiting runs may hold, by estimate; batches beyond it are run from the door again for every
@@ -41,29 +42,32 @@ class Sample:
     """One batch at the door of a block.
 
     Attributes:
-        hidden: (batch, length, width) output of the compressed blocks before it.
-        args, kwargs: the other arguments of the block's call.
-        mask: (batch, length), True for real tokens.
-        target: the dense block's output on the dense stream.
+        hidden: (batch, length, width) output of the compressed blocks before it; of an encoder-decoder's decoder after
+            the encoder's states.
+        call: the other arguments of the block's call.
+        mask: (batch, length), True for real tokens that the block's own states are of.
+        target: the dense block's output on the dense stream, of those tokens.
     """
 
     hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    call: Call
     mask: Tensor
     target: Tensor
 
     def run(self, block: nn.Module) -> Tensor:
         """A block's output on it."""
-        return hidden_of(block(self.hidden, *self.args, **self.kwargs))
+        return self.call.run(block, self.hidden)[:, self.call.start :]
+
+    @property
+    def own(self) -> Tensor:
+        """The states that the block adds to."""
+        return self.call.own(self.hidden)
 
     def cast(self, dtype: torch.dtype) -> Sample:
         """The same in another float type, masks and rotary tables included; `target` stays as it is."""
         if self.hidden.dtype == dtype:
             return self
-        return replace(
-            self, hidden=self.hidden.to(dtype), args=_cast(self.args, dtype), kwargs=_cast(self.kwargs, dtype)
-        )
+        return replace(self, hidden=self.hidden.to(dtype), call=self.call.cast(dtype))
 
 
 class Samples(Sequence[Sample]):
@@ -75,7 +79,7 @@ class Samples(Sequence[Sample]):
 
     def __init__(self, streams: Streams, indices: range | None = None) -> None:
         self.streams = streams
-        self.indices = range(len(streams.masks)) if indices is None else indices
+        self.indices = range(len(streams.batches)) if indices is None else indices
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -88,8 +92,10 @@ class Samples(Sequence[Sample]):
         if isinstance(index, slice):
             return Samples(self.streams, self.indices[index])
         at, streams = self.indices[index], self.streams
-        args, kwargs = streams.call("compressed", at)
-        return Sample(streams.read("compressed", at), args, kwargs, streams.masks[at], streams.read("dense", at))
+        call, rows = streams.call("compressed", at), streams.batches[at]
+        target = streams.read("dense", at)[:, call.start :]
+        mask = rows.mask_of(source=streams.number < streams.encoders)
+        return Sample(streams.read("compressed", at), call, mask, target)
 
 
 class Streams:
@@ -97,7 +103,8 @@ class Streams:
 
     Attributes:
         number: the block at whose door they are. Within a block's turn a stream may be at the next door already.
-        masks: True for real tokens.
+        batches: of both texts.
+        encoders: how many of the blocks are an encoder-decoder's encoder's.
         first_held_out: index of the first batch that is held out.
 
     Args:
@@ -132,18 +139,19 @@ class Streams:
         if reference is not None:
             embedding = {name: reference if name == "dense" else model for name in self.names}
         self.doors = {name: open_doors(name, 0) for name in embedding} if start is None else dict(start[1])
-        batches = tokens.batches(batch_size)
+        self.encoders = sum(map(len, stacks_of(model)[:-1]))
+        self.batches = batches = tokens.rows(batch_size)
         self.first_held_out = len(batches)
         if held_out is not None:
-            batches += held_out.batches(batch_size)
-        self.masks = [mask for _, mask in batches]
+            batches += held_out.rows(batch_size)
         # Batches from this one on have no moments.
         self.measured = len(batches) if judged else self.first_held_out
         # Of each batch, the other arguments of every block's call.
         self._calls: dict[str, list[list[Call]]] = {name: [] for name in embedding}
         for name, source in embedding.items():
             calls = self._calls[name]
-            for index, recording in enumerate(record_each(source, batches, track)):
+            for index, rows in track(enumerate(batches), "embedding", len(batches)):
+                recording = record(source, rows)
                 if start is None:
                     self.doors[name].write(index, recording.hidden)
                 calls.append(shared(recording.calls, calls[-1] if calls else None))
@@ -165,7 +173,7 @@ class Streams:
         for name in self.names[1:]:
             if name not in self.doors:
                 own = self.open_doors(name, self.number)
-                for index in range(len(self.masks)):
+                for index in range(len(self.batches)):
                     own.write(index, self.read(name, index))
                 own.turn()
                 self.doors[name] = own
@@ -182,9 +190,8 @@ class Streams:
                 continue
             block = (self.dense_blocks if name == "dense" else self.blocks)[self.number]
             what = f"block {self.number}: {name if len(self.doors) > 1 else 'forward'}"
-            for index in self.track(range(len(self.masks)), what, len(self.masks)):
-                args, kwargs = self.call(name, index)
-                self.doors[name].write(index, hidden_of(block(self.read(name, index), *args, **kwargs)))
+            for index in self.track(range(len(self.batches)), what, len(self.batches)):
+                self.doors[name].write(index, self.call(name, index).run(block, self.read(name, index)))
             self._turn(name)
         if names is None:
             self.ahead.clear()
@@ -200,13 +207,13 @@ class Streams:
         paths = {group: {group: site.role} for group, site in readers.items()}
         collected = {group: self._start(site, needs) for group, site in readers.items()}
         visited: set[str] = set()
-        for index in self.track(range(len(self.masks)), f"block {self.number}: moments", len(self.masks)):
+        for index in self.track(range(len(self.batches)), f"block {self.number}: moments", len(self.batches)):
             run = Run(block, self.read("dense", index), self.call("dense", index), paths)
             while not isinstance(reached := run.advance(), Tensor):
                 ((group, read),) = reached[1].items()
                 visited.add(group)
                 if index < self.measured:
-                    self._add(collected[group], index, group, {"dense": read})
+                    self._add(collected[group], index, readers[group], {"dense": read})
             self.doors["dense"].write(index, reached)
             _check_all_read(readers, visited)
         self._turn("dense")
@@ -246,7 +253,7 @@ class Streams:
         for name in onward:
             if name in blocks:
                 what = f"block {self.number}: {name}"
-                for index in self.track(range(len(self.masks)), what, len(self.masks)):
+                for index in self.track(range(len(self.batches)), what, len(self.batches)):
                     self.doors[name].write(index, runs.finish(name, index))
                 self._turn(name)
 
@@ -280,9 +287,8 @@ class Streams:
                 for index in self.track(
                     range(self.first_held_out), f"block {self.number}: experts", self.first_held_out
                 ):
-                    args, kwargs = self.call("dense", index)
-                    expect(self.masks[index])
-                    block(self.read("dense", index), *args, **kwargs)
+                    expect(self.batches[index])
+                    self.call("dense", index).run(block, self.read("dense", index))
             sums |= fresh
         means = {}
         for layer in {role for path in paths if (role := layer_role(path)) is not None}:
@@ -304,7 +310,8 @@ class Streams:
         for index in self.track(range(self.measured), f"{group}: moments", self.measured):
             seen = runs.advance(index, group)
             for name, moments in collected.items():
-                self._add(moments, index, name, {stream: reads[name] for stream, reads in seen.items()})
+                reads = {stream: each[name] for stream, each in seen.items()}
+                self._add(moments, index, readers[name], reads)
         runs.passed.append(group)
         return {name: _compact(collected.pop(name)) for name in list(collected)}
 
@@ -317,10 +324,15 @@ class Streams:
         return calibration, InputMoments(site.d_in, held_out, device=device)
 
     def _add(
-        self, collected: tuple[InputMoments, InputMoments], index: int, group: str, seen: Mapping[str, Read]
+        self, collected: tuple[InputMoments, InputMoments], index: int, site: Site, seen: Mapping[str, Read]
     ) -> None:
-        """Add what a batch reads, {stream: input}, to the moments of calibration or of what is held out."""
-        mask = self.masks[index]
+        """Add what a batch reads, {stream: input}, to the moments of calibration or of what is held out.
+
+        Args:
+            site: the first that reads it.
+        """
+        batch, group = self.batches[index], site.input_group
+        mask, offered = batch.mask_of(source=site.of_source), batch.offered(source=site.of_source)
         for x, route in seen.values():
             check_rows(group, x, mask, route)
         # The compressed stream's weights, where there are both.
@@ -332,7 +344,7 @@ class Streams:
             x, reference = x.float(), reference.float()
         moments = collected[index >= self.first_held_out]
         try:
-            add_rows(moments, x, mask, route, reference=reference)
+            add_rows(moments, x, mask, route, offered=offered, reference=reference)
         except ValueError as error:
             raise ValueError(f"{group}: {error}") from error
 
@@ -368,8 +380,8 @@ class _Runs:
         free = waiting_bytes(hidden.device)
         # Batches before this one wait, those from it on start again for every group.
         self.kept = 0
-        for mask in streams.masks[: streams.measured]:
-            free -= len(blocks) * mask.numel() * row
+        for rows in streams.batches[: streams.measured]:
+            free -= len(blocks) * rows.mask.numel() * row
             if free < 0:
                 break
             self.kept += 1
@@ -430,14 +442,3 @@ def _check_all_read(readers: Mapping[str, Site], read: Collection[str]) -> None:
 
 def _compact(moments: tuple[InputMoments, InputMoments]) -> tuple[InputMoments, InputMoments]:
     return moments[0].compact(), moments[1].compact()
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """The value with every float tensor in it, in tuples, lists and dicts as well, in the type."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, tuple | list):
-        return type(value)(_cast(item, dtype) for item in value)
-    if isinstance(value, dict):
-        return {key: _cast(item, dtype) for key, item in value.items()}
-    return value

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from eckart.cli.options import Dtype, Force, RemoteCode, TrustRemoteCode
 from eckart.cli.terminal import console, megabytes
 from eckart.models.dense import export_dense
-from eckart.models.loading import load_model, load_tokenizer, plain_folder, save
+from eckart.models.loading import load_model, load_tokenizer, plain_folder, read_processor, save
 from eckart.models.remote_code import FILE
 from eckart.models.sites import low_rank_modules
 from eckart.runs.card import REMOTE_CODE
@@ -63,7 +63,8 @@ def command(
             return
         if not low_rank_modules(loaded) and plain_folder(model) is not None:
             raise ValueError(f"{model} holds no low-rank linear: it is dense already")
-        save(export_dense(loaded), out, load_tokenizer(model, trust_remote_code=trust_remote_code), force=force)
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        save(export_dense(loaded), out, tokenizer, files=read_processor(loaded), force=force)
     console.print(f"{out}: {num_params(loaded):,} parameters, {megabytes(num_bytes(loaded))}, loads without eckart")
 
 

@@ -54,6 +54,10 @@ CalibrationText = Annotated[
 CalibrationSplit = Annotated[str, typer.Option(help="Split of the calibration corpus")]
 CalibrationSeed = Annotated[int, typer.Option(help="Which calibration windows are drawn")]
 TextColumn = Annotated[str | None, typer.Option(help="Field that holds the text")]
+TargetColumn = Annotated[
+    str | None,
+    typer.Option(help="Of an encoder-decoder: field with the target; default: texts are halved into source and target"),
+]
 
 # Where it runs, how fast, and what is kept
 Data = Annotated[

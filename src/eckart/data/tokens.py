@@ -10,21 +10,53 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.data.corpora import CORPORA, Text, read_text
+from eckart.data.corpora import BUILTIN, CORPORA, Text, read_text
+from eckart.data.files import table_kind
 from eckart.data.mixtures import interleaved, share_out
 from eckart.data.pieces import pieces
+
+# How text becomes samples.
+Cutting = Literal["windows", "documents", "halves", "pairs"]
+
+
+class Rows(NamedTuple):
+    """Some samples, as a model reads them at a time.
+
+    Attributes:
+        ids, mask: (rows, length), as those of `Tokens`.
+        split: of an encoder-decoder, how many columns the source has; those after it are the target's. Else None.
+        sound: as that of `Tokens`.
+    """
+
+    ids: Int[Tensor, "rows length"]
+    mask: Bool[Tensor, "rows length"]
+    split: int | None = None
+    sound: Float[Tensor, "rows ..."] | None = None
+
+    def mask_of(self, *, source: bool) -> Bool[Tensor, "rows side"]:
+        """The mask of the source or of the target; where there is but one text, of that."""
+        if self.split is None:
+            return self.mask
+        return self.mask[:, : self.split] if source else self.mask[:, self.split :]
+
+    def offered(self, *, source: bool) -> int:
+        """Of what reads the source, the tokens of the target, by which losses are counted; 0 of all else."""
+        return int(self.mask_of(source=False).sum()) if source and self.split is not None else 0
 
 
 @dataclass(frozen=True)
 class Tokens:
     """Token windows for calibration.
+
+    Of an encoder-decoder a sample is a pair: the source, which the encoder reads, and after it the target, which the
+    decoder is to predict. Both are padded, each to a width of its own.
 
     Attributes:
         ids: (samples, length) int64.
@@ -32,6 +64,9 @@ class Tokens:
         source: where the text came from and how it was cut.
         mask_token: the tokenizer's, where it has one; masked language models need it for their loss.
         part_of: (samples,) of a mixture: which of `source["parts"]` each sample is of; None is all of one text.
+        split: of pairs, how many columns are the source's; None where samples are no pairs.
+        sound: (samples, ...) features that a speech model's encoder reads in place of tokens; the source's columns are
+            then the rows that it makes of them, with no ids.
     """
 
     ids: Int[Tensor, "samples length"]
@@ -39,6 +74,8 @@ class Tokens:
     source: dict[str, Any] = field(default_factory=dict)
     mask_token: int | None = None
     part_of: Int[Tensor, "samples"] | None = None
+    split: int | None = None
+    sound: Float[Tensor, "samples ..."] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -65,9 +102,12 @@ class Tokens:
     @property
     def digest(self) -> str:
         """A digest of the ids and the mask, so that another tokenizer, text, seed or cut has another digest."""
-        state = hashlib.sha256(f"{tuple(self.ids.shape)} {self.mask_token}".encode())
+        split = "" if self.split is None else f" {self.split}"
+        state = hashlib.sha256(f"{tuple(self.ids.shape)} {self.mask_token}{split}".encode())
         state.update(self.ids.numpy().tobytes())
         state.update(self.mask.numpy().tobytes())
+        if self.sound is not None:
+            state.update(self.sound.numpy().tobytes())
         return state.hexdigest()
 
     @property
@@ -86,20 +126,40 @@ class Tokens:
         return torch.zeros(len(self), dtype=torch.int64) if self.part_of is None else self.part_of
 
     def __add__(self, other: Tokens) -> Tokens:
-        """Both, one after the other; the shorter rows are padded."""
-        width = max(self.ids.shape[1], other.ids.shape[1])
+        """Both, one after the other; the shorter rows are padded, of pairs the shorter sources and targets.
 
-        def widened(rows: Tensor) -> Tensor:
-            return nn.functional.pad(rows, (0, width - rows.shape[1]))
-
+        Raises:
+            ValueError: only one of them is made of pairs.
+        """
+        if (self.split is None, self.sound is None) != (other.split is None, other.sound is None):
+            raise ValueError(
+                "pairs of source and target cannot be joined with samples that are none, nor sound with text"
+            )
         mine, others = (each.source.get("parts", [each.source]) for each in (self, other))
-        return Tokens(
-            torch.cat([widened(self.ids), widened(other.ids)]),
-            torch.cat([widened(self.mask), widened(other.mask)]),
-            {"parts": [*mine, *others]},
-            self.mask_token,
-            torch.cat([self._own_part, other._own_part + len(mine)]),
+        sides = [
+            [[rows] if each.split is None else rows.tensor_split([each.split], 1) for rows in (each.ids, each.mask)]
+            for each in (self, other)
+        ]
+        widths = [max(first.shape[1], second.shape[1]) for first, second in zip(sides[0][0], sides[1][0], strict=True)]
+        ids, mask = (
+            torch.cat(
+                [
+                    torch.cat(
+                        [
+                            nn.functional.pad(side, (0, width - side.shape[1]))
+                            for side, width in zip(both[at], widths, strict=True)
+                        ],
+                        1,
+                    )
+                    for both in sides
+                ]
+            )
+            for at in (0, 1)
         )
+        part_of = torch.cat([self._own_part, other._own_part + len(mine)])
+        split = None if self.split is None else widths[0]
+        sound = None if self.sound is None or other.sound is None else torch.cat([self.sound, other.sound])
+        return Tokens(ids, mask, {"parts": [*mine, *others]}, self.mask_token, part_of, split, sound)
 
     def hold_out(self, share: float) -> tuple[Tokens, Tokens]:
         """(used, held out): the second is a share of the samples, at least one, evenly spread over all of them.
@@ -126,11 +186,18 @@ class Tokens:
     def take(self, rows: Tensor | slice) -> Tokens:
         """These samples."""
         part_of = None if self.part_of is None else self.part_of[rows]
-        return replace(self, ids=self.ids[rows], mask=self.mask[rows], part_of=part_of)
+        sound = None if self.sound is None else self.sound[rows]
+        return replace(self, ids=self.ids[rows], mask=self.mask[rows], part_of=part_of, sound=sound)
 
     def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
         """(ids, mask) in order, `size` rows at a time."""
         return list(zip(self.ids.split(size), self.mask.split(size), strict=True))
+
+    def rows(self, size: int) -> list[Rows]:
+        """The samples in order, `size` rows at a time."""
+        batches = self.batches(size)
+        sounds = [None] * len(batches) if self.sound is None else self.sound.split(size)
+        return [Rows(*batch, self.split, sound) for batch, sound in zip(batches, sounds, strict=True)]
 
 
 def sample_windows(
@@ -188,6 +255,103 @@ def sample_documents(
     return Tokens(batch["input_ids"], batch["attention_mask"].bool(), source, tokenizer.mask_token_id)
 
 
+def halve(
+    rows: Int[Tensor, "windows content"], before: Sequence[int], after: Sequence[int]
+) -> Int[Tensor, "windows length"]:
+    """Windows of text as pairs: the first half is the source, the second the target, each between special tokens."""
+    first, second = (torch.tensor([*ids], dtype=rows.dtype).expand(len(rows), -1) for ids in (before, after))
+    source, target = rows.tensor_split(2, 1)
+    return torch.cat([first, source, second, first, target, second], 1)
+
+
+def half_content(length: int, before: Sequence[int], after: Sequence[int]) -> int:
+    """How many tokens of text are in each half of a pair of `length` tokens.
+
+    Raises:
+        ValueError: none.
+    """
+    content = length // 2 - len(before) - len(after)
+    if content < 1:
+        raise ValueError(
+            f"length {length}: a source and a target, each with {len(before) + len(after)} special tokens, do not fit; "
+            "raise it"
+        )
+    return content
+
+
+def sample_halves(
+    text: Text, tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int, seed: int = 0
+) -> Tokens:
+    """`samples` windows drawn without overlap from the joined text, their first halves sources, their second targets.
+
+    Args:
+        length: tokens of source and target together, each with the tokenizer's special tokens at its ends.
+
+    Raises:
+        ValueError: fewer than `samples` windows in the text (the message has the numbers).
+    """
+    before, after = specials_of(tokenizer)
+    stream, window = encode(text, tokenizer), 2 * half_content(length, before, after)
+    windows = len(stream) // window
+    if windows < samples:
+        raise ValueError(
+            f"corpus {text.source.get('corpus')} has {len(stream)} tokens, {windows} windows of {window}; "
+            f"{samples} were asked for: lower samples or length, or give more text"
+        )
+    numbers = sorted(random.Random(seed).sample(range(windows), samples))
+    ids = halve(stream[: windows * window].view(windows, window)[numbers], before, after)
+    source = {**text.source, "samples": samples, "length": length, "seed": seed, "cut": "halves"}
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    return Tokens(ids, mask, source, tokenizer.mask_token_id, split=ids.shape[1] // 2)
+
+
+def sample_pairs(
+    sources: Text,
+    targets: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    length: int,
+    seed: int = 0,
+) -> Tokens:
+    """`samples` pairs of documents: of each what the encoder reads, and what the decoder is to predict.
+
+    Args:
+        sources, targets: with as many documents; those of one place belong together. Empty ones are skipped.
+        length: tokens of source and target together; each is cut at half of them, and padded.
+
+    Raises:
+        ValueError: fewer than `samples` pairs, numbers of documents that differ, or the tokenizer has no pad token.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ValueError("the tokenizer has no pad token, which pairs of different lengths need; set one")
+    if len(sources.documents) != len(targets.documents):
+        raise ValueError(
+            f"corpus {sources.source.get('corpus')} has {len(sources.documents)} sources and "
+            f"{len(targets.documents)} targets: give rows that have both"
+        )
+    whole = [
+        pair for pair in zip(sources.documents, targets.documents, strict=True) if all(text.strip() for text in pair)
+    ]
+    if len(whole) < samples:
+        raise ValueError(f"corpus {sources.source.get('corpus')} has {len(whole)} pairs; {samples} were asked for")
+    half_content(length, *specials_of(tokenizer))
+    drawn = [whole[number] for number in sorted(random.Random(seed).sample(range(len(whole)), samples))]
+    options = {"truncation": True, "max_length": length // 2, "padding": True, "return_tensors": "pt"}
+    read = tokenizer([source for source, _ in drawn], padding_side="right", **options)
+    asked = tokenizer(text_target=[target for _, target in drawn], padding_side="right", **options)
+    return Tokens(
+        torch.cat([read["input_ids"], asked["input_ids"]], 1),
+        torch.cat([read["attention_mask"], asked["attention_mask"]], 1).bool(),
+        {**sources.source, "samples": samples, "length": length, "seed": seed, "cut": "pairs"},
+        tokenizer.mask_token_id,
+        split=read["input_ids"].shape[1],
+    )
+
+
+SAMPLERS = {"windows": sample_windows, "documents": sample_documents, "halves": sample_halves}
+
+
 def read_tokens(
     corpus: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -195,35 +359,48 @@ def read_tokens(
     samples: int,
     length: int,
     seed: int = 0,
-    cut: Literal["windows", "documents"] = "windows",
+    cut: Cutting = "windows",
     split: str = "train",
     data: Path | None = None,
     column: str | None = None,
+    target: str | None = None,
 ) -> Tokens:
     """`samples` samples of a corpus or of a mixture, "broad" or "wikitext2*2+c4", as `mixtures` shares them out.
 
     The samples of a mixture are interleaved: the first few are of all parts by their shares.
 
     Args:
-        cut: see `sample_windows` and `sample_documents`.
+        cut: see `sample_windows`, `sample_documents`, `sample_halves` and `sample_pairs`.
         split, data: see `read_text`. Of a mixture `data` has a folder for each known corpus, DATA/<corpus>/.
         column: see `read_text`. Of a mixture, a known corpus keeps its own where a part is none.
+        target: of pairs, the field with the target; `column` is the source's.
 
     Raises:
-        ValueError: what `read_text` and the cut raise, with the name of the part; fewer samples than parts.
+        ValueError: a target without pairs, or pairs without one; what `read_text` and the cut raise, with the name of
+            the part; fewer samples than parts.
     """
     _positive(samples=samples, length=length)
+    if (target is None) == (cut == "pairs"):
+        raise ValueError(
+            "pairs need the field that holds the target (target)"
+            if target is None
+            else f"target {target!r} is for pairs of source and target, and the text is cut in {cut}: leave it out"
+        )
     counts = share_out(corpus, samples)
     if len(counts) > 1 and data is not None:
         _check_folders(corpus, [part for part in counts if part in CORPORA], data, split)
     known = all(part in CORPORA for part in counts)
-    sample = sample_windows if cut == "windows" else sample_documents
     drawn = []
     for part, count in counts.items():
         own = column if known or part not in CORPORA else None
         try:
             text = read_text(part, split=split, data=data, column=own, tokenizer=tokenizer)
-            drawn.append(sample(text, tokenizer, samples=count, length=length, seed=seed))
+            if target is None:
+                drawn.append(SAMPLERS[cut](text, tokenizer, samples=count, length=length, seed=seed))
+                continue
+            _check_whole(part, text)
+            answers = read_text(part, split=split, data=data, column=target, tokenizer=tokenizer)
+            drawn.append(sample_pairs(text, answers, tokenizer, samples=count, length=length, seed=seed))
         except ValueError as error:
             if len(counts) == 1:
                 raise
@@ -239,6 +416,17 @@ def read_tokens(
         for tokens, name, part in zip(drawn, names, counts, strict=True)
     ]
     return functools.reduce(Tokens.__add__, drawn).take(torch.tensor(interleaved(list(counts.values()))))
+
+
+def _check_whole(part: str, text: Text) -> None:
+    """Raises ValueError where the text has no fields that a target could be in, or rows of it were left out."""
+    if part == BUILTIN or part.startswith(f"{BUILTIN}/") or (Path(part).is_file() and table_kind(Path(part)) is None):
+        raise ValueError(f"{part} is plain text, which has no field for a target: leave target out, and it is halved")
+    if "skipped" in text.source:
+        raise ValueError(
+            f"{part}: {text.source['skipped']} rows have no source, so which target is whose is not known: leave those "
+            "rows out of the file"
+        )
 
 
 def _check_folders(corpus: str, parts: Sequence[str], data: Path, split: str) -> None:
@@ -266,12 +454,12 @@ def encode(text: Text | str, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, 
     if len(parts) == 1:
         ids = tokenizer(whole, add_special_tokens=specials, verbose=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)
-    before, after = _specials(tokenizer) if specials else ([], [])
+    before, after = specials_of(tokenizer) if specials else ([], [])
     read = (tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in parts)
     return torch.cat([torch.tensor(ids, dtype=torch.int64) for ids in (before, *read, after)])
 
 
-def _specials(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def specials_of(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer puts before and after a text."""
     example = tokenizer("a", return_special_tokens_mask=True, verbose=False)
     ids, mask = example["input_ids"], example["special_tokens_mask"]

@@ -16,7 +16,7 @@ from eckart.data.positions import check_positions
 from eckart.data.tokens import Tokens, check_vocabulary
 from eckart.evals.module_inputs import ROWS, read_inputs, whole_rows
 from eckart.evals.result import TRAITS, EvalResult, Score
-from eckart.evals.windows import check_evaluating, cut_windows
+from eckart.evals.windows import check_evaluating, check_one_text, cut_windows
 from eckart.support.progress import Track, silent
 
 # A warning from here on. On SmolLM2 at keep 0.8, calibrated on WikiText-2, what is lost, in nats or in divergence,
@@ -69,6 +69,7 @@ def read_errors(
         raise ValueError("distance needs the names of the low-rank linears whose errors are compared")
     for each in (model, reference):
         check_evaluating(each)
+    check_one_text(model)
     check_vocabulary(reference, tokens.ids)
     check_positions(reference, tokens.ids.shape[1], "calibration length")
     batches, task = tokens.batches(ROWS), "distance: calibration"

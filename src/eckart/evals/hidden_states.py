@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.data.positions import check_positions, usable_positions
 from eckart.data.tokens import check_vocabulary
-from eckart.evals.windows import check_evaluating, is_causal
+from eckart.evals.windows import check_evaluating, check_one_text, is_causal
 from eckart.support.files import claimed, set_aside, write_whole
 from eckart.support.fingerprint import describe_architecture, hash_weights
 from eckart.support.progress import Track, silent
@@ -109,6 +109,7 @@ def read_hidden_states(
     Cost: one forward pass of the model without its head over the texts; memory for the states of one batch.
     """
     check_evaluating(model)
+    check_one_text(model)
     if pooling not in get_args(Pooling):
         raise ValueError(f"pooling {pooling!r} is none of {', '.join(get_args(Pooling))}")
     if pooling == "cls" and is_causal(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from eckart.data.pairs import is_encoder_decoder, source_and_target
 from eckart.data.tokens import check_vocabulary
 from eckart.evals.predictions import token_losses
 from eckart.evals.result import TRAITS, EvalResult
-from eckart.evals.windows import check_causal, check_finite, cut_windows, windows_per_batch
+from eckart.evals.windows import check_causal, check_finite, cut_halves, cut_windows, windows_per_batch
 from eckart.support.progress import Track, silent
 
 
@@ -24,19 +26,24 @@ def perplexity(
     *,
     length: int,
     limit: int | None = None,
+    specials: tuple[Sequence[int], Sequence[int]] = ((), ()),
     task: str = "perplexity",
     settings: dict[str, Any] | None = None,
     track: Track = silent,
 ) -> EvalResult:
-    """Perplexity of a causal language model on a stream of tokens.
+    """Perplexity of a causal language model, or of an encoder-decoder, on a stream of tokens.
 
     The stream is cut into windows of `length` from its start; a shorter rest is left out. In each window every token
     but the first is predicted from those before it. The softmax is taken in float32.
+
+    Of an encoder-decoder the first half of a window is the source, and each token of the second half is predicted from
+    the source and the tokens of that half before it.
 
     Args:
         stream: (n,) token ids.
         length: window length; results at different lengths cannot be compared.
         limit: read at most this many windows.
+        specials: token ids that an encoder-decoder reads before and after each half, within `length`; not scored.
 
     Returns:
         value = exp(mean NLL); stderr by the delta method from the spread between windows; examples = NLL per token of
@@ -44,19 +51,29 @@ def perplexity(
 
     Raises:
         ValueError: less than one window of text, a length past the model's positions, a token outside its vocabulary,
-            a model that is not causal or is in training mode, or a logit that is not finite (the message names the
-            window).
+            a model that is neither causal nor an encoder-decoder or is in training mode, or a logit that is not finite
+            (the message names the window).
     """
-    check_causal(model, "perplexity")
-    rows = cut_windows(model, stream, length=length, limit=limit)
+    paired = is_encoder_decoder(model) and model.can_generate()
+    if paired:
+        rows = cut_halves(model, stream, length=length, limit=limit, specials=specials)
+        scored = slice(len(specials[0]), rows.shape[1] // 2 - len(specials[1]))
+    else:
+        check_causal(model, "perplexity")
+        rows = cut_windows(model, stream, length=length, limit=limit)
+        scored = slice(1, length)
     size = windows_per_batch(length, check_vocabulary(model, rows))
     windows = len(rows)
     losses: list[Tensor] = []
     for batch in track(rows.split(size), task, math.ceil(windows / size)):
         batch = batch.to(model.device)
-        logits = model(input_ids=batch).logits[:, :-1].float()
+        if paired:
+            given, targets, _ = source_and_target(model, batch, torch.ones_like(batch).bool(), batch.shape[1] // 2)
+            logits = model(**given).logits[:, scored].float()
+        else:
+            targets, logits = batch, model(input_ids=batch).logits[:, :-1].float()
         check_finite(logits, task, sum(map(len, losses)))
-        losses.append(token_losses(logits, batch[:, 1:]).double().mean(1).cpu())
+        losses.append(token_losses(logits, targets[:, scored]).double().mean(1).cpu())
     means = torch.cat(losses)
     value = float(means.mean().exp())  # infinite where math.exp would raise
     stderr = value * float(means.std()) / math.sqrt(windows) if windows > 1 else None
@@ -70,7 +87,7 @@ def perplexity(
         settings={
             "length": length,
             "windows": windows,
-            "scored_tokens": windows * (length - 1),
+            "scored_tokens": windows * (scored.stop - scored.start),
             **(settings or {}),
         },
         examples=[round(mean, 6) for mean in means.tolist()],

@@ -7,24 +7,35 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from eckart.data.pairs import source_and_target
 from eckart.evals.windows import is_causal
 
 # Predictions compared at a time, so that the tensors in between stay far smaller than the predictions themselves.
 ROWS = 1024
 
 
-def log_probabilities(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Float[Tensor, "predictions outcomes"]:
+def log_probabilities(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, split: int | None = None, sound: Tensor | None = None
+) -> Float[Tensor, "predictions outcomes"]:
     """Float32, (predictions, outcomes): of every real token that something is predicted at, or of every example.
 
     Of a causal model, the next-token distributions at every real token that has a next; of a masked language model,
-    the distribution at every real token; of a classifier, the one of each example.
+    the distribution at every real token; of a classifier, the one of each example; of an encoder-decoder, the
+    distribution at every real token of the targets.
+
+    Args:
+        split, sound: of pairs, as `Rows` has them.
 
     Raises:
         ValueError: the model makes no predictions, or one is not finite.
     """
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    # As in calibration, a mask that hides nothing is left out.
-    output = model(input_ids=ids, attention_mask=None if bool(mask.all()) else mask.long())
+    if split is None:
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        # As in calibration, a mask that hides nothing is left out.
+        output = model(input_ids=ids, attention_mask=None if bool(mask.all()) else mask.long())
+    else:
+        given, _, mask = source_and_target(model, ids, mask, split, sound)
+        output = model(**given)
     if "logits" not in output or output.logits.shape[-1] < 2:
         raise ValueError(
             f"{type(model).__name__} makes no predictions to compare; load the model with a language-modelling or "

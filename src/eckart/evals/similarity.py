@@ -16,7 +16,7 @@ from eckart.data.positions import check_positions
 from eckart.data.tokens import Tokens, check_vocabulary
 from eckart.evals.module_inputs import ROWS, read_inputs, whole_rows
 from eckart.evals.result import TRAITS, EvalResult, Score
-from eckart.evals.windows import check_evaluating, cut_windows
+from eckart.evals.windows import check_evaluating, check_one_text, cut_windows
 from eckart.support.progress import Track, silent
 
 # Of the histogram over [-1, 1].
@@ -58,6 +58,7 @@ def read_activations(
     if not watched:
         raise ValueError("similarity needs the names of the modules whose inputs are compared")
     check_evaluating(model)
+    check_one_text(model)
     check_vocabulary(model, tokens.ids)
     check_positions(model, tokens.ids.shape[1], "calibration length")
     rows = tokens.batches(ROWS)

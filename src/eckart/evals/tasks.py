@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.data.corpora import read_text
 from eckart.data.labelled import LABELLED, Labelled, read_labelled
+from eckart.data.pairs import check_reads_text, is_encoder_decoder
 from eckart.data.positions import usable_positions
-from eckart.data.tokens import check_vocabulary, encode, warn_of_tokenizer
+from eckart.data.tokens import check_vocabulary, encode, specials_of, warn_of_tokenizer
 from eckart.evals.accumulation import accumulation
 from eckart.evals.classification import classification
 from eckart.evals.cost import cost
@@ -278,9 +279,14 @@ def windows_of(
 
 
 def default_length(model: PreTrainedModel, context: int | None = None) -> int:
-    """The window of a model where none is asked for: `context` (None is 2048) tokens, or its positions if fewer."""
-    longest = context or DEFAULT_LENGTH
-    return min(longest, usable_positions(model) or longest)
+    """The window of a model where none is asked for: `context` (None is 2048) tokens, or its positions if fewer.
+
+    Of an encoder-decoder source and target together, each of which has as many positions; of one that reads sound, the
+    target alone.
+    """
+    longest, positions = context or DEFAULT_LENGTH, usable_positions(model)
+    sides = 2 if is_encoder_decoder(model) and model.main_input_name == "input_ids" else 1
+    return longest if positions is None else min(longest, sides * positions)
 
 
 def _text(subject: Subject, task: Task, setup: Setup) -> tuple[Tensor, dict[str, Any]]:
@@ -312,9 +318,14 @@ def _length(subject: Subject, task: Task) -> int:
 
 
 def _perplexity(subject: Subject, task: Task, setup: Setup) -> EvalResult:
-    check_causal(subject.model, "perplexity")
+    if is_encoder_decoder(subject.model):
+        check_reads_text(subject.model)
+        shared_specials: dict[str, Any] = {"specials": specials_of(subject.tokenizer)}
+    else:
+        check_causal(subject.model, "perplexity")
+        shared_specials = {}
     stream, shared = _text(subject, task, setup)
-    return perplexity(subject.model, stream, length=_length(subject, task), **shared)
+    return perplexity(subject.model, stream, length=_length(subject, task), **shared_specials, **shared)
 
 
 def _perplexity_on(model: PreTrainedModel, windows: Int[Tensor, "windows length"]) -> float:

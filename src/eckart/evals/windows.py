@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from eckart.data.pairs import check_reads_text, is_encoder_decoder
 from eckart.data.positions import check_positions
-from eckart.data.tokens import check_vocabulary
+from eckart.data.tokens import check_vocabulary, half_content, halve
 
 # Logits of one batch in float32 are the largest tensor of an evaluation; this bounds them at 256 MB.
 LOGITS_PER_BATCH = 2**26
@@ -25,12 +28,43 @@ def cut_windows(
 
     Raises:
         ValueError: less than one window of text, a length past the model's positions, a token outside its vocabulary,
-            or a model in training mode.
+            a model in training mode, or one that reads pairs.
     """
     check_evaluating(model)
+    check_one_text(model)
     if length < 2:
         raise ValueError(f"length {length} leaves nothing to predict")
     check_positions(model, length)
+    return _cut(model, stream, length, limit)
+
+
+def cut_halves(
+    model: PreTrainedModel,
+    stream: Int[Tensor, "tokens"],
+    *,
+    length: int,
+    limit: int | None = None,
+    specials: tuple[Sequence[int], Sequence[int]] = ((), ()),
+) -> Int[Tensor, "windows length"]:
+    """The stream cut into windows for an encoder-decoder: the first half of each is the source, the second the target.
+
+    Args:
+        stream, limit: as in `cut_windows`.
+        length: tokens of a pair; with `specials`, which stand before and after each half.
+
+    Raises:
+        ValueError: as `cut_windows`; or a model that reads no text.
+    """
+    check_evaluating(model)
+    check_reads_text(model)
+    content = half_content(length, *specials)
+    check_positions(model, length // 2, f"length {length}: half of it,")
+    return halve(_cut(model, stream, 2 * content, limit), *specials)
+
+
+def _cut(
+    model: PreTrainedModel, stream: Int[Tensor, "tokens"], length: int, limit: int | None
+) -> Int[Tensor, "windows length"]:
     windows = len(stream) // length
     if windows == 0:
         raise ValueError(f"the text has {len(stream)} tokens, less than one window of {length}: lower the length")
@@ -53,9 +87,18 @@ def check_causal(model: PreTrainedModel, what: str = "perplexity") -> None:
         raise ValueError(f"{type(model).__name__} is not a causal language model; {what} is not defined for it")
 
 
+def check_one_text(model: PreTrainedModel) -> None:
+    """Raises ValueError for an encoder-decoder."""
+    if is_encoder_decoder(model):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder, which reads pairs of source and target: of what is "
+            "measured on text, perplexity is there for it, of the targets"
+        )
+
+
 def is_causal(model: PreTrainedModel) -> bool:
     """Whether the model predicts the next token from those before it."""
-    return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
+    return model.can_generate() and not is_encoder_decoder(model)
 
 
 def check_evaluating(model: PreTrainedModel) -> None:

@@ -128,12 +128,12 @@ class InputMoments:
 
     @property
     def use(self) -> float:
-        """What these rows weigh for each token that the layer has read; one of rows without weights."""
+        """What these rows weigh for each token that was offered; one where none were."""
         return self.total / float(self._sums["offered"]) if "offered" in self._sums else 1.0
 
     @property
     def share(self) -> float:
-        """How many rows there are for each token that the layer has read; one of rows without weights."""
+        """How many rows there are for each token that was offered; one where none were."""
         return self.count / float(self._sums["offered"]) if "offered" in self._sums else 1.0
 
     @property
@@ -165,7 +165,8 @@ class InputMoments:
             mask: (...), True for real tokens.
             reference: (..., d_in), the same input in the dense model; required when cross_moment is kept.
             weights: (...), not negative, in every batch or in none.
-            offered: tokens that there were, of which these rows are some; with weights.
+            offered: tokens that there were, where these rows are not one of each: of them those given to an expert, or
+                the tokens of another text; in every batch or in none.
 
         Raises:
             ValueError: shapes disagree, an entry is not finite, a reference is missing or needs cross_moment.
@@ -178,7 +179,9 @@ class InputMoments:
             raise ValueError("a reference stream is for the statistic cross_moment, and only for it")
         if reference is not None and reference.shape != x.shape:
             raise ValueError(f"reference {tuple(reference.shape)} does not fit input {tuple(x.shape)}")
-        roots = None if weights is None else self._weigh(rows_of(weights[..., None], mask), offered)
+        roots = None if weights is None else self._weigh(rows_of(weights[..., None], mask))
+        if offered or weights is not None:
+            self._count("offered", torch.tensor(float(offered)))
         streams = {"mean": rows_of(x, mask)}
         if reference is not None:
             streams["reference_mean"] = rows_of(reference, mask)
@@ -226,13 +229,16 @@ class InputMoments:
             self._sums[name] = self._sums[name].to(device)
         return self._sums[name]
 
-    def _weigh(self, weights: Float[Tensor, "n 1"], offered: int) -> Float[Tensor, "n 1"]:
+    def _weigh(self, weights: Float[Tensor, "n 1"]) -> Float[Tensor, "n 1"]:
         """Note what some rows weigh; returns the roots of their weights, in float64."""
         weights = weights.double()
-        for name, more in (("weight", weights.sum()), ("offered", torch.tensor(float(offered)))):
-            before = self._sums.get(name, torch.zeros((), dtype=torch.float64))
-            self._sums[name] = before + more.to(before)
+        self._count("weight", weights.sum())
         return weights.sqrt()
+
+    def _count(self, name: str, more: Tensor) -> None:
+        """Add to a sum that is one number."""
+        before = self._sums.get(name, torch.zeros((), dtype=torch.float64))
+        self._sums[name] = before + more.to(before)
 
     def _add_rows(self, name: str, deviations: Tensor, roots: Tensor | None) -> None:
         """Add rows to the sum of a stream, unless its mean is known."""

@@ -26,7 +26,7 @@ from eckart.models.dense import export_dense
 from eckart.models.experts import open_experts, opened_experts, without_merging
 from eckart.models.families import is_linear
 from eckart.models.linear import LowRankLinear
-from eckart.models.matching import check_finite, is_head, refuse, stored_names, without_place, wrong_types
+from eckart.models.matching import check_finite, is_head, made_anew, refuse, stored_names, without_place, wrong_types
 from eckart.models.registration import QUANT_METHOD
 from eckart.models.sites import low_rank_modules, read_weight, replace_module
 from eckart.models.weight_files import CheckpointError, read_headers
@@ -382,7 +382,10 @@ def check_files(model: PreTrainedModel, names: list[str], files: Iterable[Any]) 
         return  # the caller passed a state dict; the stock loader checks its shapes
     tied = {key.removeprefix(prefix) for key in getattr(model, "all_tied_weights_keys", None) or {}}
     state = model.state_dict()
-    expected = {key.removeprefix(prefix): value for key, value in state.items() if key.removeprefix(prefix) not in tied}
+    elsewhere = tied | {key.removeprefix(prefix) for key in made_anew(model)}
+    expected = {
+        key.removeprefix(prefix): value for key, value in state.items() if key.removeprefix(prefix) not in elsewhere
+    }
     heads = {key.removeprefix(prefix) for key in state if is_head(model, key)}
     same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or [])
     blocks = {_block_prefix(name.removeprefix(prefix)) for name in names}

@@ -31,13 +31,17 @@ class Family:
     """A row of the table.
 
     Attributes:
-        blocks: path of the list of blocks, from the `language_model`.
+        blocks: path of the list of blocks, from the `language_model`; of an encoder-decoder, of the decoder's.
         parts: {part: linears by shared input}; a part ("attention", "mlp", "experts") can be selected by its name. "*"
             in a path stands for every number of an expert; each expert has tokens, and so inputs, of its own.
+        encoder: of an encoder-decoder, path of the list of the encoder's blocks, which come before the decoder's.
+        crossing: of an encoder-decoder, linears of the decoder's blocks that read what the encoder gives.
     """
 
     blocks: str
     parts: dict[str, Inputs]
+    encoder: str | None = None
+    crossing: frozenset[str] = frozenset()
 
 
 # Separate projections and a gated MLP: Llama and everything descended from it. Grouped-query attention needs nothing
@@ -86,6 +90,47 @@ DEEPSEEK = Family(
         "mlp": (*GATED.parts["mlp"], *_shared("shared_experts")),
         "experts": EXPERTS,
     },
+)
+
+# Encoder-decoders. Keys and values of cross-attention read what the encoder gives, its queries what the decoder has.
+# A block of T5 is a list of layers, and the encoder's has no cross-attention in it.
+T5 = Family(
+    blocks="decoder.block",
+    parts={
+        "attention": (
+            ("layer.0.SelfAttention.q", "layer.0.SelfAttention.k", "layer.0.SelfAttention.v"),
+            ("layer.0.SelfAttention.o",),
+        ),
+        "cross_attention": (
+            ("layer.1.EncDecAttention.q",),
+            ("layer.1.EncDecAttention.k", "layer.1.EncDecAttention.v"),
+            ("layer.1.EncDecAttention.o",),
+        ),
+        "mlp": tuple(
+            tuple(f"layer.{at}.DenseReluDense.{name}" for name in names)
+            for at in (1, 2)
+            for names in (("wi",), ("wi_0", "wi_1"), ("wo",))
+        ),
+    },
+    encoder="encoder.block",
+    crossing=frozenset({"layer.1.EncDecAttention.k", "layer.1.EncDecAttention.v"}),
+)
+BART = Family(
+    blocks="decoder.layers",
+    parts={
+        "attention": (
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("self_attn.out_proj",),
+        ),
+        "cross_attention": (
+            ("encoder_attn.q_proj",),
+            ("encoder_attn.k_proj", "encoder_attn.v_proj"),
+            ("encoder_attn.out_proj",),
+        ),
+        "mlp": (("fc1",), ("fc2",)),
+    },
+    encoder="encoder.layers",
+    crossing=frozenset({"encoder_attn.k_proj", "encoder_attn.v_proj"}),
 )
 
 FAMILIES: dict[str, Family] = {
@@ -148,12 +193,36 @@ FAMILIES: dict[str, Family] = {
     "bert": BERT,
     "roberta": BERT,
     "roberta-prelayernorm": BERT,
+    "t5": T5,
+    "mt5": T5,
+    "umt5": T5,
+    "bart": BART,
+    "mbart": BART,
+    "pegasus": BART,
+    "marian": BART,
+    "whisper": BART,
 }
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """The row of the language model: by its `config.model_type`, or from `default_family`."""
-    return FAMILIES.get(language_model(model).config.model_type) or default_family(model)
+    """The row of the language model: by its `config.model_type`, or from `default_family`.
+
+    A row of encoder-decoders is not that of a model which is only one of their two stacks.
+
+    Raises:
+        UnsupportedModelError: an encoder-decoder without a row; or as `default_family`.
+    """
+    config = language_model(model).config
+    row = FAMILIES.get(config.model_type)
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return default_family(model) if row is None or row.encoder is not None else row
+    if row is None or row.encoder is None:
+        known = ", ".join(name for name, family in FAMILIES.items() if family.encoder is not None)
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: of encoder-decoders, {known} have a row in eckart.models.families.FAMILIES, and "
+            f"{config.model_type!r} has none; add one"
+        )
+    return row
 
 
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -196,8 +265,13 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def tower_modules(model: PreTrainedModel) -> set[nn.Module]:
-    """Modules of the base model that read no tokens: all outside its language model, and models of images or sound."""
+    """Modules of the base model that read no tokens: all outside its language model, and models of images or sound.
+
+    None of an encoder-decoder, of which both stacks are its language model, Whisper's encoder of sound too.
+    """
     language = language_model(model)
+    if getattr(model.config, "is_encoder_decoder", False) and language is model.base_model:
+        return set()
     parts = [part for part in language.modules() if isinstance(part, PreTrainedModel)]
     towers = [part for part in parts if part.main_input_name != language.main_input_name]
     inside = {module for tower in towers for module in tower.modules()}
@@ -279,11 +353,14 @@ def refuse_other_weights(model: PreTrainedModel, blocks: nn.Module) -> None:
 
 
 def parts_outside(model: PreTrainedModel, blocks: nn.Module) -> tuple[str, ...]:
-    """Names of the base model's largest parts with linears that are not in its blocks: towers, projectors, poolers."""
-    inside = set(blocks.modules())
+    """Names of the base model's largest parts with linears that are not in its blocks: towers, projectors, poolers.
+
+    A head is none, though T5's model is its own base model.
+    """
+    inside, head = set(blocks.modules()), model.get_output_embeddings()
 
     def names(prefix: str, module: nn.Module) -> Iterator[str]:
-        linears = [child for child in module.modules() if is_linear(child)]
+        linears = [child for child in module.modules() if is_linear(child) and child is not head]
         if linears and not any(child in inside for child in module.modules()):
             yield prefix
         elif module not in inside:

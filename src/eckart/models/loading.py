@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
+    AutoFeatureExtractor,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -25,6 +26,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import cached_file
 
 from eckart.data.builtin import builtin_model_path
 from eckart.models.adapters import Adapter, import_peft, merge_adapter, read_adapter
@@ -53,6 +55,8 @@ from eckart.support.files import staged_directory, whole_file, write_whole
 from eckart.support.quiet import quiet
 
 BUILTIN = "builtin"
+# What prepares sound or images for a model.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What configurations and files that are damaged, or of another making, end in while transformers reads them.
 FAULTS = (
@@ -382,6 +386,24 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
         path,
         lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code),
     )
+
+
+def load_extractor(model: PreTrainedModel) -> Any:
+    """What makes features of sound, from where the model was loaded. Raises ValueError: there is none."""
+    path = str(model.config.name_or_path)
+    return load_or_refuse(f"the feature extractor of {path}", path, lambda: AutoFeatureExtractor.from_pretrained(path))
+
+
+def read_processor(model: PreTrainedModel) -> dict[str, str]:
+    """{file name: text} of what the model was loaded with for sound or images; nothing of one that reads text."""
+    if model.main_input_name == "input_ids":
+        return {}
+    path = str(model.config.name_or_path)
+    try:
+        places = {name: cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSORS}
+    except FAULTS:
+        return {}
+    return {name: Path(place).read_text(encoding="utf-8") for name, place in places.items() if place is not None}
 
 
 def load_or_refuse(

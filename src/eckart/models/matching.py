@@ -60,6 +60,12 @@ def is_head(model: PreTrainedModel, name: str) -> bool:
     return name.removeprefix(prefix).startswith("pooler.") or not (is_base or name.startswith(prefix))
 
 
+def made_anew(model: PreTrainedModel) -> set[str]:
+    """Parameters that the class computes by itself and never saves, such as Marian's tables of positions."""
+    never = model._keys_to_ignore_on_save or ()  # noqa: SLF001 (nothing public says it)
+    return {*never} & {name for name, _ in model.named_parameters()}
+
+
 def without_place(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     """Of tensors that the class has no place for, those of a part that it has: what it computes is not what was stored.
 

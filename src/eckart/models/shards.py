@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,9 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 from eckart.models.checkpoint import put_back
 from eckart.models.experts import Source, open_experts, opened_experts, sources_of
 from eckart.models.loading import check_weights, class_of, locate, read_config
-from eckart.models.matching import check_finite, stored_names
+from eckart.models.matching import check_finite, made_anew, stored_names
 from eckart.models.refusals import check_quantised, check_source
-from eckart.models.sites import blocks_of
+from eckart.models.sites import block_names, blocks_of, stacks_of
 from eckart.models.weight_files import (
     CONFIG,
     INDEX,
@@ -157,7 +159,7 @@ class Skeleton:
     Attributes:
         model: in eval mode, in the class that its config names.
         shards: where its tensors are.
-        blocks: of the model.
+        blocks: of the model. places: their names.
 
     Args:
         path, dtype: as in `load_model`.
@@ -186,14 +188,18 @@ class Skeleton:
         with init_empty_weights(include_buffers=False), local_torch_dtype(self.dtype, model_class.__name__):
             self.model: PreTrainedModel = model_class(config)
         self.model.eval()
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(self._type_of(name))
         if (self.shards.folder / GENERATION_CONFIG_NAME).is_file():
             self.model.generation_config = GenerationConfig.from_pretrained(self.shards.folder)
         open_experts(self.model)
-        self.blocks = blocks_of(self.model)
-        self.prefix = next(name for name, module in self.model.named_modules() if module is self.blocks)
+        self.blocks, self.places = blocks_of(self.model), block_names(self.model)
         self.experts: dict[str, Source] = {}
+        self.made = made_anew(self.model)
         self.names = self._find_names()
-        self.fill(name for name in self.names if not name.startswith(f"{self.prefix}."))
+        self.fill(name for name in self.names if not self._is_in_block(name))
+        self._make()
         self.model.tie_weights()
         self._check_whole()
 
@@ -224,7 +230,7 @@ class Skeleton:
                 continue
             key = stored.get(name.removeprefix(prefix))
             if key is None:
-                if name in parameters and name not in tied:
+                if name in parameters and name not in tied and name not in self.made:
                     complaints.append(f"missing tensor {name}")
             elif self.shards.shapes[key] != tuple(tensor.shape):
                 complaints.append(f"{name} has shape {self.shards.shapes[key]}, expected {tuple(tensor.shape)}")
@@ -259,20 +265,38 @@ class Skeleton:
     def _put(self, name: str, tensor: Tensor) -> None:
         """Give a tensor of the model its numbers."""
         check_finite(str(self.shards.folder), [(name, tensor)])
-        kind = self.dtype if tensor.is_floating_point() else tensor.dtype
+        kind = self._type_of(name) if tensor.is_floating_point() else tensor.dtype
         set_module_tensor_to_device(self.model, name, self.device, value=tensor, dtype=kind)
+
+    def _type_of(self, name: str) -> torch.dtype:
+        """The type of a float tensor: transformers keeps some in float32, such as T5's `wo` of a model in float16."""
+        plan = self.model._get_dtype_plan(self.dtype)  # noqa: SLF001 (what `from_pretrained` goes by)
+        return next((kind for pattern, kind in plan.items() if re.search(pattern.replace("*", ".*"), name)), self.dtype)
+
+    def _make(self) -> None:
+        """Compute what no file has."""
+        for name in self.made - self.names.keys():
+            module, _, own = name.rpartition(".")
+            shape = self.model.get_parameter(name).shape
+            set_module_tensor_to_device(self.model, name, self.device, value=torch.empty(shape, dtype=self.dtype))
+            holder = self.model.get_submodule(module)
+            getattr(holder, own).requires_grad_(False)
+            self.model._init_weights(holder)  # noqa: SLF001 (what fills it where a model is loaded)
 
     def _check_whole(self) -> None:
         for name, parameter in self.model.named_parameters():
-            if parameter.device.type == "meta" and not name.startswith(f"{self.prefix}."):
+            if parameter.device.type == "meta" and not self._is_in_block(name):
                 raise CheckpointError(f"{self.shards.folder} does not hold the model: missing tensor {name}")
         for name, buffer in list(self.model.named_buffers()):
             if buffer.device != self.device:
                 set_module_tensor_to_device(self.model, name, self.device, value=buffer)
 
+    def _is_in_block(self, name: str) -> bool:
+        return any(name.startswith(f"{place.rpartition('.')[0]}.") for place in (self.places[0], self.places[-1]))
+
     def names_of(self, number: int) -> list[str]:
         """Parameters and stored buffers of a block."""
-        return [name for name in self.names if name.startswith(f"{self.prefix}.{number}.")]
+        return [name for name in self.names if name.startswith(f"{self.places[number]}.")]
 
     def _keys_of(self, names: Iterable[str]) -> list[str]:
         """Where the files have these, each once."""
@@ -290,6 +314,13 @@ class Skeleton:
             yield self.blocks[number]
         finally:
             self.empty(number)
+
+    @contextmanager
+    def first_resident(self) -> Iterator[list[nn.Module]]:
+        """Inside, the first block has its weights; of an encoder-decoder, the encoder's first and the decoder's."""
+        starts = accumulate([0, *(len(blocks) for blocks in stacks_of(self.model)[:-1])])
+        with ExitStack() as stack:
+            yield [stack.enter_context(self.resident(number)) for number in starts]
 
     def empty(self, number: int) -> None:
         """Free the weights of a block, in place."""
@@ -316,13 +347,13 @@ class Skeleton:
 
     def tensors_of(self, number: int) -> dict[str, Tensor]:
         """{name in a file: tensor} of a block that is resident, in its present state."""
-        state = self.blocks[number].state_dict(prefix=f"{self.prefix}.{number}.")
+        state = self.blocks[number].state_dict(prefix=f"{self.places[number]}.")
         return dict(revert_weight_conversion(self.model, state))
 
     def tensors_around(self) -> dict[str, Tensor]:
         """{name in a file: tensor} of everything stored outside the blocks, tied ones once."""
         state = self.model.state_dict()
-        around = {name: state[name] for name in self.names if not name.startswith(f"{self.prefix}.")}
+        around = {name: state[name] for name in self.names if not self._is_in_block(name)}
         return dict(revert_weight_conversion(self.model, around))
 
 

@@ -39,6 +39,8 @@ class Site:
         input_group: sites with the same value read the same tensor.
         d_in, d_out: widths.
         has_bias: whether the dense linear has a bias.
+        of_source: whether it reads the tokens of an encoder-decoder's source: those of the encoder, and in the decoder
+            the keys and values of cross-attention.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Site:
     d_in: int
     d_out: int
     has_bias: bool
+    of_source: bool = False
 
     @property
     def joint_group(self) -> str:
@@ -69,26 +72,40 @@ class Site:
         return self.num_params // (self.d_in + self.d_out)
 
 
-def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's list of blocks.
+def stacks_of(model: PreTrainedModel) -> tuple[nn.ModuleList, ...]:
+    """The model's lists of blocks: one, or of an encoder-decoder the encoder's and the decoder's.
 
     Raises:
-        UnsupportedModelError: the family's path leads nowhere in this model.
+        UnsupportedModelError: a path of the family leads nowhere in this model.
     """
-    path = family_of(model).blocks
-    try:
-        return language_model(model).get_submodule(path)  # type: ignore[return-value]
-    except AttributeError as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no blocks at {path!r} of its language model, as its family "
-            f"{language_model(model).config.model_type!r} should"
-        ) from error
+    family, language = family_of(model), language_model(model)
+    stacks = []
+    for path in (family.encoder, family.blocks):
+        if path is None:
+            continue
+        try:
+            stacks.append(language.get_submodule(path))
+        except AttributeError as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no blocks at {path!r} of its language model, as its family "
+                f"{language.config.model_type!r} should"
+            ) from error
+    return tuple(stacks)  # type: ignore[arg-type]
+
+
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's list of blocks; of an encoder-decoder, a list of the encoder's and then the decoder's.
+
+    Raises:
+        UnsupportedModelError: as `stacks_of`.
+    """
+    stacks = stacks_of(model)
+    return stacks[0] if len(stacks) == 1 else nn.ModuleList([block for blocks in stacks for block in blocks])
 
 
 def block_names(model: PreTrainedModel) -> tuple[str, ...]:
-    """The names of the model's blocks as modules of it, in order. Raises UnsupportedModelError as `blocks_of`."""
-    blocks = blocks_of(model)
-    return tuple(f"{_path_of(blocks, model)}.{index}" for index in range(len(blocks)))
+    """The names of the model's blocks as modules of it, in order. Raises UnsupportedModelError as `stacks_of`."""
+    return tuple(f"{_path_of(blocks, model)}.{index}" for blocks in stacks_of(model) for index in range(len(blocks)))
 
 
 def common_blocks(model: PreTrainedModel, reference: PreTrainedModel) -> tuple[str, ...]:
@@ -116,27 +133,28 @@ def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
 
     Raises:
         UnsupportedModelError: the model is compressed already, keeps fused experts or other weights that are no
-            linears', is quantised, holds adapters, is an encoder-decoder, or has no linears.
+            linears', is quantised, holds adapters, is an encoder-decoder without a row, or has no linears.
     """
     check_object(model)
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{type(model).__name__}: encoder-decoder models are not supported yet")
     for name in low_rank_modules(model):
         raise UnsupportedModelError(f"{name} is low-rank already; start from the dense model, or export it first")
-    family, blocks = family_of(model), blocks_of(model)
-    refuse_other_weights(model, blocks)
-    prefix = _path_of(blocks, model)
+    family, stacks = family_of(model), stacks_of(model)
+    for blocks in stacks:
+        refuse_other_weights(model, blocks)
+    of_encoder = len(stacks[0]) if len(stacks) > 1 else 0
     sites = []
-    for index, block in enumerate(blocks):
+    for index, (name, block) in enumerate(zip(block_names(model), blocks_of(model), strict=True)):
         for part, inputs in family.parts.items():
             for shared in inputs:
                 for paths in each_expert(block, shared):
                     for path in paths:
-                        site = _site(f"{prefix}.{index}", block, path, part, index, paths)
+                        of_source = index < of_encoder or path in family.crossing
+                        site = _site(name, block, path, part, index, paths, of_source)
                         if site is not None:
                             sites.append(site)
     if not sites:
-        raise UnsupportedModelError(f"{type(model).__name__}: its blocks at {prefix} hold no linear to compress")
+        places = " and ".join(_path_of(blocks, model) for blocks in stacks)
+        raise UnsupportedModelError(f"{type(model).__name__}: its blocks at {places} hold no linear to compress")
     return tuple(sites)
 
 
@@ -150,7 +168,9 @@ def each_expert(block: nn.Module, paths: tuple[str, ...]) -> list[tuple[str, ...
     return [tuple(path.replace("*", str(number)) for path in paths) for number in range(count)]
 
 
-def _site(prefix: str, block: nn.Module, path: str, part: str, index: int, shared: tuple[str, ...]) -> Site | None:
+def _site(
+    prefix: str, block: nn.Module, path: str, part: str, index: int, shared: tuple[str, ...], of_source: bool
+) -> Site | None:
     name = f"{prefix}.{path}"
     try:
         module = block.get_submodule(path)
@@ -170,6 +190,7 @@ def _site(prefix: str, block: nn.Module, path: str, part: str, index: int, share
         d_in=weight.shape[1],
         d_out=weight.shape[0],
         has_bias=getattr(module, "bias", None) is not None,
+        of_source=of_source,
     )
 
 

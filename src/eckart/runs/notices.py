@@ -17,7 +17,9 @@ def uncompressed_parts(model: PreTrainedModel, sites: Sequence[Site]) -> Iterato
     """A line that says which blocks the linears are in, for a model with linears in other parts as well."""
     outside = parts_outside(model, blocks_of(model))
     if outside:
-        blocks = sites[0].name.removesuffix(f".{sites[0].block}.{sites[0].role}")
+        blocks = " and ".join(
+            dict.fromkeys(site.name.removesuffix(f".{site.role}").rpartition(".")[0] for site in sites)
+        )
         yield f"{type(model).__name__}: linears in {blocks} are compressed; {', '.join(outside)} stay as they are"
 
 

@@ -118,7 +118,7 @@ class _Walk:
             put_back: puts the linears of a block that was compressed before in their places.
         """
         if self.streams is None:
-            with self.skeleton.resident(0):  # it runs once, to show the form of its output
+            with self.skeleton.first_resident():  # it runs once, to show the form of its output
                 self.streams = self.calibration.open_streams(self._spill, self._reached(number))
         while (at := self.streams.number) < number:
             with self.skeleton.resident(at):
@@ -148,7 +148,7 @@ class _Walk:
 
     def _spill(self, name: str, first: int, door: int | None = None) -> Spill:
         texts = [text for text in (self.calibration.tokens, self.calibration.held_out) if text is not None]
-        batches = sum(len(text.batches(self.calibration.batch_size)) for text in texts)
+        batches = sum(len(text.rows(self.calibration.batch_size)) for text in texts)
         folder, device = self.folder / name, self.skeleton.device
         self.spills[name] = Spill(folder, batches, first=first, door=door, device=device)
         return self.spills[name]
@@ -332,7 +332,7 @@ class _Compression:
                 "reports": [report.to_record() for report in reports],
                 "passes": [asdict(report) for report in passes],
                 "params": [num_params(block), num_bytes(block)],
-                "sites": specs_of(block, f"{self.skeleton.prefix}.{number}."),
+                "sites": specs_of(block, f"{self.skeleton.places[number]}."),
                 "seconds": {stage: round(value, 3) for stage, value in spent.items()},
             }
             del tensors, block

@@ -216,9 +216,8 @@ def _weigh(
 ) -> tuple[list[Unit | Curve], dict[str, Any]]:
     """(the curves in nats, each weighed by a probe of its unit; facts). A member of a joint group has its own probe."""
     assert inputs.tokens is not None
-    windows = Tokens(
-        inputs.tokens.ids[:PROBE_SAMPLES], inputs.tokens.mask[:PROBE_SAMPLES], mask_token=inputs.tokens.mask_token
-    )
+    few = inputs.tokens.take(slice(PROBE_SAMPLES))
+    windows = Tokens(few.ids, few.mask, mask_token=few.mask_token, split=few.split, sound=few.sound)
     weights: dict[str, float] = {}
     evaluations = 0
     identity = _identity(method, inputs)

@@ -16,6 +16,7 @@ from eckart.compression.tuning.recovery import Recovery
 from eckart.compression.tuning.refinement import Refinement
 from eckart.data.corpora import BUILTIN
 from eckart.data.mixtures import BROAD, shares_of
+from eckart.data.tokens import Cutting
 from eckart.evals.hidden_states import Pooling
 from eckart.evals.probing import Control
 from eckart.evals.tasks import Task, find_task
@@ -121,13 +122,23 @@ class CalibrationSection(Section):
     )
     split: str = Field("train", description="which split of it is read")
     column: str | None = Field(None, description="field that holds the text; default: the corpus's own, or text")
-    samples: int = Field(256, gt=0, description="windows or documents that the statistics are made of")
+    target: str | None = Field(
+        None,
+        description="of an encoder-decoder: field that holds the target, where column is the source, or a speech "
+        "model's .wav file; default: each sample of plain text is halved",
+    )
+    samples: int = Field(256, gt=0, description="windows, documents or pairs that the statistics are made of")
     length: int | None = Field(
-        None, gt=0, description="tokens of a sample; default: the context, or the model's positions if fewer"
+        None,
+        gt=0,
+        description="tokens of a sample, of source and target together; default: the context, or the model's positions "
+        "if fewer",
     )
     seed: int = Field(0, description="draws the samples")
-    cut: Literal["windows", "documents"] | None = Field(
-        None, description="how text becomes samples; default: windows of a stream for decoders, documents for encoders"
+    cut: Cutting | None = Field(
+        None,
+        description="how text becomes samples; default: windows of a stream for decoders, documents for encoders; for "
+        "encoder-decoders pairs where a target is named, else halves of windows, the first the source",
     )
     aside: float = Field(
         0.125, gt=0, lt=1, description="share of the samples held out to judge refit, refinement and distillation by"

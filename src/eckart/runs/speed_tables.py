@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from eckart.allocation import SpeedTable
 from eckart.allocation.speed import Shape
 from eckart.allocation.stopwatch import describe_machine, measure_speed
+from eckart.data.pairs import is_encoder_decoder
 from eckart.data.positions import usable_positions
 from eckart.lowrank import Layout
 from eckart.models.sites import Site
@@ -28,7 +29,12 @@ TEXT = 512
 
 
 def default_rows(model: PreTrainedModel) -> int:
-    """Tokens at a time that a budget in speed is about: 1 where the model generates, else a text."""
+    """Tokens at a time that a budget in speed is about: 1 where the model generates, else a text.
+
+    Raises:
+        ValueError: an encoder-decoder, which reads a source once and generates a target token by token.
+    """
+    _check_one_stack(model)
     if model.can_generate():
         return 1
     positions = usable_positions(model)
@@ -52,8 +58,9 @@ def speeds_of(
     of numbers, version of torch. Where any of these is another, it is measured anew; a file that is none is set aside.
 
     Raises:
-        ValueError: more rows than the model's positions.
+        ValueError: more rows than the model's positions; an encoder-decoder.
     """
+    _check_one_stack(model)
     settings = {"rows": rows, "layout": layout, "bias": bias, "rank_multiple": rank_multiple}
     shapes = {Shape.of(unit): None for unit in (*units_of(sites), *units_of(sites, joint))}
     identity = {
@@ -78,6 +85,14 @@ def speeds_of(
     if file is not None:
         write_whole(file, table.to_json())
     return table
+
+
+def _check_one_stack(model: PreTrainedModel) -> None:
+    if is_encoder_decoder(model):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder, of whose two stacks one reads a text and one generates: a "
+            "budget in speed is not defined for it; give --keep, --keep-total or --max-bytes"
+        )
 
 
 def _file(cache: Path, identity: dict[str, object]) -> Path:

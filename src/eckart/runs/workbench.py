@@ -24,12 +24,14 @@ from eckart.calibration.moments import (
 from eckart.calibration.sequential import KnownInputs, PassReport, SequentialCalibration
 from eckart.compression.tuning.lora import Lora
 from eckart.compression.tuning.recovery import Samples
-from eckart.data.tokens import Tokens, check_vocabulary, read_tokens, warn_of_tokenizer
+from eckart.data.pairs import check_reads_text, is_encoder_decoder
+from eckart.data.sounds import sample_sounds
+from eckart.data.tokens import Cutting, Tokens, check_vocabulary, read_tokens, warn_of_tokenizer
 from eckart.evals.tasks import default_length
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.models.adapters import import_peft
-from eckart.models.loading import load_model, locate
+from eckart.models.loading import load_extractor, load_model, locate, read_processor
 from eckart.models.remote_code import carry_code
 from eckart.models.sites import Site, find_sites, select_sites
 from eckart.runs.added_bias import settle_bias
@@ -84,6 +86,13 @@ class Workbench:
             self.how.say(line)
         if self.no_bias is not None:
             self.how.say(self.no_bias)
+        if self.recipe.calibration.cut == "halves" and (self.reads_text or self.walks):
+            kind, length = type(self.model).__name__, self.recipe.calibration.length
+            self.how.say(
+                f"{kind} is an encoder-decoder: of each {length} tokens of the calibration text the first half is the "
+                "source and the second the target; for pairs of your own name the fields that hold them, column and "
+                "target"
+            )
 
     @property
     def noted(self) -> dict[str, Any]:
@@ -105,6 +114,7 @@ class Workbench:
             "plan.json": plan.to_json(),
             "recipe.yaml": self.recipe.to_yaml(),
             FACTS: facts.to_json(),
+            **read_processor(self.model),
         }
 
     @functools.cached_property
@@ -400,9 +410,27 @@ def draw_tokens(
     section: CalibrationSection, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path | None
 ) -> Tokens:
     """The tokens of a section with every default filled in, which the model can read: see `read_tokens`."""
-    warn_of_tokenizer(model, tokenizer)
     assert section.length is not None
     assert section.cut is not None
+    warn_of_tokenizer(model, tokenizer)
+    if section.target is None or model.main_input_name == "input_ids":
+        check_reads_text(model)
+    else:
+        tokens = sample_sounds(
+            section.corpus,
+            model,
+            load_extractor(model),
+            tokenizer,
+            samples=section.samples,
+            length=section.length,
+            seed=section.seed,
+            split=section.split,
+            data=data,
+            column=section.column,
+            target=section.target,
+        )
+        check_vocabulary(model, tokens.ids, tokenizer)
+        return tokens
     tokens = read_tokens(
         section.corpus,
         tokenizer,
@@ -413,6 +441,7 @@ def draw_tokens(
         split=section.split,
         data=data,
         column=section.column,
+        target=section.target,
     )
     check_vocabulary(model, tokens.ids, tokenizer)
     return tokens
@@ -436,11 +465,20 @@ def resolve_calibration(
 ) -> CalibrationSection:
     """The section with length and cut filled in.
 
-    A model that does not generate and whose tokenizer has a mask token is an encoder, and reads whole documents.
+    A model that does not generate and whose tokenizer has a mask token is an encoder, and reads whole documents. An
+    encoder-decoder reads pairs of source and target.
+
+    Raises:
+        ValueError: a cut into pairs for a model of one text, or the other way round; a target for one.
     """
-    decoder = model.can_generate() or tokenizer.mask_token_id is None
-    length, cut = (
-        section.length or default_length(model, context),
-        section.cut or ("windows" if decoder else "documents"),
-    )
-    return section.model_copy(update={"length": length, "cut": cut})
+    paired = is_encoder_decoder(model)
+    own: Cutting = "windows" if model.can_generate() or tokenizer.mask_token_id is None else "documents"
+    if paired:
+        own = "halves" if section.target is None else "pairs"
+    cut = section.cut or own
+    if paired != (cut in ("halves", "pairs")):
+        reads = "pairs of source and target" if paired else "one text"
+        raise ValueError(f"calibration: {type(model).__name__} reads {reads}, and not {cut}: leave out cut")
+    if section.target is not None and not paired:
+        raise ValueError(f"calibration: {type(model).__name__} reads one text: leave out target")
+    return section.model_copy(update={"length": section.length or default_length(model, context), "cut": cut})

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eckart.allocation.search.trials import Better
 from eckart.data.corpora import BUILTIN
 from eckart.data.labelled import LABELLED
+from eckart.data.pairs import is_encoder_decoder
 from eckart.evals.harness_tasks import LOCAL_TASKS, SPLITS
 from eckart.evals.subject import Setup
 from eckart.evals.tasks import Task, direction_of, evaluate, find_task, searched_by, windows_of
@@ -75,7 +76,7 @@ def search_criterion(
         check_split(name, split)
         part = f"{part} of {split}"
     task = Task(name, split=part, limit=limit)
-    if searched.on_windows is not None:
+    if searched.on_windows is not None and not is_encoder_decoder(model):
         return windows_criterion(task, windows_of(model, tokenizer, task, data=data, context=context))
     return task_criterion(
         task,

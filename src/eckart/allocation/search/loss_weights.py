@@ -228,7 +228,7 @@ class _Predictions:
 
     def __init__(self, model: PreTrainedModel, tokens: Tokens, memory: int) -> None:
         self.model = model
-        self.batches = tokens.batches(
+        self.batches = tokens.rows(
             windows_per_batch(tokens.ids.shape[1], check_vocabulary(model, tokens.ids), models=2)
         )
         self._room = memory

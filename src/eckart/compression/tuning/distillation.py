@@ -64,7 +64,8 @@ class Distillation:
             return None
         before = _divergence(model, dense, held_out, self.batch)
         kept = [parameter.detach().clone() for parameter in parameters]
-        batches = [(tokens.ids[rows], tokens.mask[rows]) for rows in draw_batches(len(tokens), self.batch, self.steps)]
+        drawn = draw_batches(len(tokens), self.batch, self.steps)
+        batches = [tokens.take(torch.tensor(rows)).rows(len(rows))[0] for rows in drawn]
 
         def loss(step: int) -> Tensor:
             with torch.no_grad():
@@ -88,8 +89,8 @@ class Distillation:
 def _divergence(model: PreTrainedModel, dense: PreTrainedModel, tokens: Tokens, batch: int) -> float:
     """Mean KL(dense || model) over all predictions."""
     total, count = 0.0, 0
-    for ids, mask in tokens.batches(batch):
-        log_p = log_probabilities(dense, ids, mask)
-        total += summed_divergence(log_p, log_probabilities(model, ids, mask).to(log_p.device))
+    for rows in tokens.rows(batch):
+        log_p = log_probabilities(dense, *rows)
+        total += summed_divergence(log_p, log_probabilities(model, *rows).to(log_p.device))
         count += len(log_p)
     return total / max(count, 1)

@@ -22,12 +22,14 @@ from transformers.trainer_callback import PrinterCallback
 from eckart.calibration.cache import is_sound, read_gradients, read_making, write_gradients
 from eckart.calibration.gradients import record_squares
 from eckart.data.labelled import LABELLED, Labelled, read_labelled
+from eckart.data.pairs import is_encoder_decoder
 from eckart.data.tokens import warn_of_tokenizer
 from eckart.evals.classification import classification
 from eckart.evals.hidden_states import TokenRows, pad_rows, tokenize_texts
 from eckart.evals.result import EvalResult
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.moments import FISHER
+from eckart.models.families import UnsupportedModelError
 from eckart.models.loading import load_classifier, load_tokenizer
 from eckart.models.sites import find_sites
 from eckart.models.weight_files import write_digests
@@ -169,6 +171,10 @@ def _fine_tune(
     with _calm():
         transformers.set_seed(settings.seed)  # draws the head
         model, new = load_classifier(source, rows.classes, trust_remote_code=trust_remote_code)
+        if is_encoder_decoder(model):
+            raise UnsupportedModelError(
+                f"{source}: a {type(model).__name__} is an encoder-decoder, and those are not fine-tuned"
+            )
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         give_padding(model, tokenizer)
         warn_of_tokenizer(model, tokenizer)

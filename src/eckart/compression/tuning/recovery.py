@@ -172,7 +172,9 @@ def _loss(model: PreTrainedModel, samples: Samples, rows: list[int], number: int
     width = int(tokens.mask[rows].any(0).nonzero().max()) + 1
     ids, mask = tokens.ids[rows, :width], tokens.mask[rows, :width]
     if samples.labels is None:
-        return language_loss(model, ids, mask, tokens.mask_token, torch.Generator().manual_seed(number))
+        sound = None if tokens.sound is None else tokens.sound[rows]
+        generator = torch.Generator().manual_seed(number)
+        return language_loss(model, ids, mask, tokens.mask_token, generator, tokens.split, sound)
     attention_mask = None if bool(mask.all()) else mask.to(model.device).long()
     logits = model(input_ids=ids.to(model.device), attention_mask=attention_mask).logits.float()
     return nn.functional.cross_entropy(logits, samples.labels[rows].to(logits.device)), len(rows)

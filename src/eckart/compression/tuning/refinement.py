@@ -90,7 +90,7 @@ def _relative(sample: Sample, block: nn.Module) -> Tensor:
     mask = sample.mask.to(output.device)[..., None]
     target = sample.target.float()
     lost = ((output - target).square() * mask).sum()
-    added = ((target - sample.hidden.float()).square() * mask).sum()
+    added = ((target - sample.own.float()).square() * mask).sum()
     return lost / added.clamp_min(torch.finfo(torch.float32).tiny)
 
 
