@@ -122,6 +122,11 @@ def opened_heads(model: nn.Module) -> dict[str, HeadGroups]:
     return {name: module for name, module in model.named_modules() if isinstance(module, HeadGroups)}
 
 
+def group_names(model: nn.Module) -> set[str]:
+    """The names of all linears of groups of heads."""
+    return {f"{name}.{number}" for name, module in opened_heads(model).items() for number in range(len(module.groups))}
+
+
 def heads_in_a_group(model: PreTrainedModel) -> int | None:
     """How many key-value heads a group of an opened model has; None of a model that is not open."""
     config = language_model(model).config
