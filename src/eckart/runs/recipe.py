@@ -240,9 +240,7 @@ class Recipe(Section):
         if self.keep_cache is None and self.plan is None:
             raise ValueError("cache_group goes with keep_cache, or with a plan of ranks by groups of heads")
         if self.keep_cache is not None and self.plan is not None:
-            raise ValueError(
-                "leave out keep_cache: the plan decides the ranks of keys and values; cache_group reads it"
-            )
+            raise ValueError("leave out keep_cache: the plan decides those ranks; cache_group says of which groups")
         if self.is_baseline:
             raise ValueError(f"{self.method.name} is no low-rank method: leave out keep_cache")
         composition = self.composition
@@ -253,9 +251,8 @@ class Recipe(Section):
             "max_bytes": self.max_bytes is not None,
         }
         if any(apart.values()):
-            raise ValueError(
-                f"keep_cache does not go with {' and '.join(name for name, said in apart.items() if said)}: leave it out"
-            )
+            said = [name for name, holds in apart.items() if holds]
+            raise ValueError(f"keep_cache does not go with {' and '.join(said)}: leave it out")
         if self.keep_cache is not None and not composition.allocation.row.any_cost:
             able = [name for name, row in ALLOCATIONS.items() if row.any_cost]
             raise ValueError(
