@@ -56,8 +56,7 @@ NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key. "
 QUESTION = "What is the pass key? The pass key is"
 STEPS = 12
 
-Cache = DynamicCache
-Open = Callable[[PreTrainedModel], Cache]
+Open = Callable[[PreTrainedModel], DynamicCache]
 
 
 def main() -> None:
@@ -71,10 +70,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--length", type=int, default=512, help="tokens in each")
     parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--piece", type=int, default=512)
-    parser.add_argument("--filler", type=int, default=1024, help="tokens of the retrieval's text")
-    parser.add_argument("--keys", type=int, default=10, help="numbers that are hidden, each at another depth")
+    parser.add_argument("--filler", type=int, default=2048, help="tokens of the retrieval's text")
+    parser.add_argument("--keys", type=int, default=6, help="numbers that are hidden, each at another depth")
     parser.add_argument("--cache", type=Path, help="folder for moments, shared by the variants")
     parser.add_argument("--out", type=Path, help="JSON lines; a stopped run goes on from it")
     arguments = parser.parse_args()
@@ -93,7 +92,7 @@ class Comparison:
         self.tokenizer = load_tokenizer(arguments.model)
         stream = encode(read_text(self.corpus, split="test", data=arguments.data), self.tokenizer)
         self.windows = cut_windows(self.dense, stream, length=arguments.context, limit=arguments.windows)
-        self.cached: Cache | None = None  # the dense model's, of the last window
+        self.cached: DynamicCache | None = None  # the dense model's, of the last window
         self.rows = {tuple(row["key"]): row for row in read_lines(arguments.out)}
 
     def run(self) -> None:
@@ -138,7 +137,7 @@ class Comparison:
             cache = opened(model)
             losses.append(self.loss(model, window, cache))
         tokens = cache.get_seq_length()
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        held = sum(tensor.nbytes for layer in cache.layers for tensor in held_by(layer))
         seconds = step_seconds(model, cache, self.windows[-1])
         if model is self.dense:
             self.cached = cache
@@ -159,7 +158,7 @@ class Comparison:
         print(line_of(row, self.rows[("dense", 1.0, None, *self.setting)]), flush=True)
 
     @torch.inference_mode()
-    def loss(self, model: PreTrainedModel, window: Tensor, cache: Cache) -> float:
+    def loss(self, model: PreTrainedModel, window: Tensor, cache: DynamicCache) -> float:
         """The mean negative log-likelihood of a window's tokens, read piece by piece through the cache."""
         total, last = 0.0, None
         for piece in window[None].split(self.arguments.piece, 1):
@@ -176,8 +175,9 @@ class Comparison:
         said = []
         for number in range(self.arguments.keys):
             ids, key = hidden(self.tokenizer, self.arguments.filler, number, self.arguments.keys)
-            out = model.generate(ids, past_key_values=opened(model), max_new_tokens=8, do_sample=False, pad_token_id=0)
-            answer = self.tokenizer.decode(out[0, ids.shape[1] :])
+            how: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+            out = model.generate(ids, past_key_values=opened(model), **how)  # type: ignore[operator]
+            answer = str(self.tokenizer.decode(out[0, ids.shape[1] :]))
             said.append(answer.strip().startswith(key))
         return said
 
@@ -199,16 +199,21 @@ def hidden(tokenizer: PreTrainedTokenizerBase, length: int, number: int, count: 
     return torch.tensor([[*filler[:depth], *needle, *filler[depth:], *question]]), key
 
 
-def open_ordinary(model: PreTrainedModel) -> Cache:
+def held_by(layer: Any) -> tuple[Tensor, Tensor]:
+    """What a layer of a cache holds."""
+    return layer.keys, layer.values
+
+
+def open_ordinary(model: PreTrainedModel) -> DynamicCache:
     return DynamicCache(config=model.config)
 
 
-def open_latent(model: PreTrainedModel) -> Cache:
+def open_latent(model: PreTrainedModel) -> DynamicCache:
     return LatentCache(model.config)
 
 
 @torch.inference_mode()
-def step_seconds(model: PreTrainedModel, cache: Cache, window: Tensor) -> float:
+def step_seconds(model: PreTrainedModel, cache: DynamicCache, window: Tensor) -> float:
     """The median of some steps of one token after what is cached, which is as it was afterwards."""
     times = []
     for _ in range(STEPS):
