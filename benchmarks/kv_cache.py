@@ -10,8 +10,8 @@ bytes a token   of the tensors that the cache holds after a window, over its tok
 perplexity      over --windows of held-out text that do not overlap; also the increase in nats over the dense model's.
 retrieval       a number of five digits in a filler text of --filler tokens, asked for at its end: how often it is what
                 greedy generation says. A dense model that cannot do it says nothing of a cache: give fewer tokens.
-decode          milliseconds of a step of one token with a full window cached, the dense model's measured just before,
-                and the ratio of the two, dense over latent: above 1 is faster.
+decode          milliseconds of a step of one token with a full window cached, in turn with steps of the dense model,
+                and the ratio of the two medians, dense over latent: above 1 is faster.
 
 Rows are appended to --out as they come, and what is there is not computed again. Weights are float32: on processors it
 is faster than bfloat16.
@@ -24,7 +24,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key. "
 QUESTION = "What is the pass key? The pass key is"
-STEPS = 12
+STEPS = 15
 
 Open = Callable[[PreTrainedModel], DynamicCache]
 
@@ -77,9 +77,12 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder for moments, shared by the variants")
     parser.add_argument("--out", type=Path, help="JSON lines; a stopped run goes on from it")
     arguments = parser.parse_args()
+    rows = read_lines(arguments.out)
     if arguments.step == "measure":
-        Comparison(arguments).run()
-    show(read_lines(arguments.out))
+        comparison = Comparison(arguments)
+        comparison.run()
+        rows = [*comparison.rows.values()]
+    show(rows)
 
 
 class Comparison:
@@ -138,7 +141,6 @@ class Comparison:
             losses.append(self.loss(model, window, cache))
         tokens = cache.get_seq_length()
         held = sum(tensor.nbytes for layer in cache.layers for tensor in held_by(layer))
-        seconds = step_seconds(model, cache, self.windows[-1])
         if model is self.dense:
             self.cached = cache
         if self.cached is None:  # the dense row was there already
@@ -149,7 +151,7 @@ class Comparison:
             "bytes": held / tokens,
             "nats": losses,
             "found": self.retrieve(model, opened),
-            "seconds": [step_seconds(self.dense, self.cached, self.windows[-1]), seconds],
+            "seconds": step_seconds([(self.dense, self.cached), (model, cache)], self.windows[-1]),
             "made": made,
             "machine": machine(),
         }
@@ -213,15 +215,19 @@ def open_latent(model: PreTrainedModel) -> DynamicCache:
 
 
 @torch.inference_mode()
-def step_seconds(model: PreTrainedModel, cache: DynamicCache, window: Tensor) -> float:
-    """The median of some steps of one token after what is cached, which is as it was afterwards."""
-    times = []
+def step_seconds(models: Sequence[tuple[PreTrainedModel, DynamicCache]], window: Tensor) -> list[float]:
+    """For each model, with what it has cached, the median of some steps of one token, in turn with those of the others.
+
+    The caches are as they were afterwards.
+    """
+    times: list[list[float]] = [[] for _ in models]
     for _ in range(STEPS):
-        start = time.perf_counter()
-        model(window[None, :1], past_key_values=cache)
-        times.append(time.perf_counter() - start)
-        cache.crop(-1)
-    return statistics.median(times)
+        for (model, cache), own in zip(models, times, strict=True):
+            start = time.perf_counter()
+            model(window[None, :1], past_key_values=cache)
+            own.append(time.perf_counter() - start)
+            cache.crop(-1)
+    return [statistics.median(own) for own in times]
 
 
 HEADER = (

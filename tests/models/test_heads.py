@@ -30,6 +30,7 @@ from eckart.models.heads import (
 )
 from eckart.models.latent_attention import LatentAttention, LatentCache
 from eckart.models.loading import load_model, save
+from eckart.models.remote_code import carry_code
 from eckart.models.sites import find_sites, low_rank_modules, select_sites
 from eckart.models.weight_files import CheckpointError
 from tiny import CONFIGS, PAD, logits_of, relative, tiny_model, tiny_tokens
@@ -96,6 +97,26 @@ def test_any_group_and_kernel(size: int, kernel: str) -> None:
     model.set_attn_implementation(kernel)
     expected = logits_of(model, TOKENS)
     assert relative(in_steps(model, LatentCache(model.config), TOKENS.ids, *STEPS), expected) < CLOSE
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [{"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "yarn", "factor": 2.0}, {"rope_type": "default"}],
+    ids=lambda rope: str(rope["rope_type"]),
+)
+def test_any_rotary_positions(rope: dict[str, Any]) -> None:
+    """As an ordinary cache has them: those that change with the length are cached as they were."""
+    rope = {**rope, "rope_theta": 10_000.0}
+    model = cut(open_heads(tiny_model("llama", max_position_embeddings=8, rope_parameters=rope), 1))
+    caches = (LatentCache(model.config), DynamicCache(config=model.config))
+    latent, ordinary = (in_steps(model, cache, TOKENS.ids, *STEPS) for cache in caches)
+    assert relative(latent, ordinary) < CLOSE
+
+
+def test_a_copy_takes_it_too() -> None:
+    model = copy.deepcopy(cut(open_heads(tiny_model("llama"), 1)))
+    latent = in_steps(model, LatentCache(model.config), TOKENS.ids, *STEPS)
+    assert relative(latent, logits_of(model, TOKENS)) < CLOSE
 
 
 def test_left_of_values_is_applied_after_the_sums_as_exactly_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,6 +274,12 @@ def test_an_added_bias_of_some_groups_is_exported_dense(tmp_path: Path) -> None:
     assert relative(in_steps(model, LatentCache(model.config), TOKENS.ids, *STEPS), expected) < CLOSE
     save(export_dense(model), tmp_path / "dense")
     assert relative(logits_of(load_model(tmp_path / "dense"), TOKENS), expected) < CLOSE
+
+
+def test_code_in_the_checkpoint_is_refused() -> None:
+    model = cut(open_heads(tiny_model("llama"), 1))
+    with pytest.raises(UnsupportedModelError, match="only eckart's own code loads: leave out remote code"):
+        carry_code(model)
 
 
 def test_groups_of_heads_are_chosen_by_the_projections_name() -> None:

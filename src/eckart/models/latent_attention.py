@@ -29,7 +29,7 @@ class LatentCache(DynamicCache):
 
     For a model whose heads are open, see `heads.open_heads`; `generate` takes it as `past_key_values`. Each layer of it
     is one of transformers' own, full or sliding, with latents (batch, 1, tokens, r) as its keys and its values, so that
-    beams, cropping and offloading are theirs.
+    beams and cropping are theirs.
 
     Keys are rotated by the position of their token when they are read. The rotations of the cached tokens are with the
     latents of the last layer of each kind (full, sliding), head_dim numbers a token: as they were given, so that any
@@ -104,7 +104,7 @@ def rotate(x: Tensor, packed: Tensor) -> Tensor:
     """
     cos, sin = packed.unsqueeze(1).chunk(2, -1)
     a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), -1)
 
 
 class LatentAttention(nn.Module):
