@@ -91,7 +91,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "keep_cache goes with the allocations uniform",
     ),
     ({"keep_cache": 0.5, "method": "int8", "keep": None}, "int8 is no low-rank method: leave out keep_cache"),
-    ({"keep_cache": 1.5}, "keep_cache: Input should be less than or equal to 1"),
+    ({"keep_cache": 1}, "keep_cache: Input should be less than 1"),
 ]
 
 

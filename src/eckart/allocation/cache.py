@@ -21,13 +21,13 @@ class CacheBudget:
     """How many numbers a `LatentCache` may hold for a token.
 
     Attributes:
-        keep: as a share of those that an ordinary cache holds, in (0, 1].
+        keep: as a share of those that an ordinary cache holds, in (0, 1).
     """
 
     keep: float
 
     def numbers(self, model: PreTrainedModel, sites: Collection[Site]) -> int:
-        """How many latents the selected groups of heads may have together; at most their heads' numbers.
+        """How many latents the selected groups of heads may have together.
 
         The rest of the cache is taken off: groups that are not selected, and the rotations of the tokens. All of it is
         counted as if every layer held every token; a layer with a sliding window holds fewer.
@@ -42,13 +42,13 @@ class CacheBudget:
         whole = dense_numbers(config)
         rest = whole - dense + rotation_numbers(config)
         # A share such as 0.58 is no binary fraction; what falls short only by that counts.
-        numbers = dense if self.keep == 1 else int(round(self.keep * whole, 3)) - rest
+        numbers = int(round(self.keep * whole, 3)) - rest
         if numbers < len(sites):
             raise ValueError(
                 f"{self}: too small, the least possible is keep_cache {-(-(rest + len(sites)) * 10_000 // whole) / 1e4}"
                 ", with every selected group of heads at rank 1; allow more, or choose more of them"
             )
-        return min(numbers, dense)
+        return numbers
 
     def __str__(self) -> str:
         return f"keep_cache {self.keep}"

@@ -64,7 +64,7 @@ def command(
     ] = None,
     keep_cache: Annotated[
         float | None,
-        typer.Option(help="Share of the cache's numbers kept: cuts keys and values for it, other linears by --keep"),
+        typer.Option(help="Share of the cache's numbers kept, by cutting keys and values; --keep is for other linears"),
     ] = None,
     cache_group: Annotated[
         int | None, typer.Option(min=1, help="With --keep-cache: key-value heads factored together; default up to 4")

@@ -84,7 +84,7 @@ class Recipe(Section):
     keep_cache: float | None = Field(
         None,
         gt=0,
-        le=1,
+        lt=1,
         description="budget of the cache: share kept of the numbers that a cache of keys and values holds for a token. "
         "Keys and values then have the ranks that this allows, and the budget above is that of the other linears; "
         "without one these stay dense",
