@@ -15,7 +15,7 @@ from eckart.models.sites import low_rank_modules
 from eckart.runs.how import How
 from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.out_of_core import compress_out_of_core
-from tiny import logits_of, relative, tiny_tokens
+from tiny import Run, logits_of, relative, tiny_tokens
 
 from .from_files import BATCHED, recipe_of
 
@@ -77,6 +77,17 @@ def test_moments_on_disk_give_the_same(place: Path, tmp_path: Path) -> None:
     assert plan_of(tmp_path / "first") == plan_of(tmp_path / "second")
     first, second = (eckart.load_model(tmp_path / name) for name in ("first", "second"))
     assert relative(logits_of(second), logits_of(first)) < 1e-4
+
+
+def test_the_command_says_what_a_cache_holds(place: Path, tmp_path: Path, run: Run) -> None:
+    options = ("--method", "svd", "--keep-cache", "0.5", "--cache-group", "1", "--no-cache")
+    status, text = run("compress", place / "model", tmp_path / "out", *options)
+    assert status == 0, text
+    words = " ".join(text.split())
+    assert "Cache: 44 numbers a token where whole keys and values take 96 (0.458), with heads in groups of 1" in words
+    status, text = run("compress", place / "model", tmp_path / "none", "--keep-cache", "0.1", "--method", "svd")
+    assert status != 0
+    assert "keep_cache 0.1: too small" in text
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
