@@ -129,8 +129,8 @@ def group_names(model: nn.Module) -> set[str]:
 
 def heads_in_a_group(model: PreTrainedModel) -> int | None:
     """How many key-value heads a group of an opened model has; None of a model that is not open."""
-    config = language_model(model).config
-    return next((each.size // _head_dim(config) for each in opened_heads(model).values()), None)
+    opened = [*opened_heads(model).values()]
+    return opened[0].size // _head_dim(language_model(model).config) if opened else None
 
 
 def open_heads(model: PreTrainedModel, size: int | None = None) -> PreTrainedModel:
@@ -173,15 +173,17 @@ def close_heads(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `open_heads`, in place: groups of dense linears become one projection again.
 
     Raises:
-        ValueError: a group is compressed; names its projection.
+        ValueError: a group is compressed; names its projection. Nothing was changed.
     """
-    opened = opened_heads(model)
-    for name, groups in opened.items():
+    closed = {}
+    for name, groups in opened_heads(model).items():
         try:
-            model.set_submodule(name, groups.close())
+            closed[name] = groups.close()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    for name in dict.fromkeys(name.rpartition(".")[0] for name in opened):
+    for name, linear in closed.items():
+        model.set_submodule(name, linear)
+    for name in dict.fromkeys(name.rpartition(".")[0] for name in closed):
         as_stock(model.get_submodule(name))
     return model
 
