@@ -98,6 +98,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/inference.py --quick --json runs/bench/inference.json
 	$(BIN)/python benchmarks/coded.py --shapes 576x576 2048x2048 --json runs/bench/coded.json
 	$(BIN)/python benchmarks/onnx_decode.py --rounds 7 --json runs/bench/onnx_decode.json
+	$(BIN)/python benchmarks/kv_cache.py --keeps 0.5 --samples 8 --length 256 --context 512 --windows 2 --filler 256 --keys 2
 	$(BIN)/python benchmarks/identities.py --samples 8
 	$(BIN)/python benchmarks/nsvd_table.py --keeps 0.7 --samples 32 --windows 8
 	$(BIN)/python benchmarks/probing.py --texts 60 120 --layers 2 --out runs/bench/probing.json

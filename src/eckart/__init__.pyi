@@ -10,6 +10,8 @@ from .data.tokens import sample_documents as sample_documents, sample_windows as
 from .data.tokens import sample_halves as sample_halves, sample_pairs as sample_pairs
 from .models.checkpoint import CheckpointError as CheckpointError
 from .models.experts import open_experts as open_experts
+from .models.heads import open_heads as open_heads
+from .models.latent_attention import LatentCache as LatentCache
 from .models.families import UnsupportedModelError as UnsupportedModelError
 from .models.loading import load_model as load_model, load_tokenizer as load_tokenizer
 from .models.quantised import Quantised as Quantised, load_quantised as load_quantised

@@ -39,7 +39,7 @@ from eckart.cli.options import (
 from eckart.cli.tables import remarks, sizes_table
 from eckart.cli.terminal import console
 from eckart.lowrank.storage import GROUP
-from eckart.runs.card import describe_speed
+from eckart.runs.card import describe_cache, describe_speed
 from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.out_of_core import compress_out_of_core
 from eckart.runs.recipe import parse_recipe
@@ -62,6 +62,13 @@ def command(
     ] = None,
     speed_rows: Annotated[
         int | None, typer.Option(help="With --speed: tokens at a time; 1 generates (default), 512 is a prompt")
+    ] = None,
+    keep_cache: Annotated[
+        float | None,
+        typer.Option(help="Share of the cache's numbers kept, by cutting keys and values; --keep is for other linears"),
+    ] = None,
+    cache_group: Annotated[
+        int | None, typer.Option(min=1, help="With --keep-cache: key-value heads factored together; default up to 4")
     ] = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -118,6 +125,7 @@ def command(
     eckart compress MODEL OUT --keep 0.7 --calibration 'broad*3+mydomain.jsonl'
     eckart compress MODEL OUT --max-bytes 8000000000 --bits auto
     eckart compress MODEL OUT --speed 1.5
+    eckart compress MODEL OUT --keep 0.8 --keep-cache 0.5
     eckart compress MODEL OUT --method svd --keep 0.9 --include mlp
     eckart compress MODEL OUT --method sfsd --keep 0.46 --blocks "last 12"
     eckart compress MODEL OUT --keep 0.7 --out-of-core --resume
@@ -132,6 +140,8 @@ def command(
             "keep_total": keep_total,
             "max_bytes": max_bytes,
             "speed": None if speed is None else {"times": speed, "rows": speed_rows},
+            "keep_cache": keep_cache,
+            "cache_group": cache_group,
             "plan": None if plan_file is None else str(plan_file),
             "sites": {"include": include or [], "exclude": exclude or [], "blocks": blocks},
             "allocation": allocation,
@@ -185,6 +195,8 @@ def command(
     console.print(sizes_table(str(out), outcome.summary, outcome.plan))
     if "speed" in outcome.allocation:
         console.print(describe_speed(outcome.allocation["speed"]))
+    if "cache" in outcome.allocation:
+        console.print(describe_cache(outcome.allocation["cache"]))
     for what, name in (("refined", "refine"), ("distilled", "distil")):
         passes = [each for each in outcome.passes if each.name == name]
         undone = [each.place for each in passes if not each.kept]

@@ -25,6 +25,7 @@ from eckart.models.coded import CodedLinear
 from eckart.models.dense import export_dense
 from eckart.models.experts import open_experts, opened_experts, without_merging
 from eckart.models.families import is_linear
+from eckart.models.heads import heads_in_a_group, open_heads
 from eckart.models.linear import LowRankLinear
 from eckart.models.matching import check_finite, is_head, made_anew, refuse, stored_names, without_place, wrong_types
 from eckart.models.registration import QUANT_METHOD
@@ -32,8 +33,8 @@ from eckart.models.sites import low_rank_modules, read_weight, replace_module
 from eckart.models.weight_files import CheckpointError, read_headers
 
 # 1: plain factors, each linear with its own. 2: pivoted layouts and shared right factors as well. 3: numbers in few
-# bits. 4: experts with linears of their own.
-FORMATS = (1, 2, 3, 4)
+# bits. 4: experts with linears of their own. 5: key and value heads in groups with linears of their own.
+FORMATS = (1, 2, 3, 4, 5)
 # Keys of an entry whose numbers are in few bits.
 CODED = ("base", "bits", "group")
 
@@ -49,10 +50,13 @@ class LowRankConfig(QuantizationConfigMixin):
             factor it shares, where it has none of its own. Of format 3 on also "base": bits of a quantised weight, to
             which factors are added if the rank is not 0; "bits": of the factors; and "group": numbers of one scale.
         open_experts: whether the experts of its mixtures have linears of their own, see `experts.Experts`; format 4.
+        heads: key-value heads in a group, where groups of heads have linears of their own, see `heads.open_heads`;
+            None where they have not. Format 5.
         recipe: method, settings and calibration that made it; for people, not read by the loader.
     """
 
     open_experts = False
+    heads: int | None = None
 
     def __init__(
         self,
@@ -60,6 +64,7 @@ class LowRankConfig(QuantizationConfigMixin):
         format: int = FORMATS[0],
         recipe: Mapping[str, Any] | None = None,
         open_experts: bool = False,
+        heads: int | None = None,
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
@@ -82,6 +87,10 @@ class LowRankConfig(QuantizationConfigMixin):
             raise CheckpointError(f"open_experts: {open_experts!r} does not go with format {format}")
         if open_experts:
             self.open_experts = open_experts
+        if heads is not None:
+            if type(heads) is not int or heads < 1 or format < 5:
+                raise CheckpointError(f"heads: {heads!r} does not go with format {format}")
+            self.heads = heads
 
 
 def _check_spec(name: str, spec: Any, format: int) -> None:
@@ -133,8 +142,7 @@ class LowRankQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         sites = self.quantization_config.sites
-        if self.quantization_config.open_experts:
-            open_experts(model)
+        _open(model, self.quantization_config)
         names = dict(zip(sites, resolve_names(model, sites), strict=True))
         _build(model, sites, names, device="meta")
         files = kwargs.get("checkpoint_files") or ()
@@ -225,14 +233,28 @@ def build_as_described(model: PreTrainedModel) -> PreTrainedModel:
     """
     section: Any = model.config.quantization_config
     config = section if isinstance(section, LowRankConfig) else LowRankConfig(**section)
-    if config.open_experts:
-        open_experts(model)
+    _open(model, config)
     names = dict(zip(config.sites, resolve_names(model, config.sites), strict=True))
     for linear in _build(model, config.sites, names, device=None):
         if linear.bias is not None:
             nn.init.zeros_(linear.bias)
     attach(model, config.sites, config.recipe)
     return model
+
+
+def _open(model: PreTrainedModel, config: LowRankConfig) -> None:
+    """Give a dense model the linears of its own that a configuration describes, in place.
+
+    Raises:
+        CheckpointError: its heads do not divide so.
+    """
+    if config.open_experts:
+        open_experts(model)
+    if config.heads is not None:
+        try:
+            open_heads(model, config.heads)
+        except ValueError as error:
+            raise CheckpointError(f"heads: {config.heads} does not fit the model: {error}") from error
 
 
 def _build(
@@ -326,9 +348,9 @@ def attach(
 ) -> None:
     """Write a rank map into the model's config, in place."""
     keys = {key for spec in sites.values() for key in spec}
-    experts = bool(opened_experts(model))
-    format = 4 if experts else 3 if keys & {*CODED} else 2 if keys - {"rank", "bias"} else 1
-    config = LowRankConfig(sites=sites, format=format, recipe=recipe, open_experts=experts)
+    experts, heads = bool(opened_experts(model)), heads_in_a_group(model)
+    format = 5 if heads else 4 if experts else 3 if keys & {*CODED} else 2 if keys - {"rank", "bias"} else 1
+    config = LowRankConfig(sites=sites, format=format, recipe=recipe, open_experts=experts, heads=heads)
     model.config.quantization_config = config
     model.hf_quantizer = LowRankQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
     model.quantization_method = QUANT_METHOD  # type: ignore[assignment]

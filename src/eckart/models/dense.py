@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from eckart.models.coded import CodedLinear
 from eckart.models.experts import close_experts, layer_role, open_experts
 from eckart.models.families import UnsupportedModelError, is_linear, text_config
+from eckart.models.heads import close_heads, heads_in_a_group, open_heads
 from eckart.models.linear import LowRankLinear
 from eckart.models.remote_code import drop_code
 from eckart.models.sites import low_rank_modules, replace_module
@@ -46,7 +47,8 @@ def export_dense(model: PreTrainedModel) -> PreTrainedModel:
             "where there is no place, kfac and shrunk with the option bias=false, and feature-space is sfsd without one"
         )
     multiply_back(model)
-    close_experts(model)
+    close_heads(close_experts(model))
+    close_heads(skeleton)
     for name, module in model.named_modules():
         if is_linear(module) and module.bias is None and skeleton.get_submodule(name).bias is not None:
             module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
@@ -109,7 +111,8 @@ def _skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMod
         del config.quantization_config
     with torch.device("meta"):
         skeleton = type(model)(config)
-    return open_experts(skeleton)
+    heads = heads_in_a_group(model)
+    return open_experts(skeleton) if heads is None else open_heads(open_experts(skeleton), heads)
 
 
 @torch.no_grad()

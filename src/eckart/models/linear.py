@@ -151,7 +151,11 @@ class LowRankLinear(nn.Module):
         p = product.take(right, x, self)
         if not alone and same_type and (weights := bare_weights(p, left)) is not None:
             return combine(weights[0], p, order, bias)
-        y = left(p)
+        return self.rebuild(p)
+
+    def rebuild(self, p: Tensor) -> Tensor:
+        """(..., d_out): what `forward` gives where p = right(x), (..., rank)."""
+        y, order, bias = self.left(p), self._buffers["order"], self.bias
         if order is not None:
             y = reorder(torch.cat((p, y), -1), order)
         return y if bias is None else y + bias

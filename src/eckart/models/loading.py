@@ -35,6 +35,7 @@ from eckart.models.experts import close_experts, open_experts
 from eckart.models.families import UnsupportedModelError
 from eckart.models.gguf import gguf_type, load_gguf, load_gguf_tokenizer
 from eckart.models.gguf_header import gguf_file
+from eckart.models.heads import close_heads, heads_in_a_group, open_heads
 from eckart.models.matching import check_counts, complaints_about, is_head, refuse, stored_names, wrong_types
 from eckart.models.plain_weights import multiply_out
 from eckart.models.refusals import UNTRUSTED, check_architecture, check_quantised, check_source, raw_config
@@ -444,7 +445,8 @@ def save(
 ) -> Path:
     """Write a Hugging Face directory that stock `from_pretrained` reads after `import eckart`.
 
-    The experts of a dense model are written as transformers keeps them, one tensor a layer, see `close_experts`.
+    The experts of a dense model are written as transformers keeps them, one tensor a layer, see `close_experts`, and so
+    are its keys and values, see `close_heads`.
 
     Args:
         tokenizer: saved with the model.
@@ -461,6 +463,7 @@ def save(
 
     Cost: what is written is read once more, for the digests that `weight_files.verify` checks.
     """
+    heads = heads_in_a_group(model)
     with staged_directory(out, force=force) as staging:
         if low_rank_modules(model):
             noted = getattr(getattr(model.config, "quantization_config", None), "recipe", None)
@@ -469,13 +472,15 @@ def save(
             raise ValueError(f"the {type(model).__name__} holds no compressed linear: it loads without code of ours")
         else:
             remote_code = False
-            close_experts(model)
+            close_heads(close_experts(model))
         if remote_code or (remote_code is None and carries_code(model.config)):
             files = {**(files or {}), **carry_code(model)}
         else:
             drop_code(model.config)
         model.save_pretrained(staging, max_shard_size=max_shard_size)
         open_experts(model)
+        if heads is not None:
+            open_heads(model, heads)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         for name, content in (files or {}).items():

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from eckart.models.experts import opened_experts
 from eckart.models.families import UnsupportedModelError
+from eckart.models.heads import opened_heads
 
 # The file in a checkpoint: the text of `standalone`, as it is.
 FILE = "modeling_eckart.py"
@@ -37,7 +38,7 @@ def carry_code(model: PreTrainedModel) -> dict[str, str]:
 
     Raises:
         UnsupportedModelError: the model's class is of code of its own, which the file would stand in the way of; or it
-            is a mixture whose experts are open.
+            is a model whose experts or heads are open.
     """
     kind = type(model)
     if not kind.__module__.startswith("transformers.") and not carries_code(model.config):
@@ -49,6 +50,11 @@ def carry_code(model: PreTrainedModel) -> dict[str, str]:
         raise UnsupportedModelError(
             f"{kind.__name__} has experts with linears of their own, which only eckart's own code loads: leave out "
             "remote code"
+        )
+    if opened_heads(model):
+        raise UnsupportedModelError(
+            f"{kind.__name__} has groups of key and value heads with linears of their own, which only eckart's own "
+            "code loads: leave out remote code"
         )
     model.config.auto_map = _auto_map(model.config)
     return {FILE: SOURCE.read_text(encoding="utf-8")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -14,11 +14,14 @@ from transformers.pytorch_utils import Conv1D
 from eckart.models.coded import CodedLinear
 from eckart.models.experts import Experts, layer_role
 from eckart.models.families import UnsupportedModelError, family_of, is_linear, language_model, refuse_other_weights
+from eckart.models.heads import HeadGroups
 from eckart.models.linear import LowRankLinear
 from eckart.models.refusals import check_object
 
 # The number of an expert, or of another member of a list, inside a block.
 NUMBERS = re.compile(r"\.\d+\.")
+# That of a group of heads, at the end of a path.
+HEADS = re.compile(r"\.\d+$")
 # What transformers' mixtures call their routers, and why those are no sites.
 ROUTERS = {"gate", "router"}
 ROUTER = (
@@ -147,7 +150,7 @@ def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
         for part, inputs in family.parts.items():
             for shared in inputs:
                 for paths in each_expert(block, shared):
-                    for path in paths:
+                    for path in each_group(block, paths):
                         of_source = index < of_encoder or path in family.crossing
                         site = _site(name, block, path, part, index, paths, of_source)
                         if site is not None:
@@ -166,6 +169,19 @@ def each_expert(block: nn.Module, paths: tuple[str, ...]) -> list[tuple[str, ...
     experts = next((module for path, module in block.named_modules() if path == place), None)
     count = experts.num_experts if isinstance(experts, Experts) else 0
     return [tuple(path.replace("*", str(number)) for path in paths) for number in range(count)]
+
+
+def each_group(block: nn.Module, paths: tuple[str, ...]) -> Iterator[str]:
+    """The paths, with those of the groups of heads in place of an open projection's."""
+    for path in paths:
+        try:
+            module = block.get_submodule(path)
+        except AttributeError:
+            module = None
+        if isinstance(module, HeadGroups):
+            yield from (f"{path}.{number}" for number in range(len(module.groups)))
+        else:
+            yield path
 
 
 def _site(
@@ -273,8 +289,11 @@ def as_patterns(value: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def matches(site: Site, pattern: str) -> bool:
-    """Whether a shell pattern, a role or a part names the site; "experts.*.down_proj" is a role of every expert."""
-    roles = {site.role, NUMBERS.sub(".*.", site.role), site.role.rsplit(".", 1)[-1]}
+    """Whether a shell pattern, a role or a part names the site; "experts.*.down_proj" is a role of every expert, and
+    "k_proj" one of every group of its heads.
+    """
+    whole = HEADS.sub("", site.role)
+    roles = {site.role, NUMBERS.sub(".*.", site.role), whole, whole.rsplit(".", 1)[-1]}
     return pattern in {site.part, *roles} or fnmatchcase(site.name, pattern)
 
 

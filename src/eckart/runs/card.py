@@ -74,6 +74,8 @@ def write_card(
         lines.append(f"No bias: {facts.no_bias}.")
     if facts.speed is not None:
         lines.append(describe_speed(facts.speed))
+    if facts.cache is not None:
+        lines.append(describe_cache(facts.cache))
     when = " before gradient steps," if any(report["kept"] for report in facts.passes) else ""
     if errors:
         lines.append(
@@ -133,6 +135,15 @@ def describe_speed(speed: Mapping[str, Any]) -> str:
     return (
         f"Speed, modelled: {speed['modelled']:.2f} times the dense model's where {speed['asked']:g} was asked for, "
         f"{describe_rows(speed['rows'])} ({where}{threads}); `eckart eval --task cost --reference` measures it."
+    )
+
+
+def describe_cache(cache: Mapping[str, Any]) -> str:
+    """A line on a cache of latents, of `Facts.cache`."""
+    before, after = cache["numbers_per_token"]
+    return (
+        f"Cache: {after:,} numbers a token where whole keys and values take {before:,} ({after / before:.3f}), with "
+        f"heads in groups of {cache['heads']}: model.generate(..., past_key_values=eckart.LatentCache(model.config))."
     )
 
 

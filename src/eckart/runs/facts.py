@@ -42,6 +42,7 @@ class Facts:
         origin: of a model that was made of a GGUF file or of an adapter, what `describe_origin` says and "files", the
             digest of every file it was made of; None of a plain checkpoint.
         no_bias: where a composition left its bias out, why, see `settle_bias`.
+        cache: where keys and values were cut for a cache, see `cache_facts`.
     """
 
     layout: Layout
@@ -64,6 +65,7 @@ class Facts:
     calibration: list[dict[str, Any]] = field(default_factory=list)
     origin: dict[str, Any] | None = None
     no_bias: str | None = None
+    cache: dict[str, Any] | None = None
 
     @classmethod
     def of(
@@ -77,6 +79,7 @@ class Facts:
         calibration: Sequence[dict[str, Any]] = (),
         origin: dict[str, Any] | None = None,
         no_bias: str | None = None,
+        cache: dict[str, Any] | None = None,
     ) -> Facts:
         """The facts of a finished compression. Parameters are counted in the model, not the plan's forecast."""
         planned = {key: value for key, value in asdict(summary).items() if key != "params"}
@@ -91,13 +94,14 @@ class Facts:
             calibration=list(calibration),
             origin=origin,
             no_bias=no_bias,
+            cache=cache,
             **planned,
             **report.to_dict(),
         )
 
     def to_json(self) -> str:
         """The file's text."""
-        omitted = [name for name in ("fisher", "speed", "origin", "no_bias") if getattr(self, name) is None]
+        omitted = [name for name in ("fisher", "speed", "origin", "no_bias", "cache") if getattr(self, name) is None]
         return json.dumps({key: value for key, value in asdict(self).items() if key not in omitted}, indent=2)
 
     @classmethod

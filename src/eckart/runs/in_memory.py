@@ -13,6 +13,7 @@ from eckart.allocation import summarise
 from eckart.calibration.sequential import SequentialCalibration
 from eckart.compression.baselines import build_baseline
 from eckart.compression.replace import compress
+from eckart.models.heads import open_heads
 from eckart.models.loading import describe_origin, load_model, load_tokenizer, own_memory, save
 from eckart.models.matching import check_finite
 from eckart.models.sites import find_sites
@@ -54,6 +55,8 @@ def _make(recipe: Recipe, out: Path, how: How, force: bool) -> Outcome:
         )
         own_memory(model)
         check_finite(recipe.model, model.named_parameters())
+        if recipe.opens_heads:
+            open_heads(model, recipe.cache_group)
         tokenizer = load_tokenizer(recipe.model, trust_remote_code=how.trust_remote_code)
         origin = origin_of(recipe.model)
     work = Workbench(recipe, model, tokenizer, how)
@@ -93,7 +96,16 @@ def _make(recipe: Recipe, out: Path, how: How, force: bool) -> Outcome:
     with timed(seconds, "save"):
         speed = ranking.facts.get("speed")
         facts = Facts.of(
-            work.recipe, ranking.plan, summary, report, passes, speed, work.parts, origin, no_bias=work.no_bias
+            work.recipe,
+            ranking.plan,
+            summary,
+            report,
+            passes,
+            speed,
+            work.parts,
+            origin,
+            no_bias=work.no_bias,
+            cache=ranking.facts.get("cache"),
         )
         files: dict[str, str | bytes] = {}
         if work.adapter is not None:

@@ -452,6 +452,7 @@ def _check_recipe(recipe: Recipe) -> None:
         f"ranks by {allocation.name} (--allocation global)": allocation.row.needs == "trials" and not fixed,
         "weights by probes (weights: equal in the recipe)": allocation.weights == "probes" and not fixed,
         "a budget in speed, for which the whole model is timed (--keep, or --plan)": recipe.speed is not None,
+        "a budget for the cache (leave out keep_cache)": recipe.opens_heads,
         "distillation (distil: 0 in the recipe)": composition.distillation is not None,
         "recovery (leave out recover)": composition.recovery is not None,
     }

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.allocation import Allocation, Budget, Curve, Ranking, Speed, SpeedTable, settle
+from eckart.allocation.cache import CacheBudget, num_cached
 from eckart.allocation.few_bits import BASES, FACTORS, BitCurve, share_bytes
 from eckart.allocation.search.criteria import Criterion, search_criterion
 from eckart.allocation.search.loss_weights import probe_linears
@@ -79,7 +80,7 @@ class AllocationInputs:
 
 def rank(
     composition: Composition,
-    budget: Budget | Speed | None,
+    budget: Budget | Speed | CacheBudget | None,
     inputs: AllocationInputs,
     *,
     rank_multiple: int = 1,
@@ -110,6 +111,9 @@ def rank(
             budget, inputs.sites, joint=joint, members=row.members, rank_multiple=rank_multiple
         )
         options, dense = {**options, "cost": inputs.speeds.cost}, inputs.speeds.dense(inputs.sites)
+    elif isinstance(budget, CacheBudget):
+        numbers = budget.numbers(inputs.model, inputs.sites)
+        options, dense = {**options, "cost": num_cached}, sum(site.d_out for site in inputs.sites)
     elif budget is not None:
         numbers = budget.numbers(
             inputs.model, inputs.sites, layout=composition.layout, joint=joint, bias=method.centred

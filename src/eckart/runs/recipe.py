@@ -46,7 +46,7 @@ from eckart.support.section import Section
 
 S = TypeVar("S", bound=Section)
 
-# Ways to say how large the result may be.
+# Ways to say how large the result may be; of the cache, keep_cache says it besides.
 BUDGETS = ("keep", "keep_total", "max_bytes", "speed", "rules", "plan")
 # What may be done around a method. What a recipe does not say is the composition's.
 AROUND = ("allocation", "layout", "order", "joint", "refit", "refine", "distil", "recover")
@@ -80,6 +80,20 @@ class Recipe(Section):
     )
     plan: str | None = Field(
         None, description="budget: a plan.json of `eckart inspect --save-plan`, perhaps edited by hand"
+    )
+    keep_cache: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="budget of the cache: share kept of the numbers that a cache of keys and values holds for a token. "
+        "Keys and values then have the ranks that this allows, and the budget above is that of the other linears; "
+        "without one these stay dense",
+    )
+    cache_group: int | None = Field(
+        None,
+        gt=0,
+        description="with keep_cache, or a plan of such ranks: key-value heads that are factored together; default the "
+        "largest divisor of their number up to 4",
     )
     sites: SitesSection = Field(SitesSection(), description="which linears are compressed; default: all in the blocks")
     allocation: Allocation | None = Field(
@@ -170,7 +184,7 @@ class Recipe(Section):
                 raise ValueError(f"{self.method.name} is no low-rank method: leave out {' and '.join(around)}")
             return self
         open_ended = self.composition.allocation.row.open_ended
-        if len(budgets) != 1 and not (open_ended and not budgets):
+        if len(budgets) != 1 and (budgets or not (open_ended or self.keep_cache is not None)):
             raise ValueError(f"give exactly one of {', '.join(BUDGETS)}")
         if self.speed is not None and not self.composition.allocation.row.any_cost:
             able = [name for name, row in ALLOCATIONS.items() if row.any_cost]
@@ -220,6 +234,34 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _cache_fits(self) -> Recipe:
+        if not self.opens_heads:
+            return self
+        if self.keep_cache is None and self.plan is None:
+            raise ValueError("cache_group goes with keep_cache, or with a plan of ranks by groups of heads")
+        if self.keep_cache is not None and self.plan is not None:
+            raise ValueError("leave out keep_cache: the plan decides those ranks; cache_group says of which groups")
+        if self.is_baseline:
+            raise ValueError(f"{self.method.name} is no low-rank method: leave out keep_cache")
+        composition = self.composition
+        apart = {
+            "bits": self.bits is not None,
+            "joint": composition.joint,
+            "speed": self.speed is not None,
+            "max_bytes": self.max_bytes is not None,
+        }
+        if any(apart.values()):
+            said = [name for name, holds in apart.items() if holds]
+            raise ValueError(f"keep_cache does not go with {' and '.join(said)}: leave it out")
+        if self.keep_cache is not None and not composition.allocation.row.any_cost:
+            able = [name for name, row in ALLOCATIONS.items() if row.any_cost]
+            raise ValueError(
+                f"keep_cache goes with the allocations {', '.join(able)}, and {composition.allocation.name} counts "
+                "numbers of weights"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _recorded_is_fisher(self) -> Recipe:
         if self.calibration.fisher == "gathered":
             return self
@@ -243,6 +285,16 @@ class Recipe(Section):
     def _says(self, name: str) -> bool:
         """Whether a section, or a part of what is around the method, differs from what it is by default."""
         return getattr(self, name) != type(self).model_fields[name].get_default()
+
+    @property
+    def opens_heads(self) -> bool:
+        """Whether groups of key and value heads have linears of their own, see `open_heads`."""
+        return self.keep_cache is not None or self.cache_group is not None
+
+    @property
+    def only_cache(self) -> bool:
+        """Whether the cache alone has a budget."""
+        return self.keep_cache is not None and not any(getattr(self, name) is not None for name in BUDGETS)
 
     @property
     def is_baseline(self) -> bool:

@@ -13,7 +13,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.allocation import Ranking, RankPlan, Rule, Speed, SpeedTable, plan
-from eckart.allocation.rank_plan import in_bits
+from eckart.allocation.cache import CacheBudget, cache_facts, head_sites
+from eckart.allocation.rank_plan import in_bits, settle
 from eckart.calibration.moments import (
     BlockCalibration,
     Memory,
@@ -37,6 +38,7 @@ from eckart.models.sites import Site, find_sites, select_sites
 from eckart.runs.added_bias import settle_bias
 from eckart.runs.card import write_card
 from eckart.runs.engine.base import CalibrationRequest
+from eckart.runs.engine.local import Here
 from eckart.runs.facts import FACTS, Facts
 from eckart.runs.how import How
 from eckart.runs.notices import notices
@@ -74,6 +76,8 @@ class Workbench:
 
         Or where a recovery by an adapter has no PEFT.
         """
+        if self.recipe.opens_heads and not isinstance(self.how.engine, Here):
+            raise ValueError("keep_cache is for this process: leave out --engine")
         _ = self.recovery_samples
         if self.composition.recovery is not None and self.composition.recovery.adapter is not None:
             import_peft()
@@ -162,7 +166,8 @@ class Workbench:
     @property
     def _measures(self) -> bool:
         """Whether the ranks depend on moments."""
-        return self.recipe.budget is not None and self.composition.allocation.row.needs != "sites"
+        shares = self.recipe.budget is not None or self.recipe.keep_cache is not None
+        return shares and self.composition.allocation.row.needs != "sites"
 
     @property
     def reads_text(self) -> bool:
@@ -173,8 +178,8 @@ class Workbench:
     @property
     def measures_losses(self) -> bool:
         """Whether the ranks come from what each linear loses at every rank."""
-        fixed = self.recipe.plan is not None or self.recipe.rules is not None
-        return not fixed and self.composition.allocation.row.needs == "losses"
+        by_rules = self.recipe.rules is not None and self.recipe.keep_cache is None
+        return self.recipe.plan is None and not by_rules and self.composition.allocation.row.needs == "losses"
 
     def rank(self, inputs: AllocationInputs | None = None) -> Ranking:
         """The recipe's ranks on this model, and the bits that its numbers are kept in.
@@ -182,6 +187,40 @@ class Workbench:
         Args:
             inputs: of the allocation; default `allocation_inputs`.
         """
+        recipe = self.recipe
+        if not recipe.opens_heads:
+            return self._rank_weights(inputs)
+        ranking = self._rank_weights(inputs) if recipe.keep_cache is None else self._rank_apart(inputs)
+        return replace(ranking, facts={**ranking.facts, "cache": cache_facts(self.model, ranking.plan)})
+
+    def _rank_apart(self, inputs: AllocationInputs | None) -> Ranking:
+        """The ranks of keys and values by the budget of the cache, and those of the other linears by theirs.
+
+        Raises:
+            ValueError: no key or value is selected.
+        """
+        recipe, heads = self.recipe, head_sites(self.model, self.sites)
+        if not heads:
+            raise ValueError("keep_cache: sites selects no k_proj and no v_proj, which a cache holds the outputs of")
+        assert recipe.keep_cache is not None
+        inputs = inputs or self.allocation_inputs()
+        cache = rank(
+            self.composition,
+            CacheBudget(recipe.keep_cache),
+            replace(inputs, sites=heads),
+            rank_multiple=recipe.rank_multiple,
+        )
+        others = tuple(site for site in self.sites if site not in heads)
+        facts, ranks = cache.facts, dict(cache.plan.ranks)
+        if others and not recipe.only_cache:
+            weights = self._rank_weights(replace(inputs, sites=others))
+            names = {site.name for site in heads}
+            ranks |= {name: each for name, each in weights.plan.ranks.items() if name not in names}
+            facts = {**facts, **weights.facts}
+        return Ranking(settle(find_sites(self.model), ranks, layout=self.composition.layout), facts)
+
+    def _rank_weights(self, inputs: AllocationInputs | None) -> Ranking:
+        """The ranks by the budget of the weights."""
         recipe, composition = self.recipe, self.composition
         same_share = composition.allocation.row.same_share and recipe.keep is not None
         if recipe.plan is not None:
@@ -361,18 +400,23 @@ class Workbench:
 
 
 def selected_sites(model: PreTrainedModel, recipe: Recipe) -> tuple[Site, ...]:
-    """The linears that a recipe selects."""
+    """The linears that a recipe selects: of one that has a budget for the cache alone, keys and values."""
     selection = recipe.sites
-    return select_sites(
+    selected = select_sites(
         find_sites(model), include=selection.include, exclude=selection.exclude, blocks=selection.blocks
     )
+    return head_sites(model, selected) if recipe.only_cache else selected
 
 
 def planned_sites(model: PreTrainedModel, recipe: Recipe) -> tuple[Site, ...]:
     """The linears that a recipe may compress: those that its rules or its plan name, else all that it selects."""
     if recipe.plan is None and recipe.rules is None:
         return selected_sites(model, recipe)
-    return make_plan(model, recipe).changed
+    changed = make_plan(model, recipe).changed
+    if recipe.keep_cache is None:
+        return changed
+    heads = head_sites(model, selected_sites(model, recipe))
+    return (*(site for site in changed if site not in heads), *heads)
 
 
 def make_plan(model: PreTrainedModel, recipe: Recipe) -> RankPlan:

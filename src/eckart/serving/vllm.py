@@ -65,6 +65,11 @@ class EckartConfig(QuantizationConfig):
         sites = section.sites
         if section.open_experts:
             raise CheckpointError(f"experts that are factored one by one have no layer of their own in vLLM. {INSTEAD}")
+        if section.heads is not None:
+            raise CheckpointError(
+                "keys and values that are factored in groups of heads have no layer of their own in vLLM, whose cache "
+                f"holds whole keys and values. {INSTEAD}"
+            )
         bases = sum("base" in spec for spec in sites.values())
         coded = sum("bits" in spec and "base" not in spec for spec in sites.values())
         if bases or coded:
