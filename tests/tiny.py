@@ -159,6 +159,46 @@ WHISPER: dict[str, Any] = {
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
 }
+SCAN = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+DELTA = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+}
+# Linears around convolutions, state spaces and recurrences.
+HYBRID_CONFIGS: dict[str, dict[str, Any]] = {
+    "mamba": {**COMMON, "state_size": 4},
+    "falcon_mamba": {**COMMON, "state_size": 4},
+    "mamba2": {**COMMON, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8},
+    "lfm2": {
+        **COMMON,
+        "num_key_value_heads": 2,
+        "block_auto_adjust_ff_dim": False,
+        "layer_types": ["conv", "conv", "full_attention"],
+    },
+    "falcon_h1": {**COMMON, **SCAN, "num_key_value_heads": 2, "mamba_d_ssm": 64},
+    "bamba": {**COMMON, **SCAN, "num_key_value_heads": 2, "attn_layer_indices": [1]},
+    "recurrent_gemma": {
+        **COMMON,
+        "num_key_value_heads": 1,
+        "lru_width": 32,
+        "attention_window_size": 16,
+        "block_types": ["recurrent", "recurrent", "attention"],
+    },
+    "granitemoehybrid": {
+        **COMMON,
+        **SCAN,
+        "num_key_value_heads": 2,
+        "num_local_experts": 0,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "shared_intermediate_size": 48,
+    },
+    "qwen3_5_text": {**COMMON, **DELTA},
+}
 # Models that are refused, each for its own reason.
 REFUSED_CONFIGS: dict[str, dict[str, Any]] = {
     "albert": {**COMMON, "embedding_size": 16, "num_hidden_groups": 1},
@@ -167,6 +207,7 @@ CONFIGS = {
     **FAMILY_CONFIGS,
     **MIXTURE_CONFIGS,
     **DEFAULT_CONFIGS,
+    **HYBRID_CONFIGS,
     **ENCODER_DECODER_CONFIGS,
     "whisper": WHISPER,
     **REFUSED_CONFIGS,

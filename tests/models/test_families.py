@@ -19,6 +19,7 @@ from tiny import (
     DEFAULT_CONFIGS,
     ENCODER_DECODER_CONFIGS,
     FAMILY_CONFIGS,
+    HYBRID_CONFIGS,
     MIXTURE_CONFIGS,
     closed_model,
     logits_of,
@@ -26,14 +27,15 @@ from tiny import (
     tiny_model,
 )
 
-ALL = sorted({*FAMILIES, *DEFAULT_CONFIGS})
+# Those of hybrids: tests/models/test_hybrids.py.
+ALL = sorted({*FAMILIES, *DEFAULT_CONFIGS} - {*HYBRID_CONFIGS})
 # transformers has no classifier of these.
 NO_CLASSIFIER = {"olmoe", "granitemoe", "pegasus", "marian", "whisper"}
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_row_has_a_tiny_config(model_type: str) -> None:
-    known = {*FAMILY_CONFIGS, *MIXTURE_CONFIGS, *ENCODER_DECODER_CONFIGS, "whisper"}
+    known = {*FAMILY_CONFIGS, *MIXTURE_CONFIGS, *ENCODER_DECODER_CONFIGS, *HYBRID_CONFIGS, "whisper"}
     assert model_type in known, f"add a tiny config of {model_type!r} to tests/tiny.py"
     assert tiny_config(model_type).model_type == model_type
 

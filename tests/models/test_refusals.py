@@ -137,21 +137,10 @@ def test_a_quantised_model_out_of_core(tmp_path: Path) -> None:
 
 
 SMALL: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0}
-CONVOLUTION = r"is the kernel of a convolution; .*are not supported yet, and \w+ has such blocks"
 OTHER = r"is no linear's weight; .*attention weights by head are not supported yet"
 EXPERTS = "holds all experts of a layer in one tensor of shape .*; experts of this form are not supported yet"
 # {model type: (config, the sentence)}: each was told that it holds experts.
 ARCHITECTURES: dict[str, tuple[dict[str, Any], str]] = {
-    "mamba": ({**SMALL, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}, CONVOLUTION),
-    "mamba2": (
-        {**SMALL, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "num_heads": 4, "head_dim": 8},
-        CONVOLUTION,
-    ),
-    "lfm2": ({**COMMON, "num_key_value_heads": 2, "layer_types": ["conv", "conv", "full_attention"]}, CONVOLUTION),
-    "falcon_h1": (
-        {**COMMON, "num_key_value_heads": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
-        CONVOLUTION,
-    ),
     "rwkv": ({**SMALL, "hidden_size": 16, "num_hidden_layers": 1, "attention_hidden_size": 16}, OTHER),
     "xlnet": ({**SMALL, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}, OTHER),
     "jetmoe": ({**COMMON, "num_local_experts": 4, "kv_channels": 8, "num_key_value_heads": 2}, EXPERTS),

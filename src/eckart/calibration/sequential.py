@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eckart.calibration.doors import Doors
@@ -218,7 +218,7 @@ class SequentialCalibration:
         else:
             blocks = {"compressed": block}
             if self.order == "anchored":
-                blocks["dense"] = streams.dense_blocks[number] if self.reference else copy.deepcopy(block)
+                blocks["dense"] = streams.dense_blocks[number] if self.reference else _copy(block)
             else:
                 streams.go_on(onward)
             if number < self.last and not self.passes:
@@ -263,3 +263,12 @@ class SequentialCalibration:
         """Their gradient statistics, of those that have any."""
         gradients = self.gradients or {}
         return {site.name: gradients[site.name] for site in sites if site.name in gradients}
+
+
+def _copy(block: nn.Module) -> nn.Module:
+    """A copy of a block, without the graphs of what it has kept of the last text: states of a recurrence."""
+    for module in block.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                setattr(module, name, value.detach())
+    return copy.deepcopy(block)

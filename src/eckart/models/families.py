@@ -36,12 +36,14 @@ class Family:
             in a path stands for every number of an expert; each expert has tokens, and so inputs, of its own.
         encoder: of an encoder-decoder, path of the list of the encoder's blocks, which come before the decoder's.
         crossing: of an encoder-decoder, linears of the decoder's blocks that read what the encoder gives.
+        kept: modules of the blocks whose 3-D parameters stay as they are, such as the gates of a recurrence.
     """
 
     blocks: str
     parts: dict[str, Inputs]
     encoder: str | None = None
     crossing: frozenset[str] = frozenset()
+    kept: frozenset[str] = frozenset()
 
 
 # Separate projections and a gated MLP: Llama and everything descended from it. Grouped-query attention needs nothing
@@ -133,6 +135,9 @@ BART = Family(
     crossing=frozenset({"encoder_attn.k_proj", "encoder_attn.v_proj"}),
 )
 
+# The step's projection, dt_proj, is no site: its weight is multiplied with past the module.
+MAMBA = Family(blocks="layers", parts={"mixer": (("mixer.in_proj",), ("mixer.x_proj",), ("mixer.out_proj",))})
+
 FAMILIES: dict[str, Family] = {
     "llama": GATED,
     "mistral": GATED,
@@ -189,6 +194,21 @@ FAMILIES: dict[str, Family] = {
             "attention": (("attention.query_key_value",), ("attention.dense",)),
             "mlp": (("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
         },
+    ),
+    "mamba": MAMBA,
+    "falcon_mamba": MAMBA,
+    "recurrent_gemma": Family(
+        blocks="layers",
+        parts={
+            "temporal_block": (
+                ("temporal_block.linear_x", "temporal_block.linear_y"),
+                ("temporal_block.linear_out",),
+                ("temporal_block.q_proj", "temporal_block.k_proj", "temporal_block.v_proj"),
+                ("temporal_block.o_proj",),
+            ),
+            "mlp": (("mlp_block.gate_proj", "mlp_block.up_proj"), ("mlp_block.down_proj",)),
+        },
+        kept=frozenset({"temporal_block.rg_lru"}),
     ),
     "bert": BERT,
     "roberta": BERT,
@@ -325,13 +345,18 @@ def default_family(model: PreTrainedModel) -> Family:
 
 
 def refuse_other_weights(model: PreTrainedModel, blocks: nn.Module) -> None:
-    """Raises UnsupportedModelError where blocks compute with 3-D parameters: experts stored as one, convolutions,
-    recurrences, attention weights by head.
+    """Raises UnsupportedModelError where blocks compute with 3-D parameters: experts stored as one, convolutions over
+    all channels, recurrences without a row, attention weights by head.
 
     A walk over linears would leave most of a mixture of experts out and say nothing; the other kinds multiply with
-    their linears' weights themselves, past the modules that would take the linears' places.
+    their linears' weights themselves, past the modules that would take the linears' places. Let pass are kernels of
+    convolutions of each channel by itself, a few numbers next to the linears around them, and what a row keeps.
     """
+    kept = family_of(model).kept
     for path, module in blocks.named_modules():
+        each_channel = isinstance(module, nn.Conv1d) and module.groups == module.in_channels
+        if each_channel or path.partition(".")[2] in kept:
+            continue
         for name, parameter in module.named_parameters(path, recurse=False):
             if parameter.ndim != 3:
                 continue
@@ -347,8 +372,8 @@ def refuse_other_weights(model: PreTrainedModel, blocks: nn.Module) -> None:
                 )
             what = "the kernel of a convolution" if isinstance(module, CONVOLUTIONS) else "no linear's weight"
             raise UnsupportedModelError(
-                f"{kind}: {name}, of shape {shape}, is {what}; blocks with state spaces, recurrences, convolutions or "
-                f"attention weights by head are not supported yet, and {model.config.model_type} has such blocks"
+                f"{kind}: {name}, of shape {shape}, is {what}; blocks with recurrences, convolutions over all "
+                f"channels or attention weights by head are not supported yet, and {model.config.model_type} has such"
             )
 
 
