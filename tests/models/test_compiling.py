@@ -59,6 +59,7 @@ def test_gradients_of_a_graph_are_those_of_the_expression() -> None:
         torch.testing.assert_close(parameter.grad, expected[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_that_reads_is_one_graph(kind: str) -> None:
     model = laid_out("llama", kind).eval()

@@ -115,7 +115,7 @@ def test_a_skeleton_reads_every_expert(model_type: str, tmp_path: Path) -> None:
     expected, skeleton = load_model(tmp_path).state_dict(), Skeleton(tmp_path)
     for number in range(len(skeleton.blocks)):
         with skeleton.resident(number) as block:
-            for name, value in block.state_dict(prefix=f"{skeleton.prefix}.{number}.").items():
+            for name, value in block.state_dict(prefix=f"{skeleton.places[number]}.").items():
                 assert torch.equal(value, expected[name]), name
 
 

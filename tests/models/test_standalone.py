@@ -144,7 +144,9 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return folder, json.loads(done.stdout), models
 
 
-@pytest.mark.parametrize("name", ["joint-pivoted", "coded", "conv"])
+@pytest.mark.parametrize(
+    "name", ["joint-pivoted", *(pytest.param(name, marks=pytest.mark.slow) for name in ("coded", "conv"))]
+)
 def test_transformers_alone_loads_it_with_its_factors(outcome: Any, name: str) -> None:
     _, results, models = outcome
     torch.testing.assert_close(

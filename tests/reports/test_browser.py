@@ -109,6 +109,7 @@ def test_a_hover_shows_a_number(desktop: Seen) -> None:
     assert "MB" in text
 
 
+@pytest.mark.slow
 def test_a_hover_on_the_heat_map_names_the_linear(desktop: Seen) -> None:
     plot = desktop.page.locator("figure[data-chart=kept] .plot")
     plot.scroll_into_view_if_needed()

@@ -107,6 +107,7 @@ def test_a_summary_without_a_number_is_left_out(tmp_path: Path) -> None:
     assert "<table" not in page
 
 
+@pytest.mark.slow
 def test_no_table_stands_twice(tmp_path: Path) -> None:
     """A study whose every number is in the summary has its text, and a link, but not its table."""
     columns = ("perplexity:wikitext2", "perplexity:ptb")

@@ -78,6 +78,7 @@ def test_every_family_comes_out_of_core_as_in_memory_and_loads_and_generates(tmp
     torch.testing.assert_close(logits_of(dense), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [

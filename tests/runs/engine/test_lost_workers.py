@@ -30,6 +30,7 @@ from tiny import Run, logits_of, relative, tiny_model
 ray = pytest.importorskip("ray", reason="Ray is an optional extra: pip install 'eckart[ray]'")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced(nodes: Any, engine: OnCluster, place: Path) -> None:
     model, method = eckart.load_model(place / "deep"), build_method("asvd-i")
     whole = list(engine.calibrate_by_block(CalibrationRequest(model, TOKENS, method)))
@@ -151,6 +152,7 @@ def test_a_lost_machine_is_made_do_without(nodes: Any, place: Path) -> None:
     stack.close()
 
 
+@pytest.mark.slow
 def test_a_worker_that_always_dies_ends_the_run_with_advice(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     kill, number = os.kill, signal.SIGKILL
 

@@ -38,14 +38,9 @@ def factors(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if "left" in name or "right" in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "method"),
-    [
-        pytest.param("llama", "asvd-i", marks=pytest.mark.slow),
-        pytest.param("llama", "kfac", marks=pytest.mark.slow),
-        ("llama", "svd"),
-        ("gpt2", "sfsd"),
-    ],
+    ("name", "method"), [("llama", "asvd-i"), ("llama", "kfac"), ("llama", "svd"), ("gpt2", "sfsd")]
 )
 def test_any_number_of_workers_gives_the_same_factors(engine: OnCluster, place: Path, name: str, method: str) -> None:
     alone = compressed(HERE, place / name, method)
@@ -58,6 +53,7 @@ def test_any_number_of_workers_gives_the_same_factors(engine: OnCluster, place: 
     assert relative(logits_of(models[0]), logits_of(alone)) < (1e-4 if name == "llama" else 5e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["masked", "classifier"])
 def test_gradients_that_are_drawn_are_those_of_one_process(engine: OnCluster, place: Path, name: str) -> None:
     model = eckart.load_model(place / name)
