@@ -81,7 +81,7 @@ class DecoderCall(Call):
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """See `Call`."""
         encoded, own = hidden[:, : self.split].to(self.dtype), hidden[:, self.split :]
-        args, kwargs = (_filled(given, encoded) for given in (self.args, self.kwargs))
+        args, kwargs = (_exchanged(given, ENCODED, encoded) for given in (self.args, self.kwargs))
         return torch.cat([encoded, hidden_of(block(own, *args, **kwargs))], 1)
 
     def own(self, hidden: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def record(model: PreTrainedModel, rows: Rows) -> Recording:
     enter = _Entrance(sides, stacks, (read_tails[0], tails[0]))
     calls = [Call(each.args, each.kwargs) for each in read]
     for number, each in enumerate(made):
-        args, kwargs = (_emptied(taken, given) for taken in (each.args, each.kwargs))
+        args, kwargs = (_exchanged(taken, given, ENCODED) for taken in (each.args, each.kwargs))
         calls.append(
             DecoderCall(args, kwargs, rows.split, given.dtype)
             if number
@@ -364,25 +364,14 @@ def without_cache(model: nn.Module) -> dict[str, bool]:
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
-def _emptied(taken: Any, encoded: Tensor) -> Any:
-    """The arguments with what the encoder gives left out of them."""
-    if taken is encoded:
-        return ENCODED
+def _exchanged(taken: Any, old: object, new: object) -> Any:
+    """The arguments with one thing in place of another, in tuples and dicts as well."""
+    if taken is old:
+        return new
     if isinstance(taken, tuple):
-        return tuple(_emptied(item, encoded) for item in taken)
+        return tuple(_exchanged(item, old, new) for item in taken)
     if isinstance(taken, dict):
-        return {key: _emptied(item, encoded) for key, item in taken.items()}
-    return taken
-
-
-def _filled(taken: Any, encoded: Tensor) -> Any:
-    """The arguments with what the encoder gives put in."""
-    if taken is ENCODED:
-        return encoded
-    if isinstance(taken, tuple):
-        return tuple(_filled(item, encoded) for item in taken)
-    if isinstance(taken, dict):
-        return {key: _filled(item, encoded) for key, item in taken.items()}
+        return {key: _exchanged(item, old, new) for key, item in taken.items()}
     return taken
 
 

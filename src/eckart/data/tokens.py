@@ -209,7 +209,15 @@ def sample_windows(
         ValueError: fewer than `samples` windows in the text (the message has the numbers).
     """
     _positive(samples=samples, length=length)
-    stream = encode(text, tokenizer)
+    ids = _draw_windows(text, encode(text, tokenizer), samples, length, seed)
+    source = {**text.source, "samples": samples, "length": length, "seed": seed, "cut": "windows"}
+    return Tokens(ids, torch.ones_like(ids, dtype=torch.bool), source, tokenizer.mask_token_id)
+
+
+def _draw_windows(
+    text: Text, stream: Int[Tensor, "tokens"], samples: int, length: int, seed: int
+) -> Int[Tensor, "samples length"]:
+    """Windows of the text's tokens, drawn without overlap, in order. Raises ValueError where there are too few."""
     windows = len(stream) // length
     if windows < samples:
         raise ValueError(
@@ -217,9 +225,7 @@ def sample_windows(
             f"{samples} were asked for: lower samples or length, or give more text"
         )
     numbers = sorted(random.Random(seed).sample(range(windows), samples))
-    ids = stream[: windows * length].view(windows, length)[numbers]
-    source = {**text.source, "samples": samples, "length": length, "seed": seed, "cut": "windows"}
-    return Tokens(ids, torch.ones_like(ids, dtype=torch.bool), source, tokenizer.mask_token_id)
+    return stream[: windows * length].view(windows, length)[numbers]
 
 
 def sample_documents(
@@ -291,15 +297,8 @@ def sample_halves(
         ValueError: fewer than `samples` windows in the text (the message has the numbers).
     """
     before, after = specials_of(tokenizer)
-    stream, window = encode(text, tokenizer), 2 * half_content(length, before, after)
-    windows = len(stream) // window
-    if windows < samples:
-        raise ValueError(
-            f"corpus {text.source.get('corpus')} has {len(stream)} tokens, {windows} windows of {window}; "
-            f"{samples} were asked for: lower samples or length, or give more text"
-        )
-    numbers = sorted(random.Random(seed).sample(range(windows), samples))
-    ids = halve(stream[: windows * window].view(windows, window)[numbers], before, after)
+    window = 2 * half_content(length, before, after)
+    ids = halve(_draw_windows(text, encode(text, tokenizer), samples, window, seed), before, after)
     source = {**text.source, "samples": samples, "length": length, "seed": seed, "cut": "halves"}
     mask = torch.ones_like(ids, dtype=torch.bool)
     return Tokens(ids, mask, source, tokenizer.mask_token_id, split=ids.shape[1] // 2)

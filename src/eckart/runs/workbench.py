@@ -457,36 +457,20 @@ def draw_tokens(
     assert section.length is not None
     assert section.cut is not None
     warn_of_tokenizer(model, tokenizer)
+    how: dict[str, Any] = {
+        "samples": section.samples,
+        "length": section.length,
+        "seed": section.seed,
+        "split": section.split,
+        "data": data,
+        "column": section.column,
+        "target": section.target,
+    }
     if section.target is None or model.main_input_name == "input_ids":
         check_reads_text(model)
+        tokens = read_tokens(section.corpus, tokenizer, cut=section.cut, **how)
     else:
-        tokens = sample_sounds(
-            section.corpus,
-            model,
-            load_extractor(model),
-            tokenizer,
-            samples=section.samples,
-            length=section.length,
-            seed=section.seed,
-            split=section.split,
-            data=data,
-            column=section.column,
-            target=section.target,
-        )
-        check_vocabulary(model, tokens.ids, tokenizer)
-        return tokens
-    tokens = read_tokens(
-        section.corpus,
-        tokenizer,
-        samples=section.samples,
-        length=section.length,
-        seed=section.seed,
-        cut=section.cut,
-        split=section.split,
-        data=data,
-        column=section.column,
-        target=section.target,
-    )
+        tokens = sample_sounds(section.corpus, model, load_extractor(model), tokenizer, **how)
     check_vocabulary(model, tokens.ids, tokenizer)
     return tokens
 
