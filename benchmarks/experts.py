@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from measuring import machine, write_json
+from real_models import add_model_option
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -50,7 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a mixture of experts")
+    add_model_option(parser, needed="the folder of a mixture of experts")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.5, 0.3, 0.15])
     parser.add_argument("--samples", type=int, default=64)
@@ -83,7 +84,7 @@ def main() -> None:
         for variant in given.variants:
             with tempfile.TemporaryDirectory() as folder:
                 calibration = {"corpus": TEXTS[0], "samples": given.samples, "length": LENGTH}
-                keys = {"model": str(given.model), "dtype": "float32", "keep": keep, "calibration": calibration}
+                keys = {"model": given.model, "dtype": "float32", "keep": keep, "calibration": calibration}
                 recipe = parse_recipe({**keys, "sites": {"include": ["experts"]}, **VARIANTS[variant]})
                 outcome = make_checkpoint(recipe, Path(folder) / "out", How())
                 add(variant, keep, load_model(Path(folder) / "out"), outcome)

@@ -192,15 +192,22 @@ def check_answer(place: Path, model: RealModel) -> None:
     tell(f"{model.prompt!r} goes on with {text!r}")
 
 
-def add_model_option(parser: argparse.ArgumentParser, default: str | list[str] | None = "builtin") -> None:
-    """--model: one of MODELS, whose path it becomes, a checkpoint's folder, or `builtin`; several where one lists."""
+def add_model_option(
+    parser: argparse.ArgumentParser, default: str | list[str] | None = "builtin", needed: str | None = None
+) -> None:
+    """--model: one of MODELS, whose path it becomes, a checkpoint's folder, or `builtin`; several where one lists.
+
+    `needed` says what kind of model has to be named, where no default will do.
+    """
+    usual = " ".join(default) if isinstance(default, list) else default or "a model of random weights"
     parser.add_argument(
         "--model",
         type=model_named,
         nargs="+" if isinstance(default, list) else None,
-        default=default,
-        help="smollm2 or gemma3 (see real_models.py), the folder of a checkpoint, or builtin; default: "
-        + (" ".join(default) if isinstance(default, list) else default or "a model of random weights"),
+        required=needed is not None,
+        default=default if needed is None else None,
+        help=needed
+        or f"smollm2 or gemma3 (see real_models.py), the folder of a checkpoint, or builtin; default: {usual}",
     )
 
 
