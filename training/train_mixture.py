@@ -8,17 +8,12 @@ when it is started again with the same `--out`.
 """
 
 import argparse
-import json
-import platform
-from pathlib import Path
 from typing import Any
 
 import torch
-from loop import Schedule, add_schedule_options, make_optimizer, run_steps
-from train_builtin import DOMAINS, LONG_WINDOW, WINDOW, Plan, draw_batch, measure_perplexity, tokenize_texts
+from on_builtin import add_options, builtin_tokenizer, train_and_save
+from train_builtin import LONG_WINDOW, WINDOW, Plan, measure_perplexity
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-from eckart.data.builtin import builtin_model_path
 
 PROSE_SHARE = 0.4
 
@@ -57,46 +52,21 @@ def compute_loss(model: Qwen3MoeForCausalLM, tokens: torch.Tensor) -> torch.Tens
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a small mixture of experts.")
-    add_schedule_options(parser, minutes=60.0)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens in a step")
+    add_options(parser, minutes=60.0)
     parser.add_argument("--experts", type=int, default=12)
     given = vars(parser.parse_args())
-    experts, out = given.pop("experts"), given["out"]
-    plan = Plan(**given, metrics=out / "training.json")
-    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(builtin_model_path())
-    streams = {domain: tokenize_texts(tokenizer, domain, "train") for domain in DOMAINS}
-    model = make_model(tokenizer, experts, plan.seed)
-    print(f"{model.num_parameters()} parameters", flush=True)
-    loss = torch.compile(compute_loss, dynamic=False) if plan.compile else compute_loss
-    optimizer = make_optimizer(model, plan.peak_rate, plan.weight_decay)
-    schedule = Schedule(plan.minutes, plan.steps, plan.peak_rate, plan.warm_up)
-    state_file = out.parent / f"{out.name}.state.pt"
-    counts = run_steps(
-        model,
-        lambda step: loss(model, draw_batch(streams, PROSE_SHARE, plan, step)),
-        schedule,
-        optimizer,
-        state_file,
-        {"steps": 0, "seconds": 0.0},
+    experts = given.pop("experts")
+    plan = Plan(**given, metrics=given["out"] / "training.json")
+    tokenizer = builtin_tokenizer()
+    train_and_save(
+        make_model(tokenizer, experts, plan.seed),
+        tokenizer,
+        plan,
+        prose_share=PROSE_SHARE,
+        loss=compute_loss,
+        perplexity=lambda model, tokens: measure_perplexity(model, tokens, WINDOW),
+        experts=experts,
     )
-    model.eval().save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    heldout = {domain: tokenize_texts(tokenizer, domain, "heldout") for domain in DOMAINS}
-    metrics = {
-        "heldout_perplexity": {domain: measure_perplexity(model, heldout[domain], WINDOW) for domain in DOMAINS},
-        "parameters": model.num_parameters(),
-        "tokens_seen": counts["steps"] * plan.batch_tokens,
-        "steps": counts["steps"],
-        "minutes": counts["seconds"] / 60,
-        "seed": plan.seed,
-        "experts": experts,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    plan.metrics.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(metrics, indent=2))
-    state_file.unlink()
 
 
 if __name__ == "__main__":

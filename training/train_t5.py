@@ -8,17 +8,13 @@ started again with the same `--out`.
 """
 
 import argparse
-import json
-import platform
-from pathlib import Path
 from typing import Any
 
 import torch
-from loop import Schedule, add_schedule_options, make_optimizer, run_steps
-from train_builtin import DOMAINS, LONG_WINDOW, Plan, draw_batch, tokenize_texts
+from on_builtin import add_options, builtin_tokenizer, train_and_save
+from train_builtin import LONG_WINDOW, Plan
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from eckart.data.builtin import builtin_model_path
 from eckart.data.pairs import decoder_inputs
 from eckart.data.tokens import halve, specials_of
 from eckart.evals.perplexity import perplexity
@@ -56,49 +52,25 @@ def compute_loss(model: T5ForConditionalGeneration, pairs: torch.Tensor) -> torc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a small encoder-decoder.")
-    add_schedule_options(parser, minutes=30.0)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens in a step, of sources and targets")
+    add_options(parser, minutes=30.0)
     parser.add_argument("--layers", type=int, default=3, help="blocks of each stack")
     given = vars(parser.parse_args())
-    layers, out = given.pop("layers"), given["out"]
-    plan = Plan(**given, metrics=out / "training.json")
-    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(builtin_model_path())
+    layers = given.pop("layers")
+    plan = Plan(**given, metrics=given["out"] / "training.json")
+    tokenizer = builtin_tokenizer()
     specials = specials_of(tokenizer)
-    streams = {domain: tokenize_texts(tokenizer, domain, "train") for domain in DOMAINS}
-    model = make_model(tokenizer, layers, plan.seed)
-    print(f"{model.num_parameters()} parameters", flush=True)
-    loss = torch.compile(compute_loss, dynamic=False) if plan.compile else compute_loss
-    optimizer = make_optimizer(model, plan.peak_rate, plan.weight_decay)
-    schedule = Schedule(plan.minutes, plan.steps, plan.peak_rate, plan.warm_up)
-    state_file = out.parent / f"{out.name}.state.pt"
-    counts = run_steps(
-        model,
-        lambda step: loss(model, halve(draw_batch(streams, PROSE_SHARE, plan, step), *specials)),
-        schedule,
-        optimizer,
-        state_file,
-        {"steps": 0, "seconds": 0.0},
+    train_and_save(
+        make_model(tokenizer, layers, plan.seed),
+        tokenizer,
+        plan,
+        prose_share=PROSE_SHARE,
+        loss=compute_loss,
+        perplexity=lambda model, tokens: (
+            perplexity(model, tokens, length=LONG_WINDOW, limit=64, specials=specials).value
+        ),
+        batch=lambda windows: halve(windows, *specials),
+        layers=layers,
     )
-    model.eval().save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    heldout = {domain: tokenize_texts(tokenizer, domain, "heldout") for domain in DOMAINS}
-    metrics = {
-        "heldout_perplexity": {
-            domain: perplexity(model, heldout[domain], length=LONG_WINDOW, limit=64, specials=specials).value
-            for domain in DOMAINS
-        },
-        "parameters": model.num_parameters(),
-        "tokens_seen": counts["steps"] * plan.batch_tokens,
-        "steps": counts["steps"],
-        "minutes": counts["seconds"] / 60,
-        "seed": plan.seed,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    plan.metrics.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(metrics, indent=2))
-    state_file.unlink()
 
 
 if __name__ == "__main__":
