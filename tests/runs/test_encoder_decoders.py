@@ -310,7 +310,8 @@ def sounds_of(place: Path, **changes: Any) -> dict[str, Any]:
     "keys", [{"method": "best", "refine": {"steps": 2}}, {"method": "fwsvd"}, {"method": "best", "bits": 8}], ids=str
 )
 def test_whisper_is_calibrated_on_sounds_and_transcripts(whisper: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
-    both(whisper, tmp_path, calibration=sounds_of(whisper), **keys)
+    # Adam divides by what a gradient is usually, so that rounding in a gradient near zero is as large as a step.
+    both(whisper, tmp_path, tolerance=1e-3 if "refine" in keys else 1e-5, calibration=sounds_of(whisper), **keys)
     ours = eckart.load_model(tmp_path / "out")
     assert ours.generate(input_features=tiny_sound(), max_new_tokens=4, do_sample=False).shape[0] == 2
     extractor = AutoFeatureExtractor.from_pretrained(tmp_path / "out")
