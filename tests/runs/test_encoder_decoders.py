@@ -64,6 +64,7 @@ def test_every_family_comes_out_of_core_as_in_memory_and_loads_and_generates(tmp
     assert outcome.recipe.calibration.cut == "halves"
     assert {site.part for site in outcome.plan.changed} == {"attention", "cross_attention", "mlp"}
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2 + 3 + 1
+    assert "model = AutoModelForSeq2SeqLM.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
     ours, theirs = (eckart.load_model(tmp_path / name) for name in ("out", "expected"))
     torch.testing.assert_close(logits_of(ours), logits_of(theirs))
     stock = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
