@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from eckart.models.loading import load_model, save
 from eckart.models.quantised import load_quantised
@@ -94,6 +94,45 @@ def test_peft_puts_the_adapter_on_the_quantised_model(bits: str, run: Run, place
     settings = json.loads((tmp_path / "a/adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str((place / bits).resolve())
     assert (settings["r"], settings["lora_alpha"], settings["rank_pattern"]) == (6, 6, {})
+
+
+def put_int8(kind: str, folder: Path) -> None:
+    """An encoder-decoder as folder/reference, and as folder/int8 quantised by torchao."""
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    save(tiny_model(kind), folder / "reference", tiny_tokenizer())
+    config = TorchAoConfig(quant_type=Int8WeightOnlyConfig(set_inductor_config=False))
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder / "reference", quantization_config=config)
+    model.save_pretrained(folder / "int8")
+
+
+def test_an_encoder_decoder_on_pairs_of_its_own(run: Run, place: Path, tmp_path: Path) -> None:
+    import peft
+
+    put_int8("t5", tmp_path)
+    rows = [{"text": tiny_text(9, seed=n), "short": tiny_text(3 + n % 3, seed=n + 50)} for n in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = ["--calibration", tmp_path / "pairs.jsonl", "--target", "short", "--samples", "8", "--length", "24"]
+    status, printed = run(
+        "correct", tmp_path / "int8", tmp_path / "a", "--reference", tmp_path / "reference", "--rank", "8", *given
+    )
+    assert status == 0, printed
+    wanted, quantised = logits_of(load_model(tmp_path / "reference")), load_quantised(tmp_path / "int8").model
+    before = (logits_of(quantised) - wanted).norm()
+    wrapped: Any = peft.PeftModel.from_pretrained(quantised, str(tmp_path / "a"))
+    assert type(wrapped).__name__ == "PeftModelForSeq2SeqLM"
+    assert (logits_of(wrapped) - wanted).norm() < 0.8 * before
+
+
+def test_a_checkpoint_that_torchao_itself_does_not_read_is_said_to_be_one(
+    run: Run, place: Path, tmp_path: Path
+) -> None:
+    put_int8("bart", tmp_path)
+    status, printed = correct(run, place, tmp_path / "out", quantised=tmp_path / "int8")
+    assert status == 2
+    assert "has final_logits_bias outside of any module" in printed
+    assert "correct it in Python where it was quantised, by eckart.compression.correction.correct" in printed
 
 
 def test_a_gguf_file_against_its_original(run: Run, place: Path, tmp_path: Path) -> None:

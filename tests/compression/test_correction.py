@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 import eckart
 from eckart.calibration.moments import calibrate
 from eckart.compression.correction import correct, correction_method
+from eckart.data.pairs import is_encoder_decoder
 from eckart.lowrank import Moments, build_method
 from eckart.lowrank.truncation import Problem
 from eckart.models.adapters import write_lora
@@ -21,7 +23,7 @@ from eckart.models.corrected import CorrectedLinear
 from eckart.models.families import UnsupportedModelError
 from eckart.models.quantised import differing_sites, quantised_weight
 from eckart.models.sites import Site, find_sites, read_weight, select_sites
-from tiny import logits_of, relative, site_inputs, tiny_model, tiny_tokens
+from tiny import logits_of, relative, site_inputs, tiny_model, tiny_pairs, tiny_sound, tiny_tokens
 
 TOKENS = tiny_tokens(5, 14, padded=True)
 
@@ -104,13 +106,17 @@ def test_the_knapsack_spends_the_same_and_loses_less(method: str, reference: Pre
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5", "bart", "whisper"])
 def test_peft_runs_the_dense_sum(kind: str, allocation: Any, tmp_path: Path) -> None:
     """PEFT's model with the adapter, the corrected model, and a dense one with Q + L R for weights, all alike."""
     peft: Any = pytest.importorskip("peft", reason="needs peft (pip install 'eckart[peft]')")
-    reference = tiny_model(kind)
+    reference, tokens = tiny_model(kind), TOKENS
+    if is_encoder_decoder(reference):
+        tokens = tiny_pairs(5, padded=kind != "whisper")
+        tokens = replace(tokens, sound=tiny_sound(5) if kind == "whisper" else None)
     model, before, dense = (rounded_model(reference) for _ in range(3))
-    correction = correct(model, reference, TOKENS, rank=4, allocation=allocation)
+    correction = correct(model, reference, tokens, rank=4, allocation=allocation)
+    assert len(correction.sites) == len(find_sites(reference))
     assert {each.left.dtype for each in correction.factors.values()} == {torch.bfloat16}
     write_lora(tmp_path, reference, correction.factors, "base")
     size = (tmp_path / "adapter_model.safetensors").stat().st_size
@@ -122,7 +128,7 @@ def test_peft_runs_the_dense_sum(kind: str, allocation: Any, tmp_path: Path) -> 
         for name, factors in correction.factors.items():
             read_weight(dense.get_submodule(name)).add_(factors.to(torch.float32).dense())
     assert relative(logits_of(dense), expected) < 1e-4
-    assert relative(logits_of(rounded_model(reference)), expected) > 1e-2
+    assert relative(logits_of(rounded_model(reference)), expected) > 3e-3
     settings = peft.PeftConfig.from_pretrained(str(tmp_path))
     assert settings.r == settings.lora_alpha == max(each.rank for each in correction.factors.values())
     assert settings.rank_pattern == settings.alpha_pattern

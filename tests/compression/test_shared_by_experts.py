@@ -12,10 +12,10 @@ from torch import Tensor
 from eckart.allocation import RankPlan, plan
 from eckart.calibration.moments import BlockCalibration, calibrate
 from eckart.calibration.sequential import SequentialCalibration
-from eckart.compression.cuts import FactorRequest, factor_units, tails_of_units, use_of
+from eckart.compression.cuts import CutRequest, FactorRequest, cut_units, factor_units, tails_of_units, use_of
 from eckart.compression.replace import compress
 from eckart.compression.shared_by_experts import SharedByExperts
-from eckart.lowrank import LAYOUTS, Layout, Method, Moments, build_method, output_error
+from eckart.lowrank import LAYOUTS, InputMoments, Layout, Method, Moments, build_method, output_error
 from eckart.models.dense import export_dense
 from eckart.models.experts import opened_experts
 from eckart.models.linear import LowRankLinear
@@ -87,6 +87,20 @@ def test_experts_with_the_same_tokens_have_the_loss_of_the_stack() -> None:
     ((unit, result),) = factored(method, model, part)
     for rank in (1, 8, 20):
         assert loss_of(unit, model, part, method, rank, result) == pytest.approx(result.tail(rank), rel=1e-4)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_the_moments_of_an_expert_are_shrunk_once_for_its_cut(joint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, method = tiny_model("mixtral"), build_method("asvd-i")
+    part = calibrate(model, TOKENS, method).blocks[0]
+    ranks = shared_plan(model, 0.5) if joint else plan(model, 0.5)
+    units = [unit for unit in ranks.units if unit.sites[0].block == 0]
+    shrunk, own = [], InputMoments.shrunk
+    monkeypatch.setattr(InputMoments, "shrunk", lambda each, *given: shrunk.append(id(each)) or own(each, *given))
+    request = FactorRequest(method, units, part, lambda unit: unit.weight(model))
+    cuts = dict(cut_units(CutRequest(request, ranks)))
+    assert len(cuts) == len(units)
+    assert len(shrunk) == len(set(shrunk)) == 2 * 4  # what each expert's two linears read
 
 
 @pytest.mark.parametrize("name", ["svd", "fwsvd", "asvd-0", "asvd-ii", "nsvd-i", "sfsd", "kfac"])

@@ -251,11 +251,6 @@ def test_counts_are_positive(name: str) -> None:
         short(tiny_model("llama", max_position_embeddings=512), **{name: 0})
 
 
-def test_an_encoder_decoder_is_refused() -> None:
-    with pytest.raises(ValueError, match="is an encoder-decoder"):
-        short(tiny_model("t5", "base"))
-
-
 def test_a_broken_model_has_no_cost() -> None:
     model = tiny_model("llama")
     with torch.no_grad():

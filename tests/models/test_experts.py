@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from eckart.models.shards import Skeleton
 from eckart.models.sites import find_sites, low_rank_modules, select_sites
 from eckart.models.weight_files import CheckpointError
 from eckart.serving.onnx_graph import signature_of
-from tiny import MIXTURE_CONFIGS, closed_model, logits_of, tiny_model, tiny_tokens
+from tiny import MIXTURE_CONFIGS, closed_model, logits_of, relative, tiny_model, tiny_tokens
 
 ALL = sorted(MIXTURE_CONFIGS)
 TOKENS = tiny_tokens(2, 12, padded=True)
@@ -64,6 +65,25 @@ def test_a_dense_model_is_saved_as_transformers_saves_it(model_type: str, tmp_pa
     stock, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("stock", "ours"))
     assert stock.keys() == ours.keys()
     assert all(torch.equal(stock[name], ours[name]) for name in stock)
+
+
+@pytest.mark.parametrize("model_type", ALL)
+def test_its_own_saving_writes_what_stock_transformers_loads(model_type: str, tmp_path: Path) -> None:
+    model = tiny_model(model_type)
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    for name, each in {"own": model, "copy": copy.deepcopy(model)}.items():
+        each.save_pretrained(tmp_path / name)
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        assert fused_experts(stock)
+        assert relative(logits_of(stock, TOKENS), logits_of(model, TOKENS)) < 1e-5
+    # An optimiser that holds its parameters goes on with them.
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+    with pytest.raises(ValueError, match=r"save without state_dict, or after .*close_experts"):
+        model.save_pretrained(tmp_path / "given", state_dict=model.state_dict())
+    close_experts(model).save_pretrained(tmp_path / "closed", state_dict=model.state_dict())
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("closed", "own"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("model_type", ALL)

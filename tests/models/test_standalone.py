@@ -34,8 +34,13 @@ from tiny import Run, logits_of, relative, tiny_model, tiny_tokenizer, tiny_toke
 from .layouts import KINDS, laid_out
 from .test_coded import coded
 
-CASES = [("llama", kind) for kind in KINDS] + [("gpt2", "joint pivoted"), ("bert", "joint plain"), ("phi3", "pivoted")]
-CASES += [("llama", "coded"), ("gpt2", "coded")]
+CASES = [("llama", kind) for kind in KINDS] + [
+    ("gpt2", "joint pivoted"),
+    ("bert", "joint plain"),
+    ("phi3", "pivoted"),
+    ("t5", "pivoted"),
+]
+CASES += [("t5", "pivoted"), ("llama", "coded"), ("gpt2", "coded")]
 
 
 def compressed(model_type: str, kind: str) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.calibration.calls import Tail, run_through, standing_in, without_cache
 from eckart.calibration.walk import summing_inputs
-from eckart.data.pairs import is_encoder_decoder, source_and_target
+from eckart.data.pairs import arguments_of, is_encoder_decoder
 from eckart.data.tokens import Rows, Tokens
 from eckart.lowrank import GradientMoments, InputMoments
 from eckart.lowrank.moments import FISHER
@@ -302,8 +302,8 @@ def language_loss(
     """
     if split is not None:
         _check_loss(model)
-        given, targets, real = source_and_target(model, ids, mask, split, sound)
-        logits = model(**given).logits.float()
+        logits = model(**arguments_of(model, Rows(ids, mask, split, sound))).logits.float()
+        targets, real = (side[:, split:].to(model.device) for side in (ids, mask))
         targets = targets.masked_fill(~real, UNSCORED)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=UNSCORED)
         return loss, int(real.sum())

@@ -35,7 +35,8 @@ from eckart.cli.terminal import (
     table,
 )
 from eckart.data.mixtures import parts_of
-from eckart.data.tokens import read_tokens
+from eckart.data.pairs import is_encoder_decoder
+from eckart.data.tokens import Cutting, read_tokens
 from eckart.evals.result import EvalResult
 from eckart.evals.similarity import read_activations
 from eckart.evals.subject import Setup, Subject
@@ -116,7 +117,9 @@ def command(
                 dense = load_model(reference, dtype=dtype, device=device, trust_remote_code=trust)
             if calibration is not None:
                 window = length or default_length(loaded)
-                tokens = read_tokens(calibration, tokenizer, samples=samples, length=window, seed=seed, data=data)
+                cut: Cutting = "halves" if is_encoder_decoder(loaded) else "windows"
+                given: dict[str, Any] = {"samples": samples, "length": window, "seed": seed, "cut": cut}
+                tokens = read_tokens(calibration, tokenizer, **given, data=data)
             for item in missing:  # what is wrong with a text is said before a pass over the calibration's is paid for
                 if find_task(item.name).needs & {"activations", "errors"}:
                     windows_of(loaded, tokenizer, item, data=data)

@@ -114,19 +114,20 @@ def cut_units(request: CutRequest) -> Iterator[tuple[Unit, Cut]]:
     missing = [unit for unit in request.factor.units if unit.name not in known]
 
     def made(unit: Unit, weight: Tensor, moments: Moments, prepared: Prepared) -> _Made:
+        inputs = moments.inputs
         if _is_coded(unit, plan):
             site = unit.sites[0]
             storage, rank, turns = plan.storage(site), plan.rank(site), request.turns
             coded, factored = code_linear(request.factor.method, weight, moments, prepared, storage, rank, turns=turns)
-            return _Made(factored, coded, prepared.anchor)
+            return _Made(factored, coded, prepared.anchor, inputs)
         # A spectrum that is kept may be cut at any rank later on; else only at this one.
         rank = plan.rank(unit.sites[0]) if spectra is None else None
         factored = factor_unit(request.factor, unit, weight, moments, prepared, rank)
-        return _Made(factored, None, prepared.anchor)
+        return _Made(factored, None, prepared.anchor, inputs)
 
     fresh = each_prepared(replace(request.factor, units=missing), made)
     for unit in request.factor.units:
-        result = _Made(known[unit.name], None, None) if unit.name in known else next(fresh)[1]
+        result = _Made(known[unit.name], None, None, None) if unit.name in known else next(fresh)[1]
         if spectra is not None and result.factored is not None and result.coded is None:
             spectra[unit.name] = result.factored
         cut = _cut_unit(request, unit, result)
@@ -142,11 +143,13 @@ class _Made:
         factored: its spectrum, None where it is quantised alone.
         coded: what is stored, of a unit that is kept in few bits.
         anchor: of its inputs.
+        inputs: the moments that it was made by; None of a spectrum that was kept.
     """
 
     factored: Factored | None
     coded: CodedFactors | None
     anchor: Anchor | None
+    inputs: InputMoments | None
 
 
 def _is_coded(unit: Unit, plan: RankPlan) -> bool:
@@ -160,7 +163,9 @@ def _cut_unit(request: CutRequest, unit: Unit, made: _Made) -> Cut:
     """
     plan, method, part, factored = request.plan, request.factor.method, request.factor.part, made.factored
     weight, rank = request.factor.weight_of(unit), plan.rank(unit.sites[0])
-    inputs = _inputs_on(part.inputs_of(unit.group), weight.device)
+    inputs = made.inputs
+    if inputs is None and not unit.is_of_experts:
+        inputs = _inputs_on(part.inputs_of(unit.group), weight.device)
     held_out = _inputs_on(part.held_out.get(unit.group), weight.device)
     stored: Stored
     took = None
@@ -187,16 +192,20 @@ def _cut_unit(request: CutRequest, unit: Unit, made: _Made) -> Cut:
     if len(unit.sites) == 1 and factored is not None and made.coded is None:
         energy = _energy(method, factored, weight, inputs)
     rows = weight.split([site.d_out for site in unit.sites])
+    if isinstance(factored, SharedByExperts):
+        read = factored.inputs
+    else:
+        read = _of_each_expert(unit, part, weight.device) if unit.is_of_experts else (inputs,) * len(rows)
     as_read = replace(stored, bias=_read_bias(stored.bias, request.factor.bias_of(unit), weight.dtype))
     errors = tuple(
         _relative_error(
             each,
             member,
-            _inputs_on(part.inputs_of(site.input_group), weight.device) if unit.is_of_experts else inputs,
+            own,
             energy,
             None if unit.is_of_experts else made.anchor,
         )
-        for site, each, member in zip(unit.sites, rows, unit.split(as_read), strict=True)
+        for each, member, own in zip(rows, unit.split(as_read), read, strict=True)
     )
     notes = tuple(note_on(part, site) for site in unit.sites)
     return Cut(stored, tail, losses, errors, took, notes)
@@ -229,7 +238,8 @@ def tails_of_units(request: FactorRequest) -> Iterator[tuple[Unit, Tensor]]:
 
     def tails(unit: Unit, weight: Tensor, moments: Moments, prepared: Prepared) -> Tensor:
         if unit.is_of_experts:
-            weighed = _weigh(request.method, unit, request.part, weight)[1]
+            each = _of_each_expert(unit, request.part, weight.device)
+            weighed = _weigh(request.method, unit, weight, each)[1]
             return request.method.tails(weighed, moments, prepared=prepared)
         return request.method.tails(weight, moments, prepared=prepared) * use_of(request.method, moments)
 
@@ -249,19 +259,25 @@ def factor_unit(
     method, part = request.method, request.part
     if not unit.is_of_experts:
         return method.factor(weight, moments, prepared=prepared, rank=rank)
-    roots, weighed = _weigh(method, unit, part, weight)
+    inputs = _of_each_expert(unit, part, weight.device)
+    roots, weighed = _weigh(method, unit, weight, inputs)
     spectrum = method.factor(weighed, moments, prepared=prepared, rank=rank)
-
-    def inputs_of(place: int) -> InputMoments | None:
-        return _inputs_on(part.inputs_of(unit.sites[place].input_group), weight.device)
-
-    return SharedByExperts(spectrum, weight.split([site.d_out for site in unit.sites]), roots, inputs_of)
+    return SharedByExperts(spectrum, weight.split([site.d_out for site in unit.sites]), roots, inputs)
 
 
-def _weigh(method: Method, unit: Unit, part: BlockCalibration, weight: Tensor) -> tuple[tuple[float, ...], Tensor]:
+def _of_each_expert(unit: Unit, part: BlockCalibration, device: torch.device) -> tuple[InputMoments | None, ...]:
+    """The moments of each of the experts that share a right factor.
+
+    Cost: each is shrunk, some passes over its second moment in float64; so it is done once for a unit.
+    """
+    return tuple(_inputs_on(part.inputs_of(site.input_group), device) for site in unit.sites)
+
+
+def _weigh(
+    method: Method, unit: Unit, weight: Tensor, inputs: Sequence[InputMoments | None]
+) -> tuple[tuple[float, ...], Tensor]:
     """(the root of each expert's use, the stack of their weights times it)."""
-    uses = (use_of(method, Moments(part.inputs_of(site.input_group))) for site in unit.sites)
-    roots = tuple(math.sqrt(use) for use in uses)
+    roots = tuple(math.sqrt(use_of(method, Moments(each))) for each in inputs)
     return roots, weigh_rows(weight, [site.d_out for site in unit.sites], roots)
 
 

@@ -9,7 +9,7 @@ of all experts, and each L_e the regression of its own expert's outputs on what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +26,13 @@ class SharedByExperts:
         spectrum: of the stack. Its losses are those of the tokens of all experts, before the left factors are fit to
             each one's own: none of them is lower than the loss of the cut.
         weights: W_e of each expert, (d_out, d_in). roots: sqrt(u_e) of each.
-        inputs_of: of the expert at a place; those without second moments leave the left factors of the stack.
+        inputs: the moments of each, shrunk; those without second moments leave the left factors of the stack.
     """
 
     spectrum: Factored
     weights: tuple[Tensor, ...]
     roots: tuple[float, ...]
-    inputs_of: Callable[[int], InputMoments | None]
+    inputs: tuple[InputMoments | None, ...]
 
     @property
     def max_rank(self) -> int:
@@ -57,10 +57,9 @@ class SharedByExperts:
         sizes = [len(weight) for weight in self.weights]
         biases = [None] * len(sizes) if stacked.bias is None else stacked.bias.split(sizes)
         fit = []
-        parts = zip(self.weights, stacked.left.split(sizes), biases, self.roots, strict=True)
-        for place, (weight, left, bias, root) in enumerate(parts):
+        parts = zip(self.weights, stacked.left.split(sizes), biases, self.roots, self.inputs, strict=True)
+        for weight, left, bias, root, inputs in parts:
             own = Factors(left / root, stacked.right, None if bias is None else bias / root)
-            inputs = self.inputs_of(place)
             knows = inputs is not None and inputs.keeps("covariance") is not None
             fit.append(refit_left(weight, own, Moments(inputs)) if knows else own)
         bias = None if stacked.bias is None else torch.cat([each.bias for each in fit if each.bias is not None])

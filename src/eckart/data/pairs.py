@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eckart.data.positions import check_positions
-from eckart.data.tokens import Tokens
+from eckart.data.tokens import Rows, Tokens
 
 
 def is_encoder_decoder(model: PreTrainedModel) -> bool:
@@ -70,29 +70,25 @@ def check_sides(model: PreTrainedModel, tokens: Tokens, what: str) -> None:
         check_positions(model, width, f"{what}: a {side} of")
 
 
-def source_and_target(
-    model: PreTrainedModel,
-    ids: Int[Tensor, "rows length"],
-    mask: Bool[Tensor, "rows length"],
-    split: int,
-    sound: Tensor | None = None,
-) -> tuple[dict[str, Tensor | None], Int[Tensor, "rows target"], Bool[Tensor, "rows target"]]:
-    """(arguments of the model's call, the targets, their mask) of pairs on the model's device.
+def arguments_of(model: PreTrainedModel, rows: Rows) -> dict[str, Tensor | None]:
+    """What the model is called with to read some samples, on its device; of pairs to predict their targets.
 
     As in calibration, a mask that hides nothing is left out.
     """
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    sources, targets = ids.tensor_split([split], 1)
-    masks = mask.tensor_split([split], 1)
-    read: dict[str, Tensor | None] = {
-        "input_ids": sources,
-        "attention_mask": None if bool(masks[0].all()) else masks[0].long(),
-    }
-    if sound is not None:
-        read = {model.main_input_name: sound.to(model.device, model.dtype)}
-    given = {
+    ids, mask = rows.ids.to(model.device), rows.mask.to(model.device)
+    if rows.split is None:
+        return {"input_ids": ids, "attention_mask": _shown(mask)}
+    sources, targets = ids.tensor_split([rows.split], 1)
+    masks = mask.tensor_split([rows.split], 1)
+    read: dict[str, Tensor | None] = {"input_ids": sources, "attention_mask": _shown(masks[0])}
+    if rows.sound is not None:
+        read = {model.main_input_name: rows.sound.to(model.device, model.dtype)}
+    return {
         **read,
         "decoder_input_ids": decoder_inputs(model, targets),
-        "decoder_attention_mask": None if bool(masks[1].all()) else masks[1].long(),
+        "decoder_attention_mask": _shown(masks[1]),
     }
-    return given, targets, masks[1]
+
+
+def _shown(mask: Bool[Tensor, "rows length"]) -> Tensor | None:
+    return None if bool(mask.all()) else mask.long()

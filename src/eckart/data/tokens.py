@@ -189,6 +189,16 @@ class Tokens:
         sound = None if self.sound is None else self.sound[rows]
         return replace(self, ids=self.ids[rows], mask=self.mask[rows], part_of=part_of, sound=sound)
 
+    def shortened(self, length: int) -> Tokens:
+        """Every sample cut at `length` tokens; of pairs source and target at half of them each."""
+        if self.split is None:
+            return replace(self, ids=self.ids[:, :length], mask=self.mask[:, :length])
+        split, half = self.split, length // 2
+        ids, mask = (
+            torch.cat([side[:, :half] for side in rows.tensor_split([split], 1)], 1) for rows in (self.ids, self.mask)
+        )
+        return replace(self, ids=ids, mask=mask, split=min(half, split))
+
     def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
         """(ids, mask) in order, `size` rows at a time."""
         return list(zip(self.ids.split(size), self.mask.split(size), strict=True))

@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from eckart.data.pairs import is_encoder_decoder
 from eckart.data.positions import usable_positions
 from eckart.evals.result import TRAITS, EvalResult, Score
-from eckart.evals.speed import Timing, time_in_turns
+from eckart.evals.speed import Timing, prompt_of, time_in_turns
 from eckart.support.files import GRADIENTS
 from eckart.support.progress import Track, silent
 from eckart.support.sizes import num_params, tensor_bytes
@@ -29,13 +30,13 @@ WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates of one forward pass over one sequence, in total.
+    """Multiply-accumulates of one forward pass over one sequence, or of an encoder-decoder one pair, in total.
 
     Attributes:
         linear: of the linears, d_in d_out for each token that one reads; a head that is tied counts like any other.
         attention: of every other product: the scores and the weighted values. The whole square of scores counts,
-            the masked half as well, as published counts do.
-        length: tokens of the sequence.
+            the masked half as well, as published counts do. A sound's convolutions are in it.
+        length: tokens of the sequence; of a pair those of source and target, and of a sound the rows that it becomes.
     """
 
     linear: int
@@ -66,32 +67,34 @@ def cost(
         bytes.resident: of parameters and buffers as they lie in memory: a quantised weight counts its codes and scales.
         bytes.disk: of the weight files in `path`.
         macs, macs.linear, macs.attention: per token of a sequence of `prompt` tokens, see `count_macs`. SFSD Table 1
-            prints the total of a sequence of 64 tokens: 423.93 G for LLaMA-7B is 64 times the `macs` here.
+            prints the total of a sequence of 64 tokens: 423.93 G for LLaMA-7B is 64 times the `macs` here. Of an
+            encoder-decoder they are of both stacks, per token of a source of `prompt` and a target of `tokens` tokens.
         params.kept, bytes.kept, macs.kept: shares of the reference's.
         prefill_speed, decode_speed: tokens per second over the reference's, medians of runs in turns. A model that does
-            not generate has no decode speed. Tokens per second as such are in details["tokens_per_second"]: noisy
-            numbers, of one machine in one minute.
+            not generate has no decode speed. An encoder-decoder's prefill is the source's. Tokens per second as such
+            are in details["tokens_per_second"]: noisy numbers, of one machine in one minute.
 
     Args:
         reference: the dense model. Without it there are no shares and no speeds.
         path: directory of the checkpoint.
         batch: sequences at a time, for the speeds.
-        prompt: tokens of context; None is 64, or the model's positions less `tokens`, if fewer.
+        prompt: tokens of context, or of an encoder-decoder's source; None is 64, or as many as the model has positions
+            for beside `tokens`, if fewer. A source of sound has the length that the model reads.
         tokens: generated in each round. rounds: of timing.
 
     Raises:
-        ValueError: an encoder-decoder, more tokens than positions, a path without weight files, a count that is not
-            positive, or a logit that is not finite.
+        ValueError: more tokens than positions, a prompt of another length than a sound has, a path without weight
+            files, a count that is not positive, or a logit that is not finite.
 
     Cost: one forward pass for the count, 2 + `rounds` (prefill and `tokens` steps) for each model's speed.
     """
     prompt = _check_length(model, prompt, tokens)
-    values = _sizes(model, prompt)
+    values = _sizes(model, prompt, tokens)
     if path is not None:
         values["bytes.disk"] = disk_bytes(path)
     models = [model] if reference is None else [model, reference]
     if reference is not None:
-        dense = _sizes(reference, _check_length(reference, prompt, tokens))
+        dense = _sizes(reference, _check_length(reference, prompt, tokens), tokens)
         for share, name in (("params.kept", "params"), ("bytes.kept", "bytes.resident"), ("macs.kept", "macs")):
             values[share] = values[name] / dense[name]
     timings = time_in_turns(models, tokens=tokens, prompt=prompt, rounds=rounds, batch=batch, task=task, track=track)
@@ -140,8 +143,11 @@ def disk_bytes(path: Path) -> int:
 
 
 @torch.inference_mode()
-def count_macs(model: PreTrainedModel, length: int) -> Macs:
+def count_macs(model: PreTrainedModel, length: int, target: int | None = None) -> Macs:
     """Count the multiply-accumulates of one forward pass over one sequence of `length` tokens.
+
+    Of an encoder-decoder `length` is the source's, and `target` the target's, by default as many; the decoder reads the
+    target at once, as in training. A source of sound has the length that the model reads.
 
     Linears are counted from their shapes and the rows that each reads, so a module that runs twice counts twice
     and one that reads a single token counts once. The rest is what torch's FLOP counter sees outside of them, at two
@@ -153,14 +159,22 @@ def count_macs(model: PreTrainedModel, length: int) -> Macs:
     attention = getattr(model.config, "_attn_implementation", None)
     if attention not in (None, "eager", "sdpa"):
         raise ValueError(f"attention {attention!r} cannot be counted; load the model with attn_implementation='sdpa'")
-    ids = torch.ones(1, length, dtype=torch.int64, device=model.device)
+    read = prompt_of(model, 1, length, target or length)
     counter = FlopCounterMode(display=False)
     # The plain kernel consists of products that the counter knows, on every device.
     with counter, sdpa_kernel(SDPBackend.MATH), _counting_linears(model, counter) as linears:
-        output = model(input_ids=ids)[0]
+        output = model(**read)[0]
     if output.device.type != "meta" and not torch.isfinite(output).all():
         raise ValueError(f"{type(model).__name__}: a logit is not finite; the model is broken, there is no result")
+    if is_encoder_decoder(model):
+        length = (_sound_rows(model) or length) + (target or length)
     return Macs(linears.macs, (counter.get_total_flops() - linears.flops) // 2, length)
+
+
+def _sound_rows(model: PreTrainedModel) -> int | None:
+    """The rows that the encoder of a model of sound makes of it; None of a model that reads text."""
+    reads_text = not is_encoder_decoder(model) or model.main_input_name == "input_ids"
+    return None if reads_text else int(model.config.max_source_positions)
 
 
 @dataclass
@@ -196,30 +210,34 @@ def _counting_linears(model: nn.Module, counter: FlopCounterMode) -> Iterator[_L
             handle.remove()
 
 
-def _sizes(model: PreTrainedModel, prompt: int) -> dict[str, float]:
+def _sizes(model: PreTrainedModel, prompt: int, tokens: int) -> dict[str, float]:
     """The scores that need no other model and no clock."""
-    macs = count_macs(model, prompt)
+    macs = count_macs(model, prompt, tokens)
     return {
         "params": num_params(model),
         "bytes.resident": resident_bytes(model),
-        "macs": macs.total / prompt,
-        "macs.linear": macs.linear / prompt,
-        "macs.attention": macs.attention / prompt,
+        "macs": macs.total / macs.length,
+        "macs.linear": macs.linear / macs.length,
+        "macs.attention": macs.attention / macs.length,
     }
 
 
 def _check_length(model: PreTrainedModel, prompt: int | None, tokens: int) -> int:
     """The prompt's length, once it and `tokens` are sure to fit the model."""
     name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{name} is an encoder-decoder; its cost per token is not defined here")
     for which, value in {"tokens": tokens, "prompt": prompt}.items():
         if value is not None and value < 1:
             raise ValueError(f"{which} {value} is not positive")
-    positions = usable_positions(model)
+    positions, rows = usable_positions(model), _sound_rows(model)
+    if rows is not None and prompt not in (None, rows):
+        raise ValueError(f"{name} reads sounds of {rows} rows: leave the prompt of {prompt} out")
+    paired = is_encoder_decoder(model)
     if prompt is None:
-        prompt = DEFAULT_PROMPT if positions is None else min(DEFAULT_PROMPT, positions - tokens)
+        room = None if positions is None else positions - (0 if paired else tokens)
+        prompt = rows or (DEFAULT_PROMPT if room is None else min(DEFAULT_PROMPT, room))
     needed = prompt + tokens if model.can_generate() else prompt
+    if paired:  # each side has as many positions; the decoder begins with a token that is not generated
+        needed = max(prompt if rows is None else 0, tokens + 1)
     if positions is not None and (needed > positions or prompt < 1):
         raise ValueError(
             f"{name} has {positions} positions: a prompt of {max(prompt, 1)} and {tokens} tokens do not fit; lower them"

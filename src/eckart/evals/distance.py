@@ -12,11 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eckart.data.positions import check_positions
-from eckart.data.tokens import Tokens, check_vocabulary
-from eckart.evals.module_inputs import ROWS, read_inputs, whole_rows
+from eckart.data.pairs import check_sides
+from eckart.data.tokens import Rows, Tokens, check_vocabulary
+from eckart.evals.module_inputs import ROWS, read_inputs
 from eckart.evals.result import TRAITS, EvalResult, Score
-from eckart.evals.windows import check_evaluating, check_one_text, cut_windows
+from eckart.evals.windows import Specials, check_evaluating, cut_text
 from eckart.support.progress import Track, silent
 
 # A warning from here on. On SmolLM2 at keep 0.8, calibrated on WikiText-2, what is lost, in nats or in divergence,
@@ -33,7 +33,7 @@ class LinearErrors:
 
     Attributes:
         logs: {linear: (rows,)} log of sum ||W x - M x||^2 / sum ||W x||^2 over the tokens of each row, float64.
-        length: of the rows, padding included.
+        length: of the rows, padding included; of pairs, of source and target together.
         source: where the text came from.
         parts: of a mixture, the corpus of each row.
     """
@@ -61,7 +61,7 @@ def read_errors(
 
     Raises:
         ValueError: no linear, one that the reference lacks or has in another shape, an error that is not finite, rows
-            longer than the reference reads, or a model in training mode.
+            longer than the reference reads or pairs where it reads one text, or a model in training mode.
 
     Cost: a forward pass of the dense model over the text, and one of the compressed linears.
     """
@@ -69,10 +69,9 @@ def read_errors(
         raise ValueError("distance needs the names of the low-rank linears whose errors are compared")
     for each in (model, reference):
         check_evaluating(each)
-    check_one_text(model)
     check_vocabulary(reference, tokens.ids)
-    check_positions(reference, tokens.ids.shape[1], "calibration length")
-    batches, task = tokens.batches(ROWS), "distance: calibration"
+    check_sides(reference, tokens, "calibration length")
+    batches, task = tokens.rows(ROWS), "distance: calibration"
     logs = _logs(model, reference, linears, track(batches, task, len(batches)), task)
     names = [str(source.get("corpus")) for source in tokens.source.get("parts", [])]
     parts = () if tokens.part_of is None else tuple(names[part] for part in tokens.part_of.tolist())
@@ -88,6 +87,7 @@ def distance(
     *,
     length: int | None = None,
     limit: int | None = None,
+    specials: Specials = ((), ()),
     task: str = "distance",
     settings: dict[str, Any] | None = None,
     track: Track = silent,
@@ -101,7 +101,7 @@ def distance(
     Args:
         calibration: of the same two models.
         stream: (n,) token ids of the text.
-        length, limit: windows of the text, as in `perplexity`; the default length is the calibration's.
+        length, limit, specials: windows of the text, as in `perplexity`; the default length is the calibration's.
 
     Returns:
         value = how many times the error on the calibration text: 1 is a text like it. It is the geometric mean of
@@ -113,16 +113,16 @@ def distance(
 
     Raises:
         ValueError: an error that is not finite, linears that the reference lacks or has in another shape, and what
-            `cut_windows` raises.
+            `cut_text` raises.
 
     Cost: as `read_errors`.
     """
     length = length or calibration.length
     check_evaluating(model)
-    rows = cut_windows(reference, stream, length=length, limit=limit)
-    batches, names = whole_rows(rows), list(calibration.logs)
+    tokens = cut_text(reference, stream, length=length, limit=limit, specials=specials)
+    batches, names = tokens.rows(ROWS), list(calibration.logs)
     logs = _logs(model, reference, names, track(batches, task, len(batches)), task)
-    windows = len(rows)
+    windows = len(tokens)
     table = torch.stack([logs[name] for name in names])  # (linears, windows)
     own = torch.stack([calibration.logs[name].mean() for name in names])
     growth = table - own[:, None]
@@ -170,7 +170,7 @@ def _logs(
     model: PreTrainedModel,
     reference: PreTrainedModel,
     linears: Sequence[str],
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Rows],
     task: str,
 ) -> dict[str, Float[Tensor, "rows"]]:
     """{linear: log of each row's relative squared error}, in float64 on the CPU."""

@@ -10,9 +10,11 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eckart.data.tokens import check_vocabulary
+from eckart.data.pairs import is_encoder_decoder
+from eckart.data.tokens import Rows, check_vocabulary
+from eckart.evals.predictions import next_logits, scored_of
 from eckart.evals.result import TRAITS, EvalResult, Score
-from eckart.evals.windows import check_causal, check_finite, cut_windows, windows_per_batch
+from eckart.evals.windows import Specials, check_finite, check_predicts, cut_text, windows_per_batch
 from eckart.support.progress import Track, silent
 
 # What is kept of a window: means over its predicted tokens, in this order.
@@ -27,6 +29,7 @@ def divergence(
     *,
     length: int,
     limit: int | None = None,
+    specials: Specials = ((), ()),
     task: str = "divergence",
     settings: dict[str, Any] | None = None,
     track: Track = silent,
@@ -37,11 +40,12 @@ def divergence(
     zero where the models agree; rounding alone leaves about 1e-7 of either sign.
 
     Args:
-        model, reference: causal models with one tokenizer, which cannot be checked beyond the size of the vocabulary.
-            The distributions are compared on the model's device.
+        model, reference: causal models or encoder-decoders with one tokenizer, which cannot be checked beyond the size
+            of the vocabulary. The distributions are compared on the model's device.
         stream: (n,) token ids.
         length: window length.
         limit: read at most this many windows.
+        specials: as in `perplexity`.
 
     Returns:
         value = mean KL; examples = mean KL of each window. Standard errors are from the spread between windows.
@@ -56,23 +60,26 @@ def divergence(
         ValueError: vocabularies of other sizes, a logit that is not finite (the message names model and window), and
             what `perplexity` raises about text, length and either model.
     """
+    if is_encoder_decoder(model) != is_encoder_decoder(reference):
+        raise ValueError(f"{task}: only one of the two models is an encoder-decoder; they cannot be compared")
     for candidate in (reference, model):
-        check_causal(candidate, task)
-        rows = cut_windows(candidate, stream, length=length, limit=limit)
-    sizes = [check_vocabulary(candidate, rows) for candidate in (model, reference)]
+        check_predicts(candidate, task)
+        tokens = cut_text(candidate, stream, length=length, limit=limit, specials=specials)
+    scored = scored_of(tokens, specials)
+    sizes = [check_vocabulary(candidate, tokens.ids) for candidate in (model, reference)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"{task}: the model has a vocabulary of {sizes[0]}, the reference of {sizes[1]}; they cannot be compared"
         )
     size = windows_per_batch(length, sizes[0], models=2)
     parts: list[Tensor] = []
-    for batch in track(rows.split(size), task, math.ceil(len(rows) / size)):
+    for rows in track(tokens.rows(size), task, math.ceil(len(tokens) / size)):
         first = sum(len(part) for part in parts)
-        ours = _log_probabilities(model, batch, f"{task}, compressed model", first)
-        theirs = _log_probabilities(reference, batch, f"{task}, dense model", first).to(ours.device)
-        parts.append(_compare(ours, theirs, batch[:, 1:].to(ours.device)).cpu())
+        ours, targets = _log_probabilities(model, rows, scored, f"{task}, compressed model", first)
+        theirs, _ = _log_probabilities(reference, rows, scored, f"{task}, dense model", first)
+        parts.append(_compare(ours, theirs.to(ours.device), targets).cpu())
     means = dict(zip(KEPT, torch.cat(parts).unbind(1), strict=True))
-    windows = len(rows)
+    windows = len(tokens)
     kl = _mean(means["kl"])
     scores = {name: _mean(means[name]) for name in ("top1", "top5", "log_perplexity", "log_perplexity.reference")}
     scores["log_perplexity.change"] = _mean(means["log_perplexity"] - means["log_perplexity.reference"])
@@ -88,7 +95,7 @@ def divergence(
         settings={
             "length": length,
             "windows": windows,
-            "scored_tokens": windows * (length - 1),
+            "scored_tokens": windows * (scored.stop - scored.start),
             **(settings or {}),
         },
         examples=[round(value, 9) for value in means["kl"].tolist()],
@@ -96,14 +103,17 @@ def divergence(
     )
 
 
-def _log_probabilities(model: PreTrainedModel, batch: Tensor, what: str, first: int) -> Tensor:
-    logits = model(input_ids=batch.to(model.device)).logits[:, :-1].float()
+def _log_probabilities(
+    model: PreTrainedModel, rows: Rows, scored: slice, what: str, first: int
+) -> tuple[Tensor, Tensor]:
+    """(log-probabilities at the scored tokens, those tokens)."""
+    logits, targets = next_logits(model, rows, scored)
     check_finite(logits, what, first)
-    return logits.log_softmax(-1)
+    return logits.log_softmax(-1), targets
 
 
 def _compare(ours: Tensor, theirs: Tensor, targets: Tensor) -> Tensor:
-    """(windows, len(KEPT)) means over the predicted tokens, from (windows, length - 1, vocabulary) log-probabilities.
+    """(windows, len(KEPT)) means over the predicted tokens, from (windows, scored, vocabulary) log-probabilities.
 
     The vocabulary is weighed and summed a window at a time: a float64 copy of all of it would be the largest tensor.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,11 +10,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eckart.data.pairs import is_encoder_decoder, source_and_target
 from eckart.data.tokens import check_vocabulary
-from eckart.evals.predictions import token_losses
+from eckart.evals.predictions import next_logits, scored_of, token_losses
 from eckart.evals.result import TRAITS, EvalResult
-from eckart.evals.windows import check_causal, check_finite, cut_halves, cut_windows, windows_per_batch
+from eckart.evals.windows import Specials, check_finite, check_predicts, cut_text, windows_per_batch
 from eckart.support.progress import Track, silent
 
 
@@ -26,7 +24,7 @@ def perplexity(
     *,
     length: int,
     limit: int | None = None,
-    specials: tuple[Sequence[int], Sequence[int]] = ((), ()),
+    specials: Specials = ((), ()),
     task: str = "perplexity",
     settings: dict[str, Any] | None = None,
     track: Track = silent,
@@ -54,26 +52,15 @@ def perplexity(
             a model that is neither causal nor an encoder-decoder or is in training mode, or a logit that is not finite
             (the message names the window).
     """
-    paired = is_encoder_decoder(model) and model.can_generate()
-    if paired:
-        rows = cut_halves(model, stream, length=length, limit=limit, specials=specials)
-        scored = slice(len(specials[0]), rows.shape[1] // 2 - len(specials[1]))
-    else:
-        check_causal(model, "perplexity")
-        rows = cut_windows(model, stream, length=length, limit=limit)
-        scored = slice(1, length)
-    size = windows_per_batch(length, check_vocabulary(model, rows))
-    windows = len(rows)
+    check_predicts(model, "perplexity")
+    tokens = cut_text(model, stream, length=length, limit=limit, specials=specials)
+    scored, windows = scored_of(tokens, specials), len(tokens)
+    size = windows_per_batch(length, check_vocabulary(model, tokens.ids))
     losses: list[Tensor] = []
-    for batch in track(rows.split(size), task, math.ceil(windows / size)):
-        batch = batch.to(model.device)
-        if paired:
-            given, targets, _ = source_and_target(model, batch, torch.ones_like(batch).bool(), batch.shape[1] // 2)
-            logits = model(**given).logits[:, scored].float()
-        else:
-            targets, logits = batch, model(input_ids=batch).logits[:, :-1].float()
+    for rows in track(tokens.rows(size), task, math.ceil(windows / size)):
+        logits, targets = next_logits(model, rows, scored)
         check_finite(logits, task, sum(map(len, losses)))
-        losses.append(token_losses(logits, targets[:, scored]).double().mean(1).cpu())
+        losses.append(token_losses(logits, targets).double().mean(1).cpu())
     means = torch.cat(losses)
     value = float(means.mean().exp())  # infinite where math.exp would raise
     stderr = value * float(means.std()) / math.sqrt(windows) if windows > 1 else None

@@ -7,8 +7,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eckart.data.pairs import source_and_target
-from eckart.evals.windows import is_causal
+from eckart.data.pairs import arguments_of
+from eckart.data.tokens import Rows, Tokens
+from eckart.evals.windows import Specials, is_causal
 
 # Predictions compared at a time, so that the tensors in between stay far smaller than the predictions themselves.
 ROWS = 1024
@@ -29,13 +30,9 @@ def log_probabilities(
     Raises:
         ValueError: the model makes no predictions, or one is not finite.
     """
-    if split is None:
-        ids, mask = ids.to(model.device), mask.to(model.device)
-        # As in calibration, a mask that hides nothing is left out.
-        output = model(input_ids=ids, attention_mask=None if bool(mask.all()) else mask.long())
-    else:
-        given, _, mask = source_and_target(model, ids, mask, split, sound)
-        output = model(**given)
+    rows = Rows(ids, mask, split, sound)
+    output = model(**arguments_of(model, rows))
+    mask = rows.mask_of(source=False).to(model.device)
     if "logits" not in output or output.logits.shape[-1] < 2:
         raise ValueError(
             f"{type(model).__name__} makes no predictions to compare; load the model with a language-modelling or "
@@ -49,6 +46,26 @@ def log_probabilities(
     if not torch.isfinite(logits).all():
         raise ValueError("a prediction is not finite; the model is broken, or the cut is")
     return logits.float().log_softmax(-1)
+
+
+def scored_of(tokens: Tokens, specials: Specials = ((), ())) -> slice:
+    """Which tokens of every window are predicted, of pairs among the target's: the text, and no special tokens.
+
+    The first token of a window that is no pair has none before it.
+    """
+    if tokens.split is None:
+        return slice(1, tokens.ids.shape[1])
+    return slice(len(specials[0]), tokens.ids.shape[1] - tokens.split - len(specials[1]))
+
+
+def next_logits(
+    model: PreTrainedModel, rows: Rows, scored: slice
+) -> tuple[Float[Tensor, "rows scored vocabulary"], Int[Tensor, "rows scored"]]:
+    """(float32 logits that predict the `scored_of` each window, those tokens), on the model's device."""
+    logits = model(**arguments_of(model, rows)).logits
+    before = int(rows.split is None)  # a decoder's logits stand at the token before; of pairs the shift is made already
+    logits = logits[:, scored.start - before : scored.stop - before]
+    return logits.float(), rows.ids[:, rows.split or 0 :][:, scored].to(model.device)
 
 
 def summed_divergence(dense: Float[Tensor, "n outcomes"], other: Float[Tensor, "n outcomes"]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eckart.data.positions import check_positions
-from eckart.data.tokens import Tokens, check_vocabulary
-from eckart.evals.module_inputs import ROWS, read_inputs, whole_rows
+from eckart.data.pairs import check_sides
+from eckart.data.tokens import Rows, Tokens, check_vocabulary
+from eckart.evals.module_inputs import ROWS, read_inputs
 from eckart.evals.result import TRAITS, EvalResult, Score
-from eckart.evals.windows import check_evaluating, check_one_text, cut_windows
+from eckart.evals.windows import Specials, check_evaluating, cut_text
 from eckart.support.progress import Track, silent
 
 # Of the histogram over [-1, 1].
@@ -29,13 +29,13 @@ class Activations:
 
     Attributes:
         means: {module: (rows, width)}, float64.
-        counts: (rows,) tokens in each row.
-        length: of the rows, padding included.
+        counts: {module: (rows,) tokens that it reads of each row}; of an encoder-decoder the source's or the target's.
+        length: of the rows, padding included; of pairs, of source and target together.
         source: where the text came from.
     """
 
     means: dict[str, Float[Tensor, "rows width"]]
-    counts: Int[Tensor, "rows"]
+    counts: dict[str, Int[Tensor, "rows"]]
     length: int
     source: dict[str, Any]
 
@@ -58,12 +58,11 @@ def read_activations(
     if not watched:
         raise ValueError("similarity needs the names of the modules whose inputs are compared")
     check_evaluating(model)
-    check_one_text(model)
     check_vocabulary(model, tokens.ids)
-    check_positions(model, tokens.ids.shape[1], "calibration length")
-    rows = tokens.batches(ROWS)
-    means = _means(model, watched, track(rows, "similarity: calibration", len(rows)), "similarity: calibration")
-    return Activations(means, tokens.mask.sum(1), tokens.ids.shape[1], tokens.source)
+    check_sides(model, tokens, "calibration length")
+    rows, task = tokens.rows(ROWS), "similarity: calibration"
+    means, counts = _means(model, watched, track(rows, task, len(rows)), task)
+    return Activations(means, counts, tokens.ids.shape[1], tokens.source)
 
 
 @torch.inference_mode()
@@ -74,6 +73,7 @@ def similarity(
     *,
     length: int | None = None,
     limit: int | None = None,
+    specials: Specials = ((), ()),
     task: str = "similarity",
     settings: dict[str, Any] | None = None,
     track: Track = silent,
@@ -88,7 +88,7 @@ def similarity(
     Args:
         calibration: of the same model.
         stream: (n,) token ids of the evaluation text.
-        length, limit: windows of the text, as in `perplexity`; the default length is the calibration's.
+        length, limit, specials: windows of the text, as in `perplexity`; the default length is the calibration's.
 
     Returns:
         value = mean cosine over windows and modules; stderr from the spread between windows. Scores: `std` over windows
@@ -96,17 +96,17 @@ def similarity(
         have. details: histogram {edges, counts}, `modules` {name: mean cosine}. examples: mean cosine of each window.
 
     Raises:
-        ValueError: an input that is not finite, and what `cut_windows` raises.
+        ValueError: an input that is not finite, and what `cut_text` raises.
 
     Cost: a forward pass over the text.
     """
     length = length or calibration.length
-    windows = cut_windows(model, stream, length=length, limit=limit)
-    texts = whole_rows(windows)
-    own, weights = calibration.means, calibration.counts.double()
-    means = _means(model, list(own), track(texts, task, len(texts)), task)
+    windows = cut_text(model, stream, length=length, limit=limit, specials=specials)
+    texts, own = windows.rows(ROWS), calibration.means
+    means, _ = _means(model, list(own), track(texts, task, len(texts)), task)
     cosines, ceiling = {}, []
     for name in own:
+        weights = calibration.counts[name].double()
         centre = (weights @ own[name]) / weights.sum()
         cosines[name] = torch.nn.functional.cosine_similarity(means[name], centre[None], dim=1)
         ceiling.append(torch.nn.functional.cosine_similarity(own[name], centre[None], dim=1))
@@ -131,7 +131,7 @@ def similarity(
         examples=[round(value, 6) for value in per_window.tolist()],
         scores={
             "std": Score(float(table.std(correction=0)), None, table.numel()),
-            "calibration": Score(float(torch.stack(ceiling).mean()), None, len(weights)),
+            "calibration": Score(float(torch.stack(ceiling).mean()), None, len(ceiling[0])),
         },
         details={
             "histogram": {
@@ -144,16 +144,19 @@ def similarity(
 
 
 def _means(
-    model: PreTrainedModel, watched: Sequence[str], batches: Any, task: str
-) -> dict[str, Float[Tensor, "rows width"]]:
-    """{module: mean input over each row's tokens}, in float64 on the CPU."""
+    model: PreTrainedModel, watched: Sequence[str], batches: Iterable[Rows], task: str
+) -> tuple[dict[str, Float[Tensor, "rows width"]], dict[str, Int[Tensor, "rows"]]]:
+    """({module: mean input over each row's tokens}, {module: how many those are}), in float64 on the CPU."""
     means: dict[str, list[Tensor]] = {name: [] for name in watched}
+    counts: dict[str, list[Tensor]] = {name: [] for name in watched}
 
     def note(name: str, x: Tensor, _y: Tensor, mask: Tensor) -> None:
         kept = torch.where(mask[..., None], x.double(), 0.0)
         means[name].append((kept.sum(1) / mask.sum(1, keepdim=True)).cpu())
+        counts[name].append(mask.sum(1).cpu())
         if not torch.isfinite(means[name][-1]).all():
             raise ValueError(f"{task}: an input of {name} is not finite; the model is broken")
 
     read_inputs(model, watched, batches, note)
-    return {name: torch.cat(parts) for name, parts in means.items()}
+    joined = [{name: torch.cat(parts) for name, parts in each.items()} for each in (means, counts)]
+    return joined[0], joined[1]

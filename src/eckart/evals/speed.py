@@ -8,8 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
+from eckart.data.pairs import is_encoder_decoder
 from eckart.support.progress import Track, silent
 
 
@@ -18,7 +21,7 @@ class Timing:
     """Median seconds of one model.
 
     Attributes:
-        prefill: to read the prompt.
+        prefill: to read the prompt; of an encoder-decoder for its encoder to, and its decoder a first token.
         decode: to generate the tokens after it with a cache; None for a model that does not generate.
     """
 
@@ -116,17 +119,38 @@ def time_once(
         clock: gives seconds; default: the wall's.
     """
     clock = clock or time.perf_counter
-    ids = torch.ones(batch, prompt, dtype=torch.int64, device=model.device)
+    given = prompt_of(model, batch, prompt)
     cached = {"use_cache": True} if tokens and model.can_generate() else {}
     start = _now(model, clock)
-    output = model(input_ids=ids, **cached)
+    output = model(**given, **cached)
     read = _now(model, clock)
     if not cached:
         return Timing(read - start, None)
+    encoded, written = {}, "input_ids"
+    if is_encoder_decoder(model):
+        written = "decoder_input_ids"
+        encoded = {"encoder_outputs": BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)}
     for _ in range(tokens):
         ids = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=ids, past_key_values=output.past_key_values, use_cache=True)
+        output = model(**{written: ids}, **encoded, past_key_values=output.past_key_values, use_cache=True)
     return Timing(read - start, _now(model, clock) - read)
+
+
+def prompt_of(model: PreTrainedModel, batch: int, length: int, target: int = 1) -> dict[str, Tensor]:
+    """What the model is called with to read a fixed prompt; of an encoder-decoder as a source, for a fixed target.
+
+    Args:
+        length: of the prompt, in tokens. A sound is as long as the model reads, whatever the length.
+        target: tokens that the decoder reads.
+    """
+    ids = torch.ones(batch, length, dtype=torch.int64, device=model.device)
+    if not is_encoder_decoder(model):
+        return {"input_ids": ids}
+    asked = {"decoder_input_ids": ids.new_ones(batch, target)}
+    if model.main_input_name == "input_ids":
+        return {"input_ids": ids, **asked}
+    shape = (batch, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+    return {model.main_input_name: torch.zeros(shape, dtype=model.dtype, device=model.device), **asked}
 
 
 def _now(model: PreTrainedModel, clock: Callable[[], float]) -> float:

@@ -32,7 +32,7 @@ from eckart.evals.result import TRAITS, Better, EvalResult, Traits
 from eckart.evals.similarity import Activations, similarity
 from eckart.evals.stereoset import read_stereoset, stereoset
 from eckart.evals.subject import Setup, Subject
-from eckart.evals.windows import check_causal, check_evaluating, cut_windows
+from eckart.evals.windows import Specials, check_evaluating, check_predicts, cut_text
 from eckart.support.progress import Track, silent
 
 # The window of the published tables; a model with fewer positions is read at its own.
@@ -275,7 +275,8 @@ def windows_of(
     warn_of_tokenizer(model, tokenizer)
     subject = Subject(model, tokenizer, context=context)
     stream, _ = _text(subject, task, Setup(data))
-    return cut_windows(model, stream, length=_length(subject, task), limit=task.limit)
+    length = _length(subject, task)
+    return cut_text(model, stream, length=length, limit=task.limit, specials=_specials(subject)).ids
 
 
 def default_length(model: PreTrainedModel, context: int | None = None) -> int:
@@ -317,15 +318,17 @@ def _length(subject: Subject, task: Task) -> int:
     return task.length or default_length(subject.model, subject.context)
 
 
+def _specials(subject: Subject) -> Specials:
+    """The special tokens around each half of a window of an encoder-decoder; there are none around other windows."""
+    return specials_of(subject.tokenizer) if is_encoder_decoder(subject.model) else ((), ())
+
+
 def _perplexity(subject: Subject, task: Task, setup: Setup) -> EvalResult:
-    if is_encoder_decoder(subject.model):
-        check_reads_text(subject.model)
-        shared_specials: dict[str, Any] = {"specials": specials_of(subject.tokenizer)}
-    else:
-        check_causal(subject.model, "perplexity")
-        shared_specials = {}
+    check_reads_text(subject.model)
+    check_predicts(subject.model, "perplexity")
     stream, shared = _text(subject, task, setup)
-    return perplexity(subject.model, stream, length=_length(subject, task), **shared_specials, **shared)
+    length, specials = _length(subject, task), _specials(subject)
+    return perplexity(subject.model, stream, length=length, specials=specials, **shared)
 
 
 def _perplexity_on(model: PreTrainedModel, windows: Int[Tensor, "windows length"]) -> float:
@@ -335,14 +338,23 @@ def _perplexity_on(model: PreTrainedModel, windows: Int[Tensor, "windows length"
 def _divergence(subject: Subject, task: Task, setup: Setup) -> EvalResult:
     assert subject.reference is not None
     stream, shared = _text(subject, task, setup)
-    return divergence(subject.model, subject.reference, stream, length=_length(subject, task), **shared)
+    length, specials = _length(subject, task), _specials(subject)
+    return divergence(subject.model, subject.reference, stream, length=length, specials=specials, **shared)
 
 
 def _distance(subject: Subject, task: Task, setup: Setup) -> EvalResult:
     assert subject.reference is not None
     assert subject.errors is not None
     stream, shared = _text(subject, task, setup)
-    return distance(subject.model, subject.reference, subject.errors, stream, length=task.length, **shared)
+    return distance(
+        subject.model,
+        subject.reference,
+        subject.errors,
+        stream,
+        length=task.length,
+        specials=_specials(subject),
+        **shared,
+    )
 
 
 def _accumulation(subject: Subject, task: Task, setup: Setup) -> EvalResult:
@@ -362,7 +374,9 @@ def _accumulation(subject: Subject, task: Task, setup: Setup) -> EvalResult:
 def _similarity(subject: Subject, task: Task, setup: Setup) -> EvalResult:
     assert subject.activations is not None
     stream, shared = _text(subject, task, setup)
-    return similarity(subject.model, subject.activations, stream, length=task.length, **shared)
+    return similarity(
+        subject.model, subject.activations, stream, length=task.length, specials=_specials(subject), **shared
+    )
 
 
 def _harness(subject: Subject, task: Task, setup: Setup) -> EvalResult:

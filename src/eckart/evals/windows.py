@@ -11,10 +11,28 @@ from transformers import PreTrainedModel
 
 from eckart.data.pairs import check_reads_text, is_encoder_decoder
 from eckart.data.positions import check_positions
-from eckart.data.tokens import check_vocabulary, half_content, halve
+from eckart.data.tokens import Tokens, check_vocabulary, half_content, halve
 
 # Logits of one batch in float32 are the largest tensor of an evaluation; this bounds them at 256 MB.
 LOGITS_PER_BATCH = 2**26
+# The special tokens that a tokenizer puts before and after a text.
+Specials = tuple[Sequence[int], Sequence[int]]
+
+
+def cut_text(
+    model: PreTrainedModel,
+    stream: Int[Tensor, "tokens"],
+    *,
+    length: int,
+    limit: int | None = None,
+    specials: Specials = ((), ()),
+) -> Tokens:
+    """The stream as what the model reads: `cut_windows`, or of an encoder-decoder the pairs of `cut_halves`."""
+    if is_encoder_decoder(model):
+        ids = cut_halves(model, stream, length=length, limit=limit, specials=specials)
+        return Tokens(ids, torch.ones_like(ids, dtype=torch.bool), split=ids.shape[1] // 2)
+    ids = cut_windows(model, stream, length=length, limit=limit)
+    return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
 
 
 def cut_windows(
@@ -44,7 +62,7 @@ def cut_halves(
     *,
     length: int,
     limit: int | None = None,
-    specials: tuple[Sequence[int], Sequence[int]] = ((), ()),
+    specials: Specials = ((), ()),
 ) -> Int[Tensor, "windows length"]:
     """The stream cut into windows for an encoder-decoder: the first half of each is the source, the second the target.
 
@@ -81,6 +99,12 @@ def windows_per_batch(length: int, vocabulary: int, models: int = 1) -> int:
     return max(1, LOGITS_PER_BATCH // (length * vocabulary * models))
 
 
+def check_predicts(model: PreTrainedModel, what: str) -> None:
+    """Raises ValueError unless the model predicts tokens from those before them; `what` is not defined for others."""
+    if not model.can_generate():
+        raise ValueError(f"{type(model).__name__} is not a causal language model; {what} is not defined for it")
+
+
 def check_causal(model: PreTrainedModel, what: str = "perplexity") -> None:
     """Raises ValueError unless the model predicts the next token; `what` is not defined for others."""
     if not is_causal(model):
@@ -91,8 +115,8 @@ def check_one_text(model: PreTrainedModel) -> None:
     """Raises ValueError for an encoder-decoder."""
     if is_encoder_decoder(model):
         raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder, which reads pairs of source and target: of what is "
-            "measured on text, perplexity is there for it, of the targets"
+            f"{type(model).__name__} is an encoder-decoder, which reads pairs of source and target, and this is of "
+            "one text: perplexity, divergence, distance and similarity read pairs, and cost needs no text"
         )
 
 

@@ -193,7 +193,7 @@ def write_lora(folder: Path, model: PreTrainedModel, factors: Mapping[str, Facto
         rank_pattern=lesser,
         alpha_pattern=dict(lesser),
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in factors),
-        task_type="CAUSAL_LM" if model.can_generate() else None,
+        task_type=_task_of(model),
         inference_mode=True,
     )
     with torch.device("meta"):
@@ -210,6 +210,18 @@ def write_lora(folder: Path, model: PreTrainedModel, factors: Mapping[str, Facto
     settings = read_json(folder / ADAPTER)
     settings |= {"base_model_name_or_path": base, "target_modules": sorted(settings["target_modules"])}
     (folder / ADAPTER).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _task_of(model: PreTrainedModel) -> str | None:
+    """What PEFT is to take a model for, so that its own class passes on what the model is called with.
+
+    None, which passes on everything, of a model of sound: PEFT's class for encoder-decoders demands tokens.
+    """
+    if not model.can_generate():
+        return None
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return "CAUSAL_LM"
+    return "SEQ_2_SEQ_LM" if model.main_input_name == "input_ids" else None
 
 
 def _check_names(adapter: Adapter, expected: dict[str, Any], stored: dict[str, Any]) -> None:

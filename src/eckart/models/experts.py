@@ -8,6 +8,7 @@ rank and factors of its own, and is saved under its own name, "mlp.experts.3.dow
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter
 
+from eckart.models.coded import CodedLinear
 from eckart.models.linear import LowRankLinear
 
 # The parameters of a fused module, first to last; those that are there are its experts' linears.
@@ -178,8 +180,8 @@ def opened_experts(model: nn.Module) -> dict[str, Experts]:
 def open_experts(model: PreTrainedModel) -> PreTrainedModel:
     """Give every expert of the model's mixtures linears of its own, in place; the model computes the same.
 
-    `load_model` does it. A model without experts, or with open ones, is returned as it is. `eckart.save` writes the
-    experts of a model that was not compressed as transformers does; its own `save_pretrained` writes the open ones.
+    `load_model` does it. A model without experts, or with open ones, is returned as it is. Of a model that was not
+    compressed `save_pretrained`, and so `eckart.save`, writes the experts as transformers does, see `close_experts`.
 
     Cost: a copy of one layer's experts at a time.
     """
@@ -188,6 +190,7 @@ def open_experts(model: PreTrainedModel) -> PreTrainedModel:
         model.set_submodule(name, Experts(model.get_submodule(name)))
     if fused or opened_experts(model):
         _keep_names(model)
+        model.__dict__["save_pretrained"] = functools.partial(_save_pretrained, model)
     return model
 
 
@@ -202,7 +205,8 @@ def close_experts(model: PreTrainedModel) -> PreTrainedModel:
             model.set_submodule(name, experts.close())
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    model.__dict__.pop("_weight_conversions", None)
+    for name in ("_weight_conversions", "save_pretrained"):
+        model.__dict__.pop(name, None)
     if conversions := model.__dict__.pop("_closed_conversions", None):
         model.__dict__["_weight_conversions"] = conversions
     return model
@@ -331,6 +335,39 @@ def routers_of(block: nn.Module) -> Iterator[str]:
             for name, other in block.get_submodule(parent).named_children():
                 if isinstance(other, nn.Linear) and other.out_features in (1, module.num_experts):
                     yield f"{parent}.{name}" if parent else name
+
+
+def _save_pretrained(
+    model: PreTrainedModel,
+    save_directory: Any,
+    is_main_process: bool = True,
+    state_dict: dict[str, Tensor] | None = None,
+    **more: Any,
+) -> None:
+    """`PreTrainedModel.save_pretrained` of a model with open experts: where it is dense, as one with closed ones.
+
+    Raises:
+        ValueError: a dense model, of which a state dict is given.
+
+    Cost: of a dense model a copy of all experts; the open ones stay what they are, for an optimiser that holds them.
+    """
+    save = functools.partial(type(model).save_pretrained, model, save_directory, is_main_process)
+    if any(isinstance(module, LowRankLinear | CodedLinear) for module in model.modules()):
+        return save(state_dict, **more)
+    if state_dict is not None:
+        raise ValueError(
+            f"the experts of this {type(model).__name__} are linears of their own (eckart.open_experts), and no loader "
+            "reads a state dict that has them so: save without state_dict, or after "
+            "eckart.models.experts.close_experts(model)"
+        )
+    opened = opened_experts(model)
+    close_experts(model)
+    try:
+        save(**more)
+    finally:
+        for place, experts in opened.items():
+            model.set_submodule(place, experts)
+        open_experts(model)
 
 
 def _keep_names(model: PreTrainedModel) -> None:

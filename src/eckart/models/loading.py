@@ -31,7 +31,7 @@ from transformers.utils import cached_file
 from eckart.data.builtin import builtin_model_path
 from eckart.models.adapters import Adapter, import_peft, merge_adapter, read_adapter
 from eckart.models.checkpoint import describe
-from eckart.models.experts import close_experts, open_experts
+from eckart.models.experts import open_experts
 from eckart.models.families import UnsupportedModelError
 from eckart.models.gguf import gguf_type, load_gguf, load_gguf_tokenizer
 from eckart.models.gguf_header import gguf_file
@@ -445,7 +445,7 @@ def save(
 ) -> Path:
     """Write a Hugging Face directory that stock `from_pretrained` reads after `import eckart`.
 
-    The experts of a dense model are written as transformers keeps them, one tensor a layer, see `close_experts`, and so
+    The experts of a dense model are written as transformers keeps them, one tensor a layer, see `open_experts`, and so
     are its keys and values, see `close_heads`.
 
     Args:
@@ -472,13 +472,12 @@ def save(
             raise ValueError(f"the {type(model).__name__} holds no compressed linear: it loads without code of ours")
         else:
             remote_code = False
-            close_heads(close_experts(model))
+            close_heads(model)
         if remote_code or (remote_code is None and carries_code(model.config)):
             files = {**(files or {}), **carry_code(model)}
         else:
             drop_code(model.config)
         model.save_pretrained(staging, max_shard_size=max_shard_size)
-        open_experts(model)
         if heads is not None:
             open_heads(model, heads)
         if tokenizer is not None:

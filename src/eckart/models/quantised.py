@@ -23,7 +23,7 @@ from eckart.models.plain_weights import numbers_of
 from eckart.models.refusals import quantised_by
 from eckart.models.registration import QUANT_METHOD
 from eckart.models.sites import Site, read_weight
-from eckart.models.weight_files import CheckpointError
+from eckart.models.weight_files import CheckpointError, read_headers
 from eckart.support.device import check_device
 from eckart.support.extras import import_extra
 from eckart.support.quiet import TORCHAO, quiet
@@ -94,6 +94,12 @@ def load_quantised(path: str | Path, *, device: str = "cpu", trust_remote_code: 
                 ),
             )
         except RuntimeError as error:
+            if method == "torchao" and (loose := _outside_of_modules(path)):
+                raise UnsupportedModelError(
+                    f"{path}: a {model_class.__name__} has {loose} outside of any module, and torchao does not read a "
+                    "checkpoint of such a model back: correct it in Python where it was quantised, by "
+                    "eckart.compression.correction.correct"
+                ) from error
             raise CheckpointError(
                 f"cannot load the model {path}: no weight could be made of what its files hold "
                 f"({str(error).partition('. ')[0]}). Is the download whole, and does its format run on a CPU?"
@@ -103,6 +109,12 @@ def load_quantised(path: str | Path, *, device: str = "cpu", trust_remote_code: 
     scheme = section.get("quant_type") if isinstance(section, dict) else getattr(section, "quant_type", None)
     named = next(iter(scheme.values()))["_type"] if isinstance(scheme, dict) else type(scheme).__name__
     return Quantised(model.to(device).eval(), f"torchao {named}" if scheme is not None else method)
+
+
+def _outside_of_modules(path: str | Path) -> str | None:
+    """A tensor of a checkpoint whose name has no module's in front; None where there is none."""
+    files = sorted(Path(path).glob("*.safetensors"))
+    return next((name for name in read_headers(files) if "." not in name), None)
 
 
 def _not_quantised(path: str | Path, why: str) -> UnsupportedModelError:

@@ -7,6 +7,7 @@ from typing import Any
 
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from eckart.models.experts import opened_experts
 from eckart.models.families import UnsupportedModelError
@@ -15,16 +16,25 @@ from eckart.models.heads import opened_heads
 # The file in a checkpoint: the text of `standalone`, as it is.
 FILE = "modeling_eckart.py"
 SOURCE = Path(__file__).with_name("standalone.py")
-# transformers' tables from a configuration to a class, each with the auto class that looks into it.
+# transformers' tables from a configuration to a class, each with the auto class that looks into it. Those of
+# encoder-decoders first: the table of masked models has BART's as well.
 TABLES = {
     "AutoModel": "MODEL_MAPPING",
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
     "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING",
     "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
     "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
     "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
     "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
 }
+
+
+def auto_class_of(architecture: str) -> str:
+    """The auto class of transformers by which a class of models is loaded; that of decoders for one of other code."""
+    names = ((auto, getattr(modeling_auto, f"{table}_NAMES")) for auto, table in TABLES.items())
+    return next((auto for auto, listed in names if architecture in listed.values()), "AutoModelForCausalLM")
 
 
 def carries_code(config: PreTrainedConfig | dict[str, Any]) -> bool:

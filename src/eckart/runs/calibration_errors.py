@@ -136,5 +136,6 @@ def comparable_tokens(
 def shortened(tokens: Tokens, length: int | None, limit: int | None) -> Tokens:
     """At most READ samples, cut at `length`; see `comparable_tokens`. `source["read"]` is how many, and how long."""
     few = tokens.take(slice(READ if limit is None else min(READ, max(limit, len(tokens.parts)))))
-    source = {**few.source, "read": [len(few), min(few.ids.shape[1], length or few.ids.shape[1])]}
-    return replace(few, ids=few.ids[:, :length], mask=few.mask[:, :length], source=source)
+    if length is not None and few.sound is None:
+        few = few.shortened(length)
+    return replace(few, source={**few.source, "read": [len(few), few.ids.shape[1]]})

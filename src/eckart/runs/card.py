@@ -8,7 +8,7 @@ from typing import Any
 
 from eckart.allocation.speed import describe_rows
 from eckart.evals.result import EvalResult
-from eckart.models.remote_code import FILE
+from eckart.models.remote_code import FILE, auto_class_of
 from eckart.runs.facts import Facts
 from eckart.runs.recipe import Recipe
 
@@ -24,11 +24,13 @@ def write_card(
     facts: Facts,
     results: Sequence[tuple[EvalResult, EvalResult]] = (),
     *,
+    architecture: str,
     remote_code: bool = False,
 ) -> str:
     """Markdown with the front matter that the hub reads.
 
     Args:
+        architecture: the model's class.
         results: (dense, compressed) pairs of the same task.
         remote_code: the checkpoint carries code by which it loads without eckart.
     """
@@ -49,7 +51,7 @@ def write_card(
         f"({method.paper}; {method.equation}).",
         f"{composition.describe(ranks)}.",
         "",
-        *ways_to_load(remote_code=remote_code),
+        *ways_to_load(architecture, remote_code=remote_code),
         "",
         "| | dense | compressed |",
         "|---|---|---|",
@@ -90,17 +92,19 @@ def write_card(
     return "\n".join(lines)
 
 
-def ways_to_load(*, remote_code: bool) -> list[str]:
+def ways_to_load(architecture: str, *, remote_code: bool) -> list[str]:
     """Lines on how a checkpoint is loaded, by whom.
 
     Args:
+        architecture: the model's class.
         remote_code: the checkpoint carries code by which it loads without eckart.
     """
+    auto = auto_class_of(architecture)
     return [
         "```python",
         "import eckart  # teaches transformers to read this checkpoint",
-        "from transformers import AutoModelForCausalLM",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this")',
+        f"from transformers import {auto}",
+        f'model = {auto}.from_pretrained("path/to/this")',
         "```",
         "",
         "- A program that does not import eckart: `eckart exec -- lm_eval --model hf --model_args pretrained=...`,",

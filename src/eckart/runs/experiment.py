@@ -29,6 +29,7 @@ from eckart.evals.subject import Setup, Subject
 from eckart.evals.tasks import Task, find_task
 from eckart.lowrank import DecompositionError
 from eckart.models.loading import load_model, load_tokenizer, locate, plain_folder
+from eckart.models.remote_code import carries_code
 from eckart.models.sites import common_blocks, input_groups
 from eckart.runs.calibration_errors import calibration_errors
 from eckart.runs.card import write_card
@@ -41,6 +42,7 @@ from eckart.runs.inputs import INPUTS, Inputs, check_inputs, digest_inputs, name
 from eckart.runs.recipe import Recipe, load_recipe
 from eckart.runs.workbench import make_tokens
 from eckart.support.files import claimed, write_whole
+from eckart.support.plain_data import read_json
 
 WEIGHTS = "*.safetensors"
 # In a run directory: the recipe of the model in it.
@@ -163,7 +165,10 @@ def _write_card(model: Path, measured: Sequence[Measured]) -> None:
     if not (model / "config.json").is_file():
         return
     pairs = [(item.dense, item.compressed) for item in measured if item.dense and item.compressed]
-    write_whole(model / "README.md", write_card(load_recipe(model / "recipe.yaml"), Facts.read(model), pairs))
+    config, recipe, facts = read_json(model / "config.json"), load_recipe(model / "recipe.yaml"), Facts.read(model)
+    kind = config["architectures"][0]
+    text = write_card(recipe, facts, pairs, architecture=kind, remote_code=carries_code(config))
+    write_whole(model / "README.md", text)
 
 
 def _claim(directory: Path, recipe: Recipe, inputs: Inputs, force: bool) -> None:

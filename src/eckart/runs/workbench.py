@@ -114,7 +114,9 @@ class Workbench:
         return {
             **(carry_code(self.model) if self.how.remote_code else {}),
             **({"allocation.json": json.dumps(measured, indent=1)} if measured else {}),
-            "README.md": write_card(self.recipe, facts, remote_code=self.how.remote_code),
+            "README.md": write_card(
+                self.recipe, facts, architecture=type(self.model).__name__, remote_code=self.how.remote_code
+            ),
             "plan.json": plan.to_json(),
             "recipe.yaml": self.recipe.to_yaml(),
             FACTS: facts.to_json(),

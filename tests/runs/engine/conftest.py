@@ -24,6 +24,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_tokenizer().save_pretrained(folder / "llama")
     tiny_model("llama", num_hidden_layers=8).save_pretrained(folder / "deep")
     tiny_model("gpt2", dtype=torch.bfloat16).save_pretrained(folder / "gpt2")
+    for name in ("t5", "bart"):
+        tiny_model(name).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
     tiny_model("bert").save_pretrained(folder / "masked")
     tiny_model("bert", "classifier").save_pretrained(folder / "classifier")
     (folder / "train.txt").write_text(tiny_text(900, seed=1))

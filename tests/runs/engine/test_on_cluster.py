@@ -28,7 +28,7 @@ from eckart.runs.engine.base import CalibrationRequest, EvaluationRequest, Searc
 from eckart.runs.engine.local import HERE
 from eckart.runs.engine.on_cluster import OnCluster
 from runs.engine.clusters import TOKENS, compressed, dying_once, score, searched, told
-from tiny import Run, logits_of, relative
+from tiny import Run, logits_of, relative, tiny_pairs
 
 ray = pytest.importorskip("ray", reason="Ray is an optional extra: pip install 'eckart[ray]'")
 
@@ -51,6 +51,29 @@ def test_any_number_of_workers_gives_the_same_factors(engine: OnCluster, place: 
         assert factors(other)
         assert all(torch.equal(factors(other)[key], value) for key, value in factors(models[0]).items())
     assert relative(logits_of(models[0]), logits_of(alone)) < (1e-4 if name == "llama" else 5e-2)
+
+
+@pytest.mark.parametrize(("name", "method"), [("t5", "kfac"), ("bart", "asvd-i")])
+def test_workers_calibrate_and_cut_encoder_decoders(engine: OnCluster, place: Path, name: str, method: str) -> None:
+    pairs = tiny_pairs(11, padded=True)
+    alone, clustered = (compressed(where, place / name, method, pairs) for where in (HERE, engine))
+    assert factors(clustered)
+    assert relative(logits_of(clustered), logits_of(alone)) < 1e-3
+
+
+def test_an_encoder_decoder_s_recipe_runs_on_a_cluster(run: Run, joined: None, place: Path, tmp_path: Path) -> None:
+    """The anchored order of `best`, and evaluations of both stacks side by side."""
+    text, ends = place / "train.txt", []
+    for engine in ("local", "ray"):
+        given = ["--calibration", text, "--samples", "8", "--length", "16", "--no-cache", "--engine", engine]
+        status, printed = run("compress", place / "t5", tmp_path / engine, "--keep", "0.6", *given)
+        assert status == 0, printed
+        ends.append(logits_of(eckart.load_model(tmp_path / engine)))
+    assert relative(*ends) < 1e-3
+    tasks = ["--task", f"perplexity:{text}", "--task", f"divergence:{text}", "--reference", place / "t5"]
+    status, printed = run("eval", tmp_path / "ray", *tasks, "--length", "16", "--limit", "4", "--engine", "ray")
+    assert status == 0, printed
+    assert "top1" in printed
 
 
 @pytest.mark.slow
