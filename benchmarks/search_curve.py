@@ -20,7 +20,8 @@ from measuring import append_line
 from real_models import add_model_option
 
 import eckart
-from eckart.evals.tasks import Task, evaluate
+from eckart.evals.task import Task
+from eckart.evals.tasks import evaluate
 from eckart.runs.how import How
 from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.recipe import parse_recipe

@@ -47,7 +47,8 @@ from .models.loading import save as save
 # evaluate
 from .evals.probing import probe as probe
 from .evals.result import EvalResult as EvalResult
-from .evals.tasks import Task as Task, evaluate as evaluate
+from .evals.task import Task as Task
+from .evals.tasks import evaluate as evaluate
 
 # run
 from .runs.experiment import run as run

@@ -11,7 +11,7 @@ import torch
 
 from eckart import cli
 from eckart.cli.terminal import JSON_FORMAT, print_json
-from eckart.evals.tasks import EVALUATIONS
+from eckart.evals.catalogue import EVALUATIONS
 from eckart.lowrank import METHODS
 from eckart.models.loading import load_model
 from tiny import Run, tiny_model, tiny_text, tiny_tokenizer

@@ -11,7 +11,8 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, LlavaC
 
 from eckart.data.positions import check_positions, usable_positions
 from eckart.evals.hidden_states import read_hidden_states
-from eckart.evals.tasks import DEFAULT_LENGTH, default_length, evaluate
+from eckart.evals.tasks import evaluate
+from eckart.evals.texts import DEFAULT_LENGTH, default_length
 from tiny import COMMON, POSITIONS, VOCABULARY, tiny_config, tiny_model, tiny_text, tiny_tokenizer
 
 SMALL: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0}

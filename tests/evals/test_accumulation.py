@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 import eckart
 from eckart.evals.accumulation import accumulation
+from eckart.evals.catalogue import find_task
 from eckart.evals.result import EvalResult
-from eckart.evals.tasks import evaluate, find_task
+from eckart.evals.tasks import evaluate
 from eckart.models.sites import block_names
 from tiny import BLOCKS, DEFAULT_CONFIGS, FAMILY_CONFIGS, POSITIONS, tiny_model, tiny_tokenizer, tiny_tokens
 

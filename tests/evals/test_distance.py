@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 import eckart
 from eckart.data.tokens import Tokens
+from eckart.evals.catalogue import find_task
 from eckart.evals.distance import FAR, NAMED, LinearErrors, distance, read_errors
 from eckart.evals.result import EvalResult
-from eckart.evals.tasks import evaluate, find_task
+from eckart.evals.tasks import evaluate
 from eckart.lowrank import Factors
 from eckart.models.linear import LowRankLinear
 from eckart.models.sites import find_sites, low_rank_modules, read_weight, replace_module

@@ -15,7 +15,8 @@ from eckart.data.labelled import Labelled
 from eckart.evals import probing
 from eckart.evals.probing import control_labels, draw, probe, train_probe
 from eckart.evals.result import EvalResult
-from eckart.evals.tasks import Task, evaluate
+from eckart.evals.task import Task
+from eckart.evals.tasks import evaluate
 from eckart.support.progress import silent
 from tiny import BLOCKS, Run, tiny_model, tiny_text, tiny_tokenizer
 

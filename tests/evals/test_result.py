@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from eckart.evals.catalogue import EVALUATIONS
 from eckart.evals.result import TRAITS, EvalResult, Score, Traits, traits_of
-from eckart.evals.tasks import EVALUATIONS, Task
+from eckart.evals.task import Task
 
 
 @pytest.mark.parametrize("kind", TRAITS)

@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
-from eckart.evals import tasks
+from eckart.evals.catalogue import EVALUATIONS, Evaluation, Searched
 from eckart.evals.perplexity import perplexity
 from eckart.evals.result import EvalResult, Traits
 from eckart.evals.subject import Setup, Subject
-from eckart.evals.tasks import Evaluation, Searched, Task, windows_of
+from eckart.evals.task import Task
+from eckart.evals.tasks import evaluate
+from eckart.evals.texts import windows_of
 from eckart.reports.pitfalls import relate
 from eckart.reports.runs import read_runs
 from eckart.reports.sizes import scores
@@ -51,7 +53,7 @@ ROW = Evaluation(
 @pytest.fixture(autouse=True)
 def row(monkeypatch: pytest.MonkeyPatch) -> None:
     """The row in the table."""
-    monkeypatch.setitem(tasks.EVALUATIONS, "surprise", ROW)
+    monkeypatch.setitem(EVALUATIONS, "surprise", ROW)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +164,7 @@ def result_of(value: float) -> EvalResult:
 
 
 def test_the_result_says_what_it_is(place: Path) -> None:
-    (result,) = tasks.evaluate(tiny_model("llama"), tiny_tokenizer(), [f"surprise:{place / 'test.txt'}"], context=16)
+    (result,) = evaluate(tiny_model("llama"), tiny_tokenizer(), [f"surprise:{place / 'test.txt'}"], context=16)
     assert (result.better, result.traits) == ("lower", ROW.traits)
     assert json.loads(result.to_json())["traits"]["section"] == "tasks"
     assert EvalResult.from_json(result.to_json()) == result

@@ -15,7 +15,9 @@ from eckart.allocation.search.loss_weights import Probe, ProbeResult
 from eckart.calibration.moments import calibrate
 from eckart.compression.spectra import spectra_on_demand
 from eckart.data.tokens import Tokens
-from eckart.evals.tasks import Task, evaluate, windows_of
+from eckart.evals.task import Task
+from eckart.evals.tasks import evaluate
+from eckart.evals.texts import windows_of
 from eckart.lowrank import Layout, build_method
 from eckart.models.sites import Site, find_sites, low_rank_modules
 from eckart.models.units import units_of

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import eckart
 from eckart.evals.result import EvalResult, read_result
-from eckart.evals.tasks import Task
+from eckart.evals.task import Task
 from eckart.runs.results import ASKED, open_results
 from tiny import Run, tiny_model, tiny_text, tiny_tokenizer
 

@@ -13,7 +13,7 @@ import pytest
 import eckart
 from eckart.cli.reproduce import study_notes
 from eckart.evals.result import EvalResult
-from eckart.evals.tasks import Task
+from eckart.evals.task import Task
 from eckart.reports import write_report
 from eckart.reports.runs import read_runs
 from eckart.reports.tables import paper_table

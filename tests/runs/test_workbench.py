@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import eckart
 from eckart.allocation.search import criteria
 from eckart.allocation.search.criteria import windows_criterion
-from eckart.evals.tasks import Task
+from eckart.evals.task import Task
 from eckart.lowrank import METHODS, build_method
 from eckart.models.sites import find_sites, low_rank_modules, select_sites
 from eckart.runs.composition import COMPOSITIONS, Composition

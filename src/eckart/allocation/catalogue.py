@@ -16,7 +16,7 @@ from eckart.allocation.search.sensitivity import rank_by_sensitivity
 from eckart.allocation.search.surgical import PERPLEXITY_TOLERANCE, Tolerance, rank_surgically
 from eckart.allocation.search.trials import check_shares
 from eckart.allocation.uniform import per_role, uniform
-from eckart.evals.tasks import find_task, searched_by
+from eckart.evals.catalogue import find_task, searched_by
 from eckart.lowrank.entries import check_entry
 from eckart.support.section import Section
 

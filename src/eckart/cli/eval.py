@@ -37,10 +37,12 @@ from eckart.cli.terminal import (
 from eckart.data.mixtures import parts_of
 from eckart.data.pairs import is_encoder_decoder
 from eckart.data.tokens import Cutting, read_tokens
+from eckart.evals.catalogue import find_task
 from eckart.evals.result import EvalResult
 from eckart.evals.similarity import read_activations
 from eckart.evals.subject import Setup, Subject
-from eckart.evals.tasks import Task, default_length, find_task, windows_of
+from eckart.evals.task import Task
+from eckart.evals.texts import default_length, windows_of
 from eckart.models.loading import load_model, load_tokenizer, plain_folder
 from eckart.models.sites import common_blocks, input_groups
 from eckart.runs.calibration_errors import calibration_errors, recorded_recipe

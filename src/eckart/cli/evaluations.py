@@ -9,8 +9,8 @@ from eckart.cli.terminal import console, print_json, table
 from eckart.data.corpora import CORPORA
 from eckart.data.labelled import LABELLED
 from eckart.data.mixtures import MIXTURES, describe, shares_of
+from eckart.evals.catalogue import EVALUATIONS
 from eckart.evals.harness_tasks import LOCAL_TASKS
-from eckart.evals.tasks import EVALUATIONS
 
 
 def command(as_json: Json = False) -> None:

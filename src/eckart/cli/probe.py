@@ -24,10 +24,12 @@ from eckart.cli.options import (
     Workers,
 )
 from eckart.cli.terminal import TerminalTrack, console, table
+from eckart.evals.catalogue import find_task
 from eckart.evals.hidden_states import Pooling
 from eckart.evals.probing import Control
 from eckart.evals.result import EvalResult, Score
-from eckart.evals.tasks import Task, evaluate, find_task
+from eckart.evals.task import Task
+from eckart.evals.tasks import evaluate
 from eckart.models.loading import load_model, load_tokenizer
 from eckart.runs.results import open_results
 

@@ -58,7 +58,7 @@ class Traits:
 
 
 # By evaluation. They are here, and not in its row, because results that were written before results carried them are
-# read by name. `evals.tasks` has the rows; a new evaluation says its traits there.
+# read by name. `evals.catalogue` has the rows; a new evaluation says its traits there.
 TRAITS: dict[str, Traits] = {
     "perplexity": Traits("perplexity", "lower", "windows", ratio=True),
     "lm-eval": Traits(),

@@ -22,11 +22,12 @@ from transformers import PreTrainedModel
 from eckart.compression.baselines import build_baseline
 from eckart.data.mixtures import parts_of
 from eckart.evals.agreement import agreement, has_answers
+from eckart.evals.catalogue import find_task
 from eckart.evals.distance import LinearErrors
 from eckart.evals.result import EvalResult, read_result, write_result
 from eckart.evals.similarity import Activations, read_activations
 from eckart.evals.subject import Setup, Subject
-from eckart.evals.tasks import Task, find_task
+from eckart.evals.task import Task
 from eckart.lowrank import DecompositionError
 from eckart.models.loading import load_model, load_tokenizer, locate, plain_folder
 from eckart.models.remote_code import carries_code

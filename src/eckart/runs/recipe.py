@@ -22,7 +22,7 @@ from eckart.compression.tuning.distillation import Distillation
 from eckart.compression.tuning.recovery import Recovery
 from eckart.compression.tuning.refinement import Refinement
 from eckart.data.mixtures import parts_of, spell_out
-from eckart.evals.tasks import Task
+from eckart.evals.task import Task
 from eckart.lowrank import Layout
 from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.lowrank.storage import GROUP

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from eckart.compression.tuning.finetuning import NOTES, FineTuning, fine_tune
+from eckart.evals.catalogue import EVALUATIONS, find_task
 from eckart.evals.improvement import average_improvement
 from eckart.evals.result import EvalResult, SectionName, Traits, traits_of
-from eckart.evals.tasks import EVALUATIONS, find_task
 from eckart.runs.experiment import Measured, run
 from eckart.runs.how import How
 from eckart.runs.inputs import check_inputs, read_inputs

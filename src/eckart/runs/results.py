@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from eckart.evals.result import EvalResult, read_result, write_result
-from eckart.evals.tasks import Task
+from eckart.evals.task import Task
 from eckart.runs.inputs import changes_in, inputs_of, names_in
 from eckart.support.files import claimed, write_whole
 from eckart.support.plain_data import read_yaml

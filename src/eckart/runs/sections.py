@@ -17,9 +17,10 @@ from eckart.compression.tuning.refinement import Refinement
 from eckart.data.corpora import BUILTIN
 from eckart.data.mixtures import BROAD, shares_of
 from eckart.data.tokens import Cutting
+from eckart.evals.catalogue import find_task
 from eckart.evals.hidden_states import Pooling
 from eckart.evals.probing import Control
-from eckart.evals.tasks import Task, find_task
+from eckart.evals.task import Task
 from eckart.lowrank import build_method
 from eckart.lowrank.entries import build_entry
 from eckart.runs.composition import COMPOSITIONS, Composition, Effort, composition_options

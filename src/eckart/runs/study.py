@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from eckart.compression.tuning.finetuning import FineTuning
-from eckart.evals.tasks import counted_by
+from eckart.evals.catalogue import counted_by
 from eckart.runs.recipe import MethodSection, Recipe, parse_recipe
 from eckart.support.plain_data import read_yaml
 from eckart.support.section import Section

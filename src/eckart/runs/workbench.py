@@ -28,7 +28,7 @@ from eckart.compression.tuning.recovery import Samples
 from eckart.data.pairs import check_reads_text, is_encoder_decoder
 from eckart.data.sounds import sample_sounds
 from eckart.data.tokens import Cutting, Tokens, check_vocabulary, read_tokens, warn_of_tokenizer
-from eckart.evals.tasks import default_length
+from eckart.evals.texts import default_length
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.models.adapters import import_peft

@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from eckart.allocation.search.criteria import Criterion, check_apart, search_criterion
-from eckart.evals.tasks import EVALUATIONS, Task, find_task, searched_by
+from eckart.evals.catalogue import EVALUATIONS, find_task, searched_by
+from eckart.evals.task import Task
 from tiny import PAD, tiny_model, tiny_text, tiny_tokenizer
 
 # A task for every evaluation that a search may score by, of data that `data` writes.

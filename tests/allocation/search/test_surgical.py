@@ -27,7 +27,7 @@ from eckart.calibration.moments import calibrate
 from eckart.compression.replace import compress
 from eckart.compression.spectra import spectra_on_demand
 from eckart.evals.result import EvalResult, Score
-from eckart.evals.tasks import Task
+from eckart.evals.task import Task
 from eckart.lowrank import Factored, build_method, rank_for
 from eckart.models.sites import find_sites, low_rank_modules
 from eckart.models.units import units_of

@@ -19,7 +19,7 @@ from eckart.allocation.search.criteria import Criterion, windows_criterion
 from eckart.allocation.search.surgical import Tolerance, search
 from eckart.compression.spectra import spectra_on_demand
 from eckart.data.tokens import Tokens
-from eckart.evals.tasks import Task
+from eckart.evals.task import Task
 from eckart.lowrank import build_method
 from eckart.runs.engine.base import CalibrationRequest, SearchRequest
 from eckart.runs.engine.local import HERE

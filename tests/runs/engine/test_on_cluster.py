@@ -20,7 +20,7 @@ from eckart.compression.cuts import CutRequest, FactorRequest
 from eckart.compression.spectra import spectra_on_demand
 from eckart.evals.result import EvalResult
 from eckart.evals.subject import Setup, Subject
-from eckart.evals.tasks import Task
+from eckart.evals.task import Task
 from eckart.lowrank import METHODS, build_method
 from eckart.models.sites import find_sites
 from eckart.models.units import Unit

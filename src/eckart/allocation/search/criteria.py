@@ -17,9 +17,12 @@ from eckart.allocation.search.trials import Better
 from eckart.data.corpora import BUILTIN
 from eckart.data.labelled import LABELLED
 from eckart.data.pairs import is_encoder_decoder
+from eckart.evals.catalogue import direction_of, find_task, searched_by
 from eckart.evals.harness_tasks import LOCAL_TASKS, SPLITS
 from eckart.evals.subject import Setup
-from eckart.evals.tasks import Task, direction_of, evaluate, find_task, searched_by, windows_of
+from eckart.evals.task import Task
+from eckart.evals.tasks import evaluate
+from eckart.evals.texts import windows_of
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from eckart.compression.cuts import Cut, CutRequest, FactorRequest
 from eckart.data.tokens import Tokens
 from eckart.evals.result import EvalResult
 from eckart.evals.subject import Setup, Subject
-from eckart.evals.tasks import Task
+from eckart.evals.task import Task
 from eckart.lowrank import GradientMoments, Method
 from eckart.models.sites import Site
 from eckart.models.units import Unit

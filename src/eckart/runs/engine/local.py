@@ -13,7 +13,8 @@ from eckart.calibration.moments import BlockCalibration, calibrate_by_block, gat
 from eckart.compression.cuts import Cut, CutRequest, FactorRequest, cut_units, tails_of_units
 from eckart.evals.result import EvalResult
 from eckart.evals.subject import Setup, Subject
-from eckart.evals.tasks import Task, evaluate
+from eckart.evals.task import Task
+from eckart.evals.tasks import evaluate
 from eckart.lowrank import GradientMoments
 from eckart.models.units import Unit
 from eckart.runs.engine.base import CalibrationRequest, Engine, EvaluationRequest, SearchRequest

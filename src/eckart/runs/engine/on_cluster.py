@@ -26,9 +26,10 @@ from eckart.calibration.cache import Store
 from eckart.calibration.moments import BlockCalibration, calibration_digest, check_readable, gather_gradients
 from eckart.compression.cuts import Cut, CutRequest, FactorRequest, cut_units
 from eckart.data.tokens import Tokens
+from eckart.evals.catalogue import find_task
 from eckart.evals.result import EvalResult
 from eckart.evals.subject import Setup, Subject
-from eckart.evals.tasks import Task, find_task
+from eckart.evals.task import Task
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.input_moments import INPUT_STATISTICS
 from eckart.models.sites import Site, find_sites

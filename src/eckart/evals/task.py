@@ -1,0 +1,74 @@
+"""One evaluation to run, by name: "perplexity:wikitext2", "lm-eval:piqa", "stereoset", "cost"."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from eckart.evals.hidden_states import Pooling
+from eckart.evals.probing import Control
+
+
+@dataclass(frozen=True)
+class Task:
+    """One evaluation to run: what changes its value.
+
+    Attributes:
+        name: "<evaluation>:<corpus or task>", or "<evaluation>" for one that reads neither.
+        split: of the corpus. Also "sfsd-search" (20 %) and "sfsd-evaluation" (the other 80 %): of a harness task's
+            documents, of StereoSet's clusters, or of the windows of a corpus's test split; of those of another split
+            "sfsd-search of validation". Of a labelled set also "train-without-test", what a search reads.
+        column: field of the corpus that holds the text.
+        length: window; None is the subject's context, 2048 by default, or the model's positions if fewer. Of `cost`:
+            the length of the prompt.
+        limit: windows, or examples, of the split read at most.
+        shots: examples in front of each question; None is the task's own number.
+        seed: draws those examples; of probing, the rows, and is the first of its seeds.
+        leave_out_long: StereoSet leaves out, and counts, what is past the model's positions, instead of refusing.
+        pooling, control, seeds: of probing, see `probing.probe`.
+    """
+
+    name: str
+    split: str = "test"
+    column: str | None = None
+    length: int | None = None
+    limit: int | None = None
+    shots: int | None = None
+    seed: int = 0
+    leave_out_long: bool = False
+    pooling: Pooling = "mean"
+    control: Control = "text"
+    seeds: int = 3
+
+    def __post_init__(self) -> None:
+        for name, least in (("length", 2), ("limit", 1), ("shots", 0), ("seeds", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{self.name}: {name} {value} is below {least}")
+
+    @property
+    def kind(self) -> str:
+        """The evaluation."""
+        return self.name.partition(":")[0]
+
+    @property
+    def argument(self) -> str:
+        """The corpus or harness task; empty where there is none."""
+        return self.name.partition(":")[2]
+
+    @property
+    def label(self) -> str:
+        """The name, with what tells it from another reading of the same corpus: "lm-eval:piqa@sfsd-search"."""
+        marks = [
+            f"@{self.split}" if self.split != "test" else "",
+            f"@{self.length}" if self.length is not None else "",
+            f"@{self.shots}-shot" if self.shots is not None else "",
+            f"@{self.pooling}" if self.pooling != "mean" else "",
+            f"@{self.control}" if self.control != "text" else "",
+        ]
+        return self.name + "".join(marks)
+
+    @property
+    def slug(self) -> str:
+        """A file name."""
+        return re.sub(r"[^A-Za-z0-9_.-]+", "-", self.label).strip("-.")
