@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eckart import build_method, calibrate, load_model, load_tokenizer, parse_recipe, read_text, read_tokens
-from eckart.data.tokens import encode
+from eckart.data.encoding import encode
 from eckart.evals.predictions import token_losses
 from eckart.evals.windows import cut_windows
 from eckart.models.experts import expert_of, opened_experts

@@ -35,7 +35,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.data.corpora import read_text
-from eckart.data.tokens import encode
+from eckart.data.encoding import encode
 from eckart.evals.predictions import token_losses
 from eckart.evals.windows import cut_windows
 from eckart.models.latent_attention import LatentCache

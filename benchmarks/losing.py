@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.data.corpora import read_text
-from eckart.data.tokens import encode
+from eckart.data.encoding import encode
 from eckart.evals.predictions import log_probabilities, summed_divergence
 from eckart.evals.windows import cut_windows, windows_per_batch
 

@@ -33,7 +33,7 @@ from real_models import add_model_option
 
 import eckart
 from eckart.data.mixtures import parts_of
-from eckart.data.tokens import read_tokens
+from eckart.data.samples import read_tokens
 from eckart.evals.improvement import average_improvement
 from eckart.evals.similarity import read_activations, similarity
 from eckart.lowrank import Factored, Method

@@ -37,7 +37,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from eckart import load_model, load_tokenizer
 from eckart.data.builtin import builtin_model_path
 from eckart.data.corpora import read_text
-from eckart.data.tokens import sample_windows
+from eckart.data.samples import sample_windows
 from eckart.lowrank import rank_for
 from eckart.models.sites import Site, find_sites
 from eckart.runs.facts import Outcome

@@ -15,8 +15,9 @@ from on_builtin import add_options, builtin_tokenizer, train_and_save
 from train_builtin import LONG_WINDOW, Plan
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
+from eckart.data.encoding import specials_of
 from eckart.data.pairs import decoder_inputs
-from eckart.data.tokens import halve, specials_of
+from eckart.data.samples import halve
 from eckart.evals.perplexity import perplexity
 
 PROSE_SHARE = 0.6

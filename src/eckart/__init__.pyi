@@ -5,9 +5,10 @@
 # load
 from .data.corpora import read_text as read_text
 from .data.labelled import Labelled as Labelled, read_labelled as read_labelled
-from .data.tokens import Tokens as Tokens, read_tokens as read_tokens
-from .data.tokens import sample_documents as sample_documents, sample_windows as sample_windows
-from .data.tokens import sample_halves as sample_halves, sample_pairs as sample_pairs
+from .data.samples import read_tokens as read_tokens
+from .data.samples import sample_documents as sample_documents, sample_windows as sample_windows
+from .data.samples import sample_halves as sample_halves, sample_pairs as sample_pairs
+from .data.tokens import Tokens as Tokens
 from .models.checkpoint import CheckpointError as CheckpointError
 from .models.experts import open_experts as open_experts
 from .models.heads import open_heads as open_heads

@@ -18,14 +18,9 @@ from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
 from eckart.data.corpora import CORPORA, Text, is_hub_name, read_text
+from eckart.data.encoding import check_vocabulary, encode, warn_of_tokenizer
 from eckart.data.mixtures import MIXTURES, parts_of
-from eckart.data.tokens import (
-    check_vocabulary,
-    encode,
-    sample_documents,
-    sample_windows,
-    warn_of_tokenizer,
-)
+from eckart.data.samples import sample_documents, sample_windows
 from tiny import BOS, EOS, PAD, VOCABULARY, tiny_model, tiny_text, tiny_tokenizer, tiny_tokens
 
 

@@ -12,7 +12,8 @@ import torch
 
 from eckart.data.corpora import CORPORA, read_text
 from eckart.data.mixtures import BROAD, LANGUAGES, MIXTURES, interleaved, parts_of, share_out, shares_of, spell_out
-from eckart.data.tokens import Tokens, read_tokens, sample_windows
+from eckart.data.samples import read_tokens, sample_windows
+from eckart.data.tokens import Tokens
 from tiny import tiny_text, tiny_tokenizer
 
 # Shares

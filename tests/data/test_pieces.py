@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from eckart import load_tokenizer
 from eckart.data import pieces as module
 from eckart.data.corpora import Text
+from eckart.data.encoding import encode
 from eckart.data.pieces import EXPRESSIONS, PIECE, pieces, prefixes
-from eckart.data.tokens import encode, sample_windows
+from eckart.data.samples import sample_windows
 from tiny import tiny_text, tiny_tokenizer
 
 SAMPLE = [

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 import eckart
 from eckart.cli.app import app
 from eckart.data.pairs import decoder_inputs
-from eckart.data.tokens import Tokens, halve
+from eckart.data.samples import halve
+from eckart.data.tokens import Tokens
 from eckart.evals.cost import cost, count_macs
 from eckart.evals.distance import distance, read_errors
 from eckart.evals.divergence import divergence

@@ -22,9 +22,9 @@ from transformers import (
 
 import eckart
 from eckart.data.corpora import Text
+from eckart.data.encoding import encode
 from eckart.data.pairs import decoder_inputs
 from eckart.data.sounds import sample_sounds
-from eckart.data.tokens import encode
 from eckart.evals.perplexity import perplexity
 from eckart.models.sites import find_sites
 from eckart.runs import out_of_core

@@ -21,8 +21,9 @@ from eckart.calibration.cache import Store, read_gradients
 from eckart.calibration.gradients import collect_gradients, read_as_it_is
 from eckart.calibration.routes import mean_gradients, mean_of_experts
 from eckart.calibration.walk import Walk
+from eckart.data.encoding import check_vocabulary
 from eckart.data.pairs import check_sides
-from eckart.data.tokens import Tokens, check_vocabulary
+from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments, InputMoments, Method
 from eckart.lowrank.input_moments import INPUT_STATISTICS
 from eckart.lowrank.moments import GRADIENT_STATISTICS

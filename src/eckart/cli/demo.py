@@ -18,7 +18,8 @@ from eckart.cli.terminal import TerminalTrack, console, megabytes, table
 from eckart.compression.replace import compress
 from eckart.data.builtin import builtin_model_path
 from eckart.data.corpora import read_text
-from eckart.data.tokens import encode, sample_windows
+from eckart.data.encoding import encode
+from eckart.data.samples import sample_windows
 from eckart.evals.perplexity import perplexity
 from eckart.evals.speed import decode_speed
 from eckart.lowrank import Factored, build_method

@@ -36,7 +36,7 @@ from eckart.cli.terminal import (
 )
 from eckart.data.mixtures import parts_of
 from eckart.data.pairs import is_encoder_decoder
-from eckart.data.tokens import Cutting, read_tokens
+from eckart.data.samples import Cutting, read_tokens
 from eckart.evals.catalogue import find_task
 from eckart.evals.result import EvalResult
 from eckart.evals.similarity import read_activations

@@ -10,8 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from eckart.data.encoding import check_vocabulary
 from eckart.data.pairs import is_encoder_decoder
-from eckart.data.tokens import Rows, check_vocabulary
+from eckart.data.tokens import Rows
 from eckart.evals.predictions import next_logits, scored_of
 from eckart.evals.result import TRAITS, EvalResult, Score
 from eckart.evals.windows import Specials, check_finite, check_predicts, cut_text, windows_per_batch

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eckart.data.encoding import check_vocabulary
 from eckart.data.positions import usable_positions
-from eckart.data.tokens import check_vocabulary
 from eckart.support.progress import Track
 
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eckart.data.encoding import check_vocabulary
 from eckart.data.positions import check_positions, usable_positions
-from eckart.data.tokens import check_vocabulary
 from eckart.evals.windows import check_evaluating, check_one_text, is_causal
 from eckart.support.files import claimed, set_aside, write_whole
 from eckart.support.fingerprint import describe_architecture, hash_weights

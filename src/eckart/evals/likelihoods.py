@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eckart.data.encoding import check_vocabulary
 from eckart.data.positions import usable_positions
-from eckart.data.tokens import check_vocabulary
 from eckart.evals.predictions import token_losses
 from eckart.support.progress import Track, silent
 

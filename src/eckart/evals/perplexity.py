@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eckart.data.tokens import check_vocabulary
+from eckart.data.encoding import check_vocabulary
 from eckart.evals.predictions import next_logits, scored_of, token_losses
 from eckart.evals.result import TRAITS, EvalResult
 from eckart.evals.windows import Specials, check_finite, check_predicts, cut_text, windows_per_batch

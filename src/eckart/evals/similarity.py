@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from eckart.data.encoding import check_vocabulary
 from eckart.data.pairs import check_sides
-from eckart.data.tokens import Rows, Tokens, check_vocabulary
+from eckart.data.tokens import Rows, Tokens
 from eckart.evals.module_inputs import ROWS, read_inputs
 from eckart.evals.result import TRAITS, EvalResult, Score
 from eckart.evals.windows import Specials, check_evaluating, cut_text

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.data.tokens import warn_of_tokenizer
+from eckart.data.encoding import warn_of_tokenizer
 from eckart.evals.catalogue import NEEDS, find_task
 from eckart.evals.distance import LinearErrors
 from eckart.evals.result import EvalResult

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.data.corpora import read_text
+from eckart.data.encoding import check_vocabulary, encode, specials_of, warn_of_tokenizer
 from eckart.data.pairs import is_encoder_decoder
 from eckart.data.positions import usable_positions
-from eckart.data.tokens import check_vocabulary, encode, specials_of, warn_of_tokenizer
 from eckart.evals.harness_tasks import SPLITS, split_rows
 from eckart.evals.subject import Setup, Subject
 from eckart.evals.task import Task

@@ -9,9 +9,11 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from eckart.data.encoding import check_vocabulary
 from eckart.data.pairs import check_reads_text, is_encoder_decoder
 from eckart.data.positions import check_positions
-from eckart.data.tokens import Tokens, check_vocabulary, half_content, halve
+from eckart.data.samples import half_content, halve
+from eckart.data.tokens import Tokens
 
 # Logits of one batch in float32 are the largest tensor of an evaluation; this bounds them at 256 MB.
 LOGITS_PER_BATCH = 2**26

@@ -13,8 +13,9 @@ from pydantic import Field, field_validator, model_validator
 from transformers import PreTrainedModel
 
 from eckart.compression.correction import Correction, CorrectionOrder, Ranks, correct, correction_method
+from eckart.data.encoding import check_vocabulary
 from eckart.data.mixtures import parts_of, spell_out
-from eckart.data.tokens import Tokens, check_vocabulary
+from eckart.data.tokens import Tokens
 from eckart.lowrank import Method
 from eckart.models.adapters import WEIGHTS, import_peft, write_lora
 from eckart.models.loading import load_model, load_tokenizer, locate

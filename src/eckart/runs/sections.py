@@ -16,7 +16,7 @@ from eckart.compression.tuning.recovery import Recovery
 from eckart.compression.tuning.refinement import Refinement
 from eckart.data.corpora import BUILTIN
 from eckart.data.mixtures import BROAD, shares_of
-from eckart.data.tokens import Cutting
+from eckart.data.samples import Cutting
 from eckart.evals.catalogue import find_task
 from eckart.evals.hidden_states import Pooling
 from eckart.evals.probing import Control

@@ -25,9 +25,11 @@ from eckart.calibration.moments import (
 from eckart.calibration.sequential import KnownInputs, PassReport, SequentialCalibration
 from eckart.compression.tuning.lora import Lora
 from eckart.compression.tuning.recovery import Samples
+from eckart.data.encoding import check_vocabulary, warn_of_tokenizer
 from eckart.data.pairs import check_reads_text, is_encoder_decoder
+from eckart.data.samples import Cutting, read_tokens
 from eckart.data.sounds import sample_sounds
-from eckart.data.tokens import Cutting, Tokens, check_vocabulary, read_tokens, warn_of_tokenizer
+from eckart.data.tokens import Tokens
 from eckart.evals.texts import default_length
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.moments import GRADIENT_STATISTICS

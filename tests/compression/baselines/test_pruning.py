@@ -24,7 +24,8 @@ from eckart.compression.baselines.pruning import (
     prune_structures,
     remove,
 )
-from eckart.data.tokens import Tokens, encode
+from eckart.data.encoding import encode
+from eckart.data.tokens import Tokens
 from eckart.evals.cost import count_macs
 from eckart.evals.perplexity import perplexity
 from eckart.models.families import UnsupportedModelError

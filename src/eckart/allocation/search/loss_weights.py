@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from eckart.allocation.fitting import check_multiple
 from eckart.allocation.search.trials import Cuts, Spectra, describe_units, seconds_since, select_units, swapped
+from eckart.data.encoding import check_vocabulary
 from eckart.data.positions import check_positions
-from eckart.data.tokens import Tokens, check_vocabulary
+from eckart.data.tokens import Tokens
 from eckart.evals.predictions import log_probabilities, summed_divergence
 from eckart.evals.windows import check_evaluating, windows_per_batch
 from eckart.lowrank import Factored, Layout

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from eckart.calibration.gradients import language_loss
-from eckart.data.tokens import Tokens, check_vocabulary
+from eckart.data.encoding import check_vocabulary
+from eckart.data.tokens import Tokens
 from eckart.models.families import UnsupportedModelError
 from eckart.models.sites import blocks_of, find_sites, read_weight
 from eckart.support.precision import in_float32

@@ -21,9 +21,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from eckart.calibration.cache import is_sound, read_gradients, read_making, write_gradients
 from eckart.calibration.gradients import record_squares
+from eckart.data.encoding import warn_of_tokenizer
 from eckart.data.labelled import LABELLED, Labelled, read_labelled
 from eckart.data.pairs import is_encoder_decoder
-from eckart.data.tokens import warn_of_tokenizer
 from eckart.evals.classification import classification
 from eckart.evals.hidden_states import TokenRows, pad_rows, tokenize_texts
 from eckart.evals.result import EvalResult
