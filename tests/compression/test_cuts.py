@@ -177,6 +177,36 @@ def test_what_a_unit_needs_is_gone_before_the_next_one_is_factored(
     assert len([unit for unit, _ in cut_units(CutRequest(request, ranks))]) == len(made) // 3 == 7
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_spectrum_is_gone_before_its_cut_is_laid_out(monkeypatch: pytest.MonkeyPatch, layout: Layout) -> None:
+    """And the moments of an input's root, once the last linear that reads it was factored."""
+    roots: list[weakref.ref[Any]] = []
+    alive: list[tuple[int, int]] = []
+    spectra: list[weakref.ref[Any]] = []
+
+    def factored(self: Method, weight: Tensor, moments: Moments, *, prepared: Prepared, **options: Any) -> Factored:
+        spectrum = original(self, weight, moments, prepared=prepared, **options)
+        spectra.append(weakref.ref(spectrum))
+        roots.append(weakref.ref(prepared.root))
+        return spectrum
+
+    def stored(self: Unit, *given: Any) -> Any:
+        gc.collect()
+        alive.append((sum(each() is not None for each in spectra), sum(each() is not None for each in roots)))
+        return laid_out(self, *given)
+
+    original, laid_out = Method.factor, Unit.stored
+    monkeypatch.setattr(Method, "factor", factored)
+    monkeypatch.setattr(Unit, "stored", stored)
+    model, method = tiny_model("llama"), build_method("kfac")
+    part = calibrate(model, tiny_tokens(4, 16), method).blocks[0]
+    units = units_of([site for site in find_sites(model) if site.block == 0], ())
+    request = FactorRequest(method, list(units), part, partial(Unit.weight, model=model))
+    list(cut_units(CutRequest(request, plan(model, 0.5, layout=layout))))
+    # q, k and v read one input, o another, gate and up a third, down a fourth.
+    assert alive == [(0, 1), (0, 2), (0, 0), (0, 0), (0, 1), (0, 0), (0, 0)]
+
+
 class Copies(UserDict[str, GradientMoments]):
     """Gradient statistics as a file has them: new ones each time that they are asked for."""
 

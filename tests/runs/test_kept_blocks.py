@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from eckart.calibration import gradients, unfinished
 from eckart.compression.tuning.refinement import Refinement
+from eckart.data.tokens import Rows
 from eckart.runs import in_memory, workbench
 from eckart.runs.how import How
 from eckart.runs.in_memory import make_checkpoint
@@ -59,6 +61,32 @@ def test_a_kill_costs_one_block(place: Path, tmp_path: Path, monkeypatch: pytest
     assert [report.place for report in outcome.passes] == [f"block {number}" for number in range(BLOCKS)]
     check_same(out, expected, 0)
     assert not list((tmp_path / "cache" / "blocks").iterdir())
+
+
+def test_a_kill_while_gradients_are_gathered_costs_one_sample(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name, value in ((unfinished, "LEAST", 0.0), (unfinished, "TIMES", 0.0), (gradients, "ACTIVATIONS", 1)):
+        monkeypatch.setattr(module, name, value)  # a sample and a write at a time
+    recipe, out, cache = recipe_of(place, method="best"), tmp_path / "out", tmp_path / "cache"
+    asked: list[int] = []
+    ask = gradients.Loss.ask
+
+    def note(self: gradients.Loss, rows: Rows) -> gradients.Batch:
+        asked.append(len(rows.ids))
+        return ask(self, rows)
+
+    monkeypatch.setattr(gradients.Loss, "ask", note)
+    make_checkpoint(recipe, tmp_path / "expected", BATCHED)
+    samples = len(asked)
+    with pytest.raises(Killed), killing(monkeypatch, gradients.Loss, "gradient", 2):
+        make_checkpoint(recipe, out, cached(tmp_path))
+    assert len(list(cache.rglob("unfinished*"))) == 1
+    asked.clear()
+    make_checkpoint(recipe, out, cached(tmp_path))
+    assert len(asked) == samples - 2
+    check_same(out, tmp_path / "expected", 0)
+    assert not list(cache.rglob("unfinished*"))
 
 
 @pytest.mark.parametrize(

@@ -40,12 +40,12 @@ class Store:
 
     def read(self, block: int) -> dict[str, InputMoments]:
         """{input group: moments} of a block."""
-        entries = _read_file(self._path(block))
+        entries = read_entries(self._path(block))
         return {group: InputMoments.from_state(int(counts[0]), sums) for group, (counts, sums) in entries.items()}
 
     def write(self, block: int, inputs: Mapping[str, InputMoments]) -> None:
         """Write a block's moments."""
-        _write_file(
+        write_entries(
             self._path(block), {group: ((moments.count,), moments.sums) for group, moments in inputs.items()}, None
         )
 
@@ -68,7 +68,7 @@ def write_gradients(
         made_by: plain data on what made them, see `read_making`.
     """
     entries = {site: ((moments.examples, moments.tokens), moments.sums) for site, moments in gradients.items()}
-    _write_file(path, entries, made_by)
+    write_entries(path, entries, made_by)
 
 
 def read_gradients(path: Path) -> dict[str, GradientMoments]:
@@ -80,7 +80,7 @@ def read_gradients(path: Path) -> dict[str, GradientMoments]:
     try:
         return {
             site: GradientMoments.from_state(int(counts[0]), int(counts[1]), sums)
-            for site, (counts, sums) in _read_file(path).items()
+            for site, (counts, sums) in read_entries(path).items()
         }
     except (SafetensorError, KeyError, IndexError) as error:
         raise ValueError(f"{path} holds no gradient statistics: {error}") from error
@@ -170,11 +170,12 @@ def _check(path: Path, file: Any) -> None:
         raise ValueError(f"{path} is damaged: its numbers are not those that were written")
 
 
-def _write_file(
+def write_entries(
     path: Path,
     entries: Mapping[str, tuple[tuple[int, ...], dict[str, Tensor]]],
     made_by: Mapping[str, Any] | None,
 ) -> None:
+    """Write {name of an entry: (its counts, its sums)}, and what made them."""
     tensors = {
         f"{name}|{key}": value.cpu().contiguous() for name, (_, sums) in entries.items() for key, value in sums.items()
     }
@@ -186,7 +187,12 @@ def _write_file(
         save_file(tensors, partial, metadata=metadata)
 
 
-def _read_file(path: Path) -> dict[str, tuple[list[int], dict[str, Tensor]]]:
+def read_entries(path: Path) -> dict[str, tuple[list[int], dict[str, Tensor]]]:
+    """What `write_entries` has written. The sums are mapped from the file.
+
+    Raises:
+        ValueError, SafetensorError: the file does not hold what was written.
+    """
     with safe_open(path, framework="pt") as file:
         _check(path, file)
         entries: dict[str, tuple[list[int], dict[str, Tensor]]] = {

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.pytorch_utils import Conv1D
 
 from eckart.calibration.calls import Tail, run_through, standing_in, without_cache
+from eckart.calibration.unfinished import Unfinished
 from eckart.calibration.walk import summing_inputs
 from eckart.data.pairs import arguments_of, is_encoder_decoder
 from eckart.data.tokens import Rows, Tokens
@@ -43,6 +45,7 @@ def collect_gradients(
     *,
     after: Tokens | None = None,
     inputs: Mapping[str, InputMoments] | None = None,
+    unfinished: Path | None = None,
     track: Track = silent,
 ) -> dict[str, GradientMoments]:
     """Fisher sums, where they are needed, and gradient covariances of every site; see `Loss` for what of.
@@ -53,6 +56,8 @@ def collect_gradients(
             had been read, so that the sum over parts of a text is that of the whole.
         inputs: {input group of the sites: moments}; the same forward passes add to these, in place. Not of a model that
             does not `read_as_it_is`.
+        unfinished: a file of this pass alone, see `Unfinished`: the sums so far, written now and then, and gone on from
+            where it is there. It stays when the pass is over. Not with `after`.
 
     Raises:
         ValueError: a model without a head, an input or a gradient that is not finite (names the group or site).
@@ -68,16 +73,22 @@ def collect_gradients(
     loss = Loss(model, tokens.mask_token)
     if after is not None:
         loss.draw_past(after)
+    known = inputs or {}
+    batches = rows_of_one_length(tokens, rows_together(model, needs))
+    kept = None if unfinished is None else Unfinished(unfinished, [len(rows.ids) for rows in batches])
+    done = 0 if kept is None else kept.restore(collected, known)
+    if done:
+        loss.draw_past(tokens.take(slice(sum(len(rows.ids) for rows in batches[:done]))))
     first = first_readers(sites)
-    readers = {group: first[group].name for group in inputs or {}}
+    readers = {group: first[group].name for group in known}
     of_source = {group for group, site in first.items() if site.of_source}
     with (
         in_float32(model, {torch.float16}),
         watching(model, collected) as scale,
-        summing_inputs(model, readers, inputs or {}, of_source) as expect,
+        summing_inputs(model, readers, known, of_source) as expect,
     ):
-        batches = rows_of_one_length(tokens, rows_together(model, needs))
-        for rows in track(batches, "gradients", len(batches)):
+        todo = batches[done:]
+        for number, rows in enumerate(track(todo, "gradients", len(todo)), done + 1):
             batch = loss.ask(rows)
             expect(rows)
             with torch.enable_grad():
@@ -85,6 +96,8 @@ def collect_gradients(
             gradient = loss.gradient(hidden.detach(), tail, batch)
             scale.scored = batch.scored
             hidden.backward(gradient)
+            if kept is not None:
+                kept.keep(number, collected, known)
     count_examples(collected, len(tokens.ids))
     return collected
 

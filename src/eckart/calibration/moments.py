@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 from eckart.calibration.cache import Store, read_gradients
 from eckart.calibration.gradients import collect_gradients, read_as_it_is
 from eckart.calibration.routes import mean_gradients, mean_of_experts
+from eckart.calibration.unfinished import UNFINISHED
 from eckart.calibration.walk import Walk
 from eckart.data.encoding import check_vocabulary
 from eckart.data.pairs import check_sides
@@ -233,7 +233,7 @@ def gather_gradients(
     sites: Sequence[Site] | None = None,
     cache: Path | None = None,
     memory: Memory | None = None,
-    collect: Callable[..., dict[str, GradientMoments]] = collect_gradients,
+    collect: Callable[..., dict[str, GradientMoments]] | None = None,
     track: Track = silent,
 ) -> dict[str, GradientMoments]:
     """{site name: gradient statistics that `method` needs}; empty for a method that needs none.
@@ -243,7 +243,10 @@ def gather_gradients(
         memory: gets the moments of the inputs that `method` needs, where the same passes give these too and gradients
             are not in the cache; or the cache gets them, where there is one. So it is where all of them together take
             no more than IN_ONE_PASS bytes, and the model reads the text as it is. They are summed in float32.
-        collect: what gathers those that are not in the cache; with `memory`, it takes `inputs` too.
+        collect: what gathers those that are not in the cache, in place of `collect_gradients`; the memory stays empty.
+
+    With a cache the sums so far are written there now and then, see `Unfinished`: a run that was killed goes on from
+    them, with the same result. They are removed in the end.
 
     Raises and cost: see `collect_gradients`.
     """
@@ -253,24 +256,29 @@ def gather_gradients(
     sites = find_sites(model) if sites is None else sites
     check_readable(model, tokens)
     store = None if cache is None else Store(cache / calibration_digest(model, tokens, needs, sites))
+    unfinished = None if store is None else store.folder / UNFINISHED
     gradients = store.read_gradients() if store else None
-    if gradients is not None:
-        return gradients
-    statistics = method.needs & INPUT_STATISTICS
-    kept = _input_store(model, tokens, statistics, sites, cache)
-    inputs: Memory = {}
-    if memory is not None:
-        inputs = _blank_inputs(model, statistics, sites, kept)
-        collect = partial(collect, inputs={group: sums for block in inputs.values() for group, sums in block.items()})
-    gradients = collect(model, tokens, sites, needs, track=track)
-    if store:
-        store.write_gradients(gradients)
-    for number in list(inputs):
-        block = {group: sums.compact() for group, sums in inputs.pop(number).items()}
-        if kept:
-            kept.write(number, block)
-        elif memory is not None:
-            memory[number] = block
+    if gradients is None:
+        inputs: Memory = {}
+        if collect is not None:
+            gradients = collect(model, tokens, sites, needs, track=track)
+        else:
+            kept = _input_store(model, tokens, method.needs & INPUT_STATISTICS, sites, cache)
+            if memory is not None:
+                inputs = _blank_inputs(model, method.needs & INPUT_STATISTICS, sites, kept)
+            sums = {group: blank for block in inputs.values() for group, blank in block.items()}
+            gradients = collect_gradients(model, tokens, sites, needs, inputs=sums, unfinished=unfinished, track=track)
+            del sums
+            for number in list(inputs):
+                block = {group: moments.compact() for group, moments in inputs.pop(number).items()}
+                if kept:
+                    kept.write(number, block)
+                elif memory is not None:
+                    memory[number] = block
+        if store:
+            store.write_gradients(gradients)
+    if unfinished is not None:
+        unfinished.unlink(missing_ok=True)
     return gradients
 
 

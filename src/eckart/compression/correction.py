@@ -30,6 +30,7 @@ from eckart.compression.replace import is_of
 from eckart.data.tokens import Tokens
 from eckart.lowrank import Factors, GradientMoments, Method, Moments, build_method, method_options, output_error
 from eckart.lowrank.anchor import Anchor
+from eckart.lowrank.bands import bands
 from eckart.lowrank.catalogue import ANCHOR_SHRINKAGE
 from eckart.lowrank.method import Prepared
 from eckart.models.corrected import CorrectedLinear
@@ -389,8 +390,11 @@ def _nothing(site: Site, device: torch.device) -> Factors:
 def _relative_error(weight: Tensor, base: Tensor, moments: Moments, anchor: Anchor | None, factors: Factors) -> float:
     """The squared error of Q + L R as a share of the output's square on the calibration tokens, or of the weight's."""
     if moments.inputs is None:
-        error = float((weight.double() - base.double() - factors.to(torch.float64).dense()).square().sum())
-        energy = float(weight.double().square().sum())
+        error = energy = 0.0
+        for place in bands(*weight.shape):
+            rows = weight[place].double()
+            energy += float(rows.square().sum())
+            error += float((rows - base[place].double() - factors.rows(place)).square().sum())
     else:
         error, energy = output_error(weight, factors, moments, anchor=anchor, base=base)
     return error / energy if energy > 0 else math.inf if error > 0 else 0.0

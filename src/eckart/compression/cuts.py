@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import TypeVar
 
 import torch
@@ -130,9 +132,10 @@ def cut_units(request: CutRequest) -> Iterator[tuple[Unit, Cut]]:
         result = _Made(known[unit.name], None, None, None) if unit.name in known else next(fresh)[1]
         if spectra is not None and result.factored is not None and result.coded is None:
             spectra[unit.name] = result.factored
-        cut = _cut_unit(request, unit, result)
-        del result  # before that of the next unit is made: of a wide linear it takes gigabytes
-        yield unit, cut
+        taken = _take(request, unit, result)
+        del result  # of a wide linear it takes gigabytes
+        yield unit, _store(request, unit, taken)
+        del taken
 
 
 @dataclass(frozen=True)
@@ -156,45 +159,88 @@ def _is_coded(unit: Unit, plan: RankPlan) -> bool:
     return not plan.storage(unit.sites[0]).is_plain
 
 
-def _cut_unit(request: CutRequest, unit: Unit, made: _Made) -> Cut:
+@dataclass(frozen=True)
+class _Taken:
+    """What a unit's spectrum gave, which is not needed any more.
+
+    Attributes:
+        cut: the factors at its rank, or what is stored of a unit that is kept in few bits.
+        tail, losses: see `Cut`.
+        energy: see `_energy`.
+        anchor: of its inputs.
+        inputs: its moments; None of experts together.
+        read_by_experts: those of each expert, where the spectrum has them; None where not.
+    """
+
+    cut: Factors | CodedFactors
+    tail: float | None
+    losses: tuple[float, ...]
+    energy: float | None
+    anchor: Anchor | None
+    inputs: InputMoments | None
+    read_by_experts: tuple[InputMoments | None, ...] | None
+
+
+@contextmanager
+def _naming(unit: Unit) -> Iterator[None]:
+    """Inside, an error names the unit."""
+    try:
+        yield
+    except (ValueError, DecompositionError) as error:
+        named = str(error).startswith(f"{unit.name}: ")
+        raise type(error)(str(error) if named else f"{unit.name}: {error}") from error
+
+
+def _take(request: CutRequest, unit: Unit, made: _Made) -> _Taken:
+    """Cut the unit's spectrum at its rank.
+
+    Raises: as `cut_units`.
+    """
+    method, factored, rank = request.factor.method, made.factored, request.plan.rank(unit.sites[0])
+    weight, inputs = request.factor.weight_of(unit), made.inputs
+    if inputs is None and not unit.is_of_experts:
+        inputs = _inputs_on(request.factor.part.inputs_of(unit.group), weight.device)
+    cut: Factors | CodedFactors
+    if made.coded is not None:
+        cut = made.coded
+    else:
+        assert factored is not None
+        assert rank is not None
+        with _naming(unit):
+            cut = factored.cut(rank)
+    tail: float | None = None
+    losses: tuple[float, ...] = ()
+    energy: float | None = None
+    if factored is not None and rank is not None:
+        tail, losses = None if method.residual is not None else factored.tail(rank), tuple(factored.losses(CURVE))
+    if factored is not None and made.coded is None and len(unit.sites) == 1:
+        energy = _energy(method, factored, weight, inputs)
+    read = factored.inputs if isinstance(factored, SharedByExperts) else None
+    return _Taken(cut, tail, losses, energy, made.anchor, inputs, read)
+
+
+def _store(request: CutRequest, unit: Unit, taken: _Taken) -> Cut:
     """What is stored of a unit, with what it lost.
 
     Raises: as `cut_units`.
     """
-    plan, method, part, factored = request.plan, request.factor.method, request.factor.part, made.factored
-    weight, rank = request.factor.weight_of(unit), plan.rank(unit.sites[0])
-    inputs = made.inputs
-    if inputs is None and not unit.is_of_experts:
-        inputs = _inputs_on(part.inputs_of(unit.group), weight.device)
+    plan, method, part, factors = request.plan, request.factor.method, request.factor.part, taken.cut
+    weight, inputs = request.factor.weight_of(unit), taken.inputs
     held_out = _inputs_on(part.held_out.get(unit.group), weight.device)
     stored: Stored
     took = None
-    try:
-        if made.coded is not None:
-            stored = made.coded
+    with _naming(unit):
+        if isinstance(factors, CodedFactors):
+            stored = factors
         else:
-            assert factored is not None
-            assert rank is not None
-            factors = factored.cut(rank)
             if request.refit and not unit.is_of_experts:  # theirs are fit already
                 if inputs is None or inputs.keeps("covariance") is None:
                     raise ValueError(f"a refit needs second moments, and {method.name}'s calibration has none")
                 factors, took = _refit(weight, factors, inputs, held_out)
             stored = unit.stored(factors, plan.layout, weight.dtype)
-    except (ValueError, DecompositionError) as error:
-        named = str(error).startswith(f"{unit.name}: ")
-        raise type(error)(str(error) if named else f"{unit.name}: {error}") from error
-    tail: float | None = None
-    losses: tuple[float, ...] = ()
-    if factored is not None and rank is not None:
-        tail, losses = None if method.residual is not None else factored.tail(rank), tuple(factored.losses(CURVE))
-    energy = None
-    if len(unit.sites) == 1 and factored is not None and made.coded is None:
-        energy = _energy(method, factored, weight, inputs)
     rows = weight.split([site.d_out for site in unit.sites])
-    if isinstance(factored, SharedByExperts):
-        read = factored.inputs
-    else:
+    read = taken.read_by_experts
+    if read is None:
         read = _of_each_expert(unit, part, weight.device) if unit.is_of_experts else (inputs,) * len(rows)
     as_read = replace(stored, bias=_read_bias(stored.bias, request.factor.bias_of(unit), weight.dtype))
     errors = tuple(
@@ -202,13 +248,13 @@ def _cut_unit(request: CutRequest, unit: Unit, made: _Made) -> Cut:
             each,
             member,
             own,
-            energy,
-            None if unit.is_of_experts else made.anchor,
+            taken.energy,
+            None if unit.is_of_experts else taken.anchor,
         )
         for each, member, own in zip(rows, unit.split(as_read), read, strict=True)
     )
     notes = tuple(note_on(part, site) for site in unit.sites)
-    return Cut(stored, tail, losses, errors, took, notes)
+    return Cut(stored, taken.tail, taken.losses, errors, took, notes)
 
 
 def factor_units(request: FactorRequest, plan: RankPlan | None = None) -> Iterator[tuple[Unit, Factored]]:
@@ -302,19 +348,20 @@ def each_prepared(
     """
     prepared: Prepared | None = None
     group: str | None = None
-    for unit in request.units:
+    for unit, following in zip_longest(request.units, request.units[1:]):
         weight = request.weight_of(unit)
         moments = moments_of(unit, request.part, weight.device)
         try:
             if prepared is None or unit.group != group or not prepared.is_shared:
                 prepared = None  # ends here, before the next one is made
                 prepared, group = request.method.prepare(moments), unit.group
-            result = work(unit, weight, moments, prepared)
+            results = [work(unit, weight, moments, prepared)]
         except (ValueError, DecompositionError) as error:
             raise type(error)(f"{unit.name}: {error}") from error
         del weight, moments  # a unit's gradient statistics are as large as its outputs squared
-        yield unit, result
-        del result
+        if following is None or following.group != group:
+            prepared = None
+        yield unit, results.pop()  # which the caller can let go of
 
 
 def note_on(part: BlockCalibration, site: Site) -> str | None:

@@ -64,6 +64,13 @@ class Codes:
             numbers.mul_(spread(scales, self.codes.shape, self.block))
         return numbers.to(dtype)
 
+    def rows(self, place: slice) -> Float[Tensor, "rows in"]:
+        """Some rows of the matrix, in float64."""
+        down = self.block[0]
+        first, last = place.start // down, -(-place.stop // down)
+        whole = Codes(self.codes[first * down : last * down], self.scales[first:last], self.bits, self.block)
+        return whole.dense(torch.float64)[place.start - first * down : place.stop - first * down]
+
 
 def check_bits(bits: int, group: int) -> None:
     """Raises ValueError for bits that there are no codes of, or a group of numbers that no scale can be shared by."""

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eckart.lowrank.bands import wide_product
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -79,6 +81,10 @@ class Factors:
     def dense(self) -> Float[Tensor, "out in"]:
         """The product `left right`. Cost: 2 rank d_out d_in operations."""
         return self.left @ self.right
+
+    def rows(self, place: slice) -> Float[Tensor, "rows in"]:
+        """Some rows of the product, in float64."""
+        return wide_product(self.left[place], self.right)
 
     def balanced(self) -> Factors:
         """The same map with column j of left and row j of right of one length, for every j.

@@ -45,6 +45,8 @@ DOMINANT = 8.0
 SYMMETRIC = ("covariance", "reference_covariance")
 # The names of the two streams' means.
 STREAMS = ("mean", "reference_mean")
+# Before the name of a stream's mean, in `InputMoments.running`.
+SHIFT = "shift of "
 # Square sums, and of which streams' deviations each is: rows, columns.
 SQUARES = {
     "covariance": ("mean", "mean"),
@@ -120,6 +122,11 @@ class InputMoments:
     @property
     def d_in(self) -> int:
         return self._sums["mean"].shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums are."""
+        return self._sums["mean"].device
 
     @property
     def total(self) -> float:
@@ -329,6 +336,24 @@ class InputMoments:
         moments = cls(sums["mean"].shape[0], frozenset())
         moments.count, moments._sums, moments._is_read = count, dict(sums), True
         return moments
+
+    @property
+    def running(self) -> dict[str, Tensor]:
+        """What more rows are added to, as it is: the sums about the shifts, and the shifts; see `go_on_from`."""
+        zero = torch.zeros(0, dtype=torch.float64)
+        shifts = {f"{SHIFT}{name}": zero if shift is None else shift for name, shift in self._shifts.items()}
+        return self._sums | shifts
+
+    def go_on_from(self, count: int, running: Mapping[str, Tensor]) -> None:
+        """Be the moments whose `count` and `running` these are, in place: what is added gives the same to the bit."""
+        self.count, self._sums, self._shifts = count, {}, {}
+        for name, value in running.items():
+            if name.startswith(SHIFT):
+                self._shifts[name.removeprefix(SHIFT)] = value if len(value) else None
+            else:
+                self._sums[name] = value
+        # Those that were read have no shifts; nor have those that no row was added to, which are to choose theirs yet.
+        self._mirrored, self._is_read = False, count > 0 and not self._shifts
 
     def shrunk(self, mean: InputMoments, rows: float) -> InputMoments:
         """These moments with so many more rows, of ordinary weight, that are distributed as `mean` is.

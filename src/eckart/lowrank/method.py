@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eckart.lowrank.anchor import OUTPUTS, Anchor
+from eckart.lowrank.anchor import Anchor
+from eckart.lowrank.bands import bands, wide_product
 from eckart.lowrank.factors import Factors
 from eckart.lowrank.metrics import BlockDiagonal, Metric, Root, Whitening
 from eckart.lowrank.moments import GRADIENT_STATISTICS, Moments
@@ -281,23 +282,33 @@ def output_error(
         anchor: of these moments, where there are two streams and the caller has it; else it is made, in float64.
         base: (d_out, d_in) Q, which the factors correct: M is Q plus their product then.
 
-    Cost: in float64, d_out d_in (d_in + 256) operations. The same for the energy, and of two streams 3 d_out d_in^2
-    more, both in float32 where an anchor is given that knows no more.
+    Cost: in float64, 2 rank d_out d_in operations for M and d_out d_in (d_in + 256) for the error. The same for the
+    energy, and of two streams 3 d_out d_in^2 more, both in float32 where an anchor is given that knows no more.
+    Memory: a few bands of M, see `bands`.
     """
     inputs = moments.require_inputs()
-    kept = factors.dense() if isinstance(factors, CodedFactors) else factors.to(torch.float64).dense()
-    if base is not None:
-        kept += base
-    read = torch.cat([rows.double() @ inputs.reference_mean for rows in weight.split(OUTPUTS)])
-    mean = kept @ inputs.mean
-    shift = read - mean if factors.bias is None else read - mean - factors.bias.double()
-    if inputs.keeps("cross_covariance") is not None:
-        single = anchor is not None and anchor.is_single and weight.dtype != torch.float64
-        anchor, weight = anchor or Anchor(inputs, 0.0, centred=True), weight.float() if single else weight.double()
-        energy, error, centred = anchor.energy(weight), anchor.error(weight, kept), anchor.centred
+    if inputs.keeps("cross_covariance") is None:
+        anchor, single = None, False
     else:
-        exact = weight.double()
-        energy, error, centred = inputs.energy(exact) if energy is None else energy, inputs.spread(exact - kept), True
-    # What is about the means lacks the error at the mean; what is not has the one without a bias.
-    error += float(shift.square().sum() if centred else shift.square().sum() - (read - mean).square().sum())
-    return max(error, 0.0), energy
+        single = anchor is not None and anchor.is_single and weight.dtype != torch.float64
+        anchor = anchor or Anchor(inputs, 0.0, centred=True)
+    read_mean, given_mean = inputs.reference_mean, inputs.mean
+    error, total = 0.0, 0.0
+    for place in bands(*weight.shape):
+        kept = factors.rows(place)
+        if base is not None:
+            kept += base[place]
+        read, given = wide_product(weight[place], read_mean[:, None])[:, 0], kept @ given_mean
+        shift = read - given if factors.bias is None else read - given - factors.bias[place].double()
+        error += float(shift.square().sum())
+        rows = weight[place].float() if single else weight[place].double()
+        if anchor is None:
+            total += inputs.energy(rows) if energy is None else 0.0
+            error += inputs.spread(kept.sub_(rows))
+            continue
+        total += anchor.energy(rows)
+        error += anchor.error(rows, kept)
+        if not anchor.centred:
+            # What is not about the means has the error at the mean already, but as it is without a bias.
+            error -= float((read - given).square().sum())
+    return max(error, 0.0), total if energy is None or anchor is not None else energy

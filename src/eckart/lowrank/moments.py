@@ -133,6 +133,11 @@ class GradientMoments:
         return GradientMoments.from_state(self.examples + other.examples, self.tokens + other.tokens, merged)
 
     @property
+    def device(self) -> torch.device:
+        """Where the sums are."""
+        return next(iter(self._sums.values())).device
+
+    @property
     def d_out(self) -> int:
         """The number of outputs."""
         return next(len(self._sums[name]) for name in ("fisher_out", "gradient_covariance") if name in self._sums)

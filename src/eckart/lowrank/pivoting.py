@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from eckart.lowrank.bands import wide_product
 from eckart.lowrank.factors import Factors
 
 Layout = Literal["plain", "pivoted"]
@@ -126,6 +127,15 @@ class Pivoted:
     def dense(self) -> Float[Tensor, "out in"]:
         """The matrix of the map. Cost: 2 (d_out - k) rank d_in operations."""
         return torch.cat([self.pivots, self.coefficients @ self.pivots])[self.order]
+
+    def rows(self, place: slice) -> Float[Tensor, "rows in"]:
+        """Some rows of the matrix, in float64."""
+        entries = self.order[place]
+        combined = entries >= self.rank
+        rows = torch.empty(len(entries), self.d_in, dtype=torch.float64, device=self.pivots.device)
+        rows[~combined] = self.pivots[entries[~combined]].double()
+        rows[combined] = wide_product(self.coefficients[entries[combined] - self.rank], self.pivots)
+        return rows
 
     def factors(self) -> Factors:
         """The same map as a plain pair: left has the coefficients, and a unit row for every pivot."""

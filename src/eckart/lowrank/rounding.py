@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eckart.lowrank.bands import wide_product
 from eckart.lowrank.codes import SCALE, Block, Codes, block_scales, check_bits, round_nearest, spread, to_codes
 from eckart.lowrank.factors import Factors
 from eckart.lowrank.metrics import check_finite, shrink
@@ -136,6 +137,16 @@ class CodedFactors:
         total = None if self.base is None else self.base.dense(dtype)
         if self.left is not None and self.right is not None:
             product = numbers(self.left, dtype) @ numbers(self.right, dtype)
+            total = product if total is None else total.add_(product)
+        assert total is not None
+        return total
+
+    def rows(self, place: slice) -> Float[Tensor, "rows in"]:
+        """Some rows of `dense`, in float64. Cost: of it, the right factor in float64 each time."""
+        total = None if self.base is None else self.base.rows(place)
+        if self.left is not None and self.right is not None:
+            left = self.left.rows(place) if isinstance(self.left, Codes) else self.left[place]
+            product = wide_product(left, numbers(self.right, torch.float64))
             total = product if total is None else total.add_(product)
         assert total is not None
         return total
