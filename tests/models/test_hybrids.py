@@ -28,7 +28,7 @@ from tiny import HYBRID_CONFIGS, logits_of, tiny_model, tiny_text, tiny_tokenize
 ALL = sorted(HYBRID_CONFIGS)
 TOKENS = tiny_tokens(6, 12)
 # Linears of the blocks that are no sites.
-LEFT_OUT = {"mamba": {"dt_proj"}, "falcon_mamba": {"dt_proj"}}
+LEFT_OUT = dict.fromkeys(("mamba", "falcon_mamba", "jamba"), frozenset({"dt_proj"}))
 
 
 def others(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -43,6 +43,16 @@ def test_every_linear_is_a_site(model_type: str) -> None:
     blocks = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "lm_head" not in name}
     left_out = {name for name in blocks if name.rpartition(".")[2] in LEFT_OUT.get(model_type, ())}
     assert {site.name for site in find_sites(model)} == blocks - left_out
+
+
+def test_jamba_has_blocks_of_two_kinds_and_experts_in_some() -> None:
+    sites = find_sites(tiny_model("jamba"))
+    parts = [{site.part for site in sites if site.block == block} for block in range(3)]
+    assert parts == [{"mamba", "experts"}, {"mamba", "mlp"}, {"attention", "experts"}]
+    assert {site.input_group for site in sites if site.part == "attention"} == {
+        "model.layers.2.self_attn.q_proj",
+        "model.layers.2.self_attn.o_proj",
+    }
 
 
 @pytest.mark.parametrize("model_type", ALL)
@@ -79,7 +89,7 @@ def test_what_each_linear_reads_is_what_hooks_see_in_every_order(model_type: str
         torch.testing.assert_close(seen[group], moment, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", ["mamba2", "falcon_h1", "recurrent_gemma"])
+@pytest.mark.parametrize("model_type", ["mamba2", "falcon_h1", "recurrent_gemma", "jamba"])
 def test_best_comes_out_of_core_as_in_memory(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model(model_type).save_pretrained(tmp_path / "model", max_shard_size="10KB")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
