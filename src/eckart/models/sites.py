@@ -274,8 +274,11 @@ def default_sites(model: PreTrainedModel) -> tuple[Site, ...]:
 
 
 def input_groups(model: PreTrainedModel) -> tuple[str, ...]:
-    """One module for every tensor that the default sites of a dense model read: q, k and v count once."""
-    return tuple(dict.fromkeys(site.input_group for site in default_sites(model)))
+    """One module for every tensor that the default sites of a dense model read of every token: q, k and v count once.
+
+    The linears of experts are none of them: an expert reads some of a text's tokens.
+    """
+    return tuple(site.name for site in first_readers(default_sites(model)).values() if layer_role(site.name) is None)
 
 
 def first_readers(sites: Iterable[Site]) -> dict[str, Site]:
