@@ -81,6 +81,7 @@ format: $(READY)
 # The reference and the documents as pages in build/docs; what is made from the code is made anew.
 docs: $(READY)
 	$(BIN)/python tools/recipe_page.py
+	$(BIN)/python tools/families_page.py
 	$(BIN)/python tools/tutorial.py
 	$(BIN)/python tools/reference.py --out build/docs
 

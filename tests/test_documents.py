@@ -76,6 +76,21 @@ def test_the_page_of_the_recipe_is_not_stale() -> None:
     assert written == tool("recipe_page")["page"](), "run python tools/recipe_page.py"
 
 
+def test_the_page_of_the_families_is_not_stale() -> None:
+    written = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    assert written == tool("families_page")["page"](), "run python tools/families_page.py"
+
+
+def test_a_cell_needs_a_test_that_is_there_and_names_a_family() -> None:
+    families_in = tool("families_page")["families_in"]
+    with pytest.raises(ValueError, match=r"test_cost\.py has no test_of_yesterday: enter the test's name of today"):
+        families_in("evals/test_cost.py::test_of_yesterday")
+    with pytest.raises(ValueError, match="no family of models is found in it"):
+        families_in("evals/test_cost.py::clocked")
+    assert families_in("models/test_dense.py::test_gpt2_gets_its_conv1d_back") == {"gpt2"}
+    assert {"llama", "bloom"} <= families_in("evals/test_cost.py::COUNTED")
+
+
 def test_a_key_without_a_description_is_refused() -> None:
     class Bare(BaseModel):
         """A section."""

@@ -75,6 +75,7 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "bert": COMMON,
     "roberta": COMMON,
     "roberta-prelayernorm": COMMON,
+    "deberta-v2": {**COMMON, "type_vocab_size": 0},
 }
 # Mixtures of experts that have a row, four experts or more of which a token is given to two.
 EXPERTS: dict[str, Any] = {**GROUPED, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -198,6 +199,19 @@ HYBRID_CONFIGS: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 48,
     },
     "qwen3_5_text": {**COMMON, **DELTA},
+    # Two blocks of mamba, of which the first has experts, and one of attention with experts.
+    "jamba": {
+        **COMMON,
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 2,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 0,
+        "mamba_d_state": 4,
+        "use_mamba_kernels": False,
+    },
 }
 # Models that are refused, each for its own reason.
 REFUSED_CONFIGS: dict[str, dict[str, Any]] = {
@@ -212,7 +226,7 @@ CONFIGS = {
     "whisper": WHISPER,
     **REFUSED_CONFIGS,
 }
-ENCODERS = frozenset({"bert", "roberta", "roberta-prelayernorm", "modernbert", "albert"})
+ENCODERS = frozenset({"bert", "roberta", "roberta-prelayernorm", "deberta-v2", "modernbert", "albert"})
 DECODERS = tuple(name for name in FAMILY_CONFIGS if name not in ENCODERS)
 
 HEADS: dict[str, Any] = {

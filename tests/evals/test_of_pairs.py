@@ -36,6 +36,10 @@ from tiny import (
 )
 
 SPECIALS = ((BOS,), (EOS,))
+MOST = [
+    name if name in ("t5", "umt5", "bart") else pytest.param(name, marks=pytest.mark.slow)
+    for name in ENCODER_DECODER_CONFIGS
+]
 
 
 def compressed(model_type: str, method: str = "asvd-i") -> PreTrainedModel:
@@ -82,7 +86,7 @@ def test_a_decoder_is_not_compared_with_an_encoder_decoder() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model_type", ["t5", "bart"])
+@pytest.mark.parametrize("model_type", MOST)
 def test_distance_is_of_both_stacks(model_type: str) -> None:
     calibration, stream = tiny_pairs(5, padded=True), stream_of(3)
     model, reference = compressed(model_type), tiny_model(model_type)
@@ -123,7 +127,7 @@ def test_pairs_are_cut_on_both_sides() -> None:
     assert shortened(tokens, 100, None).source["read"] == [4, 14]
 
 
-@pytest.mark.parametrize("model_type", ["umt5", "marian"])
+@pytest.mark.parametrize("model_type", MOST)
 def test_similarity_is_of_both_stacks(model_type: str) -> None:
     """Sources and targets of one width, each with a padding of its own."""
     model, stream = tiny_model(model_type), stream_of(3)
@@ -156,7 +160,7 @@ def linears_of(model: PreTrainedModel, source: int, target: int) -> int:
     return sum(site.num_params * (source if site.of_source else target) for site in sites) + head * target
 
 
-@pytest.mark.parametrize("model_type", ["t5", "mt5", "bart"])
+@pytest.mark.parametrize("model_type", ENCODER_DECODER_CONFIGS)
 def test_cost_is_of_both_stacks(model_type: str) -> None:
     model = tiny_model(model_type)
     macs = count_macs(model, 10, 6)

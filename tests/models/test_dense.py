@@ -26,7 +26,7 @@ from .layouts import KINDS, head_of, laid_out
 
 # Families with a bias on every linear, or with config switches for one: sfsd can be exported.
 TAKES_BIASES = {
-    *("llama", "opt", "gpt2", "gpt_neox", "bert", "roberta", "roberta-prelayernorm"),
+    *("llama", "opt", "gpt2", "gpt_neox", "bert", "roberta", "roberta-prelayernorm", "deberta-v2"),
     *("phi", "starcoder2", "bloom", "modernbert"),
 }
 ALL = sorted({*FAMILY_CONFIGS, *DEFAULT_CONFIGS})

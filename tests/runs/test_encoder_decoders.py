@@ -237,8 +237,9 @@ def test_targets_are_for_encoder_decoders_and_for_files_with_fields(place: Path,
 
 
 @torch.no_grad()
-def test_perplexity_is_of_the_targets() -> None:
-    model = tiny_model("bart")
+@pytest.mark.parametrize("model_type", ENCODER_DECODER_CONFIGS)
+def test_perplexity_is_of_the_targets(model_type: str) -> None:
+    model = tiny_model(model_type)
     stream = torch.arange(7, 7 + 60)
     result = perplexity(model, stream, length=16, specials=((BOS,), (EOS,)))
     losses = []
@@ -258,9 +259,10 @@ def test_uniform_logits_have_the_vocabulary_as_perplexity() -> None:
     assert perplexity(model, torch.arange(7, 67), length=12).value == pytest.approx(96, rel=1e-5)
 
 
+@pytest.mark.parametrize("model_type", ENCODER_DECODER_CONFIGS)
 @pytest.mark.parametrize("task", ["accumulation", "lm-eval:piqa", "probing:cola"])
-def test_other_evaluations_are_refused(tmp_path: Path, task: str) -> None:
-    model, tokenizer = tiny_model("t5"), tiny_tokenizer()
+def test_other_evaluations_are_refused(tmp_path: Path, task: str, model_type: str) -> None:
+    model, tokenizer = tiny_model(model_type), tiny_tokenizer()
     (tmp_path / "text.txt").write_text(tiny_text(200))
     name = task if ":" in task else f"{task}:{tmp_path / 'text.txt'}"
     if task == "probing:cola":
@@ -272,7 +274,7 @@ def test_other_evaluations_are_refused(tmp_path: Path, task: str) -> None:
             model,
             tokenizer,
             [eckart.Task(name, column="sentence" if "rows" in name else None, length=16)],
-            reference=tiny_model("t5"),
+            reference=tiny_model(model_type),
             errors=object(),  # type: ignore[arg-type]
             blocks=("x",),
         )

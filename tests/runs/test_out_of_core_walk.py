@@ -12,7 +12,7 @@ from eckart.calibration.streams import Streams
 from eckart.compression.tuning.refinement import Refinement
 from eckart.runs import out_of_core, recorded_losses
 from eckart.runs.out_of_core import compress_out_of_core
-from tiny import BLOCKS
+from tiny import BLOCKS, MIXTURE_CONFIGS
 
 from .from_files import (
     BATCHED,
@@ -36,6 +36,12 @@ def test_best_comes_out_as_in_memory(tmp_path: Path, model_type: str) -> None:
     outcome, in_memory = both(put_model(tmp_path, model_type, **head), tmp_path, **BEST)
     assert outcome.passes == in_memory.passes
     assert [report.place for report in outcome.passes] == [f"block {number}" for number in range(BLOCKS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted(MIXTURE_CONFIGS))
+def test_every_mixture_comes_out_as_in_memory(tmp_path: Path, model_type: str) -> None:
+    both(put_model(tmp_path, model_type), tmp_path, tolerance=1e-3, order="anchored")
 
 
 @pytest.mark.parametrize("keys", [{"order": "sequential"}, {"order": "anchored"}, BEST], ids=str)

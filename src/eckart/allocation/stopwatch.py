@@ -242,7 +242,11 @@ def step_of(model: PreTrainedModel, rows: int) -> tuple[Callable[[], float], int
 
     def generate() -> float:
         seconds = time_once(model, tokens=steps, prompt=cached, clock=clock).decode
-        assert seconds is not None
+        if seconds is None:
+            raise ValueError(
+                f"speed: {type(model).__name__} gives no cache to generate with, so that a step cannot be timed: give "
+                "the tokens that are read at a time (--speed-rows)"
+            )
         return seconds
 
     return generate, steps

@@ -28,7 +28,7 @@ from eckart.lowrank import GradientMoments, InputMoments, Method
 from eckart.lowrank.input_moments import INPUT_STATISTICS
 from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.models.experts import layer_role
-from eckart.models.sites import Site, find_sites, first_readers
+from eckart.models.sites import Site, default_sites, first_readers
 from eckart.support.files import GRADIENTS
 from eckart.support.fingerprint import describe_architecture, hash_weights
 from eckart.support.html import html_table
@@ -190,7 +190,7 @@ def calibrate_by_block(
     Cost: one forward pass, and n d_in^2 operations for each input group; with gradient statistics also a forward and a
     backward pass of each sample, and where `gather_gradients` gives both in one pass, only these.
     """
-    sites = find_sites(model) if sites is None else sites
+    sites = default_sites(model) if sites is None else sites
     needs = method.needs
     if "cross_moment" in needs:
         raise ValueError(f"{method.name} is anchored and reads the compressed model too: give SequentialCalibration")
@@ -253,7 +253,7 @@ def gather_gradients(
     needs = method.needs & GRADIENT_STATISTICS
     if not needs:
         return {}
-    sites = find_sites(model) if sites is None else sites
+    sites = default_sites(model) if sites is None else sites
     check_readable(model, tokens)
     store = None if cache is None else Store(cache / calibration_digest(model, tokens, needs, sites))
     unfinished = None if store is None else store.folder / UNFINISHED

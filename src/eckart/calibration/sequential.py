@@ -24,7 +24,7 @@ from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments, InputMoments, Method
 from eckart.lowrank.input_moments import INPUT_STATISTICS
 from eckart.models.experts import layer_role
-from eckart.models.sites import Site, find_sites, first_readers, joint_readers
+from eckart.models.sites import Site, default_sites, first_readers, joint_readers
 from eckart.support.progress import Track, silent
 
 # What a site is calibrated on: the dense model's inputs; the compressed model's; or the compressed model's inputs with
@@ -113,7 +113,7 @@ class SequentialCalibration:
         if passes and held_out is None:
             raise ValueError("a pass is tested on held-out samples: hold some out")
         self.model, self.tokens, self.method, self.order, self.held_out = model, tokens, method, order, held_out
-        self.sites = find_sites(model) if sites is None else tuple(sites)
+        self.sites = default_sites(model) if sites is None else tuple(sites)
         self.gradients, self.passes, self.batch_size, self.track = gradients, tuple(passes), batch_size, track
         if reference is not None and order != "anchored":
             raise ValueError(f"a reference is for order 'anchored', and not for {order!r}: leave it out")

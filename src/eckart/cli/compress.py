@@ -36,7 +36,7 @@ from eckart.cli.options import (
     open_run,
     parse_options,
 )
-from eckart.cli.tables import remarks, sizes_table
+from eckart.cli.tables import experts_table, remarks, sizes_table
 from eckart.cli.terminal import console
 from eckart.lowrank.storage import GROUP
 from eckart.runs.card import describe_cache, describe_speed
@@ -193,6 +193,8 @@ def command(
     for line in remarks(outcome.plan, outcome.report):
         console.print(line)
     console.print(sizes_table(str(out), outcome.summary, outcome.plan))
+    if (experts := experts_table(outcome.report)) is not None:
+        console.print(experts)
     if "speed" in outcome.allocation:
         console.print(describe_speed(outcome.allocation["speed"]))
     if "cache" in outcome.allocation:

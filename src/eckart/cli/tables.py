@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
 from eckart.allocation import PlanSummary, RankPlan, slow_settings
 from eckart.cli.terminal import table
-from eckart.compression.replace import CompressionReport
+from eckart.compression.replace import CompressionReport, SiteReport
 from eckart.models.sites import Site
 
 # Linears that a remark names one by one.
 NAMED = 5
+# Layers of experts that are printed; the report has all of them.
+LAYERS = 12
 
 
 def sizes_table(title: str, summary: PlanSummary, plan: RankPlan) -> Table:
@@ -36,6 +38,42 @@ def sizes_table(title: str, summary: PlanSummary, plan: RankPlan) -> Table:
             row("multiply-accumulates per token, in linears", *summary.macs_per_token),
         ],
     )
+
+
+def experts_table(report: CompressionReport) -> Table | None:
+    """Of each layer of a mixture, the experts' use against their ranks and errors; None of a model without experts.
+
+    The half of a layer's experts that is given the most tokens is compared with the other half.
+    """
+    layers: dict[int, list[SiteReport]] = {}
+    for each in report.sites:
+        if each.tokens is not None:
+            layers.setdefault(each.site.block, []).append(each)
+    if not layers:
+        return None
+    rows = []
+    for block, sites in list(layers.items())[:LAYERS]:
+        by_use = sorted(sites, key=lambda each: (each.tokens or 0.0, each.name))
+        halves = (by_use[len(sites) // 2 :], by_use[: len(sites) // 2])
+        uses = [each.tokens for each in by_use if each.tokens is not None]
+        rows.append(
+            [
+                f"{block}",
+                f"{len({each.site.input_group.rpartition('.')[0] for each in sites})}",
+                f"{uses[0]:.1%} to {uses[-1]:.1%}",
+                *(_mean([each.rank for each in half], ".0f") for half in halves),
+                *(_mean([each.relative_error for each in half], ".2g") for half in halves),
+            ]
+        )
+    more = f"; the first {LAYERS} of {len(layers)} layers" if len(layers) > LAYERS else ""
+    columns = ["layer", "experts", "tokens given", "rank: used most", "used least", "error: used most", "used least"]
+    return table(f"experts, the more used half of a layer and the other{more}", columns, rows)
+
+
+def _mean(values: Sequence[float | None], form: str) -> str:
+    """The mean of what is there, "" where nothing is."""
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):{form}}" if known else ""
 
 
 def remarks(plan: RankPlan, report: CompressionReport | None = None) -> Iterator[str]:

@@ -36,7 +36,7 @@ from eckart.lowrank.method import Prepared
 from eckart.models.corrected import CorrectedLinear
 from eckart.models.families import UnsupportedModelError
 from eckart.models.quantised import differing_sites, quantised_weight
-from eckart.models.sites import Site, find_sites, replace_module
+from eckart.models.sites import Site, default_sites, replace_module
 from eckart.models.units import Unit
 from eckart.support.html import span
 from eckart.support.progress import Track, silent
@@ -210,7 +210,7 @@ def correct(
     """
     method = correction_method(method) if isinstance(method, str) else method
     _check(rank, order, allocation, method, tokens)
-    selected = find_sites(reference) if sites is None else tuple(sites)
+    selected = default_sites(reference) if sites is None else tuple(sites)
     differing = differing_sites(model, reference, selected)
     if not differing:
         raise UnsupportedModelError(

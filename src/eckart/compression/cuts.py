@@ -55,6 +55,8 @@ class Cut:
             they are stored; None without second moments.
         refit: whether the left factor was refit and was better on the held-out tokens; None where no refit was tried.
         notes: of each of its sites, see `note_on`; empty where there is nothing to say of any.
+        tokens: of each of its sites the share of the calibration text's tokens that it reads, where it is an expert's;
+            None of others, and without a text.
     """
 
     factors: Stored
@@ -63,6 +65,7 @@ class Cut:
     relative_errors: tuple[float | None, ...]
     refit: bool | None = None
     notes: tuple[str | None, ...] = ()
+    tokens: tuple[float | None, ...] = ()
 
 
 def _no_bias(_unit: Unit) -> None:
@@ -254,7 +257,14 @@ def _store(request: CutRequest, unit: Unit, taken: _Taken) -> Cut:
         for each, member, own in zip(rows, unit.split(as_read), read, strict=True)
     )
     notes = tuple(note_on(part, site) for site in unit.sites)
-    return Cut(stored, taken.tail, taken.losses, errors, took, notes)
+    tokens = tuple(_tokens_of(part, site) for site in unit.sites)
+    return Cut(stored, taken.tail, taken.losses, errors, took, notes, tokens)
+
+
+def _tokens_of(part: BlockCalibration, site: Site) -> float | None:
+    """The share of the text's tokens that an expert's linear reads."""
+    inputs = part.inputs.get(site.input_group)
+    return None if inputs is None or layer_role(site.input_group) is None else inputs.share
 
 
 def factor_units(request: FactorRequest, plan: RankPlan | None = None) -> Iterator[tuple[Unit, Factored]]:

@@ -41,6 +41,7 @@ class SiteReport:
         note: where the linear has no influence on the calibration text, why, and how it was factored then.
         stored: in how many bits its numbers are kept, as `Storage.to_dict` has it, and "kept", their bytes as a share
             of the dense weight's; None for the model's type.
+        tokens: of an expert's linear, the share of the calibration text's tokens that the expert is given.
     """
 
     site: Site
@@ -51,6 +52,7 @@ class SiteReport:
     refit: bool | None = None
     note: str | None = None
     stored: dict[str, Any] | None = None
+    tokens: float | None = None
 
     @property
     def name(self) -> str:
@@ -118,6 +120,7 @@ class CompressionReport:
                         **({} if report.refit is None else {"refit": report.refit}),
                         **({} if report.note is None else {"note": report.note}),
                         **({} if report.stored is None else report.stored),
+                        **({} if report.tokens is None else {"tokens": float(f"{report.tokens:.6g}")}),
                         "spectrum": [float(f"{loss:.4g}") for loss in report.losses],
                     }
                     for report in self.sites
@@ -258,13 +261,15 @@ def place(model: PreTrainedModel, unit: Unit, cut: Cut, plan: RankPlan) -> list[
     for name, module in modules.items():
         replace_module(model, name, module)
     rank = plan.rank(unit.sites[0])
-    notes = cut.notes or (None,) * len(unit.sites)
+    nothing = (None,) * len(unit.sites)
     storage, stored = plan.storage(unit.sites[0]), None
     if not storage.is_plain:
         size = cast(Tensor, modules[unit.sites[0].name].weight).element_size()
         took = storage.num_bytes(unit.d_out, unit.d_in, rank, size)
         stored = {**storage.to_dict(), "kept": round(took / (unit.num_params * size), 6)}
     return [
-        SiteReport(site, rank, relative, cut.tail, cut.losses, cut.refit, note, stored)
-        for site, relative, note in zip(unit.sites, cut.relative_errors, notes, strict=True)
+        SiteReport(site, rank, relative, cut.tail, cut.losses, cut.refit, note, stored, tokens)
+        for site, relative, note, tokens in zip(
+            unit.sites, cut.relative_errors, cut.notes or nothing, cut.tokens or nothing, strict=True
+        )
     ]

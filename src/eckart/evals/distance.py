@@ -58,7 +58,7 @@ def read_errors(
 
     Args:
         model, reference: the compressed model, and the dense one that it came from.
-        linears: names of the low-rank ones.
+        linears: names of the low-rank ones that read every token, which experts do not.
 
     Raises:
         ValueError: no linear, one that the reference lacks or has in another shape, an error that is not finite, rows

@@ -51,7 +51,7 @@ def read_inputs(
             for it.
 
     Raises:
-        ValueError: the model has no module of that name; and what `note` raises.
+        ValueError: the model has no module of that name, or one that does not read every token; and what `note` raises.
     """
     read: list[_Read] = []
     encoder = model.get_encoder() if is_encoder_decoder(model) else None
@@ -60,6 +60,11 @@ def read_inputs(
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
         mask = read[-1].mask_of(x, in_encoder[name])
+        if x.shape[:-1].numel() != mask.numel():
+            raise ValueError(
+                f"{name} reads {x.shape[:-1].numel()} rows for {mask.numel()} tokens, as a linear of an expert does: "
+                "leave it out, this is of linears that read every token"
+            )
         # Some models flatten rows and tokens before their MLP.
         note(name, x.reshape(*mask.shape, x.shape[-1]), y.reshape(*mask.shape, y.shape[-1]), mask)
 

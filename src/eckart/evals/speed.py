@@ -15,6 +15,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from eckart.data.pairs import is_encoder_decoder
 from eckart.support.progress import Track, silent
 
+# Under what names models give the cache that they read in the next step; RecurrentGemma gives none.
+CACHES = ("past_key_values", "cache_params")
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -22,7 +25,7 @@ class Timing:
 
     Attributes:
         prefill: to read the prompt; of an encoder-decoder for its encoder to, and its decoder a first token.
-        decode: to generate the tokens after it with a cache; None for a model that does not generate.
+        decode: to generate the tokens after it with a cache; None for a model that does not generate, or gives none.
     """
 
     prefill: float
@@ -130,9 +133,12 @@ def time_once(
     if is_encoder_decoder(model):
         written = "decoder_input_ids"
         encoded = {"encoder_outputs": BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)}
+    cache = next((name for name in CACHES if output.get(name) is not None), None)
+    if cache is None:
+        return Timing(read - start, None)
     for _ in range(tokens):
         ids = output.logits[:, -1:].argmax(-1)
-        output = model(**{written: ids}, **encoded, past_key_values=output.past_key_values, use_cache=True)
+        output = model(**{written: ids, cache: output[cache]}, **encoded, use_cache=True)
     return Timing(read - start, _now(model, clock) - read)
 
 

@@ -37,6 +37,8 @@ class Family:
         encoder: of an encoder-decoder, path of the list of the encoder's blocks, which come before the decoder's.
         crossing: of an encoder-decoder, linears of the decoder's blocks that read what the encoder gives.
         kept: modules of the blocks whose 3-D parameters stay as they are, such as the gates of a recurrence.
+        positions: linears that read relative positions, and no tokens.
+        shared_positions: linears that read them as well as tokens, where the configuration's `share_att_key` is set.
     """
 
     blocks: str
@@ -44,6 +46,8 @@ class Family:
     encoder: str | None = None
     crossing: frozenset[str] = frozenset()
     kept: frozenset[str] = frozenset()
+    positions: frozenset[str] = frozenset()
+    shared_positions: frozenset[str] = frozenset()
 
 
 # Separate projections and a gated MLP: Llama and everything descended from it. Grouped-query attention needs nothing
@@ -66,6 +70,21 @@ BERT = Family(
         ),
         "mlp": (("intermediate.dense",), ("output.dense",)),
     },
+)
+# The same with relative positions in the attention, which have projections of their own or go through the tokens'.
+DEBERTA = Family(
+    blocks="encoder.layer",
+    parts={
+        "attention": (
+            ("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
+            ("attention.self.pos_key_proj",),
+            ("attention.self.pos_query_proj",),
+            ("attention.output.dense",),
+        ),
+        "mlp": BERT.parts["mlp"],
+    },
+    positions=frozenset({"attention.self.pos_key_proj", "attention.self.pos_query_proj"}),
+    shared_positions=frozenset({"attention.self.query_proj", "attention.self.key_proj"}),
 )
 
 # Linears of every expert, opened: see `experts.Experts`.
@@ -138,6 +157,19 @@ BART = Family(
 # The step's projection, dt_proj, is no site: its weight is multiplied with past the module.
 MAMBA = Family(blocks="layers", parts={"mixer": (("mixer.in_proj",), ("mixer.x_proj",), ("mixer.out_proj",))})
 
+# Blocks of two kinds, mamba and attention, each with an MLP or with experts.
+JAMBA = Family(
+    blocks="layers",
+    parts={
+        "mamba": tuple((path.replace("mixer", "mamba"),) for (path,) in MAMBA.parts["mixer"]),
+        "attention": GATED.parts["attention"],
+        **{
+            part: tuple(tuple(path.replace("mlp", "feed_forward") for path in paths) for paths in inputs)
+            for part, inputs in (("mlp", GATED.parts["mlp"]), ("experts", EXPERTS))
+        },
+    },
+)
+
 FAMILIES: dict[str, Family] = {
     "llama": GATED,
     "mistral": GATED,
@@ -197,6 +229,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "mamba": MAMBA,
     "falcon_mamba": MAMBA,
+    "jamba": JAMBA,
     "recurrent_gemma": Family(
         blocks="layers",
         parts={
@@ -213,6 +246,7 @@ FAMILIES: dict[str, Family] = {
     "bert": BERT,
     "roberta": BERT,
     "roberta-prelayernorm": BERT,
+    "deberta-v2": DEBERTA,
     "t5": T5,
     "mt5": T5,
     "umt5": T5,
@@ -243,6 +277,13 @@ def family_of(model: PreTrainedModel) -> Family:
             f"{config.model_type!r} has none; add one"
         )
     return row
+
+
+def position_readers(model: PreTrainedModel) -> frozenset[str]:
+    """Paths, inside a block, of the linears that read relative positions, instead of the tokens or as well."""
+    family, config = family_of(model), text_config(model)
+    shared = getattr(config, "share_att_key", False) and getattr(config, "relative_attention", False)
+    return family.positions | (family.shared_positions if shared else frozenset())
 
 
 def language_model(model: PreTrainedModel) -> PreTrainedModel:

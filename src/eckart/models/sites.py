@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -13,7 +13,14 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.models.coded import CodedLinear
 from eckart.models.experts import Experts, layer_role
-from eckart.models.families import UnsupportedModelError, family_of, is_linear, language_model, refuse_other_weights
+from eckart.models.families import (
+    UnsupportedModelError,
+    family_of,
+    is_linear,
+    language_model,
+    position_readers,
+    refuse_other_weights,
+)
 from eckart.models.heads import HeadGroups
 from eckart.models.linear import LowRankLinear
 from eckart.models.refusals import check_object
@@ -44,6 +51,8 @@ class Site:
         has_bias: whether the dense linear has a bias.
         of_source: whether it reads the tokens of an encoder-decoder's source: those of the encoder, and in the decoder
             the keys and values of cross-attention.
+        of_positions: whether it reads relative positions, instead of the tokens or as well: it has no one input for
+            each token, so that only methods without calibration take it, and it is selected only where it is named.
     """
 
     name: str
@@ -55,6 +64,7 @@ class Site:
     d_out: int
     has_bias: bool
     of_source: bool = False
+    of_positions: bool = False
 
     @property
     def joint_group(self) -> str:
@@ -141,7 +151,7 @@ def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
     check_object(model)
     for name in low_rank_modules(model):
         raise UnsupportedModelError(f"{name} is low-rank already; start from the dense model, or export it first")
-    family, stacks = family_of(model), stacks_of(model)
+    family, stacks, positions = family_of(model), stacks_of(model), position_readers(model)
     for blocks in stacks:
         refuse_other_weights(model, blocks)
     of_encoder = len(stacks[0]) if len(stacks) > 1 else 0
@@ -150,11 +160,13 @@ def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
         for part, inputs in family.parts.items():
             for shared in inputs:
                 for paths in each_expert(block, shared):
+                    of_tokens = [path for path in paths if path not in positions]
                     for path in each_group(block, paths):
+                        first = path if path in positions else of_tokens[0]
                         of_source = index < of_encoder or path in family.crossing
-                        site = _site(name, block, path, part, index, paths, of_source)
+                        site = _site(name, block, path, part, index, first)
                         if site is not None:
-                            sites.append(site)
+                            sites.append(replace(site, of_source=of_source, of_positions=path in positions))
     if not sites:
         places = " and ".join(_path_of(blocks, model) for blocks in stacks)
         raise UnsupportedModelError(f"{type(model).__name__}: its blocks at {places} hold no linear to compress")
@@ -184,9 +196,7 @@ def each_group(block: nn.Module, paths: tuple[str, ...]) -> Iterator[str]:
             yield path
 
 
-def _site(
-    prefix: str, block: nn.Module, path: str, part: str, index: int, shared: tuple[str, ...], of_source: bool
-) -> Site | None:
+def _site(prefix: str, block: nn.Module, path: str, part: str, index: int, first: str) -> Site | None:
     name = f"{prefix}.{path}"
     try:
         module = block.get_submodule(path)
@@ -202,11 +212,10 @@ def _site(
         role=path,
         part=part,
         block=index,
-        input_group=f"{prefix}.{shared[0]}",
+        input_group=f"{prefix}.{first}",
         d_in=weight.shape[1],
         d_out=weight.shape[0],
         has_bias=getattr(module, "bias", None) is not None,
-        of_source=of_source,
     )
 
 
@@ -227,7 +236,8 @@ def select_sites(
 
     Args:
         include, exclude: each a shell pattern on site names ("model.layers.*.mlp.*"), a role ("q_proj",
-            "mlp.down_proj") or a part ("mlp", "attention"). No include means all.
+            "mlp.down_proj") or a part ("mlp", "attention"). No include means all but those that read relative
+            positions, which only a pattern with their own last name includes, "pos_key_proj" or "*.0.*.pos_key_proj".
         blocks: "last 12", "first 4", "last 3/8" (of all), "8-19" (both ends in, from 0), or "0,5,7"; None means all.
 
     Raises:
@@ -248,7 +258,7 @@ def select_sites(
         site
         for site in sites
         if (numbers is None or site.block in numbers)
-        and (not include or any(matches(site, pattern) for pattern in include))
+        and ((not include and not site.of_positions) or any(_includes(pattern, site) for pattern in include))
         and not any(matches(site, pattern) for pattern in exclude)
     )
     if not selected:
@@ -258,9 +268,17 @@ def select_sites(
     return selected
 
 
+def default_sites(model: PreTrainedModel) -> tuple[Site, ...]:
+    """The sites that are selected where nothing is asked for. Raises UnsupportedModelError as `find_sites`."""
+    return select_sites(find_sites(model))
+
+
 def input_groups(model: PreTrainedModel) -> tuple[str, ...]:
-    """One module for every tensor that linears of a dense model read: q, k and v count once."""
-    return tuple(dict.fromkeys(site.input_group for site in find_sites(model)))
+    """One module for every tensor that the default sites of a dense model read of every token: q, k and v count once.
+
+    The linears of experts are none of them: an expert reads some of a text's tokens.
+    """
+    return tuple(site.name for site in first_readers(default_sites(model)).values() if layer_role(site.name) is None)
 
 
 def first_readers(sites: Iterable[Site]) -> dict[str, Site]:
@@ -295,6 +313,11 @@ def matches(site: Site, pattern: str) -> bool:
     whole = HEADS.sub("", site.role)
     roles = {site.role, NUMBERS.sub(".*.", site.role), whole, whole.rsplit(".", 1)[-1]}
     return pattern in {site.part, *roles} or fnmatchcase(site.name, pattern)
+
+
+def _includes(pattern: str, site: Site) -> bool:
+    named = not site.of_positions or pattern.rpartition(".")[2] == site.role.rpartition(".")[2]
+    return named and matches(site, pattern)
 
 
 def parse_blocks(text: str, count: int) -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ class SiteFacts:
         spectrum: share of the loss that remains at evenly spaced ranks, 0 to min(d_out, d_in); empty if not stored.
         base, bits: of a quantised weight and of the factors; None where there is none, or in the model's type.
         kept_bytes: of numbers in few bits, their bytes as a share of the dense weight's.
+        tokens: share of the calibration text's tokens that an expert is given; None of other linears.
     """
 
     name: str
@@ -33,6 +35,7 @@ class SiteFacts:
     base: int | None = None
     bits: int | None = None
     kept_bytes: float | None = None
+    tokens: float | None = None
 
     @classmethod
     def of(cls, name: str, item: Mapping[str, Any]) -> SiteFacts:
@@ -50,7 +53,14 @@ class SiteFacts:
             item.get("base"),
             item.get("bits"),
             item.get("kept"),
+            item.get("tokens"),
         )
+
+    @property
+    def expert(self) -> tuple[int, str] | None:
+        """The number of the expert whose linear it is, and the linear's own name; None of other linears."""
+        match = re.fullmatch(r".*experts\.(\d+)\.(\w+)", self.role)
+        return None if match is None else (int(match[1]), match[2])
 
     @property
     def way(self) -> str:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.data.tokens import Tokens
 from eckart.evals.distance import LinearErrors, read_errors
+from eckart.models.experts import expert_of
 from eckart.models.sites import low_rank_modules
 from eckart.runs.facts import FACTS, Facts
 from eckart.runs.recipe import Recipe, load_recipe
@@ -51,6 +52,12 @@ def calibration_errors(
         raise ValueError(
             f"{checkpoint} has no low-rank linear, so none was fit to a calibration text: distance is of models that "
             "eckart compressed by low rank"
+        )
+    linears = [name for name in linears if expert_of(name) is None]
+    if not linears:
+        raise ValueError(
+            f"{checkpoint} has low-rank linears in experts alone, which read some of a text's tokens: distance is of "
+            "linears that read them all; divergence compares such models"
         )
     if low_rank_modules(reference):
         raise ValueError(

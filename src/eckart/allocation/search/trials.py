@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from eckart.allocation.fitting import check_multiple
 from eckart.allocation.rank_plan import RankPlan
 from eckart.lowrank import DecompositionError, Factored, Layout
-from eckart.models.sites import Site, find_sites, replace_module
+from eckart.models.sites import Site, find_sites, replace_module, select_sites
 from eckart.models.units import Unit, units_of
 from eckart.support.journal import Journal
 from eckart.support.progress import Track, silent
@@ -293,7 +293,7 @@ def select_units(
         ValueError: a selected site is not the model's, a joint group is selected in part, or nothing is selected.
     """
     every = find_sites(model)
-    selected = every if sites is None else tuple(site for site in every if site in set(sites))
+    selected = select_sites(every) if sites is None else tuple(site for site in every if site in set(sites))
     unknown = set(sites or ()) - set(every)
     if unknown:
         raise ValueError(f"{min(site.name for site in unknown)} is no site of this model")

@@ -32,7 +32,7 @@ from eckart.evals.subject import Setup, Subject
 from eckart.evals.task import Task
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.input_moments import INPUT_STATISTICS
-from eckart.models.sites import Site, find_sites
+from eckart.models.sites import Site, default_sites
 from eckart.models.units import Unit
 from eckart.runs.engine.base import CalibrationRequest, Engine, EvaluationRequest, SearchRequest
 from eckart.runs.engine.cluster import Cluster, open_cluster
@@ -62,7 +62,7 @@ class OnCluster(Engine):
             return
         model, tokens, gradients = request.model, request.tokens, request.gradients or {}
         check_readable(model, tokens)
-        sites = find_sites(model) if request.sites is None else request.sites
+        sites = default_sites(model) if request.sites is None else request.sites
         cache = request.cache
         store = None if cache is None else Store(cache / calibration_digest(model, tokens, needs, sites))
         for number, inputs in calibrate_on(self.cluster, request, sites, store):
