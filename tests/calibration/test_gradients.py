@@ -95,6 +95,10 @@ def test_gradient_covariance_is_that_of_the_summed_loss(model_type: str, head: s
         stacked = torch.cat(rows[site.name])
         assert collected[site.name].tokens == len(stacked) == tokens.count
         assert relative(collected[site.name].gradient_covariance, stacked.mT @ stacked / len(stacked)) < 1e-4
+        weights = collected[site.name].token_weights
+        assert weights is not None
+        assert relative(weights.view(tokens.mask.shape)[tokens.mask], stacked.square().sum(1)) < 1e-4
+        assert not weights.view(tokens.mask.shape)[~tokens.mask].any()
         assert collected[site.name].fisher_in.max() > 0
 
 

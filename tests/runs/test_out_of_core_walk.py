@@ -29,6 +29,8 @@ from .from_files import (
 
 pytestmark = pytest.mark.usefixtures("any_tokenizer")
 
+WEIGHTED = {"name": "kfac", "options": {"weighted": True}}
+
 
 @pytest.mark.parametrize("model_type", ["qwen2", "gemma2", "opt", "gpt2", "gpt_neox", "bert"])
 def test_best_comes_out_as_in_memory(tmp_path: Path, model_type: str) -> None:
@@ -63,6 +65,8 @@ def test_experts_that_share_a_factor_come_out_as_in_memory(tmp_path: Path, keys:
         {"method": "svd", "allocation": "global"},
         {"method": "fwsvd", "allocation": "global"},
         {"allocation": {"name": "global", "exact": True}, "joint": True, "keep": None, "keep_total": 0.8},
+        {"method": WEIGHTED, "allocation": "global"},
+        {"method": WEIGHTED, "order": "anchored", "rules": [{"keep": 0.5, "include": ["k_proj", "mlp"]}]},
         {**BEST, "keep": 1.0},
         {**BEST, "dtype": "bfloat16"},
     ],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,11 +24,13 @@ from eckart.calibration.gradients import (
     count_examples,
     gradient_of,
     place_sums,
+    places_of,
     rows_of_one_length,
     rows_together,
     watching,
 )
 from eckart.calibration.walk import Walk
+from eckart.calibration.weights import blank_gradients
 from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments
 from eckart.models.shards import Skeleton
@@ -118,11 +121,13 @@ class Sweep:
         """The statistics of a block, and the gradient at its door."""
         sites = [site for site in self.sites if site.block == number]
         device = place_sums(self.skeleton.device, sites, self.needs)
-        collected = {site.name: GradientMoments(site.d_out, site.d_in, self.needs, device=device) for site in sites}
-        with self._resident(number) as block, watching(self.skeleton.model, collected) as scale:
+        collected = blank_gradients(sites, self.needs, self.tokens.ids.numel(), device)
+        of_source = {site.name for site in sites if site.of_source}
+        with self._resident(number) as block, watching(self.skeleton.model, collected, of_source) as scale:
             for index, batch in self.track(enumerate(asked), f"block {number}: gradients", len(asked)):
                 hidden = held.read_at(number, index).requires_grad_()
                 scale.scored = batch.scored
+                scale.places = partial(places_of, self.tokens, batch.read, 0)
                 with torch.enable_grad():
                     output = walk.calls[index][number].run(block, hidden)
                     output.backward(back.read(index).to(output))

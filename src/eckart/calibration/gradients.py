@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from eckart.calibration.calls import Tail, run_through, standing_in, without_cache
 from eckart.calibration.unfinished import Unfinished
 from eckart.calibration.walk import summing_inputs
+from eckart.calibration.weights import blank_gradients
 from eckart.data.pairs import arguments_of, is_encoder_decoder
 from eckart.data.tokens import Rows, Tokens
 from eckart.lowrank import GradientMoments, InputMoments
@@ -44,6 +46,7 @@ def collect_gradients(
     needs: frozenset[str],
     *,
     after: Tokens | None = None,
+    samples: int | None = None,
     inputs: Mapping[str, InputMoments] | None = None,
     unfinished: Path | None = None,
     track: Track = silent,
@@ -54,6 +57,7 @@ def collect_gradients(
         needs: out of GRADIENT_STATISTICS.
         after: samples before these, of the same text, that another call takes: labels and masks are drawn as if they
             had been read, so that the sum over parts of a text is that of the whole.
+        samples: of the whole text, where these are a part of it.
         inputs: {input group of the sites: moments}; the same forward passes add to these, in place. Not of a model that
             does not `read_as_it_is`.
         unfinished: a file of this pass alone, see `Unfinished`: the sums so far, written now and then, and gone on from
@@ -69,7 +73,8 @@ def collect_gradients(
     if not sites:
         return {}
     device = place_sums(model.device, sites, needs)
-    collected = {site.name: GradientMoments(site.d_out, site.d_in, needs, device=device) for site in sites}
+    before, length = 0 if after is None else len(after), tokens.ids.shape[1]
+    collected = blank_gradients(sites, needs, (samples or before + len(tokens)) * length, device)
     loss = Loss(model, tokens.mask_token)
     if after is not None:
         loss.draw_past(after)
@@ -84,7 +89,7 @@ def collect_gradients(
     of_source = {group for group, site in first.items() if site.of_source}
     with (
         in_float32(model, {torch.float16}),
-        watching(model, collected) as scale,
+        watching(model, collected, {site.name for site in sites if site.of_source}) as scale,
         summing_inputs(model, readers, known, of_source) as expect,
     ):
         todo = batches[done:]
@@ -95,6 +100,7 @@ def collect_gradients(
                 hidden, tail = run_through(model, batch.read)
             gradient = loss.gradient(hidden.detach(), tail, batch)
             scale.scored = batch.scored
+            scale.places = partial(places_of, tokens, rows, before * length)
             hidden.backward(gradient)
             if kept is not None:
                 kept.keep(number, collected, known)
@@ -156,7 +162,7 @@ def rows_of_one_length(tokens: Tokens, together: Callable[[int], int]) -> list[R
         numbers = [*alike]
         ids = torch.stack([tokens.ids[row][tokens.mask[row]] for row in numbers])
         whole = replace(tokens.take(torch.tensor(numbers)), ids=ids, mask=torch.ones_like(ids).bool(), split=split)
-        batches += whole.rows(together(length))
+        batches += [rows._replace(first=numbers[0] + rows.first) for rows in whole.rows(together(length))]
     return batches
 
 
@@ -386,14 +392,25 @@ def record_squares(model: PreTrainedModel, recorded: Mapping[str, GradientMoment
 
 
 class Scale:
-    """Tokens in each sample's loss: a weight's gradient is of their mean, those at outputs are of their sum."""
+    """What hooks are to know of the batch at hand.
+
+    Attributes:
+        scored: tokens in each sample's loss: a weight's gradient is of their mean, those at outputs are of their sum.
+        places: where its tokens are in the text, of the source (True) or the target.
+    """
 
     scored: Sequence[int] = (1,)
+    places: Callable[[bool], Tensor]
 
 
 @contextmanager
-def watching(model: PreTrainedModel, collected: Mapping[str, GradientMoments]) -> Iterator[Scale]:
+def watching(
+    model: PreTrainedModel, collected: Mapping[str, GradientMoments], of_source: Collection[str] = ()
+) -> Iterator[Scale]:
     """Inside, backward passes of a loss that is a sum over tokens add to the sites' moments.
+
+    Args:
+        of_source: the sites that read the tokens of an encoder-decoder's source.
 
     Only the weights whose Fisher sums are kept have gradients; each is freed as soon as it was added. Without any, a
     backward pass ends at the first sites' outputs.
@@ -412,8 +429,9 @@ def watching(model: PreTrainedModel, collected: Mapping[str, GradientMoments]) -
                 weight.requires_grad_(True)
                 hook = _fisher_hook(name, module, moments, scale=scale)
                 handles.append(weight.register_post_accumulate_grad_hook(hook))
-            if moments.keeps_covariance:
-                handles.append(module.register_forward_hook(_covariance_hook(name, moments)))
+            if moments.keeps_covariance or moments.token_weights is not None:
+                hook_of = _output_hook(name, moments, scale, source=name in of_source)
+                handles.append(module.register_forward_hook(hook_of))
         yield scale
     finally:
         for handle in handles:
@@ -446,10 +464,20 @@ def _fisher_hook(
     return add
 
 
-def _covariance_hook(name: str, moments: GradientMoments) -> Callable[..., Tensor]:
+def places_of(tokens: Tokens, rows: Rows, before: int, source: bool) -> Tensor:
+    """Where a batch's tokens are in the whole text, of which `before` places precede these samples."""
+    return before + tokens.places(rows, source=source)
+
+
+def _output_hook(name: str, moments: GradientMoments, scale: Scale, *, source: bool) -> Callable[..., Tensor]:
+    """Adds the gradient at a linear's output."""
+
     def add(gradient: Tensor) -> None:
         try:
-            moments.update_covariance(gradient, None)
+            if moments.keeps_covariance:
+                moments.update_covariance(gradient, None)
+            if moments.token_weights is not None:
+                moments.update_weights(gradient, scale.places(source))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 

@@ -21,14 +21,15 @@ from eckart.calibration.gradients import collect_gradients, read_as_it_is
 from eckart.calibration.routes import mean_gradients, mean_of_experts
 from eckart.calibration.unfinished import UNFINISHED
 from eckart.calibration.walk import Walk
+from eckart.calibration.weights import Weights, group_weights
 from eckart.data.encoding import check_vocabulary
 from eckart.data.pairs import check_sides
 from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments, InputMoments, Method
 from eckart.lowrank.input_moments import INPUT_STATISTICS
-from eckart.lowrank.moments import GRADIENT_STATISTICS
+from eckart.lowrank.moments import GRADIENT_STATISTICS, TOKEN_WEIGHTS
 from eckart.models.experts import layer_role
-from eckart.models.sites import Site, default_sites, first_readers
+from eckart.models.sites import Site, default_sites, find_sites, first_readers
 from eckart.support.files import GRADIENTS
 from eckart.support.fingerprint import describe_architecture, hash_weights
 from eckart.support.html import html_table
@@ -165,6 +166,7 @@ def calibrate_by_block(
     sites: Sequence[Site] | None = None,
     cache: Path | None = None,
     gradients: dict[str, GradientMoments] | None = None,
+    weights: Weights | None = None,
     memory: Memory | None = None,
     batch_size: int = 8,
     track: Track = silent,
@@ -179,6 +181,7 @@ def calibrate_by_block(
             the model's weights and configuration, the token ids and mask, the statistics and the sites. Blocks that
             are there already are read, not computed, so a killed run resumes where it was.
         gradients: of these sites, if they were gathered before (see `gather_gradients`).
+        weights: what tokens weigh in each input group, where that is known without the gradients.
         memory: blocks of this model, text and method that `gather_gradients` left there; they are read, not computed.
         batch_size: rows at a time; it changes memory and speed only.
 
@@ -200,7 +203,9 @@ def calibrate_by_block(
     if gradients is None:
         gradients = gather_gradients(model, tokens, method, sites=sites, cache=cache, memory=known, track=track)
     statistics = needs & INPUT_STATISTICS
-    store = _input_store(model, tokens, statistics, sites, cache)
+    if weights is None:
+        weights = group_weights(gradients, weighing_readers(model, method), tokens)
+    store = input_store(model, tokens, method, sites, cache, gradients)
     numbers = sorted({site.block for site in sites})
     groups = {number: first_readers(site for site in sites if site.block == number) for number in numbers}
     held = {number for number in numbers if groups[number].keys() <= known.get(number, {}).keys()}
@@ -209,7 +214,7 @@ def calibrate_by_block(
     for number in numbers:
         inputs: dict[str, InputMoments] = {}
         if walk and number in missing:
-            inputs = walk.moments(number, groups[number], statistics)
+            inputs = walk.moments(number, groups[number], statistics, weights)
             if store:
                 store.write(number, inputs)
         elif statistics:
@@ -263,8 +268,9 @@ def gather_gradients(
         if collect is not None:
             gradients = collect(model, tokens, sites, needs, track=track)
         else:
-            kept = _input_store(model, tokens, method.needs & INPUT_STATISTICS, sites, cache)
-            if memory is not None:
+            kept = input_store(model, tokens, method, sites, cache)
+            # What tokens weigh is known when the passes are over.
+            if memory is not None and TOKEN_WEIGHTS not in needs:
                 inputs = _blank_inputs(model, method.needs & INPUT_STATISTICS, sites, kept)
             sums = {group: blank for block in inputs.values() for group, blank in block.items()}
             gradients = collect_gradients(model, tokens, sites, needs, inputs=sums, unfinished=unfinished, track=track)
@@ -283,23 +289,49 @@ def gather_gradients(
 
 
 def kept_inputs(
-    model: PreTrainedModel, tokens: Tokens, method: Method, sites: Sequence[Site], cache: Path | None
+    model: PreTrainedModel,
+    tokens: Tokens,
+    method: Method,
+    sites: Sequence[Site],
+    cache: Path | None,
+    gradients: Mapping[str, GradientMoments],
 ) -> Callable[[int], dict[str, InputMoments]]:
     """From a block's number to {input group: moments}, as `calibrate_by_block` has put them in the cache; else empty.
 
     Cost: one read of the model's weights now, and of a block's moments at each call.
     """
-    store = _input_store(model, tokens, method.needs & INPUT_STATISTICS, sites, cache)
+    store = input_store(model, tokens, method, sites, cache, gradients)
     return lambda number: store.read(number) if store is not None and store.holds(number) else {}
 
 
-def _input_store(
-    model: PreTrainedModel, tokens: Tokens, statistics: frozenset[str], sites: Sequence[Site], cache: Path | None
+def weighing_readers(model: PreTrainedModel, method: Method) -> Sequence[Site]:
+    """The linears whose gradients say what tokens weigh, where the method asks for it."""
+    return find_sites(model) if TOKEN_WEIGHTS in method.needs else ()
+
+
+def input_store(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    method: Method,
+    sites: Sequence[Site],
+    cache: Path | None,
+    gradients: Mapping[str, GradientMoments] | None = None,
 ) -> Store | None:
-    """Where the moments of these sites' inputs are kept; None without a cache, or where there are none to keep."""
-    if cache is None or not statistics:
+    """Where the moments of these sites' inputs are kept; None without a cache, or where there are none to keep.
+
+    Args:
+        gradients: those that say what tokens weigh, of which linears they are is part of the moments' name.
+    """
+    statistics = input_statistics(method)
+    if cache is None or not statistics & INPUT_STATISTICS:
         return None
-    return Store(cache / calibration_digest(model, tokens, statistics, sites))
+    weighed_by = sorted(gradients or ()) if TOKEN_WEIGHTS in statistics else []
+    return Store(cache / calibration_digest(model, tokens, statistics, sites, weighed_by))
+
+
+def input_statistics(method: Method) -> frozenset[str]:
+    """What a method needs of the inputs, and whether their tokens weigh what their gradients say."""
+    return method.needs & (INPUT_STATISTICS | {TOKEN_WEIGHTS})
 
 
 def _blank_inputs(
@@ -366,8 +398,17 @@ def check_readable(model: PreTrainedModel, tokens: Tokens) -> None:
     check_vocabulary(model, tokens.ids)
 
 
-def calibration_digest(model: PreTrainedModel, tokens: Tokens, needs: frozenset[str], sites: Sequence[Site]) -> str:
+def calibration_digest(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    needs: frozenset[str],
+    sites: Sequence[Site],
+    weighed_by: Sequence[str] = (),
+) -> str:
     """A name for the moments: a digest of all that they depend on, by content and not by name.
+
+    Args:
+        weighed_by: the linears whose gradients say what tokens weigh.
 
     Cost: one read of the model's weights.
     """
@@ -378,6 +419,7 @@ def calibration_digest(model: PreTrainedModel, tokens: Tokens, needs: frozenset[
         "tokens": tokens.digest,
         "needs": sorted(needs),
         "sites": [site.name for site in sites],
+        **({"weighed by": [*weighed_by]} if weighed_by else {}),
     }
     state.update(json.dumps(header, sort_keys=True, default=str).encode())
     hash_weights(state.update, model)

@@ -71,6 +71,7 @@ def add_rows(
     *,
     offered: int = 0,
     reference: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> None:
     """Add what a linear reads of a batch to its moments, in place.
 
@@ -80,13 +81,16 @@ def add_rows(
     Args:
         x: (..., d_in), of all tokens, or (n, d_in) of an expert's. mask: (...) of all tokens, True for real ones.
         route: of the expert. offered: see `Rows.offered`.
+        weights: (...) of all tokens, see `weights.group_weights`; None where they weigh alike. Not of an expert's.
 
     Raises:
         ValueError: as `InputMoments.update`.
     """
     mask = mask.to(x.device)
     if route is None:
-        moments.update(x, mask, reference=reference, offered=offered)
+        if weights is not None:
+            weights, offered = weights.to(x.device), offered or int(mask.sum())
+        moments.update(x, mask, reference=reference, weights=weights, offered=offered)
         return
     weights = route.weights.double().square()
     offered = int(mask.sum())

@@ -20,11 +20,13 @@ from eckart.calibration.doors import Doors
 from eckart.calibration.moments import BlockCalibration, check_readable, gather_gradients
 from eckart.calibration.routes import mean_gradients
 from eckart.calibration.streams import OpenDoors, Sample, Samples, Streams, hold
+from eckart.calibration.weights import group_weights
 from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments, InputMoments, Method
 from eckart.lowrank.input_moments import INPUT_STATISTICS
+from eckart.lowrank.moments import TOKEN_WEIGHTS
 from eckart.models.experts import layer_role
-from eckart.models.sites import Site, default_sites, first_readers, joint_readers
+from eckart.models.sites import Site, default_sites, find_sites, first_readers, joint_readers
 from eckart.support.progress import Track, silent
 
 # What a site is calibrated on: the dense model's inputs; the compressed model's; or the compressed model's inputs with
@@ -119,6 +121,8 @@ class SequentialCalibration:
             raise ValueError(f"a reference is for order 'anchored', and not for {order!r}: leave it out")
         self.joint = frozenset(joint)
         self.judged, self.known, self.reference = judged, known, reference
+        # The dense model's, while it is one: what tokens weigh is of all linears that read an input, cut or not.
+        self.readers = find_sites(reference or model) if TOKEN_WEIGHTS in method.needs else ()
         self.reports: list[PassReport] = []
         self.started = False
 
@@ -175,14 +179,19 @@ class SequentialCalibration:
             track=self.track,
         )
 
-    def walk(self, streams: Streams, number: int) -> Iterator[BlockCalibration]:
+    def walk(
+        self, streams: Streams, number: int, gradients: Mapping[str, GradientMoments] | None = None
+    ) -> Iterator[BlockCalibration]:
         """The parts of block `number`, then its passes.
 
         Args:
             streams: at the door of the block; at the next one's afterwards, unless this is the last.
+            gradients: of the block's sites, for what tokens weigh, where they are not those of all blocks.
         """
         sites = [site for site in self.sites if site.block == number]
         if sites:
+            known = (self.gradients or {}) if gradients is None else gradients
+            streams.weights = group_weights(known, self._readers_of(sites), self.tokens)
             streams.separate()
             yield from self._parts(streams, number, sites)
             self._run_passes(streams, number)
@@ -200,6 +209,11 @@ class SequentialCalibration:
             streams.go_on({"dense"} & {*streams.names})
             put_back()
         streams.go_on()
+
+    def _readers_of(self, sites: Sequence[Site]) -> list[Site]:
+        """All linears, cut or not, that read what these do."""
+        groups = {site.input_group for site in sites}
+        return [site for site in self.readers if site.input_group in groups]
 
     def _parts(self, streams: Streams, number: int, sites: Sequence[Site]) -> Iterator[BlockCalibration]:
         """The parts of a block. The dense stream goes on to the next door meanwhile, where anything reads it there.

@@ -15,6 +15,7 @@ from eckart.calibration.doors import Doors, Held
 from eckart.calibration.pausing import Read, Run
 from eckart.calibration.routes import add_rows, both_routes, mean_of_experts
 from eckart.calibration.walk import check_rows, summing_inputs
+from eckart.calibration.weights import Weights, rows_weighed
 from eckart.data.tokens import Tokens
 from eckart.lowrank import InputMoments
 from eckart.models.experts import every_expert, layer_role
@@ -159,6 +160,8 @@ class Streams:
             if start is None:
                 self.doors[name].turn()
         self.ahead: set[str] = set()
+        # What tokens weigh in the moments of the block's input groups, where they do not weigh alike.
+        self.weights: Weights = {}
 
     def call(self, name: str, index: int) -> Call:
         """What a batch of a stream calls the block with, other than hidden states."""
@@ -343,8 +346,11 @@ class Streams:
         if reference is not None and reference.dtype != x.dtype:  # of two models
             x, reference = x.float(), reference.float()
         moments = collected[index >= self.first_held_out]
+        weights = None
+        if index < self.first_held_out:  # what is held out has no gradients
+            weights = rows_weighed(self.weights, group, batch, source=site.of_source)
         try:
-            add_rows(moments, x, mask, route, offered=offered, reference=reference)
+            add_rows(moments, x, mask, route, offered=offered, reference=reference, weights=weights)
         except ValueError as error:
             raise ValueError(f"{group}: {error}") from error
 

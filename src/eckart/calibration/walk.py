@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from eckart.calibration.calls import Call, Tail, record, shared
 from eckart.calibration.doors import Doors, Held
 from eckart.calibration.routes import Routes, add_rows
+from eckart.calibration.weights import Weights, rows_weighed
 from eckart.data.tokens import Rows
 from eckart.lowrank import InputMoments
 from eckart.models.experts import Route
@@ -41,6 +42,7 @@ def summing_inputs(
     readers: Mapping[str, str],
     sums: Mapping[str, InputMoments],
     of_source: Collection[str] = (),
+    weights: Weights | None = None,
 ) -> Iterator[Callable[[Rows], None]]:
     """Inside, what each linear reads is added to the moments of its input group, in place.
 
@@ -48,6 +50,7 @@ def summing_inputs(
         root: the model, or a block of it.
         readers: {input group: path of its first reader}. sums: {input group: moments}, of the same groups.
         of_source: groups that read the tokens of an encoder-decoder's source.
+        weights: what tokens weigh in groups where they do not weigh alike.
 
     Yields: what is to be told a batch before its forward pass.
 
@@ -72,7 +75,8 @@ def summing_inputs(
             mask, offered = batch[0].mask_of(source=source), batch[0].offered(source=source)
             check_rows(group, args[0], mask, route)
             try:
-                add_rows(sums[group], args[0], mask, route, offered=offered)
+                weighed = rows_weighed(weights, group, batch[0], source=source)
+                add_rows(sums[group], args[0], mask, route, offered=offered, weights=weighed)
             except ValueError as error:
                 raise ValueError(f"{group}: {error}") from error
 
@@ -128,14 +132,20 @@ class Walk:
         self.next = start or 0
 
     @torch.no_grad()
-    def moments(self, number: int, groups: dict[str, Site], needs: frozenset[str]) -> dict[str, InputMoments]:
-        """Run the blocks up to and with `number`, and return its moments."""
+    def moments(
+        self, number: int, groups: dict[str, Site], needs: frozenset[str], weights: Weights | None = None
+    ) -> dict[str, InputMoments]:
+        """Run the blocks up to and with `number`, and return its moments.
+
+        Args:
+            weights: as in `summing_inputs`.
+        """
         self.skip(number - 1)
         device = self.held.read(0).device
         collected = {group: InputMoments(site.d_in, needs, device=device) for group, site in groups.items()}
         readers = {group: site.role for group, site in groups.items()}
         of_source = {group for group, site in groups.items() if site.of_source}
-        with summing_inputs(self.blocks[number], readers, collected, of_source) as expect:
+        with summing_inputs(self.blocks[number], readers, collected, of_source, weights) as expect:
             for _ in self._advance(f"block {number}: moments", expect):
                 pass
         return {group: collected.pop(group).compact() for group in list(collected)}

@@ -19,18 +19,29 @@ class Rows(NamedTuple):
         ids, mask: (rows, length), as those of `Tokens`.
         split: of an encoder-decoder, how many columns the source has; those after it are the target's. Else None.
         sound: as that of `Tokens`.
+        first: the number of the first of them in the text.
     """
 
     ids: Int[Tensor, "rows length"]
     mask: Bool[Tensor, "rows length"]
     split: int | None = None
     sound: Float[Tensor, "rows ..."] | None = None
+    first: int = 0
+
+    @property
+    def content(self) -> tuple[Tensor, Tensor, int | None, Tensor | None]:
+        """The ids, the mask, the split and the sound: all but the place in the text."""
+        return self.ids, self.mask, self.split, self.sound
 
     def mask_of(self, *, source: bool) -> Bool[Tensor, "rows side"]:
         """The mask of the source or of the target; where there is but one text, of that."""
+        return self.side_of(self.mask, source=source)
+
+    def side_of(self, whole: Tensor, *, source: bool) -> Tensor:
+        """The columns of the source or of the target; where there is but one text, all."""
         if self.split is None:
-            return self.mask
-        return self.mask[:, : self.split] if source else self.mask[:, self.split :]
+            return whole
+        return whole[:, : self.split] if source else whole[:, self.split :]
 
     def offered(self, *, source: bool) -> int:
         """Of what reads the source, the tokens of the target, by which losses are counted; 0 of all else."""
@@ -193,4 +204,19 @@ class Tokens:
         """The samples in order, `size` rows at a time."""
         batches = self.batches(size)
         sounds = [None] * len(batches) if self.sound is None else self.sound.split(size)
-        return [Rows(*batch, self.split, sound) for batch, sound in zip(batches, sounds, strict=True)]
+        return [
+            Rows(*batch, self.split, sound, size * number)
+            for number, (batch, sound) in enumerate(zip(batches, sounds, strict=True))
+        ]
+
+    def places(self, rows: Rows, *, source: bool) -> Int[Tensor, "n"]:
+        """Where the tokens of some samples are among all places of the text, (samples length), row by row.
+
+        Args:
+            rows: of this text, with or without its padding. source: of pairs, those of the source or of the target.
+        """
+        own = self.mask[rows.first : rows.first + len(rows.ids)].clone()
+        if self.split is not None:
+            own[:, self.split :] &= not source
+            own[:, : self.split] &= source
+        return rows.first * self.ids.shape[1] + own.flatten().nonzero()[:, 0]

@@ -22,6 +22,7 @@ from eckart.lowrank.metrics import (
     scaled_eigenvectors,
     whitening,
 )
+from eckart.lowrank.moments import TOKEN_WEIGHTS
 
 SECOND_MOMENT = frozenset({"second_moment"})
 NSVD_PAPER = "Large Language Model Compression via the Nested Activation-Aware Decomposition (2025)"
@@ -229,21 +230,30 @@ def shrunk(share: float = INPUT_SHRINKAGE, bias: bool = False) -> Method:
     )
 
 
-def kfac(shrink_in: float = INPUT_SHRINKAGE, shrink_out: float = GRADIENT_SHRINKAGE, bias: bool = True) -> Method:
+def kfac(
+    shrink_in: float = INPUT_SHRINKAGE,
+    shrink_out: float = GRADIENT_SHRINKAGE,
+    bias: bool = True,
+    weighted: bool = False,
+) -> Method:
     """Error weighed by the inputs' moment and by the loss gradient's: its tail is in units of the loss."""
+    mean = "E[|g|^2 {}] / E[|g|^2]" if weighted else "E[{}]"
+    weights = frozenset({TOKEN_WEIGHTS}) if weighted else frozenset[str]()
     return Method(
         name="kfac",
         paper="Kronecker-factored Fisher (Martens and Grosse, arXiv 1503.05671) as a metric; GFWSVD, arXiv 2505.17974",
-        equation="A^T A = shrunk E[g g^T], B B^T = shrunk E[x x^T]" + (" - mu mu^T, d = W mu - M mu" if bias else ""),
-        assumes="the loss is locally quadratic, inputs and gradients of a linear are uncorrelated",
+        equation=f"A^T A = shrunk E[g g^T], B B^T = shrunk {mean.format('x x^T')}"
+        + (f" - mu mu^T, mu = {mean.format('x')}, d = W mu - M mu" if bias else ""),
+        assumes="the loss is locally quadratic, inputs and gradients of a linear are uncorrelated"
+        + (" but for the gradients' size, by which tokens are weighted" if weighted else ""),
         fails="on few tokens the gradient's covariance is noise: shrink it more; needs backward passes",
-        needs=SECOND_MOMENT | {"gradient_covariance"},
+        needs=SECOND_MOMENT | {"gradient_covariance"} | weights,
         stage=Stage(
             root=whitening(shrink_in, centred=bias),
             metric=partial(gradient_metric, share=shrink_out),
         ),
         centred=bias,
-        options={"shrink_in": shrink_in, "shrink_out": shrink_out, "bias": bias},
+        options={"shrink_in": shrink_in, "shrink_out": shrink_out, "bias": bias, "weighted": weighted},
     )
 
 

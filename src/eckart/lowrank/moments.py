@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from eckart.lowrank.float32 import (
@@ -23,7 +23,10 @@ from eckart.lowrank.input_moments import CHUNK_ROWS, NORMALISED_ROWS, InputMomen
 
 # What a method may ask for, of one layer's gradients; it needs backward passes.
 FISHER = frozenset({"fisher_in", "fisher_out"})
-GRADIENT_STATISTICS = FISHER | {"gradient_covariance"}
+OF_GRADIENTS = FISHER | {"gradient_covariance"}
+# What each token of the calibration text weighs at the linear.
+TOKEN_WEIGHTS = "token_weights"
+GRADIENT_STATISTICS = OF_GRADIENTS | {TOKEN_WEIGHTS}
 FISHER_PRIOR = 0.01
 
 
@@ -33,23 +36,26 @@ class GradientMoments:
         gradient_covariance H = E[g g^T]        (d_out, d_out), g = dLoss/dy per token
         fisher F = E[(dLoss/dW)^2]              (d_out, d_in), kept as its row and column sums:
         fisher_in (d_in,) sums F over outputs,  fisher_out (d_out,) sums F over inputs
+        token_weights |g_t|^2                   (places,), of every place of the text; zero where there is no token
 
     One `update_fisher` per example: the square is of one example's gradient, so batching examples would change F.
 
     Args:
         needs: names out of GRADIENT_STATISTICS; the two Fisher sums are kept together.
         device: where the sums are; default main memory.
+        places: of the text, samples times their length, for token_weights.
 
-    Memory: d_out^2 float32 for gradient_covariance; float64 where the gradients are.
+    Memory: d_out^2 float32 for gradient_covariance, float64 where the gradients are; a float32 a place.
     """
 
     def __init__(
         self,
         d_out: int,
         d_in: int,
-        needs: frozenset[str] | set[str] = GRADIENT_STATISTICS,
+        needs: frozenset[str] | set[str] = OF_GRADIENTS,
         *,
         device: torch.device | None = None,
+        places: int = 0,
     ) -> None:
         unknown = set(needs) - GRADIENT_STATISTICS
         if unknown:
@@ -63,6 +69,8 @@ class GradientMoments:
             self._sums["fisher_out"] = torch.zeros(d_out, dtype=torch.float64, device=device)
         if "gradient_covariance" in needs:
             self._sums["gradient_covariance"] = torch.zeros(d_out, d_out, device=device)
+        if TOKEN_WEIGHTS in needs:
+            self._sums[TOKEN_WEIGHTS] = torch.zeros(places, device=device)
 
     def __repr__(self) -> str:
         names = ", ".join(self._sums) or "nothing kept"
@@ -77,6 +85,11 @@ class GradientMoments:
     def keeps_covariance(self) -> bool:
         """Whether the gradient covariance is kept."""
         return "gradient_covariance" in self._sums
+
+    @property
+    def token_weights(self) -> Float[Tensor, "places"] | None:
+        """|g|^2 at every place of the text; None where it is not kept."""
+        return self._sums.get(TOKEN_WEIGHTS)
 
     @property
     def sums(self) -> dict[str, Tensor]:
@@ -125,6 +138,22 @@ class GradientMoments:
         if not torch.isfinite(total.diagonal()).all():
             raise ValueError("a gradient is not finite; the model is broken or overflows in its stored type")
 
+    def update_weights(self, gradients: Float[Tensor, "*batch out"], places: Int[Tensor, "n"]) -> None:
+        """Add what some tokens weigh, in place: the square of the gradient at each.
+
+        Args:
+            gradients: per-token dLoss/dy, of n tokens. places: of each in the text.
+
+        Raises:
+            ValueError: token_weights is not kept, or there is not one gradient for each place.
+        """
+        total, rows = self.token_weights, rows_of(gradients, None)
+        if total is None:
+            raise ValueError("what tokens weigh is the statistic token_weights, which is not kept")
+        if len(rows) != len(places):
+            raise ValueError(f"{len(rows)} gradients are not one for each of {len(places)} tokens")
+        total[places.to(total.device)] += rows.float().square().sum(1).to(total.device)
+
     def __add__(self, other: GradientMoments) -> GradientMoments:
         shapes = [{name: s.shape for name, s in moments.sums.items()} for moments in (self, other)]
         if shapes[0] != shapes[1]:
@@ -152,6 +181,8 @@ class GradientMoments:
         """
         merged = {}
         for name, total in self.sums.items():
+            if name == TOKEN_WEIGHTS:
+                continue
             covariance = name == "gradient_covariance"
             factor = rows / max(mean.tokens, 1) if covariance else FISHER_PRIOR * self.examples / max(mean.examples, 1)
             merged[name] = total + mean.sums[name].to(total) * factor

@@ -33,7 +33,7 @@ from eckart.compression.replace import CompressionReport, SiteReport, is_of, pla
 from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.input_moments import INPUT_STATISTICS
-from eckart.lowrank.moments import GRADIENT_STATISTICS
+from eckart.lowrank.moments import GRADIENT_STATISTICS, TOKEN_WEIGHTS
 from eckart.models.checkpoint import attach, specs_of
 from eckart.models.experts import layer_role
 from eckart.models.loading import load_tokenizer, locate
@@ -248,7 +248,7 @@ class _Compression:
                 if walk is None or streams is None:
                     yield BlockCalibration(number, gradients=gradients)
                 else:
-                    yield from _with_gradients(walk.calibration.walk(streams, number), gradients)
+                    yield from _with_gradients(walk.calibration.walk(streams, number, gradients), gradients)
             if walk is not None:
                 walk.clear()
 
@@ -346,7 +346,7 @@ class _Compression:
         if self.walk is None or streams is None:
             yield BlockCalibration(number, gradients=gradients)
         else:
-            yield from _with_gradients(self.walk.calibration.walk(streams, number), gradients)
+            yield from _with_gradients(self.walk.calibration.walk(streams, number, gradients), gradients)
 
     def _factor(self, units: Sequence[Unit], part: BlockCalibration) -> list[SiteReport]:
         """Cut some of the block's units and put the cuts in place."""
@@ -378,8 +378,10 @@ class _Compression:
     def _gradients(self) -> Sweep | Mapping[str, GradientMoments]:
         """Every block's gradient statistics, computed now unless recorded or on disk; empty where none are needed."""
         needs = self.method.needs & GRADIENT_STATISTICS
-        # Where losses decide the ranks, of all sites that share the budget; else of those that are cut.
-        sites = self.workbench.sites if self.workbench.measures_losses else self.planned
+        # Where losses decide the ranks, of all sites that share the budget, and where they say what tokens weigh, of
+        # all that read what these do; else of those that are cut.
+        whole = self.workbench.measures_losses or TOKEN_WEIGHTS in needs
+        sites = self.workbench.sites if whole else self.planned
         if not needs or not sites:
             return {}
         if self.recipe.calibration.fisher == "recorded":

@@ -304,7 +304,8 @@ class Workbench:
             return None
         if self._memory or self.how.cache is None:
             return lambda number: self._memory.pop(number, {})
-        return kept_inputs(self.model, self.tokens[0], self.composition.method, self.sites, self.how.cache)
+        method, cache = self.composition.method, self.how.cache
+        return kept_inputs(self.model, self.tokens[0], method, self.sites, cache, self.gradients)
 
     def walk(
         self, plan: RankPlan, gradients: dict[str, GradientMoments], known: KnownInputs | None = None

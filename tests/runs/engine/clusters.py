@@ -29,9 +29,11 @@ TOKENS = tiny_tokens(11, 16, padded=True)
 BLOCKS = 3
 
 
-def compressed(where: Any, path: Path, method: str, tokens: Tokens = TOKENS) -> PreTrainedModel:
+def compressed(
+    where: Any, path: Path, method: str, tokens: Tokens = TOKENS, options: dict[str, Any] | None = None
+) -> PreTrainedModel:
     """The model at a path, compressed to half on an engine; first all of the moments, so that few workers do."""
-    model, built = eckart.load_model(path), build_method(method)
+    model, built = eckart.load_model(path), build_method(method, options or {})
     moments = list(where.calibrate_by_block(CalibrationRequest(model, tokens, built, batch_size=4)))
     if where is not HERE:
         where.cluster.requested = min(where.cluster.requested, 2)

@@ -53,10 +53,14 @@ def test_any_number_of_workers_gives_the_same_factors(engine: OnCluster, place: 
     assert relative(logits_of(models[0]), logits_of(alone)) < (1e-4 if name == "llama" else 5e-2)
 
 
-@pytest.mark.parametrize(("name", "method"), [("t5", "kfac"), ("bart", "asvd-i")])
-def test_workers_calibrate_and_cut_encoder_decoders(engine: OnCluster, place: Path, name: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "method", "options"), [("t5", "kfac", {"weighted": True}), ("bart", "asvd-i", {})], ids=["t5", "bart"]
+)
+def test_workers_calibrate_and_cut_encoder_decoders(
+    engine: OnCluster, place: Path, name: str, method: str, options: dict[str, Any]
+) -> None:
     pairs = tiny_pairs(11, padded=True)
-    alone, clustered = (compressed(where, place / name, method, pairs) for where in (HERE, engine))
+    alone, clustered = (compressed(where, place / name, method, pairs, options) for where in (HERE, engine))
     assert factors(clustered)
     assert relative(logits_of(clustered), logits_of(alone)) < 1e-3
 

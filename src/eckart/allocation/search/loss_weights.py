@@ -241,7 +241,7 @@ class _Predictions:
         for number, batch in enumerate(self.batches):
             dense = self._dense(number)
             with swapped(self.model, modules):
-                cut = log_probabilities(self.model, *batch)
+                cut = log_probabilities(self.model, *batch.content)
             total += summed_divergence(dense, cut)
             count += len(dense)
         if count == 0:
@@ -251,7 +251,7 @@ class _Predictions:
     def _dense(self, number: int) -> Tensor:
         if number in self._kept:
             return self._kept[number]
-        predicted = log_probabilities(self.model, *self.batches[number])
+        predicted = log_probabilities(self.model, *self.batches[number].content)
         if predicted.nbytes <= self._room:
             self._room -= predicted.nbytes
             self._kept[number] = predicted

@@ -69,8 +69,8 @@ class Distillation:
 
         def loss(step: int) -> Tensor:
             with torch.no_grad():
-                log_p = log_probabilities(dense, *batches[step])
-            log_q = log_probabilities(model, *batches[step])
+                log_p = log_probabilities(dense, *batches[step].content)
+            log_q = log_probabilities(model, *batches[step].content)
             return torch.nn.functional.kl_div(log_q, log_p.to(log_q.device), log_target=True, reduction="batchmean")
 
         try:
@@ -90,7 +90,7 @@ def _divergence(model: PreTrainedModel, dense: PreTrainedModel, tokens: Tokens, 
     """Mean KL(dense || model) over all predictions."""
     total, count = 0.0, 0
     for rows in tokens.rows(batch):
-        log_p = log_probabilities(dense, *rows)
-        total += summed_divergence(log_p, log_probabilities(model, *rows).to(log_p.device))
+        log_p = log_probabilities(dense, *rows.content)
+        total += summed_divergence(log_p, log_probabilities(model, *rows.content).to(log_p.device))
         count += len(log_p)
     return total / max(count, 1)

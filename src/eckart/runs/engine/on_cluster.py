@@ -22,8 +22,14 @@ from transformers import PreTrainedModel
 from eckart.allocation import RankPlan
 from eckart.allocation.search.loss_weights import Spread
 from eckart.allocation.search.trials import ScoreModel, Spectra, Team
-from eckart.calibration.cache import Store
-from eckart.calibration.moments import BlockCalibration, calibration_digest, check_readable, gather_gradients
+from eckart.calibration.moments import (
+    BlockCalibration,
+    check_readable,
+    gather_gradients,
+    input_store,
+    weighing_readers,
+)
+from eckart.calibration.weights import group_weights
 from eckart.compression.cuts import Cut, CutRequest, FactorRequest, cut_units
 from eckart.data.tokens import Tokens
 from eckart.evals.catalogue import find_task
@@ -64,8 +70,9 @@ class OnCluster(Engine):
         check_readable(model, tokens)
         sites = default_sites(model) if request.sites is None else request.sites
         cache = request.cache
-        store = None if cache is None else Store(cache / calibration_digest(model, tokens, needs, sites))
-        for number, inputs in calibrate_on(self.cluster, request, sites, store):
+        store = input_store(model, tokens, request.method, sites, cache, gradients)
+        weights = group_weights(gradients, weighing_readers(model, request.method), tokens)
+        for number, inputs in calibrate_on(self.cluster, request, sites, store, weights):
             names = [site.name for site in sites if site.block == number]
             yield BlockCalibration(number, inputs, {name: gradients[name] for name in names if name in gradients})
             del inputs

@@ -8,13 +8,14 @@ are the same to the last bit for any number of workers, and little is sent.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TypeVar
 
 from eckart.calibration.cache import Store
 from eckart.calibration.gradients import collect_gradients
 from eckart.calibration.moments import calibrate_by_block
+from eckart.calibration.weights import Weights
 from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments, InputMoments, Method
 from eckart.models.sites import Site
@@ -39,7 +40,7 @@ class Portion:
         shares: those that this worker takes.
         sites: whose statistics, in the model's order.
         needs: out of the statistics of inputs, or of gradients.
-        method, batch_size: as in `calibrate_by_block`.
+        method, batch_size, weights: as in `calibrate_by_block`.
     """
 
     source: Source
@@ -49,6 +50,7 @@ class Portion:
     needs: frozenset[str]
     method: Method
     batch_size: int = 1
+    weights: Weights = field(default_factory=dict)
 
     @property
     def branches(self) -> list[range]:
@@ -104,7 +106,7 @@ def put_together(tree: range, known: Collection[range], find: Callable[[range], 
 
 
 def calibrate_on(
-    cluster: Cluster, request: CalibrationRequest, sites: Sequence[Site], store: Store | None
+    cluster: Cluster, request: CalibrationRequest, sites: Sequence[Site], store: Store | None, weights: Weights
 ) -> Iterator[tuple[int, dict[str, InputMoments]]]:
     """(block, moments of its input groups) of one block after another; see `calibrate_by_block`.
 
@@ -113,12 +115,14 @@ def calibrate_on(
     Args:
         sites: those of the request, or all.
         store: blocks that are calibrated already are read from it, and the others written to it.
+        weights: what tokens weigh.
     """
     numbers = sorted({site.block for site in sites})
     missing = [number for number in numbers if not (store and store.holds(number))]
     unread = tuple(site for site in sites if site.block in missing)
     source, tokens, method = Source.of(request.model), request.tokens, request.method
-    portions = _portions(cluster, Portion(source, tokens, range(0), unread, method.needs, method, request.batch_size))
+    whole = Portion(source, tokens, range(0), unread, method.needs, method, request.batch_size, weights)
+    portions = _portions(cluster, whole)
     with cluster.streams(walk_shares, portions if missing else []) as streams:
         for number in request.track(numbers, "moments", len(numbers)):
             if store and number not in missing:
@@ -156,6 +160,7 @@ def walk_shares(portion: Portion) -> Iterator[dict[str, InputMoments]]:
             portion.method,
             sites=portion.sites,
             gradients={},
+            weights=_weights_of(portion, number),
             batch_size=portion.batch_size,
         )
         for number in portion.shares
@@ -166,13 +171,20 @@ def walk_shares(portion: Portion) -> Iterator[dict[str, InputMoments]]:
             yield put_together(branch, single, lambda share: next(walks[share.start]).inputs)
 
 
+def _weights_of(portion: Portion, number: int) -> Weights:
+    """What the tokens of one share weigh."""
+    rows, before = share_of(portion.tokens, number)
+    return {group: each[len(before) : len(before) + len(rows)] for group, each in portion.weights.items()}
+
+
 def gather_shares(portion: Portion) -> Iterator[dict[str, GradientMoments]]:
     """A worker's gradient statistics of its portion: block after block, and in each branch after branch."""
     model = portion.source.load()
 
     def gather(share: range) -> dict[str, GradientMoments]:
         rows, before = share_of(portion.tokens, share.start)
-        return collect_gradients(model, rows, portion.sites, portion.needs, after=before)
+        whole = len(portion.tokens)
+        return collect_gradients(model, rows, portion.sites, portion.needs, after=before, samples=whole)
 
     single = [range(number, number + 1) for number in portion.shares]
     sums = [put_together(branch, single, gather) for branch in portion.branches]
