@@ -26,6 +26,7 @@ from eckart.data.tokens import Rows, Tokens
 from eckart.lowrank import GradientMoments, InputMoments
 from eckart.lowrank.moments import FISHER
 from eckart.models.sites import Site, find_sites, first_readers, stacks_of
+from eckart.support.memory import give_back
 from eckart.support.precision import in_float32
 from eckart.support.progress import Track, silent
 
@@ -36,7 +37,7 @@ UNSCORED = -100
 ONE_TOKEN = "a calibration sample of one token has no next token to predict"
 # Bytes of activations that are kept for one backward pass, and of logits that exist at a time.
 ACTIVATIONS = 2**30
-LOGITS = 2**27
+LOGITS = 2**25
 
 
 def collect_gradients(
@@ -98,10 +99,14 @@ def collect_gradients(
             expect(rows)
             with torch.enable_grad():
                 hidden, tail = run_through(model, batch.read)
+            give_back()
             gradient = loss.gradient(hidden.detach(), tail, batch)
             scale.scored = batch.scored
             scale.places = partial(places_of, tokens, rows, before * length)
+            give_back()
             hidden.backward(gradient)
+            del hidden, gradient
+            give_back()
             if kept is not None:
                 kept.keep(number, collected, known)
     count_examples(collected, len(tokens.ids))

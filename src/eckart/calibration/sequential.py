@@ -27,6 +27,7 @@ from eckart.lowrank.input_moments import INPUT_STATISTICS
 from eckart.lowrank.moments import TOKEN_WEIGHTS
 from eckart.models.experts import layer_role
 from eckart.models.sites import Site, default_sites, find_sites, first_readers, joint_readers
+from eckart.support.memory import give_back
 from eckart.support.progress import Track, silent
 
 # What a site is calibrated on: the dense model's inputs; the compressed model's; or the compressed model's inputs with
@@ -246,6 +247,7 @@ class SequentialCalibration:
                 read = [site for site in sites if site.input_group in moments]
                 yield self._part(number, read, moments, means, gradient_means)
                 del moments
+                give_back()
 
     def _run_passes(self, streams: Streams, number: int) -> None:
         """Every pass over the block, in place; `reports` gets the result of each."""
