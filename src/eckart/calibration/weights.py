@@ -3,12 +3,14 @@
 The loss changes by E[(g^T (W - M) x)^2] / 2 to second order: a token counts by its gradient g. K-FAC (Martens and
 Grosse, arXiv 1503.05671) takes g and x to be independent, E[g g^T] (x) E[x x^T]. They are not: nearly all heads attend
 to a text's first token, whose gradient is some hundred times that of others, and whose keys and values are like no
-other's. With the weights |g|^2 the factor of the inputs is
+other's. What is left of the whole, E[g g^T (x) x x^T], once the outputs are summed over, is E[|g|^2 x x^T]: the step
+from the identity towards the nearest product of two matrices (Van Loan and Pitsianis 1993), whose fixed point GFWSVD
+seeks (arXiv 2505.17974). Gradients have heavy tails, and squares leave few tokens that count; so tokens weigh half way
+between that and alike,
 
-    E[|g|^2 x x^T] / E[|g|^2],
+    E[|g| x x^T] / E[|g|],
 
-what is left of the whole, E[g g^T (x) x x^T], once the outputs are summed over: the step from the identity towards the
-nearest product of two matrices (Van Loan and Pitsianis 1993), whose fixed point GFWSVD seeks (arXiv 2505.17974).
+which loses less than either on a real model (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -22,8 +24,11 @@ from torch import Tensor
 from eckart.data.tokens import Rows, Tokens
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.moments import TOKEN_WEIGHTS
-from eckart.models.experts import layer_role
 from eckart.models.sites import Site
+
+# Parts of a block whose linears have no tokens that count more than others for what the linear is to give: there
+# weights leave fewer tokens, and gain nothing.
+ALIKE = frozenset({"mlp", "experts"})
 
 # {input group: what its tokens weigh, (samples, length)}.
 Weights = Mapping[str, Float[Tensor, "samples length"]]
@@ -32,12 +37,12 @@ Weights = Mapping[str, Float[Tensor, "samples length"]]
 def blank_gradients(
     sites: Iterable[Site], needs: frozenset[str], places: int, device: torch.device
 ) -> dict[str, GradientMoments]:
-    """{site name: gradient statistics, without a token so far}. Tokens of experts weigh what their router says."""
+    """{site name: gradient statistics, without a token so far}."""
     return {
         site.name: GradientMoments(
             site.d_out,
             site.d_in,
-            needs - {TOKEN_WEIGHTS} if layer_role(site.name) else needs,
+            needs - {TOKEN_WEIGHTS} if site.part in ALIKE else needs,
             device=device,
             places=places,
         )
@@ -46,9 +51,9 @@ def blank_gradients(
 
 
 def group_weights(gradients: Mapping[str, GradientMoments], sites: Sequence[Site], tokens: Tokens) -> Weights:
-    """What the tokens weigh in each input group of the sites: |g|^2, summed over the linears that read it.
+    """What the tokens weigh in each input group of the sites: |g|, of the gradients of all linears that read it.
 
-    They are one on average. A group has none where all its gradients are zero, or whose tokens a router weighs.
+    They are one on average. A group has none where its tokens weigh alike, as in ALIKE, or all gradients are zero.
 
     Args:
         gradients: of the sites that have any. sites: all that read the groups.
@@ -60,7 +65,7 @@ def group_weights(gradients: Mapping[str, GradientMoments], sites: Sequence[Site
             sums[site.input_group] = sums[site.input_group] + own if site.input_group in sums else own
     weights = {}
     for group, total in sums.items():
-        each = total.view(tokens.ids.shape).double()
+        each = total.view(tokens.ids.shape).double().sqrt()
         read = int((each > 0).sum())
         if read:
             weights[group] = each * (_tokens_read(tokens, sites, group) / each.sum())

@@ -237,7 +237,7 @@ def kfac(
     weighted: bool = False,
 ) -> Method:
     """Error weighed by the inputs' moment and by the loss gradient's: its tail is in units of the loss."""
-    mean = "E[|g|^2 {}] / E[|g|^2]" if weighted else "E[{}]"
+    mean = "E[|g| {}] / E[|g|]" if weighted else "E[{}]"
     weights = frozenset({TOKEN_WEIGHTS}) if weighted else frozenset[str]()
     return Method(
         name="kfac",
