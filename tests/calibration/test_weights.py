@@ -8,7 +8,7 @@ from torch import Tensor
 
 import eckart
 from eckart.calibration.gradients import collect_gradients
-from eckart.calibration.moments import calibrate
+from eckart.calibration.moments import Memory, calibrate, calibrate_by_block, gather_gradients
 from eckart.calibration.sequential import SequentialCalibration
 from eckart.calibration.weights import ALIKE, group_weights
 from eckart.data.tokens import Tokens
@@ -134,6 +134,12 @@ def test_weights_are_one_on_average_and_none_where_nothing_moves_the_loss() -> N
     assert f"{last}.self_attn.q_proj" not in weights
     assert f"{last}.self_attn.o_proj" in weights
     assert not [group for group in weights if "mlp" in group]
+    # The passes that bring the weights bring the moments too, and none of that block's then.
+    memory: Memory = {}
+    known = gather_gradients(model, tokens, WEIGHTED, memory=memory)
+    assert sorted(memory) == list(range(len(model.model.layers) - 1))
+    for block in calibrate_by_block(model, tokens, WEIGHTED, gradients=known, memory=memory):
+        assert all(moments.total == pytest.approx(tokens.count) for moments in block.inputs.values())
     for each in weights.values():
         assert float(each[tokens.mask].mean()) == pytest.approx(1)
         assert not each[~tokens.mask].any()

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from eckart.calibration.calls import Tail, run_through, standing_in, without_cache
 from eckart.calibration.unfinished import Unfinished
 from eckart.calibration.walk import summing_inputs
-from eckart.calibration.weights import blank_gradients
+from eckart.calibration.weights import Late, blank_gradients
 from eckart.data.pairs import arguments_of, is_encoder_decoder
 from eckart.data.tokens import Rows, Tokens
 from eckart.lowrank import GradientMoments, InputMoments
@@ -59,8 +59,8 @@ def collect_gradients(
         after: samples before these, of the same text, that another call takes: labels and masks are drawn as if they
             had been read, so that the sum over parts of a text is that of the whole.
         samples: of the whole text, where these are a part of it.
-        inputs: {input group of the sites: moments}; the same forward passes add to these, in place. Not of a model that
-            does not `read_as_it_is`.
+        inputs: {input group of the sites: moments}; the same passes add to these, in place, by what tokens weigh where
+            that is needed. Not of a model that does not `read_as_it_is`.
         unfinished: a file of this pass alone, see `Unfinished`: the sums so far, written now and then, and gone on from
             where it is there. It stays when the pass is over. Not with `after`.
 
@@ -86,12 +86,14 @@ def collect_gradients(
     if done:
         loss.draw_past(tokens.take(slice(sum(len(rows.ids) for rows in batches[:done]))))
     first = first_readers(sites)
-    readers = {group: first[group].name for group in known}
+    late = Late(sites, known, collected)
+    readers = {group: first[group].name for group in known if group not in late.readers}
     of_source = {group for group, site in first.items() if site.of_source}
     with (
         in_float32(model, {torch.float16}),
         watching(model, collected, {site.name for site in sites if site.of_source}) as scale,
         summing_inputs(model, readers, known, of_source) as expect,
+        late.held(model),
     ):
         todo = batches[done:]
         for number, rows in enumerate(track(todo, "gradients", len(todo)), done + 1):
@@ -105,11 +107,13 @@ def collect_gradients(
             scale.places = partial(places_of, tokens, rows, before * length)
             give_back()
             hidden.backward(gradient)
+            late.add(rows, scale.places)
             del hidden, gradient
             give_back()
             if kept is not None:
                 kept.keep(number, collected, known)
     count_examples(collected, len(tokens.ids))
+    late.level()
     return collected
 
 

@@ -268,15 +268,16 @@ def gather_gradients(
         if collect is not None:
             gradients = collect(model, tokens, sites, needs, track=track)
         else:
-            kept = input_store(model, tokens, method, sites, cache)
-            # What tokens weigh is known when the passes are over.
-            if memory is not None and TOKEN_WEIGHTS not in needs:
+            kept = input_store(model, tokens, method, sites, cache, [site.name for site in sites])
+            if memory is not None:
                 inputs = _blank_inputs(model, method.needs & INPUT_STATISTICS, sites, kept)
             sums = {group: blank for block in inputs.values() for group, blank in block.items()}
             gradients = collect_gradients(model, tokens, sites, needs, inputs=sums, unfinished=unfinished, track=track)
             del sums
             for number in list(inputs):
                 block = {group: moments.compact() for group, moments in inputs.pop(number).items()}
+                if any(moments.count and not moments.total for moments in block.values()):
+                    continue  # no token weighs anything, so that all are to weigh alike
                 if kept:
                     kept.write(number, block)
                 elif memory is not None:
@@ -315,18 +316,18 @@ def input_store(
     method: Method,
     sites: Sequence[Site],
     cache: Path | None,
-    gradients: Mapping[str, GradientMoments] | None = None,
+    weighed_by: Iterable[str] = (),
 ) -> Store | None:
     """Where the moments of these sites' inputs are kept; None without a cache, or where there are none to keep.
 
     Args:
-        gradients: those that say what tokens weigh, of which linears they are is part of the moments' name.
+        weighed_by: the linears whose gradients are known, which may say what tokens weigh.
     """
     statistics = input_statistics(method)
     if cache is None or not statistics & INPUT_STATISTICS:
         return None
-    weighed_by = sorted(gradients or ()) if TOKEN_WEIGHTS in statistics else []
-    return Store(cache / calibration_digest(model, tokens, statistics, sites, weighed_by))
+    weighing = sorted(weighed_by) if TOKEN_WEIGHTS in statistics else []
+    return Store(cache / calibration_digest(model, tokens, statistics, sites, weighing))
 
 
 def input_statistics(method: Method) -> frozenset[str]:

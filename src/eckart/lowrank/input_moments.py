@@ -355,6 +355,12 @@ class InputMoments:
         # Those that were read have no shifts; nor have those that no row was added to, which are to choose theirs yet.
         self._mirrored, self._is_read = False, count > 0 and not self._shifts
 
+    def scale(self, factor: float) -> None:
+        """Have every row weigh so many times as much, in place, of rows that have weights."""
+        if "weight" not in self._sums:
+            raise ValueError("these rows have no weights, so that they cannot weigh more")
+        self._sums = {name: total if name == "offered" else total * factor for name, total in self._sums.items()}
+
     def shrunk(self, mean: InputMoments, rows: float) -> InputMoments:
         """These moments with so many more rows, of ordinary weight, that are distributed as `mean` is.
 
