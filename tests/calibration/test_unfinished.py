@@ -22,6 +22,7 @@ from eckart.support.progress import Track, silent
 from tiny import tiny_model, tiny_tokens
 
 KFAC, FWSVD = build_method("kfac"), build_method("fwsvd")
+WEIGHTED = build_method("kfac", {"weighted": True})
 SAMPLES = 6
 
 
@@ -82,7 +83,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("method", [KFAC, FWSVD], ids=["kfac", "fwsvd"])
+@pytest.mark.parametrize("method", [KFAC, FWSVD, WEIGHTED], ids=["kfac", "fwsvd", "weighted"])
 @pytest.mark.parametrize("name", list(MODELS))
 def test_goes_on_with_the_sample_that_is_next(tmp_path: Path, name: str, method: Method) -> None:
     model = MODELS[name]()
