@@ -23,7 +23,7 @@ from eckart.compression.replace import compress
 from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments, Method, build_method
 from eckart.models.sites import blocks_of, find_sites
-from tiny import BLOCKS, ENCODERS, HEADS, tiny_model, tiny_tokens
+from tiny import BLOCKS, ENCODERS, HEADS, relative, tiny_model, tiny_tokens
 from walks import Noted, alike, refuse_to_run
 
 METHOD = build_method("asvd-i")
@@ -225,7 +225,7 @@ def test_copies_of_a_model_share_a_cache(tmp_path: Path) -> None:
 # Gradients have a folder of their own
 
 
-KFAC = build_method("kfac")
+KFAC = build_method("kfac", {"weighted": False})
 
 
 def test_inputs_and_gradients_are_kept_apart(tmp_path: Path) -> None:
@@ -238,6 +238,23 @@ def test_inputs_and_gradients_are_kept_apart(tmp_path: Path) -> None:
     assert {folder.name for folder in tmp_path.iterdir()} == {inputs, gradients}
     assert [file.name for file in (tmp_path / gradients).iterdir()] == ["gradients.safetensors"]
     assert len(list((tmp_path / inputs).iterdir())) == BLOCKS
+
+
+def test_moments_of_weighed_tokens_are_no_other_method_s(tmp_path: Path) -> None:
+    """Nor those of other gradients: of fewer of the linears that read an input."""
+    model, tokens, method = tiny_model("llama"), tiny_tokens(3, 10), build_method("kfac", {"weighted": True})
+    sites = [site for site in find_sites(model) if "q_proj" in site.name]
+    gradients = gather_gradients(model, tokens, method)
+    few = {name: moments for name, moments in gradients.items() if "q_proj" in name}
+    calibrations = [
+        list(calibrate_by_block(model, tokens, each, sites=sites, gradients=known, cache=tmp_path))
+        for each, known in ((method, gradients), (method, few), (KFAC, gradients))
+    ]
+    assert len(list(tmp_path.iterdir())) == 3
+    first, second, third = ({**blocks[0].inputs}.popitem()[1].second_moment for blocks in calibrations)
+    assert relative(first, second) > 1e-3 < relative(first, third)
+    again = list(calibrate_by_block(model, tokens, method, sites=sites, gradients=gradients, cache=tmp_path))
+    assert alike(again, calibrations[0])
 
 
 def test_methods_share_what_they_have_in_common(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

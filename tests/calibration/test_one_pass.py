@@ -14,7 +14,7 @@ from eckart.models.sites import blocks_of, find_sites
 from tiny import BLOCKS, relative, tiny_model, tiny_tokens
 from walks import Noted, alike, refuse_to_run
 
-KFAC = build_method("kfac")
+KFAC = build_method("kfac", {"weighted": False})
 WEIGHTED = build_method("kfac", {"weighted": True})
 
 
