@@ -74,7 +74,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "best, plain": {**FULL, "layout": "plain"},
     "best, one-shot": {**FULL, "order": "one-shot"},
     "best, sequential": {**FULL, "order": "sequential"},
-    "best, weighted": {"method": {"name": "best", "options": {"weighted": True}}},
+    "best, tokens alike": {"method": {"name": "best", "options": {"weighted": False}}},
     "best, no bias": {"method": {"name": "best", "options": {"bias": False}}},
     "best and probes": {**FULL, "allocation": {"name": "global", "weights": "probes"}},
     "best and joint": {**FULL, "joint": True},

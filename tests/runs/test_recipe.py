@@ -172,7 +172,10 @@ def test_a_baseline_stays_as_it_is() -> None:
             {"keep": 0.5, "method": "svd", "calibration": {"fisher": "recorded"}},
             "fisher: recorded goes with a method that needs Fisher sums alone, as fwsvd, and svd needs no gradient",
         ),
-        ({"keep": 0.5, "calibration": {"fisher": "recorded"}}, "best needs gradient_covariance: leave it out"),
+        (
+            {"keep": 0.5, "calibration": {"fisher": "recorded"}},
+            "best needs gradient_covariance and token_weights: leave it out",
+        ),
         ({"method": "int8", "calibration": {"fisher": "recorded"}}, "int8 needs no gradient"),
         (
             {"keep": 0.5, "calibration": {"fisher": "none"}},

@@ -234,7 +234,7 @@ def kfac(
     shrink_in: float = INPUT_SHRINKAGE,
     shrink_out: float = GRADIENT_SHRINKAGE,
     bias: bool = True,
-    weighted: bool = False,
+    weighted: bool = True,
 ) -> Method:
     """Error weighed by the inputs' moment and by the loss gradient's: its tail is in units of the loss."""
     mean = "E[|g| {}] / E[|g|]" if weighted else "E[{}]"
