@@ -16,7 +16,7 @@ from torch import Tensor
 from eckart.lowrank import GradientMoments, InputMoments, Moments, moments
 from eckart.lowrank.float32 import full_float32
 from eckart.lowrank.input_moments import CHUNK_ROWS, INPUT_STATISTICS, SQUARES
-from eckart.lowrank.moments import FISHER, GRADIENT_STATISTICS
+from eckart.lowrank.moments import FISHER, OF_GRADIENTS
 
 from .reference import Layer, laws, layers, make_layer
 
@@ -118,7 +118,7 @@ def test_every_named_statistic_can_be_asked_for_alone(name: str) -> None:
     assert getattr(moments, name).abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", sorted(GRADIENT_STATISTICS))
+@pytest.mark.parametrize("name", sorted(OF_GRADIENTS))
 def test_every_named_gradient_statistic_can_be_asked_for_alone(name: str) -> None:
     layer = make_layer(3, 4, 10)
     moments = GradientMoments(3, 4, {name})

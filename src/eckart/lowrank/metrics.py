@@ -291,7 +291,8 @@ def is_nothing(metric: Metric) -> bool:
 
 def _covariance_of(gradients: GradientMoments, share: float) -> Float[Tensor, "out out"]:
     """H: in float32 where it was kept so and its shrunk root is as good in it, else in float64."""
-    single = gradients.sums["gradient_covariance"].dtype == torch.float32 and share > LEAST_SINGLE_SHRINKAGE
+    total = gradients.sums.get("gradient_covariance")  # where it is missing, `covariance` says so
+    single = total is not None and total.dtype == torch.float32 and share > LEAST_SINGLE_SHRINKAGE
     return gradients.covariance(torch.float32 if single else torch.float64)
 
 
