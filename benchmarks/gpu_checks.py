@@ -41,7 +41,7 @@ from eckart.lowrank import (
     split,
 )
 from eckart.lowrank.input_moments import INPUT_STATISTICS
-from eckart.lowrank.moments import GRADIENT_STATISTICS
+from eckart.lowrank.moments import OF_GRADIENTS
 from eckart.models.linear import LowRankLinear
 from eckart.models.sites import find_sites
 from eckart.runs.how import How
@@ -143,7 +143,7 @@ def check_moments(device: torch.device, folder: Path) -> Differences:
         for where, kind in ((torch.device("cpu"), torch.float64), (device, dtype)):
             moments = InputMoments(96, INPUT_STATISTICS, device=where)
             moments.update(rows.to(where, kind), mask, reference=dense.to(where, kind))
-            gradients = GradientMoments(96, 32, GRADIENT_STATISTICS, device=where)
+            gradients = GradientMoments(96, 32, OF_GRADIENTS, device=where)
             gradients.update_covariance(rows.to(where, kind), mask)
             gradients.update_fisher(rows[:96, :32].to(where, kind))
             sums.append({**moments.sums, **gradients.sums})
@@ -162,7 +162,7 @@ def check_calibration(device: torch.device, folder: Path) -> Differences:
         for expected, part in zip(*blocks, strict=True):
             for group, moments in expected.inputs.items():
                 answer[f"{dtype}, {group}"] = difference(part.inputs[group].moment(), moments.moment()), tolerance
-        kinds = GRADIENT_STATISTICS
+        kinds = OF_GRADIENTS
         theirs, ours = (collect_gradients(model, tokens, find_sites(model), kinds) for model in models)
         for name, gradients in theirs.items():
             for kind, total in gradients.sums.items():
