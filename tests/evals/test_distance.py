@@ -18,7 +18,8 @@ from eckart.evals.tasks import evaluate
 from eckart.lowrank import Factors
 from eckart.models.linear import LowRankLinear
 from eckart.models.sites import find_sites, low_rank_modules, read_weight, replace_module
-from tiny import FAMILY_CONFIGS, POSITIONS, site_inputs, tiny_model, tiny_tokenizer, tiny_tokens
+from evals.log_errors import log_errors
+from tiny import FAMILY_CONFIGS, POSITIONS, tiny_model, tiny_tokenizer, tiny_tokens
 
 LENGTH = 16
 
@@ -54,17 +55,7 @@ def test_by_hand() -> None:
     model, reference = compressed("llama", calibration), tiny_model("llama")
     sites = find_sites(reference)
 
-    def logs(tokens: Tokens) -> dict[str, list[float]]:
-        rows: dict[str, list[float]] = {site.name: [] for site in sites}
-        for row in range(len(tokens)):
-            for name, x in site_inputs(reference, tokens.take(slice(row, row + 1)), sites).items():
-                weight = read_weight(reference.get_submodule(name)).double()
-                cut = model.get_submodule(name).dense().double()
-                error, signal = (float((x.double() @ w.mT).square().sum()) for w in (weight - cut, weight))
-                rows[name].append(math.log(error / signal))
-        return rows
-
-    theirs, ours = logs(calibration), logs(text)
+    theirs, ours = log_errors(model, reference, calibration), log_errors(model, reference, text)
     growth = {
         name: [value - sum(theirs[name]) / len(theirs[name]) for value in values] for name, values in ours.items()
     }

@@ -20,8 +20,9 @@ from eckart.evals.cost import cost, count_macs
 from eckart.evals.distance import distance, read_errors
 from eckart.evals.divergence import divergence
 from eckart.evals.similarity import read_activations, similarity
-from eckart.models.sites import find_sites, input_groups, low_rank_modules, read_weight
+from eckart.models.sites import find_sites, input_groups, low_rank_modules
 from eckart.runs.calibration_errors import shortened
+from evals.log_errors import log_errors
 from tiny import (
     BOS,
     ENCODER_DECODER_CONFIGS,
@@ -92,17 +93,7 @@ def test_distance_is_of_both_stacks(model_type: str) -> None:
     model, reference = compressed(model_type), tiny_model(model_type)
     sites = find_sites(reference)
 
-    def logs(tokens: Tokens) -> dict[str, list[float]]:
-        rows: dict[str, list[float]] = {site.name: [] for site in sites}
-        for row in range(len(tokens)):
-            for name, x in site_inputs(reference, tokens.take(slice(row, row + 1)), sites).items():
-                weight = read_weight(reference.get_submodule(name)).double()
-                cut = model.get_submodule(name).dense().double()
-                error, signal = (float((x.double() @ w.mT).square().sum()) for w in (weight - cut, weight))
-                rows[name].append(math.log(error / signal))
-        return rows
-
-    theirs, ours = logs(calibration), logs(pairs_of(stream))
+    theirs, ours = log_errors(model, reference, calibration), log_errors(model, reference, pairs_of(stream))
     errors = read_errors(model, reference, calibration, list(low_rank_modules(model)))
     result = distance(model, reference, errors, stream, length=16, specials=SPECIALS)
     assert set(result.details["linears"]) == {site.name for site in sites}

@@ -323,16 +323,11 @@ def input_store(
     Args:
         weighed_by: the linears whose gradients are known, which may say what tokens weigh.
     """
-    statistics = input_statistics(method)
+    statistics = method.needs & (INPUT_STATISTICS | {TOKEN_WEIGHTS})
     if cache is None or not statistics & INPUT_STATISTICS:
         return None
     weighing = sorted(weighed_by) if TOKEN_WEIGHTS in statistics else []
     return Store(cache / calibration_digest(model, tokens, statistics, sites, weighing))
-
-
-def input_statistics(method: Method) -> frozenset[str]:
-    """What a method needs of the inputs, and whether their tokens weigh what their gradients say."""
-    return method.needs & (INPUT_STATISTICS | {TOKEN_WEIGHTS})
 
 
 def _blank_inputs(

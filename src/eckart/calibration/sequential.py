@@ -17,16 +17,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eckart.calibration.doors import Doors
-from eckart.calibration.moments import BlockCalibration, check_readable, gather_gradients
+from eckart.calibration.moments import BlockCalibration, check_readable, gather_gradients, weighing_readers
 from eckart.calibration.routes import mean_gradients
 from eckart.calibration.streams import OpenDoors, Sample, Samples, Streams, hold
 from eckart.calibration.weights import group_weights
 from eckart.data.tokens import Tokens
 from eckart.lowrank import GradientMoments, InputMoments, Method
 from eckart.lowrank.input_moments import INPUT_STATISTICS
-from eckart.lowrank.moments import TOKEN_WEIGHTS
 from eckart.models.experts import layer_role
-from eckart.models.sites import Site, default_sites, find_sites, first_readers, joint_readers
+from eckart.models.sites import Site, default_sites, first_readers, joint_readers
 from eckart.support.memory import give_back
 from eckart.support.progress import Track, silent
 
@@ -123,7 +122,7 @@ class SequentialCalibration:
         self.joint = frozenset(joint)
         self.judged, self.known, self.reference = judged, known, reference
         # The dense model's, while it is one: what tokens weigh is of all linears that read an input, cut or not.
-        self.readers = find_sites(reference or model) if TOKEN_WEIGHTS in method.needs else ()
+        self.readers = weighing_readers(reference or model, method)
         self.reports: list[PassReport] = []
         self.started = False
 

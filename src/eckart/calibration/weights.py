@@ -68,8 +68,7 @@ def group_weights(gradients: Mapping[str, GradientMoments], sites: Sequence[Site
     weights = {}
     for group, total in sums.items():
         each = total.view(tokens.ids.shape).double().sqrt()
-        read = int((each > 0).sum())
-        if read:
+        if each.any():
             weights[group] = each * (_tokens_read(tokens, sites, group) / each.sum())
     return weights
 
