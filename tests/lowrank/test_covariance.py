@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eckart.lowrank import GradientMoments, InputMoments, Moments, build_method, float32, input_moments
+from eckart.lowrank import GradientMoments, InputMoments, Moments, build_method, deviations, float32, input_moments
 from eckart.lowrank.anchor import Anchor
+from eckart.lowrank.deviations import DOMINANT
 from eckart.lowrank.method import output_error
 
 from .reference import laws, token_loss
@@ -92,7 +93,7 @@ def test_covariances_are_those_of_two_passes_whatever_the_mean(
     """
     x, xh = tokens(ratio, dtype)
     kept = stream(xh, x, dtype=sums).compact()
-    limit = ROUNDING * (1 + TOKENS / BATCH) * (1 if dtype == torch.float32 else input_moments.DOMINANT)
+    limit = ROUNDING * (1 + TOKENS / BATCH) * (1 if dtype == torch.float32 else DOMINANT)
     assert worst(kept.covariance, xh, xh) < limit
     assert worst(kept.cross_covariance, x, xh) < limit
     assert worst(kept._about("reference_covariance", dtype=torch.float64) / kept.count, x, x) < limit
@@ -235,13 +236,14 @@ def test_units_for_16_bits_get_numbers_of_16_bits(
         seen[first.dtype == second.dtype == dtype] += len(first)
         return first.float().T @ second.float()
 
-    for module in (float32, input_moments):
+    for module in (float32, deviations):
         monkeypatch.setattr(module, "is_multiplied_exactly", lambda x: x.dtype == dtype)
+    for module in (float32, input_moments):
         monkeypatch.setattr(module, "inner_product", multiply)
-    monkeypatch.setattr(input_moments, "has_units_for", lambda x: x.dtype == dtype)
+    monkeypatch.setattr(deviations, "has_units_for", lambda x: x.dtype == dtype)
     x, xh = tokens(min(ratio, 1e4), dtype)
     kept = stream(xh, x).compact()
-    limit = ROUNDING * (1 + TOKENS / BATCH) * input_moments.DOMINANT
+    limit = ROUNDING * (1 + TOKENS / BATCH) * DOMINANT
     assert worst(kept.covariance, xh, xh) < limit
     assert worst(kept.cross_covariance, x, xh) < limit
     assert seen[False] < 0.1 * seen[True]

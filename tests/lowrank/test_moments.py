@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eckart.lowrank import GradientMoments, InputMoments, Moments, moments
+from eckart.lowrank import GradientMoments, InputMoments, Moments, input_moments
+from eckart.lowrank.deviations import CHUNK_ROWS
 from eckart.lowrank.float32 import full_float32
-from eckart.lowrank.input_moments import CHUNK_ROWS, INPUT_STATISTICS, SQUARES
+from eckart.lowrank.input_moments import INPUT_STATISTICS, SQUARES
 from eckart.lowrank.moments import FISHER, OF_GRADIENTS
 
 from .reference import Layer, laws, layers, make_layer
@@ -199,7 +200,7 @@ def test_order_and_batching_do_not_matter(layer: Layer, random: Any, sizes: list
 def test_chunking_does_not_matter(layer: Layer, rows: int) -> None:
     whole = stream(layer.xh, layer.x)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moments, "CHUNK_ROWS", rows)
+        patch.setattr(input_moments, "CHUNK_ROWS", rows)
         chunked = stream(layer.xh, layer.x)
     assert chunked.count == whole.count
     assert_same(chunked, whole)
@@ -420,7 +421,7 @@ def test_streams_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.usefixtures("as_users_see_it")
 def test_a_longer_reference_is_refused_even_at_the_end_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moments, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(input_moments, "CHUNK_ROWS", 5)
     anchored = InputMoments(3, {"cross_moment"})
     with pytest.raises(ValueError, match=r"\(7, 3\).*\(5, 3\)"):
         anchored.update(torch.ones(5, 3), reference=torch.ones(7, 3))

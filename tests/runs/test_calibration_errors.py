@@ -15,11 +15,11 @@ from eckart.reports.page import render
 from eckart.reports.runs import read_runs
 from eckart.reports.tables import summary, warnings
 from eckart.runs.calibration_errors import READ, calibration_errors, comparable_tokens, recorded_recipe
+from eckart.runs.calibration_text import make_tokens
 from eckart.runs.experiment import run
 from eckart.runs.how import How
 from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.recipe import Recipe, parse_recipe
-from eckart.runs.workbench import make_tokens
 from tiny import tiny_model, tiny_text, tiny_tokenizer
 
 LENGTH = 16

@@ -196,7 +196,7 @@ def test_a_real_kill(place: Path, tmp_path: Path, expected: dict[str, Path]) -> 
     recipe.write_text(recipe_of(place).to_yaml())
     code = (
         "import sys, time; from pathlib import Path; from eckart.runs import out_of_core\n"
-        "from eckart.runs.workbench import How; from eckart.runs.recipe import load_recipe\n"
+        "from eckart.runs.how import How; from eckart.runs.recipe import load_recipe\n"
         "do = out_of_core._Compression._compress_block\n"
         "def slow(*arguments): do(*arguments); time.sleep(2)\n"
         "out_of_core._Compression._compress_block = slow\n"

@@ -51,8 +51,8 @@ class Cut:
             method, whose loss is the error, and of a weight that is quantised and not cut.
         losses: the method's own loss at CURVE ranks from 0 to full, as shares of the loss at rank 0; none of a weight
             that is not cut.
-        relative_errors: of each of its sites, E||W x - M xh - d||^2 / E||W x||^2 on the calibration tokens, M and d as
-            they are stored; None without second moments.
+        relative_errors: of each of its sites, E||W x - M xh - d||^2 / E||W x||^2 on the calibration tokens, see
+            `SiteReport`; None without second moments.
         refit: whether the left factor was refit and was better on the held-out tokens; None where no refit was tried.
         notes: of each of its sites, see `note_on`; empty where there is nothing to say of any.
         tokens: of each of its sites the share of the calibration text's tokens that it reads, where it is an expert's;

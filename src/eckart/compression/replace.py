@@ -32,8 +32,8 @@ class SiteReport:
     Attributes:
         rank: of its factors; None where it has none, and its weight is quantised.
         losses: the method's own loss at `cuts.CURVE` ranks from 0 to full, as shares of the loss at rank 0.
-        relative_error: E||W x - M xh - d||^2 / E||W x||^2 on the calibration tokens, M and d as they are stored, laid
-            out and rounded; None without second moments.
+        relative_error: E||W x - M xh - d||^2 / E||W x||^2 on the calibration tokens, which weigh what they weigh for
+            the method; M and d as they are stored, laid out and rounded. None without second moments.
         tail: the method's own loss at this rank, in its own metric, before anything is rounded; None for a nested
             method, whose loss is the error.
             Of linears that share a right factor it is that of all of them.

@@ -10,36 +10,27 @@ Chan, Golub and LeVeque 1983).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from eckart.lowrank.deviations import CHUNK_ROWS, Deviations, exact_parts, rows_of, shift_for, widened
 from eckart.lowrank.float32 import (
-    HALF,
     add_gram,
     exact_products,
     full_float32,
-    has_units_for,
     inner_product,
-    is_multiplied_exactly,
     mirror,
     symmetric_trace,
 )
 
-# Rows multiplied in float32 before the product is added in float64. Long enough for full-speed matrix products,
-# short enough that float32 rounding inside one product stays near 1e-7 of it.
-CHUNK_ROWS = 4096
 # Rows of a square sum that are normalised at a time: no second copy of it in float64 is made on the way, and these rows
 # stay in a cache.
 NORMALISED_ROWS = 64
 # Rows whose sizes are summed at a time: a copy of them fits a cache, one of all would be fetched from the system anew.
 SIZED_ROWS = 512
-# An input feature of 16 bits is shifted where its mean is more than so many times its spread. There x - shift has 16
-# bits too, but for a few rows, and below it a sum about zero loses at most 64 times its rounding (docs/decisions.md).
-DOMINANT = 8.0
 # The square sums of an input that are symmetric; of these only the upper block triangle is added to, and mirrored when
 # they are read.
 SYMMETRIC = ("covariance", "reference_covariance")
@@ -203,13 +194,13 @@ class InputMoments:
                 if part_roots is not None:
                     sizes = sizes * part_roots[at * size : at * size + size].square().to(sizes)
                 self._on(x.device, "abs_mean").add_(sizes.sum(0))
-            deviations = {name: _Deviations.of(part, self._shifts.get(name)) for name, part in parts.items()}
+            deviations = {name: Deviations.of(part, self._shifts.get(name)) for name, part in parts.items()}
             for name, stream in deviations.items():
                 self._add_rows(name, stream.wide, part_roots)
             if part_roots is not None:
                 deviations = {name: stream.times(part_roots) for name, stream in deviations.items()}
             if "covariance" in self._sums:
-                for factors, exact in _factors(list(deviations.values())):
+                for factors, exact in exact_parts(list(deviations.values())):
                     with exact_products(x) if exact else full_float32():
                         self._add_squares(*factors)
         self.count += len(streams["mean"])
@@ -227,7 +218,7 @@ class InputMoments:
             self._shifts, self._is_read = shifts, False
         for name, rows in streams.items():
             if name not in self._shifts:
-                shift = _shift_for(rows)
+                shift = shift_for(rows)
                 self._shifts[name] = shift if bool(shift.any()) else None
 
     def _on(self, device: torch.device, name: str) -> Tensor:
@@ -517,78 +508,3 @@ class InputMoments:
     def reference_second_moment(self) -> Float[Tensor, "in in"]:
         spread = self._covariance_of("reference_covariance", "reference_second_moment")
         return spread + torch.outer(self.reference_mean, self.reference_mean)
-
-
-def rows_of(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(..., d) -> (n, d) without the masked rows."""
-    rows = x.detach().reshape(-1, x.shape[-1])
-    if mask is not None:
-        if mask.numel() != len(rows):
-            raise ValueError(f"mask {tuple(mask.shape)} does not fit input {tuple(x.shape)}")
-        if not bool(mask.all()):
-            rows = rows[mask.reshape(-1).to(rows.device)]
-    return rows
-
-
-def widened(rows: Tensor) -> Tensor:
-    """The rows in float32, or in float64 as they are."""
-    return rows if rows.dtype == torch.float64 else rows.float()
-
-
-def _shift_for(rows: Float[Tensor, "n in"]) -> Float[Tensor, "in"]:
-    """Near the mean of the rows, zero where that is of no use, in float64.
-
-    It has the bits of float32, of 16-bit rows those of their type, so that its difference to rows near it is exact.
-    """
-    rows = rows[:CHUNK_ROWS]
-    mean = rows.mean(0, dtype=torch.float64)
-    if rows.dtype not in HALF:
-        return mean.float().double()
-    spread = (rows.float() - mean.float()).square().mean(0).sqrt()
-    return torch.where(mean.abs() > DOMINANT * spread, mean.to(rows.dtype).double(), torch.zeros_like(mean))
-
-
-@dataclass(frozen=True)
-class _Deviations:
-    """Some rows of an input, and what is left of them after the shift.
-
-    Attributes:
-        wide: in float32, or float64 as they came. factors: the same as they are multiplied, in the input's own type
-            where a product is_multiplied_exactly.
-        exact: (n,) rows whose differences have the bits of the input's type; None where all have, or it is not asked.
-    """
-
-    wide: Float[Tensor, "n in"]
-    factors: Float[Tensor, "n in"]
-    exact: Bool[Tensor, "n"] | None
-
-    def times(self, roots: Float[Tensor, "n 1"]) -> _Deviations:
-        """Each row times a number: no 16 bits hold the products."""
-        wide = self.wide * roots.to(self.wide)
-        exact = None if self.exact is None else torch.zeros_like(self.exact)
-        return _Deviations(wide, wide, exact)
-
-    @classmethod
-    def of(cls, rows: Float[Tensor, "n in"], shift: Float[Tensor, "in"] | None) -> _Deviations:
-        wide, exact = widened(rows), None
-        factors = rows
-        if shift is not None:
-            wide = wide - shift.to(wide)
-            if has_units_for(rows):
-                factors = wide.to(rows.dtype)
-                exact = (factors == wide).all(1)
-        return cls(wide, factors if is_multiplied_exactly(rows) else wide, exact)
-
-
-def _factors(streams: Sequence[_Deviations]) -> Iterator[tuple[tuple[Tensor, ...], bool]]:
-    """Rows to be multiplied, of one stream or two, and whether units for 16 bits may do it.
-
-    They may where all differences of a row have so few bits. The other rows, a handful, are multiplied in float32.
-    """
-    known = [stream.exact for stream in streams if stream.exact is not None]
-    exact = torch.stack(known).all(0) if known else None
-    if exact is None or bool(exact.all()):
-        yield tuple(stream.factors for stream in streams), True
-        return
-    yield tuple(stream.factors[exact] for stream in streams), True
-    yield tuple(stream.wide[~exact] for stream in streams), False

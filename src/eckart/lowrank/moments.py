@@ -13,13 +13,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from eckart.lowrank.deviations import CHUNK_ROWS, rows_of, widened
 from eckart.lowrank.float32 import (
     add_gram,
     exact_products,
     is_multiplied_exactly,
     mirror,
 )
-from eckart.lowrank.input_moments import CHUNK_ROWS, NORMALISED_ROWS, InputMoments, rows_of, widened
+from eckart.lowrank.input_moments import NORMALISED_ROWS, InputMoments
 
 # What a method may ask for, of one layer's gradients; it needs backward passes.
 FISHER = frozenset({"fisher_in", "fisher_out"})

@@ -12,9 +12,9 @@ from eckart.data.tokens import Tokens
 from eckart.evals.distance import LinearErrors, read_errors
 from eckart.models.experts import expert_of
 from eckart.models.sites import low_rank_modules
+from eckart.runs.calibration_text import make_tokens
 from eckart.runs.facts import FACTS, Facts
 from eckart.runs.recipe import Recipe, load_recipe
-from eckart.runs.workbench import make_tokens
 from eckart.support.progress import Track, silent
 
 # Samples that errors are read on at most. The 32 of broad are shared out exactly among its parts.

@@ -21,11 +21,11 @@ from eckart.models.adapters import WEIGHTS, import_peft, write_lora
 from eckart.models.loading import load_model, load_tokenizer, locate
 from eckart.models.quantised import Quantised, load_quantised
 from eckart.models.sites import find_sites, select_sites
+from eckart.runs.calibration_text import draw_tokens, resolve_calibration
 from eckart.runs.card import calibration_lines
 from eckart.runs.how import How
 from eckart.runs.recipe import parse_section
 from eckart.runs.sections import CalibrationSection, SitesSection, named_text
-from eckart.runs.workbench import draw_tokens, resolve_calibration
 from eckart.support.files import check_replaceable, claimed, staged_directory, write_whole
 from eckart.support.section import Section
 

@@ -33,6 +33,7 @@ from eckart.models.loading import load_model, load_tokenizer, locate, plain_fold
 from eckart.models.remote_code import carries_code
 from eckart.models.sites import common_blocks, input_groups
 from eckart.runs.calibration_errors import calibration_errors
+from eckart.runs.calibration_text import make_tokens
 from eckart.runs.card import write_card
 from eckart.runs.engine.base import EvaluationRequest
 from eckart.runs.engine.local import HERE
@@ -41,7 +42,6 @@ from eckart.runs.how import How
 from eckart.runs.in_memory import make_baseline, make_checkpoint
 from eckart.runs.inputs import INPUTS, Inputs, check_inputs, digest_inputs, names_in, read_inputs
 from eckart.runs.recipe import Recipe, load_recipe
-from eckart.runs.workbench import make_tokens
 from eckart.support.files import claimed, write_whole
 from eckart.support.plain_data import read_json
 

@@ -17,12 +17,13 @@ from eckart.models.heads import open_heads
 from eckart.models.loading import describe_origin, load_model, load_tokenizer, own_memory, save
 from eckart.models.matching import check_finite
 from eckart.models.sites import find_sites
+from eckart.runs.calibration_text import make_tokens, resolve
 from eckart.runs.facts import FACTS, Facts, Outcome
 from eckart.runs.how import How
 from eckart.runs.inputs import inputs_of
 from eckart.runs.kept_blocks import KeptBlocks, blocks_of_plan, folder_of, kept_ranking
 from eckart.runs.recipe import Recipe
-from eckart.runs.workbench import Workbench, make_tokens, resolve
+from eckart.runs.workbench import Workbench
 from eckart.support.files import check_replaceable, claimed, write_whole
 from eckart.support.timing import timed
 

@@ -25,19 +25,15 @@ from eckart.calibration.moments import (
 from eckart.calibration.sequential import KnownInputs, PassReport, SequentialCalibration
 from eckart.compression.tuning.lora import Lora
 from eckart.compression.tuning.recovery import Samples
-from eckart.data.encoding import check_vocabulary, warn_of_tokenizer
-from eckart.data.pairs import check_reads_text, is_encoder_decoder
-from eckart.data.samples import Cutting, read_tokens
-from eckart.data.sounds import sample_sounds
 from eckart.data.tokens import Tokens
-from eckart.evals.texts import default_length
 from eckart.lowrank import GradientMoments
 from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.models.adapters import import_peft
-from eckart.models.loading import load_extractor, load_model, locate, read_processor
+from eckart.models.loading import load_model, locate, read_processor
 from eckart.models.remote_code import carry_code
 from eckart.models.sites import Site, find_sites, select_sites
 from eckart.runs.added_bias import settle_bias
+from eckart.runs.calibration_text import make_tokens, resolve
 from eckart.runs.card import write_card
 from eckart.runs.engine.base import CalibrationRequest
 from eckart.runs.engine.local import Here
@@ -46,8 +42,7 @@ from eckart.runs.how import How
 from eckart.runs.notices import notices
 from eckart.runs.ranks import AllocationInputs, joint_groups, rank
 from eckart.runs.recipe import Recipe
-from eckart.runs.sections import CalibrationSection
-from eckart.runs.speed_tables import default_rows, speeds_of
+from eckart.runs.speed_tables import speeds_of
 from eckart.support.files import GRADIENTS, digest_of
 
 # Samples in a step of block refinement. It changes numbers, so it is not the batch size that a run is given.
@@ -445,73 +440,3 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> RankPlan:
     return plan(
         model, recipe.keep, include=selection.include, exclude=selection.exclude, blocks=selection.blocks, **shared
     )
-
-
-def make_tokens(
-    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path | None
-) -> Tokens:
-    """The calibration tokens of a recipe: see `read_tokens`."""
-    section = resolve(recipe, model, tokenizer).calibration
-    return draw_tokens(section, model, tokenizer, data)
-
-
-def draw_tokens(
-    section: CalibrationSection, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path | None
-) -> Tokens:
-    """The tokens of a section with every default filled in, which the model can read: see `read_tokens`."""
-    assert section.length is not None
-    assert section.cut is not None
-    warn_of_tokenizer(model, tokenizer)
-    how: dict[str, Any] = {
-        "samples": section.samples,
-        "length": section.length,
-        "seed": section.seed,
-        "split": section.split,
-        "data": data,
-        "column": section.column,
-        "target": section.target,
-    }
-    if section.target is None or model.main_input_name == "input_ids":
-        check_reads_text(model)
-        tokens = read_tokens(section.corpus, tokenizer, cut=section.cut, **how)
-    else:
-        tokens = sample_sounds(section.corpus, model, load_extractor(model), tokenizer, **how)
-    check_vocabulary(model, tokens.ids, tokenizer)
-    return tokens
-
-
-def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Recipe:
-    """The recipe with every default filled in: the parts of a named composition, calibration length and cut."""
-    recipe = recipe.spelled_out()
-    calibration = resolve_calibration(recipe.calibration, model, tokenizer, recipe.context)
-    speed = recipe.speed
-    if speed is not None and speed.rows is None:
-        speed = speed.model_copy(update={"rows": default_rows(model)})
-    return recipe.model_copy(update={"speed": speed, "calibration": calibration})
-
-
-def resolve_calibration(
-    section: CalibrationSection,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    context: int | None = None,
-) -> CalibrationSection:
-    """The section with length and cut filled in.
-
-    A model that does not generate and whose tokenizer has a mask token is an encoder, and reads whole documents. An
-    encoder-decoder reads pairs of source and target.
-
-    Raises:
-        ValueError: a cut into pairs for a model of one text, or the other way round; a target for one.
-    """
-    paired = is_encoder_decoder(model)
-    own: Cutting = "windows" if model.can_generate() or tokenizer.mask_token_id is None else "documents"
-    if paired:
-        own = "halves" if section.target is None else "pairs"
-    cut = section.cut or own
-    if paired != (cut in ("halves", "pairs")):
-        reads = "pairs of source and target" if paired else "one text"
-        raise ValueError(f"calibration: {type(model).__name__} reads {reads}, and not {cut}: leave out cut")
-    if section.target is not None and not paired:
-        raise ValueError(f"calibration: {type(model).__name__} reads one text: leave out target")
-    return section.model_copy(update={"length": section.length or default_length(model, context), "cut": cut})
