@@ -26,12 +26,12 @@ class Routes:
         self._places = {path: expert_of(path) for path in paths}
         names = {place[0] for place in self._places.values() if place is not None}
         self._experts = {name: root.get_submodule(name) for name in names}
-        self._called: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._called: dict[str, tuple[Tensor, list[Route]]] = {}
 
     def of(self, path: str) -> Route | None:
         """The tokens that the linear is given; None of one that reads all of them."""
         place = self._places[path]
-        return None if place is None else Route.to(place[1], *self._called[place[0]][1:])
+        return None if place is None else self._called[place[0]][1][place[1]]
 
     def rows_of(self, path: str) -> tuple[Tensor, Route]:
         """What an expert's first linear reads of the batch, (n, d_in), whether it was called already or not."""
@@ -57,8 +57,9 @@ class Routes:
                 self._experts[name].visits_all = visits_all  # type: ignore[assignment]
 
     def _note(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._called[name] = args[0], args[1], args[2]
+        def note(experts: nn.Module, args: tuple[Any, ...]) -> None:
+            assert isinstance(experts, Experts)
+            self._called[name] = args[0], Route.to_each(experts.num_experts, args[1], args[2])
 
         return note
 

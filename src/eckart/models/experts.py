@@ -44,14 +44,19 @@ class Route:
     weights: Tensor
 
     @classmethod
-    def to(cls, number: int, chosen: Tensor, weights: Tensor) -> Route:
-        """The tokens for which a router has chosen an expert.
+    def to_each(cls, num_experts: int, chosen: Tensor, weights: Tensor) -> list[Route]:
+        """The tokens for which a router has chosen each expert: one sort for all of them, and one wait for a GPU.
 
         Args:
             chosen: (tokens, k) numbers of experts. weights: (tokens, k).
         """
-        tokens, slots = torch.where(chosen == number)
-        return cls(tokens, weights[tokens, slots])
+        places = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=num_experts).tolist()
+        tokens, sorted_weights = places // chosen.shape[1], weights.flatten()[places]
+        # A number past the last expert's stands for an expert that is elsewhere.
+        return [cls(*pair) for pair in zip(tokens.split(counts), sorted_weights.split(counts), strict=True)][
+            :num_experts
+        ]
 
 
 class Expert(nn.Module):
@@ -93,18 +98,19 @@ class Experts(nn.Module):
             self.register_buffer(name, torch.empty(0, dtype=like.dtype, device=device))
 
     def forward(self, hidden_states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """(tokens, width): the sum over the chosen experts, weighted; see `Route.to` for the arguments."""
+        """(tokens, width): the sum over the chosen experts, weighted; see `Route.to_each` for the arguments."""
         total = torch.zeros_like(hidden_states)
-        lender = self._lender()
+        routes = Route.to_each(self.num_experts, chosen, weights)
+        visited = [number for number, route in enumerate(routes) if len(route.tokens) or self.visits_all]
+        lender = self._lender(visited)
         product = None if lender is None else lender.right(hidden_states)
-        for number in range(self.num_experts):
-            route = Route.to(number, chosen, weights)
-            if len(route.tokens) or self.visits_all:
-                x = hidden_states[route.tokens]
-                if lender is not None and product is not None:
-                    lender.product.give(x, product[route.tokens])
-                y = self.run(number, x) * route.weights[:, None]
-                total.index_add_(0, route.tokens, y.to(total.dtype))
+        for number in visited:
+            route = routes[number]
+            x = hidden_states[route.tokens]
+            if lender is not None and product is not None:
+                lender.product.give(x, product[route.tokens])
+            y = self.run(number, x) * route.weights[:, None]
+            total.index_add_(0, route.tokens, y.to(total.dtype))
         return total
 
     def run(self, number: int, x: Tensor) -> Tensor:
@@ -115,17 +121,16 @@ class Experts(nn.Module):
 
     def _linears(self, number: int) -> tuple[nn.Module, nn.Module]:
         """(the first linear, the last one) of an expert."""
-        linears = self.get_submodule(str(number))._modules  # noqa: SLF001 (by name)
+        linears = cast(nn.Module, self._modules[str(number)])._modules  # noqa: SLF001 (by name)
         up, *_, down = (cast(nn.Module, linears[name]) for name in PROJECTIONS if name in linears)
         return up, down
 
-    def _lender(self) -> LowRankLinear | None:
-        """Whose right factor all experts' first linears share: what it keeps of a token is computed once for all."""
-        lenders = {
-            (up.lender or up) if isinstance(up, LowRankLinear) else None
-            for up in (self._linears(number)[0] for number in range(self.num_experts))
-        }
-        return lenders.pop() if len(lenders) == 1 else None
+    def _lender(self, numbers: Iterable[int]) -> LowRankLinear | None:
+        """Whose right factor these experts' first linears share: what it keeps of a token is computed once for all."""
+        ups = [self._linears(number)[0] for number in numbers]
+        lenders = {(up.lender or up) if isinstance(up, LowRankLinear) else None for up in ups}
+        lender = lenders.pop() if len(lenders) == 1 else None
+        return lender if lender is not None and lender.product.readers > 1 else None
 
     @property
     def is_transposed(self) -> bool:
