@@ -203,14 +203,14 @@ def calibrate_by_block(
     if gradients is None:
         gradients = gather_gradients(model, tokens, method, sites=sites, cache=cache, memory=known, track=track)
     statistics = needs & INPUT_STATISTICS
-    if weights is None:
-        weights = group_weights(gradients, weighing_readers(model, method), tokens)
     store = input_store(model, tokens, method, sites, cache, gradients)
     numbers = sorted({site.block for site in sites})
     groups = {number: first_readers(site for site in sites if site.block == number) for number in numbers}
     held = {number for number in numbers if groups[number].keys() <= known.get(number, {}).keys()}
     missing = [n for n in numbers if statistics and n not in held and not (store and store.holds(n))]
     walk = Walk(model, tokens.rows(batch_size), track) if missing else None
+    if walk and weights is None:
+        weights = group_weights(gradients, weighing_readers(model, method), tokens)
     for number in numbers:
         inputs: dict[str, InputMoments] = {}
         if walk and number in missing:

@@ -156,8 +156,5 @@ def rows_weighed(weights: Weights | None, group: str, rows: Rows, *, source: boo
 
 def _tokens_read(tokens: Tokens, sites: Sequence[Site], group: str) -> int:
     """How many tokens a group reads: all, or those of the source or of the target."""
-    if tokens.split is None:
-        return tokens.count
     source = next(site.of_source for site in sites if site.input_group == group)
-    side = tokens.mask[:, : tokens.split] if source else tokens.mask[:, tokens.split :]
-    return int(side.sum())
+    return sum(int(rows.mask_of(source=source).sum()) for rows in tokens.rows(len(tokens)))
