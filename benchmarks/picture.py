@@ -37,6 +37,11 @@ STYLES = {
     "int4, 32": ("black", "^", ""),
     "int4, 64": ("black", "v", ""),
     "int4, 128": ("black", "D", ""),
+    "nearest 4, 64": ("#777777", "v", ""),
+    "nearest 3, 64": ("#777777", "x", ""),
+    "compensated 4, 64": ("#0067b8", "v", ""),
+    "compensated 3, 64": ("#0067b8", "x", ""),
+    "best, bits auto": ("#c0143c", "P", "--"),
 }
 
 
@@ -66,8 +71,8 @@ def draw_demo(rows: list[dict[str, Any]], axes: Sequence[Axes]) -> None:
 
 def draw_bytes(rows: list[dict[str, Any]], axes: Sequence[Axes]) -> None:
     """Nats over dense against the size of the file."""
-    calibration = next(iter(rows[0]["nats"]))
-    titles = (f"{calibration}: the calibration domain", "mean of the other corpora")
+    first, *others = rows[0]["nats"]
+    titles = (first, f"mean of {', '.join(others)}")
     for number, (axis, title) in enumerate(zip(axes, titles, strict=True)):
         for name in dict.fromkeys(row["key"][1] for row in rows):
             points = [(row["share"], losses_of(row)[number]) for row in rows if row["key"][1] == name]
