@@ -97,6 +97,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/growth.py --quick --json runs/bench/growth.json
 	$(BIN)/python benchmarks/workers.py --hidden 512 --layers 2 --workers 1 2 --json runs/bench/workers.json
 	$(BIN)/python benchmarks/inference.py --quick --json runs/bench/inference.json
+	$(BIN)/python benchmarks/routed.py --shape 512x192 --experts 64 --json runs/bench/routed.json
 	$(BIN)/python benchmarks/coded.py --shapes 576x576 2048x2048 --json runs/bench/coded.json
 	$(BIN)/python benchmarks/onnx_decode.py --rounds 7 --json runs/bench/onnx_decode.json
 	$(BIN)/python benchmarks/kv_cache.py --keeps 0.5 --samples 8 --length 256 --context 512 --windows 2 --filler 256 --keys 2
