@@ -23,7 +23,7 @@ from eckart.lowrank.rounding import CodedFactors
 from eckart.lowrank.storage import Storage
 from eckart.models import coded as coded_module
 from eckart.models.checkpoint import CheckpointError, LowRankConfig
-from eckart.models.coded import KERNEL_PROCESSORS, CodedLinear, CodedMatrix
+from eckart.models.coded import KERNEL_PROCESSORS, ROWS_FOR_UNITS, CodedLinear, CodedMatrix
 from eckart.models.dense import export_dense
 from eckart.models.families import UnsupportedModelError
 from eckart.models.linear import LowRankLinear
@@ -130,6 +130,24 @@ def test_products_of_a_matrix_in_codes(
         with torch.no_grad():
             assert relative(matrix(x).float(), expected) < tolerance
         assert relative(matrix(x.clone().requires_grad_()).float().detach(), expected) < tolerance
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in KERNEL_PROCESSORS, reason="torch has no kernel here")
+@pytest.mark.parametrize("units", [True, False])
+def test_prompts_are_multiplied_out_where_the_processor_has_units(monkeypatch: pytest.MonkeyPatch, units: bool) -> None:
+    matrix, read = CodedMatrix.of(round_nearest(torch.randn(64, 64), 4, (1, 64))), []
+    by_kernel = matrix._by_kernel
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        read.append(x.shape[:-1].numel())
+        return by_kernel(x)
+
+    monkeypatch.setattr(matrix, "_by_kernel", note)
+    monkeypatch.setattr(coded_module, "has_units_for", lambda x: units)
+    for rows in (1, ROWS_FOR_UNITS - 1, ROWS_FOR_UNITS):
+        x = torch.randn(1, rows, 64).bfloat16()
+        assert relative(matrix(x).float(), x.float() @ matrix.dense(torch.float32).mT) < 2e-2
+    assert read == [1, ROWS_FOR_UNITS - 1, *([] if units else [ROWS_FOR_UNITS])]
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in KERNEL_PROCESSORS, reason="torch has no kernel here")

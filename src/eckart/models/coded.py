@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from eckart.lowrank.codes import SCALE, Block, Codes, pack, packed_rows, span, stored_bytes, unpack
+from eckart.lowrank.float32 import has_units_for
 from eckart.lowrank.rounding import CodedFactors
 from eckart.lowrank.storage import Storage
 
@@ -18,6 +19,8 @@ AT_ONCE = 2**19
 # What torch has a kernel for: 4 bits by groups of these in bfloat16, on processors with these instructions. In float32
 # it takes ten times as long as multiplying out (docs/scale.md).
 KERNEL_GROUPS, KERNEL_ROWS, KERNEL_PROCESSORS = (32, 64, 128, 256), 16, ("AVX2", "AVX512")
+# Rows of x from which a processor with units for bfloat16, which the kernel does not use, is faster multiplying out.
+ROWS_FOR_UNITS = 128
 
 
 class CodedMatrix(nn.Module):
@@ -114,6 +117,7 @@ class CodedMatrix(nn.Module):
             and self.in_features % across == 0
             and self.out_features % KERNEL_ROWS == 0
             and torch.backends.cpu.get_cpu_capability() in KERNEL_PROCESSORS
+            and not (x.numel() >= ROWS_FOR_UNITS * self.in_features and has_units_for(x))
         )
 
     def _by_kernel(self, x: Tensor) -> Tensor:
