@@ -32,7 +32,7 @@ from eckart.models.units import Unit, units_of
 from eckart.runs.composition import Composition
 from eckart.runs.engine.base import Engine, SearchRequest
 from eckart.runs.engine.local import HERE
-from eckart.support.progress import Track, silent
+from eckart.support.progress import Track, begun, silent
 
 # Gives each unit of a request, in order, and its losses at every rank, as `Engine.losses` does.
 Losses = Callable[[FactorRequest], Iterable[tuple[Unit, Tensor]]]
@@ -181,7 +181,8 @@ def _parts_to_measure(inputs: AllocationInputs) -> Iterator[tuple[list[Site], Bl
         if inputs.blocks
         else [BlockCalibration(n) for n in dict.fromkeys(s.block for s in inputs.sites)]
     )
-    for part in inputs.track(blocks, "losses", len({site.block for site in inputs.sites})):
+    # With the first block come the gradients of all, which show their own progress: losses begin after them.
+    for part in inputs.track(begun(blocks), "losses", len({site.block for site in inputs.sites})):
         yield [site for site in inputs.sites if site.block == part.block], part
 
 

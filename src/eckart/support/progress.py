@@ -5,7 +5,8 @@ The library takes a `Track` and a function that is called with a line; the comma
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -24,3 +25,19 @@ def mute(line: str) -> None:
 def silent(items: Iterable[T], description: str, total: int) -> Iterable[T]:
     """Shows nothing."""
     return items
+
+
+def begun(items: Iterable[T]) -> Iterator[T]:
+    """The same items, the first of which is made now: what it waits for is not counted as a part of what follows.
+
+    No item is held here once it was given.
+    """
+    rest = iter(items)
+    first = [*islice(rest, 1)]
+
+    def each() -> Iterator[T]:
+        while first:
+            yield first.pop()
+        yield from rest
+
+    return each()
