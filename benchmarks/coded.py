@@ -87,11 +87,9 @@ def whole_models(model: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     held = {name: num_bytes(each) for name, each in models.items()}
     shares = {name: round(each / held["dense"], 3) for name, each in held.items()}
     print(f"{Path(model).name:>10} {str(dtype)[6:]:8}  bytes    ", shares, flush=True)
-    for rows in STEPS:
-        calls = {name: stepping(each, rows) for name, each in models.items()}
+    for rows, use in (*((steps, stepping) for steps in STEPS), (PROMPT, reading)):
+        calls = {name: use(each, rows) for name, each in models.items()}
         yield {"shape": Path(model).name, "dtype": str(dtype)[6:], "rows": rows, **over_dense(calls), "bytes": shares}
-    calls = {name: reading(each, PROMPT) for name, each in models.items()}
-    yield {"shape": Path(model).name, "dtype": str(dtype)[6:], "rows": PROMPT, **over_dense(calls), "bytes": shares}
 
 
 def single_linears(shape: str, dtype: torch.dtype, counts: Sequence[int]) -> Iterator[dict[str, Any]]:

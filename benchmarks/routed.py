@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine, now, write_json
+from inference import measure
+from measuring import machine, write_json
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -29,8 +30,8 @@ from eckart.lowrank import rank_for
 from eckart.models.experts import Experts
 from eckart.models.linear import LowRankLinear
 
-# Shortest stretch that is timed, and rounds in which each layer is called once after the other.
-STRETCH, ROUNDS = 0.02, 9
+# In each of which every layer is called, one after the other.
+ROUNDS = 9
 
 
 def fused_experts(given: argparse.Namespace) -> nn.Module:
@@ -79,29 +80,14 @@ def compressed(fused: nn.Module, keep: float, *, joint: bool) -> Experts:
     return experts
 
 
-def speeds(layers: dict[str, Callable[..., object]], args: tuple[Tensor, ...]) -> dict[str, float]:
+def speeds(layers: Mapping[str, Callable[..., object]], args: tuple[Tensor, ...]) -> dict[str, float]:
     """{layer: the loop's time over its own, median over the rounds}, and the loop's milliseconds."""
-    device = args[0].device
-
-    def seconds(call: Callable[..., object], times: int) -> float:
-        start = now(device)
-        for _ in range(times):
-            call(*args)
-        return (now(device) - start) / times
-
-    times = {}
-    for name, call in layers.items():
-        seconds(call, 1)
-        times[name] = max(1, round(STRETCH / seconds(call, 1)))
-    samples: dict[str, list[float]] = {name: [] for name in layers}
-    for _ in range(ROUNDS):
-        for name, call in layers.items():
-            samples[name].append(seconds(call, times[name]))
-    loop = samples["loop"]
+    samples = measure({name: partial(layer, *args) for name, layer in layers.items()}, ROUNDS, args[0].device)
+    loop = samples.pop("loop")
     ratios = {name: [one / other for one, other in zip(loop, own, strict=True)] for name, own in samples.items()}
     return {
         "loop, ms": round(1e3 * statistics.median(loop), 2),
-        **{name: round(statistics.median(values), 2) for name, values in ratios.items() if name != "loop"},
+        **{name: round(statistics.median(values), 2) for name, values in ratios.items()},
     }
 
 

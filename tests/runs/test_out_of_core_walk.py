@@ -11,7 +11,6 @@ from eckart.calibration.doors import whole_doors
 from eckart.calibration.streams import Streams
 from eckart.compression.tuning.refinement import Refinement
 from eckart.runs import out_of_core, recorded_losses
-from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.out_of_core import compress_out_of_core
 from tiny import BLOCKS, MIXTURE_CONFIGS
 
@@ -31,14 +30,6 @@ from .from_files import (
 pytestmark = pytest.mark.usefixtures("any_tokenizer", "two_passes")
 
 WEIGHTED = {"name": "kfac", "options": {"weighted": True}}
-
-
-@pytest.fixture(scope="module")
-def expected(two_passes: None, place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `best` makes in memory in two passes, as out of core."""
-    folder = tmp_path_factory.mktemp("expected") / "best"
-    make_checkpoint(recipe_of(place, **BEST), folder, BATCHED)
-    return folder
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "gemma2", "opt", "gpt2", "gpt_neox", "bert"])
