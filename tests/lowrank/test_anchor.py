@@ -30,6 +30,13 @@ def target_of(anchor: Anchor, weight: Tensor) -> Tensor:
     return target
 
 
+def floor_of(anchor: Anchor, weight: Tensor) -> float:
+    anchored = anchor.target_and_floor(weight)
+    assert anchored is not None
+    assert torch.equal(anchored[0], target_of(anchor, weight))
+    return anchored[1]
+
+
 def token_error(layer: Layer, matrix: Tensor, *, centred: bool) -> float:
     x, xh = (each - each.mean(0) if centred else each for each in (layer.x, layer.xh))
     return float((x @ layer.weight.T - xh @ matrix.T).square().sum(1).mean())
@@ -77,10 +84,10 @@ def test_shrinking_all_the_way_leaves_the_weight(layer: Layer) -> None:
 
 @centred_or_not
 @laws(30)
-@given(layer=layers(), seed=st.integers(0, 2**16))
-def test_errors_are_those_of_the_tokens(centred: bool, layer: Layer, seed: int) -> None:
+@given(layer=layers(), share=st.sampled_from([0.01, 0.3, 1.0]), seed=st.integers(0, 2**16))
+def test_errors_are_those_of_the_tokens(centred: bool, layer: Layer, share: float, seed: int) -> None:
     """Of the target, which is the floor, and of any other matrix."""
-    anchor = anchor_of(layer, 0.3, centred=centred)
+    anchor = anchor_of(layer, share, centred=centred)
     random = torch.Generator().manual_seed(seed)
     other = torch.randn(layer.weight.shape, generator=random, dtype=torch.float64)
     target = target_of(anchor, layer.weight)
@@ -88,7 +95,7 @@ def test_errors_are_those_of_the_tokens(centred: bool, layer: Layer, seed: int) 
     for matrix in (target, other):
         error = anchor.error(layer.weight, matrix)
         assert error == pytest.approx(token_error(layer, matrix, centred=centred), abs=1e-9 * scale)
-    assert anchor.floor(layer.weight, target) == max(anchor.error(layer.weight, target), 0.0)
+    assert floor_of(anchor, layer.weight) == pytest.approx(anchor.error(layer.weight, target), abs=1e-9 * scale)
     energy = float((layer.x @ layer.weight.T).square().sum(1).mean())
     assert anchor.energy(layer.weight) == pytest.approx(energy, rel=1e-9, abs=1e-12)
 
@@ -105,8 +112,9 @@ def test_float32_is_as_good_where_it_is_taken(centred: bool, drift: float) -> No
     exact = target_of(kept, weight.double())
     single = target_of(kept, weight)
     assert single.dtype == torch.float32
-    floor = kept.floor(weight.double(), exact)
-    assert kept.floor(weight, single) == pytest.approx(floor, rel=1e-5)
+    floor = floor_of(kept, weight.double())
+    assert kept.error(weight.double(), exact) == pytest.approx(floor, rel=1e-9)
+    assert floor_of(kept, weight) == pytest.approx(floor, rel=1e-5)
     # What float32 loses of the target costs nothing of the loss.
     assert kept.error(weight.double(), single.double()) <= floor * (1 + 1e-5)
 
@@ -178,5 +186,5 @@ def test_a_wide_input_keeps_no_matrices_and_gives_the_same(
     made = Anchor(inputs, 0.1, centred=centred)
     again = target_of(made, weight)
     assert torch.equal(again, target)
-    assert made.floor(weight, again) == kept.floor(weight, target)
+    assert floor_of(made, weight) == floor_of(kept, weight)
     assert made._matrices is None

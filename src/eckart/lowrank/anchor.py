@@ -23,7 +23,7 @@ from eckart.lowrank.metrics import (
     describe,
     eigh,
     shrink,
-    solve_in_place,
+    times_inverse_root,
 )
 
 # An input of which every entry varies by less than this share of its square is constant: twice the rounding of float32
@@ -80,8 +80,32 @@ class Anchor:
             DecompositionError: Gh is singular even after shrinking, or an entry of it is not finite.
         Cost: two products of 2 d_out d_in^2 operations.
         """
-        if self.is_constant:
-            return weighted
+        solved = self._solve(weighted)
+        return None if solved is None else solved[0]
+
+    def target_and_floor(self, weighted: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out in"], float] | None:
+        """(A T, the loss that no rank removes E||A (W x - T xh)||^2), given A W; None where float32 is not enough.
+
+        With V = A (T - W) and L the Cholesky factor of the shrunk Gh, both known once T is,
+
+            E||A (W x - T xh)||^2 = trace(A W D W^T A^T) - (||V L||^2 + share m ||V||^2) / (1 - share).
+
+        Raises: as `target`. Cost: as that, and d_out d_in^2 operations.
+        """
+        solved = self._solve(weighted)
+        if solved is None:
+            return None
+        lost = torch.zeros((), dtype=torch.float64, device=weighted.device)
+        with full_float32():
+            for place, (_, spread, _) in self._blocks(weighted.dtype):
+                for rows in weighted.split(OUTPUTS):
+                    lost += partial_trace(rows, spread, place)
+        return solved[0], max(float(lost) - solved[1], 0.0)
+
+    def _solve(self, weighted: Tensor) -> tuple[Tensor, float] | None:
+        """(A T, by how much it lowers the loss of A W), in the matrix's type; None where float32 is not enough."""
+        if self.is_constant or self.share == 1:
+            return weighted, 0.0
         factor = self._factor(weighted.dtype)
         if factor is None:
             return None
@@ -91,22 +115,21 @@ class Anchor:
                 sought.addmm_(weighted[:, place], change, alpha=1 - self.share)
         probes = None if weighted.dtype != torch.float32 else self._probe(sought)
         with full_float32():
-            moved = solve_in_place(factor, sought)
+            half = times_inverse_root(factor, sought)
+            gained = _squared_norm(half)
+            moved = times_inverse_root(factor, half, transposed=True)
         if probes is not None and not self._is_solution(moved, *probes):
             return None
-        return moved.add_(weighted)
-
-    def floor(self, weighted: Float[Tensor, "out in"], target: Float[Tensor, "out in"]) -> float:
-        """E||A (W x - T xh)||^2, the loss that no rank removes, given A W and A T.
-
-        Cost: 4 d_out d_in^2 operations, of which a quarter is saved by symmetry.
-        """
-        return max(self.error(weighted, target), 0.0)
+        if self.share:
+            gained += self.share * float(self.inputs.variances(centred=self.centred).mean()) * _squared_norm(moved)
+        return moved.add_(weighted), gained / (1 - self.share)
 
     def error(self, weight: Float[Tensor, "out in"], other: Float[Tensor, "out in"]) -> float:
-        """E||W x - M xh||^2 (centred: about the means) of any matrix M, given W and M. Cost: as `floor`.
+        """E||W x - M xh||^2 (centred: about the means) of any matrix M, given W and M.
 
         What is small is multiplied in W's type, and M - W, which is to cancel the loudest inputs, in M's.
+
+        Cost: 4 d_out d_in^2 operations, of which a quarter is saved by symmetry.
         """
         total = torch.zeros((), dtype=torch.float64, device=weight.device)
         with full_float32():
@@ -210,3 +233,8 @@ class Anchor:
                 for rows, part in zip(made, (change, spread, moment), strict=True):
                     rows[start - first : place.stop - first] = part
             yield block, (made[0], made[1], made[2])
+
+
+def _squared_norm(matrix: Tensor) -> float:
+    """The sum of the squared entries, in float64, without a copy of them all."""
+    return sum(float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2 for rows in matrix.split(OUTPUTS))

@@ -379,11 +379,15 @@ def cholesky_in_place(moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"] | No
     return factor if int(info) == 0 else None
 
 
-def solve_in_place(factor: Float[Tensor, "d d"], rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """rows (L L^T)^-1, written over the rows. Cost: 2 n d^2 operations, and no memory."""
-    torch.linalg.solve_triangular(factor.mT, rows, upper=True, left=False, out=rows)
-    torch.linalg.solve_triangular(factor, rows, upper=False, left=False, out=rows)
-    return rows
+def times_inverse_root(
+    factor: Float[Tensor, "d d"], rows: Float[Tensor, "n d"], *, transposed: bool = False
+) -> Float[Tensor, "n d"]:
+    """rows L^-T, or transposed rows L^-1, written over the rows: after one another rows (L L^T)^-1.
+
+    Cost: n d^2 operations, and no memory.
+    """
+    upper = not transposed
+    return torch.linalg.solve_triangular(factor.mT if upper else factor, rows, upper=upper, left=False, out=rows)
 
 
 def describe(matrix: Float[Tensor, "d d"], values: Float[Tensor, "d"] | None = None) -> str:

@@ -244,10 +244,10 @@ class Problem:
                 return apply_metric(self.metric, weight if base is None else weight - base), self.floor
         with full_float32():
             weighted = apply_metric(self.metric, weight)
-        target = self.anchor.target(weighted)
-        if target is None:
+        anchored = self.anchor.target_and_floor(weighted)
+        if anchored is None:
             return None
-        floor = self.anchor.floor(weighted, target)
+        target, floor = anchored
         if base is not None:
             with full_float32():
                 target = target - apply_metric(self.metric, base)
