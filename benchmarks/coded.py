@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 from inference import PROMPT, reading, stepping
-from measuring import machine, write_json
+from measuring import in_turns, machine, write_json
 from real_models import add_model_option
 from torch import Tensor, nn
 
@@ -38,8 +37,7 @@ from eckart.support.sizes import num_bytes
 
 GROUP, RANK = 64, 16
 STEPS = (1, 16)
-# Rounds of short calls, and of those that take longer than LONG seconds.
-ROUNDS, FEW, LONG = 31, 5, 0.05
+ROUNDS = 31
 
 
 def ours(weight: Tensor, dtype: torch.dtype, storage: Storage, rank: int) -> nn.Module:
@@ -107,23 +105,8 @@ def single_linears(shape: str, dtype: torch.dtype, counts: Sequence[int]) -> Ite
 
 def over_dense(calls: Mapping[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
     """{"over dense": {name: time over the dense one's}}."""
-    taken = in_turns(calls)
+    taken = {name: statistics.median(times) for name, times in in_turns(calls, ROUNDS).items()}
     return {"over dense": {name: round(seconds / taken["dense"], 2) for name, seconds in taken.items()}}
-
-
-def in_turns(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """{name: median seconds}, over rounds in which each is called once."""
-    spent: dict[str, list[float]] = {name: [] for name in calls}
-    longest = 0.0
-    for number in range(ROUNDS + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            spent[name].append(time.perf_counter() - start)
-            longest = max(longest, spent[name][-1])
-        if longest > LONG and number >= FEW:
-            break
-    return {name: statistics.median(times[1:]) for name, times in spent.items()}
 
 
 @torch.inference_mode()

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import machine, now, write_json
+from measuring import in_turns, machine, write_json
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -31,8 +31,6 @@ from eckart.lowrank import Layout, num_stored, pivoted_rank_for, rank_for
 from eckart.models.linear import LowRankLinear
 from eckart.models.sites import find_sites, replace_module
 
-# Shortest stretch that is timed: a thousand times the clock's own resolution and cost.
-STRETCH = 2e-3
 # Width of the MLP over the hidden size, about as in the Llamas.
 WIDENING = 2.75
 PROMPT, CACHED, VOCABULARY = 512, 16, 1000
@@ -61,27 +59,6 @@ def rank_of(d_out: int, d_in: int, keep: float, layout: Layout, multiple: int) -
     """Of the share kept, rounded down as a plan rounds it."""
     rank = (rank_for if layout == "plain" else pivoted_rank_for)(keep, d_out, d_in)
     return max(rank - rank % multiple, 1)
-
-
-def seconds(run: Callable[[], object], times: int, device: torch.device) -> float:
-    """Of one call, over `times` of them."""
-    start = now(device)
-    for _ in range(times):
-        run()
-    return (now(device) - start) / times
-
-
-def measure(runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """{name: seconds of one call in each round}, all of them in turns."""
-    times = {}
-    for name, run in runs.items():
-        seconds(run, 3, device)
-        times[name] = max(1, round(STRETCH / seconds(run, 1, device)))
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            samples[name].append(seconds(run, times[name], device))
-    return samples
 
 
 def speeds(samples: dict[str, list[float]]) -> dict[str, float]:
@@ -119,7 +96,7 @@ def layers(arguments: argparse.Namespace, width: int, dtype: torch.dtype) -> Ite
                     "keep": keep,
                     "ranks": ranks,
                     "limit": round(d_out * width / num_stored(d_out, width, ranks["plain"], "plain"), 3),
-                    **speeds(measure(runs, arguments.rounds, device)),
+                    **speeds(in_turns(runs, arguments.rounds, device)),
                 }
 
 
@@ -143,7 +120,7 @@ def models(arguments: argparse.Namespace, width: int, dtype: torch.dtype) -> Ite
                 "rows": rows,
                 "keep": keep,
                 "limit": round(limit, 3),
-                **speeds(measure(runs, arguments.rounds, device)),
+                **speeds(in_turns(runs, arguments.rounds, device)),
             }
 
 

@@ -7,7 +7,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,10 @@ import torch
 from eckart.support.files import write_whole
 
 PROCESSOR = torch.device("cpu")
+# Shortest stretch that is timed: a thousand times the clock's own resolution and cost.
+STRETCH = 2e-3
+# Calls that take longer than LONG seconds are timed in FEW rounds at most.
+LONG, FEW = 0.05, 5
 
 
 def now(device: torch.device) -> float:
@@ -45,6 +49,31 @@ def best_seconds(run: Callable[[], object], rounds: int = 3, *, device: torch.de
 def median_seconds(run: Callable[[], object], device: torch.device, rounds: int = 3) -> float:
     """The one in the middle of some rounds."""
     return statistics.median(seconds_of(run, rounds, device))
+
+
+def in_turns(
+    runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device = PROCESSOR
+) -> dict[str, list[float]]:
+    """{name: seconds of one call in each round}, all of them in turns, so that what slows the machine slows all."""
+    times = {}
+    for name, run in runs.items():
+        _seconds_each(run, 3, device)
+        taken = _seconds_each(run, 1, device)
+        times[name] = max(1, round(STRETCH / taken))
+        rounds = min(rounds, FEW) if taken > LONG else rounds
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            samples[name].append(_seconds_each(run, times[name], device))
+    return samples
+
+
+def _seconds_each(run: Callable[[], object], times: int, device: torch.device) -> float:
+    """Of one call, over `times` of them."""
+    start = now(device)
+    for _ in range(times):
+        run()
+    return (now(device) - start) / times
 
 
 @contextmanager

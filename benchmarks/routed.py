@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inference import measure
-from measuring import machine, write_json
+from measuring import in_turns, machine, write_json
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -82,7 +81,7 @@ def compressed(fused: nn.Module, keep: float, *, joint: bool) -> Experts:
 
 def speeds(layers: Mapping[str, Callable[..., object]], args: tuple[Tensor, ...]) -> dict[str, float]:
     """{layer: the loop's time over its own, median over the rounds}, and the loop's milliseconds."""
-    samples = measure({name: partial(layer, *args) for name, layer in layers.items()}, ROUNDS, args[0].device)
+    samples = in_turns({name: partial(layer, *args) for name, layer in layers.items()}, ROUNDS, args[0].device)
     loop = samples.pop("loop")
     ratios = {name: [one / other for one, other in zip(loop, own, strict=True)] for name, own in samples.items()}
     return {
