@@ -16,6 +16,18 @@ from eckart.data.samples import read_tokens, sample_windows
 from eckart.data.tokens import Tokens
 from tiny import tiny_text, tiny_tokenizer
 
+# Names
+
+
+def test_a_name_is_one_corpus_several_or_a_file(tmp_path: Path) -> None:
+    assert parts_of("ptb") == ("ptb",)
+    assert parts_of("ptb+c4") == ("ptb", "c4")
+    assert parts_of("commonsense") == tuple(MIXTURES["commonsense"])
+    file = tmp_path / "a+b.txt"
+    file.write_text("text")
+    assert parts_of(str(file)) == (str(file),)
+
+
 # Shares
 
 
