@@ -17,7 +17,7 @@ from eckart.models.sites import Site, find_sites
 from tiny import tiny_model
 
 
-def curves_of(sites: tuple[Site, ...], seed: int = 0) -> list[BitCurve]:
+def curves_of(sites: tuple[Site, ...], seed: int = 0, itemsize: int = 2) -> list[BitCurve]:
     """Falling losses: of factors alone from a large one, of a quantised weight from what its bits lose."""
     random = np.random.default_rng(seed)
     curves = []
@@ -25,7 +25,7 @@ def curves_of(sites: tuple[Site, ...], seed: int = 0) -> list[BitCurve]:
         size = min(site.d_out, site.d_in)
         energy = np.sort(random.exponential(size=size))[::-1] ** 3
         tails = np.append(np.cumsum(energy[::-1])[::-1], 0.0) * random.uniform(0.5, 2)
-        curves.append(BitCurve(site, {None: tails, 3: 0.05 * tails, 4: 0.012 * tails, 8: 0.00005 * tails}))
+        curves.append(BitCurve(site, {None: tails, 3: 0.05 * tails, 4: 0.012 * tails, 8: 0.00005 * tails}, itemsize))
     return curves
 
 
@@ -87,13 +87,26 @@ def test_more_bytes_never_lose_more_and_all_of_them_nothing(model: Any) -> None:
     assert set(dense.ranks.values()) == {None}
 
 
+def test_factors_in_few_bits_of_a_rank_past_break_even_are_no_dense_weight(model: Any) -> None:
+    """All of the loss lies in the last ranks, which in 16 bits would take more than the dense weight, and in 4 half."""
+    sites = find_sites(model)[:1]
+    size = min(sites[0].d_out, sites[0].d_in)
+    tails = np.append(np.ones(size - 2), [1e-3, 1e-6, 0])
+    whole = 2 * sites[0].num_params
+    plan = share_bytes(find_sites(model), [BitCurve(sites[0], {None: tails})], int(0.8 * whole), group=8)
+    assert plan.rank(sites[0]) > sites[0].num_params // (sites[0].d_out + sites[0].d_in)
+    assert plan.storage(sites[0]).factors is not None
+    assert cost_of(plan, sites) <= 0.8 * whole
+    assert RankPlan.from_json(plan.to_json(), find_sites(model)).ranks == plan.ranks
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("share", [0.45, 0.6, 0.9])
 def test_the_files_stay_below_their_bytes(model: Any, share: float, bias: bool) -> None:
     sites = find_sites(model)
     most = int(share * weight_bytes(model, RankPlan(sites, {})))
     room = Budget(max_bytes=most).coded_bytes(model, sites, group=16, bias=bias)
-    plan = share_bytes(sites, curves_of(sites), room, group=16, itemsize=4)
+    plan = share_bytes(sites, curves_of(sites, itemsize=4), room, group=16)
     assert 0.85 * most < weight_bytes(model, plan, bias=bias) <= most
 
 

@@ -121,6 +121,28 @@ def test_an_experts_losses_are_those_of_a_token_of_the_text() -> None:
         assert use_of(method, Moments(inputs)) == inputs.use < 1
 
 
+def test_rows_that_no_text_has_are_no_use() -> None:
+    """Shrunk towards the layer's mean, experts are given as many tokens as before: two of every token's."""
+    random = torch.Generator().manual_seed(0)
+    count, experts, width = 64, 8, 96
+    x = torch.randn(count, width, generator=random)
+    chosen = torch.stack([torch.randperm(experts - 1, generator=random)[:2] for _ in range(count)])
+    part = BlockCalibration(0)
+    for number, route in enumerate(Route.to_each(experts, chosen, torch.full((count, 2), 0.5))):
+        moments = part.inputs[f"b.experts.{number}.down_proj"] = InputMoments(width, NEEDS)
+        add_rows(moments, x[route.tokens], torch.ones(count, dtype=torch.bool), route)
+        moments.compact()
+    *used, unused = part.inputs
+    shrunk = {group: moments for group in part.inputs if (moments := part.inputs_of(group))}
+    for group in used:
+        own, other = part.inputs[group], shrunk[group]
+        assert other.count == own.count + round(PRIOR * width)
+        assert other.share == pytest.approx(own.share)
+        assert other.use == pytest.approx(own.use)  # all tokens weigh alike
+    assert sum(shrunk[group].share for group in used) == pytest.approx(2)
+    assert shrunk[unused].share == pytest.approx(0.5 / count)
+
+
 def test_selected_experts_without_any_token_are_one_error() -> None:
     poor = InputMoments(6, NEEDS)
     add_rows(poor, torch.randn(0, 6), torch.ones(5, dtype=torch.bool), Route(torch.arange(0), torch.rand(0)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -117,6 +118,26 @@ def test_a_killed_reading_goes_on_where_it_was(tmp_path: Path, monkeypatch: pyte
     resumed = states_of(model, cache=tmp_path, batch_size=1, track=counting)
     assert asked == [2]  # four of six were noted
     assert np.array_equal(resumed, whole)
+    assert [file.suffix for file in tmp_path.iterdir()] == [".npy"]
+
+
+def test_a_reading_killed_at_its_very_end_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the digest was written, before the file has its name; the last texts were not noted."""
+    model = tiny_model("llama")
+    monkeypatch.setattr(hidden_states, "NOTED_EVERY", 2)
+
+    def die(_partial: Path, _file: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", die)
+        with pytest.raises(KeyboardInterrupt):
+            states_of(model, cache=tmp_path, batch_size=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed, again = states_of(model, cache=tmp_path, batch_size=1), states_of(model, cache=tmp_path, batch_size=1)
+    assert np.array_equal(resumed, again)
+    assert np.array_equal(resumed, states_of(model, batch_size=1))
     assert [file.suffix for file in tmp_path.iterdir()] == [".npy"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -247,3 +248,23 @@ def test_units_for_16_bits_get_numbers_of_16_bits(
     assert worst(kept.covariance, xh, xh) < limit
     assert worst(kept.cross_covariance, x, xh) < limit
     assert seen[False] < 0.1 * seen[True]
+
+
+@ratios
+@pytest.mark.parametrize("streams", [1, 2])
+def test_units_for_16_bits_get_no_row_that_weighs(ratio: float, streams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row times the root of its weight has 24 bits, with a shift and without: units would round it."""
+    allowed: list[bool] = []
+
+    def note(parts: list[deviations.Deviations]) -> Iterator[tuple[tuple[Tensor, ...], bool]]:
+        for part in deviations.exact_parts(parts):
+            allowed.append(part[1] and len(part[0][0]) > 0)
+            yield part
+
+    monkeypatch.setattr(input_moments, "exact_parts", note)
+    monkeypatch.setattr(deviations, "has_units_for", lambda x: x.dtype == torch.bfloat16)
+    x, xh = tokens(min(ratio, 1e4), torch.bfloat16)
+    moments = InputMoments(x.shape[-1], {"second_moment"} if streams == 1 else {"second_moment", "cross_moment"})
+    moments.update(xh, reference=None if streams == 1 else x, weights=torch.rand(len(x)))
+    assert allowed
+    assert not any(allowed)

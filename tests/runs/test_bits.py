@@ -62,6 +62,24 @@ def test_out_of_core_is_as_in_memory(place: Path, tmp_path: Path, keys: dict[str
     ].keys()
 
 
+@pytest.mark.parametrize("keys", [{}, {"bits": 4}, {"layout": "pivoted"}], ids=str)
+def test_out_of_core_one_block_at_a_time_is_in_memory(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]
+) -> None:
+    """Codes and orders of rows are buffers, and go as parameters do; tables of positions stay."""
+    resident, finish = [], out_of_core._Compression._finish
+
+    def look(compression: Any, *arguments: Any) -> Any:
+        blocks = compression.skeleton.blocks
+        tensors = {**dict(blocks.named_parameters()), **dict(blocks.named_buffers())}
+        resident.extend(name for name, tensor in tensors.items() if tensor.device.type != "meta")
+        return finish(compression, *arguments)
+
+    monkeypatch.setattr(out_of_core._Compression, "_finish", look)
+    compress_out_of_core(recipe_of(place, **keys), tmp_path / "out", BATCHED)
+    assert resident == []
+
+
 def test_a_kill_costs_a_block_in_memory(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, how = recipe_of(place, **RECIPES[4]), How(batch_size=3, cache=tmp_path / "cache")
     make_checkpoint(recipe, tmp_path / "expected", BATCHED)

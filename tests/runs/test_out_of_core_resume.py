@@ -14,15 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from eckart.calibration import doors
+from eckart.calibration.cache import write_gradients
+from eckart.lowrank import GradientMoments
+from eckart.lowrank.moments import FISHER
 from eckart.models import shards
+from eckart.models.loading import load_model
+from eckart.models.sites import find_sites
 from eckart.runs import out_of_core
 from eckart.runs.how import How
 from eckart.runs.in_memory import make_checkpoint
 from eckart.runs.out_of_core import compress_out_of_core
-from eckart.support.files import claimed
+from eckart.support.files import GRADIENTS, claimed
 from tiny import BLOCKS, Run, tiny_model
 
 from .from_files import BATCHED, Killed, check_same, killing, note_blocks, recipe_of, resume_until_done, tensors_of
@@ -215,6 +221,57 @@ def test_a_real_kill(place: Path, tmp_path: Path, expected: dict[str, Path]) -> 
     assert not out.exists()
     compress_out_of_core(recipe_of(place), out, BATCHED, resume=True)
     check_same(out, expected["asvd-i"])
+
+
+def test_a_shard_that_a_kill_left_half_written_is_not_in_the_checkpoint(
+    place: Path, tmp_path: Path, expected: dict[str, Path]
+) -> None:
+    """SIGKILL while it is written: nothing of the process tidies up."""
+    out, recipe = tmp_path / "out", tmp_path / "recipe.yaml"
+    recipe.write_text(recipe_of(place).to_yaml())
+    code = (
+        "import os, signal, sys; from pathlib import Path; from eckart.models import shards\n"
+        "from eckart.runs import out_of_core\n"
+        "from eckart.runs.how import How; from eckart.runs.recipe import load_recipe\n"
+        "save = shards.save_file\n"
+        "def killed(tensors, file, *more):\n"
+        "    save(tensors, file, *more)\n"
+        "    os.truncate(file, os.path.getsize(file) // 2)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "shards.save_file = killed\n"
+        "out_of_core.compress_out_of_core(load_recipe(sys.argv[1]), Path(sys.argv[2]), How(batch_size=3))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(recipe), str(out)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert list((tmp_path / ".out.work" / "checkpoint").glob("*.partial"))
+    compress_out_of_core(recipe_of(place), out, BATCHED, resume=True)
+    check_same(out, expected["asvd-i"])
+    assert not list(out.glob("*.partial"))
+
+
+def test_other_recorded_sums_are_another_run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(place / "model", model)
+    sites = find_sites(load_model(model))
+
+    def record(seed: int) -> None:
+        random, recorded = torch.Generator().manual_seed(seed), {}
+        for site in sites:
+            recorded[site.name] = GradientMoments(site.d_out, site.d_in, FISHER)
+            recorded[site.name].update_fisher(torch.randn(site.d_out, site.d_in, generator=random))
+        write_gradients(model / GRADIENTS, recorded)
+
+    recipe = recipe_of(place, model=str(model), method="fwsvd")
+    recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"fisher": "recorded"})})
+    record(0)
+    first = (model / GRADIENTS).read_bytes()
+    with pytest.raises(Killed), killing(monkeypatch, out_of_core, "write_shard", 1):
+        compress_out_of_core(recipe, tmp_path / "out", BATCHED)
+    record(1)
+    with pytest.raises(ValueError, match="fisher was"):
+        compress_out_of_core(recipe, tmp_path / "out", BATCHED, resume=True)
+    (model / GRADIENTS).write_bytes(first)
+    compress_out_of_core(recipe, tmp_path / "out", BATCHED, resume=True)
 
 
 def test_the_command(place: Path, tmp_path: Path, run: Run, expected: dict[str, Path]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
-from eckart.support.files import check_free, check_room, claimed, staged_directory, whole_file, write_whole
+from eckart.support.files import ABANDONED, check_free, check_room, claimed, staged_directory, whole_file, write_whole
 
 
 def test_a_file_is_written_with_its_folder(tmp_path: Path) -> None:
@@ -31,6 +33,16 @@ def test_a_failure_leaves_the_file_that_was_there(tmp_path: Path) -> None:
         fail(partial)
     assert file.read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_what_a_killed_process_left_is_removed_once_it_is_a_day_old(tmp_path: Path) -> None:
+    old, new, others = (tmp_path / name for name in ("kept.1.partial", "kept.2.partial", "kept.more.3.partial"))
+    for left in (old, new, others):
+        left.write_text("half of")
+    for left in (old, others):
+        os.utime(left, (time.time() - 1.1 * ABANDONED,) * 2)
+    write_whole(tmp_path / "kept", "mine")
+    assert {path.name for path in tmp_path.iterdir()} == {"kept", new.name}
 
 
 def test_a_text_that_cannot_be_encoded_leaves_the_file_that_was_there(tmp_path: Path) -> None:

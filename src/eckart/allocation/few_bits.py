@@ -31,6 +31,7 @@ class BitCurve:
     Attributes:
         losses: {bits of a quantised weight: (ranks + 1,) loss with a correction of rank 0, 1, ...}; under None the
             losses of factors alone. Taken to float64 arrays.
+        itemsize: bytes of a number of the linear's own type, which need not be the model's.
 
     Raises:
         ValueError: nothing to choose from, or a loss that is not finite.
@@ -38,6 +39,7 @@ class BitCurve:
 
     site: Site
     losses: Mapping[int | None, np.ndarray]
+    itemsize: int = 2
 
     def __post_init__(self) -> None:
         losses = {base: np.asarray(each, dtype=np.float64) for base, each in self.losses.items()}
@@ -56,7 +58,6 @@ def share_bytes(
     *,
     factors: Sequence[int | None] = (None, *FACTORS),
     group: int = GROUP,
-    itemsize: int = 2,
     rank_multiple: int = 1,
     exact: bool = False,
 ) -> RankPlan:
@@ -72,8 +73,8 @@ def share_bytes(
     Args:
         sites: every site of the model; those of no curve stay as they are.
         budget: bytes of the curves' sites together, weights and scales, biases not counted.
-        factors: bits that factors may have; None is the model's own type.
-        group: numbers that share a scale. itemsize: bytes of a number of the model's type.
+        factors: bits that factors may have; None is the linear's own type.
+        group: numbers that share a scale.
         exact: the true optimum; else within a step of it.
 
     Raises:
@@ -82,7 +83,7 @@ def share_bytes(
     check_multiple(rank_multiple)
     if not curves:
         raise ValueError("there is nothing to share a budget among: no linear is selected")
-    made = [_ways(curve, factors, group, itemsize, rank_multiple) for curve in curves]
+    made = [_ways(curve, factors, group, rank_multiple) for curve in curves]
     least = sum(int(item.costs.min()) for item, _ in made)
     if budget < least:
         raise ValueError(
@@ -103,11 +104,9 @@ def share_bytes(
 Way = tuple[Storage, int | None]
 
 
-def _ways(
-    curve: BitCurve, factors: Sequence[int | None], group: int, itemsize: int, rank_multiple: int
-) -> tuple[Item, list[Way]]:
+def _ways(curve: BitCurve, factors: Sequence[int | None], group: int, rank_multiple: int) -> tuple[Item, list[Way]]:
     """The choice that a budget has to make of a linear; of ways that cost as much or more and lose more, none."""
-    site = curve.site
+    site, itemsize = curve.site, curve.itemsize
     d_out, d_in = site.d_out, site.d_in
     dense = d_out * d_in * itemsize
     ways: list[Way] = [(PLAIN, None)] if None in factors else []

@@ -198,7 +198,7 @@ def settle(
 ) -> RankPlan:
     """A plan in which a site whose factors would store more than its dense weight stays dense, with a note.
 
-    Not so of factors that are added to a quantised weight.
+    Not so of what is kept in few bits, which is judged by its bytes where it is chosen.
 
     A joint group is settled as the one stacked weight that is factored, all of its sites or none. In the pivoted layout
     every rank below min(d_out, d_in) stores less than the dense weight; at min(d_out, d_in) the site is dense.
@@ -219,8 +219,8 @@ def settle(
             raise ValueError(
                 f"{unit.name}: rank {rank} is not in 1 ... min(d_out, d_in) = {limit}; lower keep or exclude this site"
             )
-        based = any(site.name in (stored or {}) and (stored or {})[site.name].base for site in unit.sites)
-        note = None if based else _why_dense(unit, rank, layout)
+        coded = any(not (stored or {}).get(site.name, PLAIN).is_plain for site in unit.sites)
+        note = None if coded else _why_dense(unit, rank, layout)
         if note is not None:
             for site in unit.sites:
                 settled[site.name], notes[site.name] = None, note

@@ -202,9 +202,11 @@ def _fill(model: PreTrainedModel, rows: TokenRows, pooling: Pooling, file: Path,
                 _note(noted, values, finished)
         assert values is not None
         values.flush()
+        end = values.offset + values.nbytes
         del values
-        with partial.open("ab") as end:
-            end.write(_digest_of_bytes(partial))
+        os.truncate(partial, end)  # a process that was killed here has left a digest
+        with partial.open("ab") as last:
+            last.write(_digest_of_bytes(partial))
         partial.rename(file)
         noted.unlink(missing_ok=True)
 

@@ -65,8 +65,7 @@ class Deviations:
     def times(self, roots: Float[Tensor, "n 1"]) -> Deviations:
         """Each row times a number: no 16 bits hold the products."""
         wide = self.wide * roots.to(self.wide)
-        exact = None if self.exact is None else torch.zeros_like(self.exact)
-        return Deviations(wide, wide, exact)
+        return Deviations(wide, wide, torch.zeros(len(wide), dtype=torch.bool, device=wide.device))
 
     @classmethod
     def of(cls, rows: Float[Tensor, "n in"], shift: Float[Tensor, "in"] | None) -> Deviations:
@@ -83,12 +82,16 @@ class Deviations:
 def exact_parts(streams: Sequence[Deviations]) -> Iterator[tuple[tuple[Tensor, ...], bool]]:
     """Rows to be multiplied, of one stream or two, and whether units for 16 bits may do it.
 
-    They may where all differences of a row have so few bits. The other rows, a handful, are multiplied in float32.
+    They may where all differences of a row have so few bits. The other rows, a handful where tokens weigh alike, are
+    multiplied in float32.
     """
     known = [stream.exact for stream in streams if stream.exact is not None]
     exact = torch.stack(known).all(0) if known else None
     if exact is None or bool(exact.all()):
         yield tuple(stream.factors for stream in streams), True
+        return
+    if not bool(exact.any()):
+        yield tuple(stream.wide for stream in streams), False
         return
     yield tuple(stream.factors[exact] for stream in streams), True
     yield tuple(stream.wide[~exact] for stream in streams), False

@@ -34,6 +34,8 @@ SIZED_ROWS = 512
 # The square sums of an input that are symmetric; of these only the upper block triangle is added to, and mirrored when
 # they are read.
 SYMMETRIC = ("covariance", "reference_covariance")
+# Rows that a moment without any counts as, where it is asked how often it is used.
+UNUSED = 0.5
 # The names of the two streams' means.
 STREAMS = ("mean", "reference_mean")
 # Before the name of a stream's mean, in `InputMoments.running`.
@@ -355,14 +357,19 @@ class InputMoments:
     def shrunk(self, mean: InputMoments, rows: float) -> InputMoments:
         """These moments with so many more rows, of ordinary weight, that are distributed as `mean` is.
 
+        No text has those rows: the `share` stays, as if more tokens had been offered as well; of no row it is that of
+        half a one, so that what is never used weighs little and not nothing.
+
         Args:
             mean: of rows with weights, as these are.
         """
         factor = rows / mean.count
         sums = {name: total * factor for name, total in mean._state(torch.float64).items()}
-        more = InputMoments.from_state(0, sums | {"offered": torch.zeros_like(sums["offered"])})
+        count = self.count + round(rows)
+        offered = self._sums["offered"] * (count / max(self.count, UNUSED) - 1)
+        more = InputMoments.from_state(0, sums | {"offered": offered.to(sums["offered"])})
         merged = self + more
-        merged.count = self.count + round(rows)
+        merged.count = count
         return merged.compact()
 
     def doubled(self) -> InputMoments:

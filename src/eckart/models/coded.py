@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,27 @@ AT_ONCE = 2**19
 KERNEL_GROUPS, KERNEL_ROWS, KERNEL_PROCESSORS = (32, 64, 128, 256), 16, ("AVX2", "AVX512")
 # Rows of x from which a processor with units for bfloat16, which the kernel does not use, is faster multiplying out.
 ROWS_FOR_UNITS = 128
+
+
+@dataclass(frozen=True, eq=False)
+class _Ordered:
+    """What torch's kernel reads.
+
+    Attributes:
+        sources: the codes and scales that it was made of, themselves: an address may be given away again.
+        versions: theirs at the time.
+        packed: the codes in the kernel's order. pairs: its scales and zero points.
+    """
+
+    sources: tuple[Tensor, Tensor]
+    versions: tuple[int, ...]
+    packed: Tensor
+    pairs: Tensor
+
+    def is_of(self, *sources: Tensor) -> bool:
+        """Whether these are the sources, and unchanged."""
+        same = all(one is other for one, other in zip(self.sources, sources, strict=True))
+        return same and self.versions == tuple(map(_version, sources))
 
 
 class CodedMatrix(nn.Module):
@@ -52,8 +74,7 @@ class CodedMatrix(nn.Module):
         down, across = -(-out_features // block[0]), -(-in_features // block[1])
         self.register_buffer("codes", torch.zeros(count, dtype=torch.uint8, device=device))
         self.register_buffer("scales", torch.zeros(down, across, dtype=SCALE, device=device))
-        # For torch's kernel: what it was made of, codes in its order, and its scales.
-        self._ordered: tuple[tuple[int, ...], Tensor, Tensor] | None = None
+        self._ordered: _Ordered | None = None
 
     @classmethod
     def of(cls, codes: Codes, *, device: torch.device | None = None) -> CodedMatrix:
@@ -99,6 +120,7 @@ class CodedMatrix(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedMatrix:
         """As of every module, but a change of type leaves the scales: codes were chosen for them as they are."""
         before = self.scales
+        self._ordered = None
         super()._apply(fn, recurse)
         if self.scales.dtype != before.dtype:
             self.scales = before.to(self.scales.device)
@@ -112,6 +134,7 @@ class CodedMatrix(nn.Module):
             and x.is_cpu
             and not (torch.is_grad_enabled() and x.requires_grad)
             and not torch.compiler.is_compiling()
+            and not (self.codes.is_inference() or self.scales.is_inference())  # whose changes are not counted
             and down == 1
             and across in KERNEL_GROUPS
             and self.in_features % across == 0
@@ -121,15 +144,16 @@ class CodedMatrix(nn.Module):
         )
 
     def _by_kernel(self, x: Tensor) -> Tensor:
-        stamp = (*_stamp(self.codes), *_stamp(self.scales))
-        if self._ordered is None or self._ordered[0] != stamp:
+        if self._ordered is None or not self._ordered.is_of(self.codes, self.scales):
             codes = unpack(self.codes, self.bits, (self.out_features, self.in_features)).to(torch.int32)
             packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes - span(self.bits)[0], 1)  # noqa: SLF001
             scales = self.scales.mT
-            self._ordered = (stamp, packed, torch.stack([scales, torch.zeros_like(scales)], -1).contiguous())
-        _, packed, scales = self._ordered
-        rows = x.reshape(-1, self.in_features)
-        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, self.block[1], scales)  # noqa: SLF001
+            pairs = torch.stack([scales, torch.zeros_like(scales)], -1).contiguous()
+            sources = (self.codes, self.scales)
+            self._ordered = _Ordered(sources, tuple(map(_version, sources)), packed, pairs)
+        packed, pairs = self._ordered.packed, self._ordered.pairs
+        rows = x.reshape(-1, self.in_features).contiguous()
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, self.block[1], pairs)  # noqa: SLF001
         return y.view(*x.shape[:-1], self.out_features)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -239,9 +263,9 @@ class CodedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, {self.storage}"
 
 
-def _stamp(tensor: Tensor) -> tuple[int, int]:
-    """What changes with a tensor's numbers; those of inference mode count no changes."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version  # noqa: SLF001
+def _version(tensor: Tensor) -> int:
+    """Counts the changes of a tensor's numbers, but for those through `.data`."""
+    return tensor._version  # noqa: SLF001
 
 
 def _numbers(side: CodedMatrix | nn.Linear, dtype: torch.dtype) -> Tensor:

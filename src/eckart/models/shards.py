@@ -30,7 +30,9 @@ from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from eckart.models.checkpoint import put_back
+from eckart.models.coded import CodedLinear, CodedMatrix
 from eckart.models.experts import Source, open_experts, opened_experts, sources_of
+from eckart.models.linear import LowRankLinear
 from eckart.models.loading import check_weights, class_of, locate, read_config
 from eckart.models.matching import check_finite, made_anew, stored_names
 from eckart.models.refusals import check_quantised, check_source
@@ -323,10 +325,20 @@ class Skeleton:
             yield [stack.enter_context(self.resident(number)) for number in starts]
 
     def empty(self, number: int) -> None:
-        """Free the weights of a block, in place."""
-        for module in self.blocks[number].modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                if parameter.device.type != "meta":
+        """Free the weights of a block, in place: parameters, buffers that are read for it, and those of new modules.
+
+        Other buffers stay, such as tables of positions: nothing would make them again.
+        """
+        read = set(self.names_of(number))
+        for path, module in self.blocks[number].named_modules(prefix=self.places[number]):
+            is_new = isinstance(module, LowRankLinear | CodedLinear | CodedMatrix)
+            buffers = [
+                (name, buffer)
+                for name, buffer in module.named_buffers(recurse=False)
+                if is_new or f"{path}.{name}" in read
+            ]
+            for name, tensor in [*module.named_parameters(recurse=False), *buffers]:
+                if tensor.device.type != "meta":
                     set_module_tensor_to_device(module, name, "meta")
 
     def put_back(self, path: Path, sites: Mapping[str, Mapping[str, Any]]) -> None:

@@ -46,7 +46,7 @@ from eckart.runs.how import How
 from eckart.runs.recipe import Recipe
 from eckart.runs.recorded_losses import RecordedLosses
 from eckart.runs.workbench import Workbench
-from eckart.support.files import check_replaceable, claimed, digest_of, put_in_place, write_whole
+from eckart.support.files import check_replaceable, claimed, digest_of, put_in_place, remove_partial, write_whole
 from eckart.support.journal import Journal, open_journal
 from eckart.support.sizes import num_bytes, num_params
 from eckart.support.timing import timed
@@ -94,6 +94,7 @@ def compress_out_of_core(recipe: Recipe, out: Path, how: How, *, resume: bool = 
         if work.exists() and not resume:
             shutil.rmtree(work)
         (work / CHECKPOINT).mkdir(parents=True, exist_ok=True)
+        remove_partial(work / CHECKPOINT)
         outcome = compression.run()
         _publish(work, out)
     return outcome
@@ -270,6 +271,7 @@ class _Compression:
         return {
             "model": self.fingerprint,
             "tokens": None if tokens is None else tokens.digest,
+            **({} if self.workbench.recording is None else {"fisher": self.workbench.recording}),
             **({} if held_out is None else {"held out": held_out.digest}),
         }
 

@@ -135,7 +135,7 @@ def rank(
 def _rank_in_bits(composition: Composition, budget: Budget, inputs: AllocationInputs, rank_multiple: int) -> Ranking:
     """Ranks and bits that keep the weight files within their bytes: see `share_bytes`."""
     method, group = composition.method, composition.group
-    every, size = find_sites(inputs.model), inputs.model.dtype.itemsize
+    every = find_sites(inputs.model)
     room = budget.coded_bytes(inputs.model, inputs.sites, group=group, bias=method.centred)
     fixed = None if composition.bits == "auto" else composition.bits
     curves = measure_bit_losses(method, inputs, BASES if fixed is None else (fixed,), group)
@@ -150,7 +150,6 @@ def _rank_in_bits(composition: Composition, budget: Budget, inputs: AllocationIn
         room,
         factors=(None, *FACTORS) if fixed is None else (fixed,),
         group=group,
-        itemsize=size,
         rank_multiple=rank_multiple,
         exact=composition.allocation.exact,
     )
@@ -170,7 +169,7 @@ def measure_bit_losses(method: Method, inputs: AllocationInputs, bases: Sequence
         request = FactorRequest(method, units, part, partial(Unit.weight, model=inputs.model))
         for unit, losses in each_prepared(request, measure):
             arrays = {base: each.double().cpu().numpy() for base, each in losses.items()}
-            curves.append(BitCurve(unit.sites[0], arrays))
+            curves.append(BitCurve(unit.sites[0], arrays, unit.weight(inputs.model).itemsize))
     return curves
 
 

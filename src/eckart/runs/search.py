@@ -100,4 +100,4 @@ def _identity(work: Workbench) -> dict[str, Any]:
         "calibration": calibration_digest(model, work.tokens[0], method.needs, find_sites(model)),
         "method": method.identity,
     }
-    return identity if recipe.calibration.fisher == "gathered" else {**identity, "fisher": recipe.calibration.fisher}
+    return identity if work.recording is None else {**identity, "fisher": work.recording}

@@ -143,6 +143,14 @@ class Workbench:
         return self._all_tokens.parts if "_all_tokens" in vars(self) else []
 
     @functools.cached_property
+    def recording(self) -> str | None:
+        """The digest of the Fisher sums that were recorded while the model was fine-tuned; None where none are read."""
+        if self.recipe.calibration.fisher != "recorded" or not self.composition.method.needs_gradients:
+            return None
+        path = Path(locate(self.recipe.model)) / GRADIENTS
+        return digest_of(path) if path.is_file() else None  # who reads them says that there are none
+
+    @functools.cached_property
     def gradients(self) -> dict[str, GradientMoments]:
         """{site name: gradient statistics} of the selected sites: gathered, or recorded while the model was fine-tuned.
 
@@ -264,8 +272,8 @@ class Workbench:
         needs = composition.method.needs if composition.allocation.row.needs != "sites" else frozenset()
         probes = composition.allocation.weights == "probes"
         journals = None if self.how.cache is None else self.how.cache / "searches"
-        if journals is not None and recipe.calibration.fisher == "recorded":
-            journals /= "recorded"  # a journal's identity has model and text alone, and would not tell these sums apart
+        if journals is not None and self.recording is not None:
+            journals /= self.recording  # a journal's identity has model and text, and would not tell these sums apart
         return AllocationInputs(
             self.model,
             self.sites,
@@ -330,11 +338,11 @@ class Workbench:
 
     def walk_identity(self, out: Path) -> dict[str, Any]:
         """What losses, and blocks of one plan, depend on, by content; and the place that the run claims."""
-        (tokens, held_out), recorded = self.tokens, self.recipe.calibration.fisher == "recorded"
+        tokens, held_out = self.tokens
         return {
             "of": calibration_digest(self.model, tokens, self.composition.in_order.needs, self.sites),
             "held out": None if held_out is None else held_out.digest,
-            "fisher": digest_of(Path(locate(self.recipe.model)) / GRADIENTS) if recorded and self.gradients else None,
+            "fisher": self.recording,
             "recipe": self.noted,
             "together": REFINED_TOGETHER if self.composition.refinement else None,
             "out": os.path.realpath(out),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +20,8 @@ from safetensors import SafetensorError
 # (thread, path) of what this process has claimed, see `claimed`.
 _CLAIMS: set[tuple[int, Path]] = set()
 NO_LOCKS = "the file system has no locks"
+# Seconds after which a half-written file that nobody touches has been left by a process that was killed.
+ABANDONED = 24 * 3600
 # Squared gradients: in a calibration's folder, and with the weights of a fine-tuned model, of which they are none.
 GRADIENTS = "gradients.safetensors"
 # Every checkpoint, and every adapter, has one of them.
@@ -39,18 +43,29 @@ def write_whole(file: Path, text: str) -> Path:
 def whole_file(file: Path) -> Iterator[Path]:
     """A path next to `file` to write to; it becomes `file` when the block ends well, and is removed when it fails.
 
-    The name holds the process's number: two processes that write the same file do not write into one another's.
+    The name holds the process's number: two processes that write the same file do not write into one another's. What
+    a killed one has left is removed once it is a day old; its number tells nothing on another machine.
 
     Raises:
         OSError: the disk is full.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    for left in file.parent.glob(f"{glob.escape(file.name)}.*.partial"):
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
     try:
         with full_disk_named(file):
             yield partial
             partial.replace(file)
     finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what killed processes have left half written in a folder that nobody else writes to."""
+    for partial in folder.glob("*.partial"):
         partial.unlink(missing_ok=True)
 
 

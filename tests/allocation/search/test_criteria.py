@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import normalizers
 from transformers import PreTrainedModel
 
 from eckart.allocation.search.criteria import Criterion, check_apart, search_criterion
@@ -24,6 +26,8 @@ SCORES = {
     "probing": "probing:cola",
     "classification": "classification:cola",
 }
+# The folders that some of them read.
+SCORES_IN = {"stereoset": "stereoset", "lm-eval:piqa": "piqa", "probing:cola": "cola"}
 COMPARED = ("divergence", "distance", "accumulation", "similarity")
 REFUSED = {**{kind: f"{kind}:wikitext2" for kind in COMPARED}, "cost": "cost"}
 
@@ -186,6 +190,36 @@ def test_a_report_on_what_was_searched_on_is_refused(score: str, split: str | No
     assert find_task(task.name)
     with pytest.raises(ValueError, match=message):
         check_apart(score, split, [task])
+
+
+@pytest.mark.parametrize("name", ["stereoset", "lm-eval:piqa", "probing:cola"])
+def test_other_data_and_another_tokenizer_are_another_score(name: str, data: Path, tmp_path: Path) -> None:
+    """By content: a journal of trials goes on with the same data in another place, and with no other."""
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+
+    def about(folder: Path) -> dict[str, Any]:
+        return search_criterion(name, tiny_model("llama"), tokenizer, data=folder).about
+
+    tokenizer = tiny_tokenizer()
+    before = about(data)
+    assert about(copy) == before
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert about(data) != before
+    tokenizer = tiny_tokenizer()
+    for file in (copy / SCORES_IN[name]).iterdir():
+        file.write_text(file.read_text().replace("w4", "w5"))
+    assert about(copy) != before
+
+
+def test_a_file_that_was_rewritten_is_another_score(tmp_path: Path) -> None:
+    file, model = tmp_path / "notes.txt", tiny_model("t5")
+    kept = []
+    for seed in (0, 1, 0):
+        file.write_text("\n\n".join(tiny_text(200, seed=100 * seed + number) for number in range(30)))
+        kept.append(search_criterion(f"perplexity:{file}", model, tiny_tokenizer(), context=16, limit=4).about)
+    assert kept[0] != kept[1]
+    assert kept[0] == kept[2]
 
 
 def test_one_file_has_one_split(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from eckart.evals.subject import Setup
 from eckart.evals.task import Task
 from eckart.evals.tasks import evaluate
 from eckart.evals.texts import windows_of
+from eckart.support.files import digest_of
 
 
 @dataclass(frozen=True)
@@ -211,4 +213,30 @@ def task_criterion(
             raise ValueError(f"{task.label}: a search takes {better} values for good, and its result {result.better}")
         return result.read(score)
 
-    return Criterion(measure, better, {"task": asdict(task), "score": score, "context": context})
+    about = {"task": asdict(task), "score": score, "context": context, "read": _digest_of_what_is_read(task, data)}
+    return Criterion(measure, better, {**about, "tokenizer": _digest_of_tokenizer(tokenizer)})
+
+
+def _digest_of_what_is_read(task: Task, data: Path | None) -> str | None:
+    """Of the task's file, or of the files in its folder of local copies; None where it is read from the hub.
+
+    Where its files would lie in `data` itself, of all that are there.
+    """
+    name = _data_of(task)
+    if Path(name).is_file():
+        files = [Path(name)]
+    elif data is None:
+        return None
+    else:
+        files = sorted((data / name).rglob("*") if (data / name).is_dir() else data.glob("*"))
+    return _digest((str(file.name), digest_of(file)) for file in files if file.is_file())
+
+
+def _digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of all that it does, where it says that, as the fast ones do; else of its vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return _digest([sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()])
+
+
+def _digest(parts: Iterable[object]) -> str:
+    return hashlib.sha256(json.dumps([*parts]).encode()).hexdigest()[:32]
