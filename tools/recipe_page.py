@@ -26,8 +26,9 @@ A recipe is one run as data, in YAML: everything that changes a number, and noth
 (device, batch size, cache, data folder) are options of the command. `eckart run RECIPE.yaml --out DIR` carries it out;
 the [examples](../examples) are recipes that run as they are. An unknown key is an error that names the nearest one.
 
-Of the budgets `keep`, `keep_total`, `max_bytes`, `speed`, `rules` and `plan` exactly one is given. This page is made
-from the fields by `python tools/recipe_page.py`, and a test compares them.
+Of the budgets `keep`, `keep_total`, `max_bytes`, `speed`, `rules` and `plan` exactly one is given, but for
+baselines of one size, searches that find it, and `keep_cache` alone. This page is made from the fields by `python
+tools/recipe_page.py`, and a test compares them.
 """
 BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 

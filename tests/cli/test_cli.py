@@ -84,6 +84,11 @@ def test_compress_then_eval_then_inspect_then_export(run: Run, place: Path, tmp_
     assert status == 0
     assert "down_proj" in printed
     assert "nsvd-i" in printed
+    status, printed = run("inspect", tmp_path / "small", "--keep", "0.5")
+    assert status == 2
+    assert "is compressed already" in printed
+    status, printed = run("inspect", tmp_path / "small", "--json")
+    assert {each["stored"] for each in json.loads(printed[printed.index("{") :])["linears"]} == {None}
 
     status, printed = run("export", tmp_path / "small", tmp_path / "dense", "--dense")
     assert status == 0, printed
@@ -390,6 +395,18 @@ def test_a_study_that_cannot_be_run_is_one_line(run: Run, tmp_path: Path, argume
     assert message in printed
     assert printed.count("error:") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_study_without_any_number_is_no_success(run: Run, place: Path, tmp_path: Path) -> None:
+    study = study_of(place, 2)
+    missing = [f"perplexity:{tmp_path / 'nothing.txt'}#{name}" for name in ("perplexity", "n")]
+    study |= {"columns": missing, "runs": [{**study["runs"][0], "evaluate": [missing[0].partition("#")[0]]}]}
+    (tmp_path / "nine.yaml").write_text(yaml.safe_dump(study))
+    arguments = ("reproduce", tmp_path / "nine.yaml", "--set", f"model={place / 'model'}", "--out", tmp_path / "out")
+    status, printed = run(*arguments)
+    assert status == 2
+    assert "nothing was measured, for the reasons above" in printed
+    assert "there is no such file" in printed
 
 
 def test_what_there_is_can_be_listed(run: Run) -> None:

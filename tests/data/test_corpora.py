@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -280,9 +281,17 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path, name: str, damage: Any)
         read_text(str(path))
 
 
-@pytest.mark.parametrize("name", ["wikitex2", "no_such_file.txt", "folder/no_such_file.txt"])
-def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"no corpus '{name}': .*builtin, wikitext2, ptb, c4"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wikitex2", "no corpus 'wikitex2': did you mean 'wikitext2'?"),
+        ("poems", "no corpus 'poems': known names are builtin, wikitext2, ptb, c4"),
+        ("no_such_file.txt", "no corpus 'no_such_file.txt': there is no such file"),
+        ("folder/no_such_file.txt", "no corpus 'folder/no_such_file.txt': there is no such file"),
+    ],
+)
+def test_an_unknown_name_says_what_there_is(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
         read_text(name)
 
 
@@ -301,6 +310,12 @@ def test_builtin_has_domains_and_a_held_out_part(monkeypatch: pytest.MonkeyPatch
 def test_builtin_has_no_other_domain() -> None:
     with pytest.raises(ValueError, match="poetry"):
         read_text("builtin/poetry")
+
+
+@pytest.mark.parametrize("name", ["builtin", "builtin/code"])
+def test_builtin_has_no_other_split(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: no split 'tst'; there are train, validation, test"):
+        read_text(name, split="tst")
 
 
 # Known corpora in a local folder

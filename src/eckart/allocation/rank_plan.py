@@ -217,7 +217,7 @@ def settle(
         limit = min(unit.d_out, unit.d_in)
         if not 1 <= rank <= limit:
             raise ValueError(
-                f"{unit.name}: rank {rank} is not in 1 ... min(d_out, d_in) = {limit}; lower keep or exclude this site"
+                f"{unit.name}: rank {rank} is not in 1 ... min(d_out, d_in) = {limit}; lower it or keep, or exclude it"
             )
         coded = any(not (stored or {}).get(site.name, PLAIN).is_plain for site in unit.sites)
         note = None if coded else _why_dense(unit, rank, layout)

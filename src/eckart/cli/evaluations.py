@@ -49,7 +49,8 @@ def _listed() -> dict[str, Any]:
             for name, row in EVALUATIONS.items()
         ],
         "corpora": [
-            {"name": name, "hub": corpus.hub, "local_splits": list(corpus.files)} for name, corpus in CORPORA.items()
+            {"name": name, "hub": corpus.hub, "local_splits": list(corpus.files), "local_files": corpus.files}
+            for name, corpus in CORPORA.items()
         ],
         "mixtures": [
             {"name": name, "shares": {part: float(share) for part, share in shares_of(name).items()}}

@@ -48,10 +48,12 @@ def command(
     with stdout_for_json(as_json):
         loaded = load_model(model, trust_remote_code=trust_remote_code)
     low_rank = low_rank_modules(loaded)
+    if low_rank and keep is not None:
+        raise ValueError(f"--keep {keep}: {model} is compressed already, and has its ranks")
     if save_plan is not None and (low_rank or keep is None):
         raise ValueError("--save-plan needs a dense model and --keep")
     ranks: RankPlan | None = None
-    if keep is not None and not low_rank:
+    if keep is not None:
         ranks = plan(
             loaded,
             keep,
@@ -124,7 +126,7 @@ def _described(
             "d_in": module.in_features,
             "rank": module.rank,
             "kept": _kept(module),
-            "stored": _storage(module).to_dict(),
+            "stored": None if _storage(module).is_plain else _storage(module).to_dict(),
         }
         for place, module in low_rank.items()
     ]

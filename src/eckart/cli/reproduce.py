@@ -101,6 +101,8 @@ def command(
     page = write_report([out], out / "report.html")
     console.print(f"{out / 'study.json'}, {page}")
     console.print(tell_files([out], out / "files"))
+    if not any(value is not None for line in lines for value in line.ours):
+        raise ValueError(f"{scaled.title}: nothing was measured, for the reasons above")
 
 
 def study_table(study: Study, lines: Sequence[Line]) -> Table:

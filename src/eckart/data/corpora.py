@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import re
 import warnings
@@ -209,6 +210,8 @@ CORPORA: dict[str, Corpus] = {
 }
 
 BUILTIN = "builtin"
+# {split: the part of the built-in text that it is}.
+BUILTIN_SPLITS = {"train": "train", "validation": "heldout", "test": "heldout"}
 
 
 def read_text(
@@ -230,7 +233,7 @@ def read_text(
             document; a row a line for a known corpus), plain or .gz;
             a row of CORPORA, read from `data` when given, else from the hub;
             any hub data set "owner/name" or "owner/name:config".
-        split: "train", "validation" or "test". For "builtin" anything but train is the held-out part.
+        split: "train", "validation" or "test"; for "builtin" the last two are the held-out part. A file has none.
         data: folder with local copies of known corpora, DATA/<name>/..., or the folder of this one.
         column: field with the text, or with a conversation: a list of messages with "role" and "content". Default: the
             known corpus's own; "text"; "messages".
@@ -247,7 +250,9 @@ def read_text(
         )
     if name == BUILTIN or name.startswith(f"{BUILTIN}/"):
         domains = ("prose", "code") if name == BUILTIN else (name.removeprefix(f"{BUILTIN}/"),)
-        part = "train" if split == "train" else "heldout"
+        if split not in BUILTIN_SPLITS:
+            raise ValueError(f"{name}: no split {split!r}; there are {', '.join(BUILTIN_SPLITS)}")
+        part = BUILTIN_SPLITS[split]
         documents = [text for domain in domains for text in builtin_texts(domain, part)]
         text = Text(tuple(documents), "\n\n", {"corpus": name, "split": part})
     elif path.is_file():
@@ -266,10 +271,12 @@ def read_text(
         row = Corpus(hub, config or None, {split: split}, column or COLUMNS[0], "\n\n", {})
         text = _read_hub(name, row, split, column, tokenizer)
     else:
-        raise ValueError(
-            f"no corpus {name!r}: it is no file here, and known names are builtin, {', '.join(CORPORA)}; "
-            "a hub data set is given as owner/name"
-        )
+        if table_kind(path) is not None or path.suffix or len(path.parts) > 1:
+            raise ValueError(f"no corpus {name!r}: there is no such file; `eckart evaluations` lists known corpora")
+        known = [BUILTIN, *CORPORA]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known names are {', '.join(known)};"
+        raise ValueError(f"no corpus {name!r}: {hint} A file is given by its path, a hub data set as owner/name")
     check_length(name, sum(map(len, text.documents)))
     if not any(document.strip() for document in text.documents):
         raise ValueError(f"corpus {name!r} ({split}) holds no text")
@@ -297,7 +304,7 @@ def _read_known_file(
             text = _read_file(file, columns, source, tokenizer, corpus)
             return Text(tuple(map(corpus.row, text.documents)), corpus.joiner, text.source, text.templated)
     raise ValueError(
-        f"{name}: no file for split {split!r} in {folder}; "
+        f"{name}: no file for split {split!r} in {data / name} or {data}; "
         f"looked for {', '.join(patterns) or 'nothing, the corpus has no such split'}"
     )
 
@@ -307,7 +314,8 @@ def _read_hub(
 ) -> Text:
     if corpus.hub is None or split not in corpus.splits:
         raise ValueError(f"{name}: no split {split!r} on the hub; give a folder with a local copy")
-    rows = read_hub_rows(name, corpus.hub, corpus.config, corpus.splits[split], corpus.rows)
+    instead = ", or builtin/prose, which needs no network"
+    rows = read_hub_rows(name, corpus.hub, corpus.config, corpus.splits[split], corpus.rows, instead=instead)
     source = {"corpus": name, "hub": corpus.hub, "config": corpus.config, "split": split, "rows": len(rows)}
     if corpus.compose is not None and column is None:
         return Text(tuple(corpus.compose(dict(row)) for _, row in rows), corpus.joiner, source)
@@ -318,8 +326,13 @@ def _read_hub(
     return Text(unique, text.joiner if text.templated else corpus.joiner, text.source, text.templated)
 
 
-def read_hub_rows(name: str, hub: str, config: str | None, split: str, limit: int) -> list[tuple[str, Row]]:
+def read_hub_rows(
+    name: str, hub: str, config: str | None, split: str, limit: int, *, instead: str = ""
+) -> list[tuple[str, Row]]:
     """("NAME: row 3", row) of a hub data set's split, `limit` rows at most.
+
+    Args:
+        instead: what may be read in its place without a network, for the error.
 
     Raises:
         ValueError: the hub does not give it; says what to do.
@@ -335,7 +348,7 @@ def read_hub_rows(name: str, hub: str, config: str | None, split: str, limit: in
         )
         raise ValueError(
             f"{name}: the hub did not give {hub} ({type(error).__name__}: {error}); "
-            f"{gated}give a local file, a folder with local copies (--data), or builtin/prose, which needs no network"
+            f"{gated}give a local file or a folder with local copies (--data){instead}"
         ) from error
     return [(f"{name}: row {number}", row) for number, row in enumerate(rows, 1)]
 

@@ -284,7 +284,7 @@ PLACES = {"corpus": "CORPUS", "task": "TASK", "labelled": "SET"}
 
 NEEDS = {
     "reference": "the dense model to compare with (--reference)",
-    "activations": "the model's activations on the calibration text",
+    "activations": "the model's activations on the calibration text (--calibration TEXT)",
     "errors": "the errors of its linears on the calibration text",
     "blocks": "the names of its blocks",
 }

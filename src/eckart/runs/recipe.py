@@ -50,6 +50,13 @@ S = TypeVar("S", bound=Section)
 BUDGETS = ("keep", "keep_total", "max_bytes", "speed", "rules", "plan")
 # What may be done around a method. What a recipe does not say is the composition's.
 AROUND = ("allocation", "layout", "order", "joint", "refit", "refine", "distil", "recover")
+# What is said of a value that does not fit.
+NOTES = {
+    "keep": ": it is the share that is kept, not removed, and no percentage",
+    "keep_total": ": it is the share that is kept, not removed, and no percentage",
+    "keep_cache": ": it is the share that is kept, not removed, and no percentage",
+    "max_bytes": ": whole bytes, such as 8000000000",
+}
 # Sections that a budget of this kind replaces.
 DECIDED = {"rules": ("sites", "allocation"), "plan": ("sites", "allocation", "layout", "joint")}
 
@@ -185,7 +192,7 @@ class Recipe(Section):
             return self
         open_ended = self.composition.allocation.row.open_ended
         if len(budgets) != 1 and (budgets or not (open_ended or self.keep_cache is not None)):
-            raise ValueError(f"give exactly one of {', '.join(BUDGETS)}")
+            raise ValueError(f"give exactly one of {', '.join(BUDGETS)}, not {' and '.join(budgets) or 'none'}")
         if self.speed is not None and not self.composition.allocation.row.any_cost:
             able = [name for name, row in ALLOCATIONS.items() if row.any_cost]
             raise ValueError(
@@ -422,7 +429,9 @@ def _explain(item: Any, kind: type[Section]) -> str:
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
         inside = f" in {'.'.join(place[:-1])}" if place[:-1] else ""
         return f"unknown key {place[-1]!r}{inside}; {hint}"
-    message = item["msg"].removeprefix("Value error, ")
+    message, given = item["msg"].removeprefix("Value error, "), item.get("input")
+    if item["type"] != "value_error" and isinstance(given, str | int | float):
+        message = f"{message}, and is {given!r}" + NOTES.get(place[-1] if place else "", "")
     return f"{'.'.join(place)}: {message}" if place else message
 
 
