@@ -140,7 +140,12 @@ def factor_plainly(
     """(left, right) by the singular value decomposition of W B and the inverse of B, and the relative error."""
     weight = model.get_submodule(site.name).weight
     assert isinstance(weight, Tensor)
-    root = torch.linalg.cholesky(total.double()).to(dtype)
+    moment = total.double()
+    factor, info = torch.linalg.cholesky_ex(moment)
+    if int(info):  # as SVD-LLM's script does where rounding or few tokens leave an eigenvalue below zero
+        ridge = 1e-6 - float(torch.linalg.eigvalsh(moment)[0])
+        factor = torch.linalg.cholesky(moment + ridge * torch.eye(len(moment), dtype=moment.dtype))
+    root = factor.to(dtype)
     left, values, right = torch.linalg.svd(weight.to(dtype) @ root, full_matrices=False)
     inverse = torch.linalg.solve(root, torch.eye(len(root), dtype=dtype, device=root.device))
     rank, squares = rank_for(keep, site.d_out, site.d_in), values.double().square()

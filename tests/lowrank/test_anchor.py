@@ -12,6 +12,7 @@ from torch import Tensor
 from eckart.lowrank import DecompositionError, InputMoments
 from eckart.lowrank.anchor import Anchor
 from eckart.lowrank.input_moments import STREAMS
+from eckart.lowrank.truncation import Problem
 
 from .reference import Layer, laws, layers, make_layer
 
@@ -119,15 +120,32 @@ def test_float32_is_as_good_where_it_is_taken(centred: bool, drift: float) -> No
     assert kept.error(weight.double(), single.double()) <= floor * (1 + 1e-5)
 
 
-def test_float32_is_refused_where_it_does_not_solve() -> None:
+def hardly_solved() -> InputMoments:
+    """Of an input of six decades, turned."""
     random = torch.Generator().manual_seed(0)
     x = torch.randn(200, 32, generator=random) * torch.logspace(0, -6, 32)
     turned = x @ torch.linalg.qr(torch.randn(32, 32, generator=random))[0]
     inputs = InputMoments(32, ANCHORED)
     inputs.update(turned, reference=turned + 0.1 * torch.randn(200, 32, generator=random))
-    anchor, weight = Anchor(inputs.compact(), 1e-9), torch.randn(8, 32, generator=random)
-    assert anchor.target(weight) is None
+    return inputs.compact()
+
+
+def test_float32_is_refused_where_it_does_not_solve() -> None:
+    inputs, weight = hardly_solved(), torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
+    assert Anchor(inputs, 1e-9).target(weight) is None
     assert torch.isfinite(target_of(Anchor(inputs, 1e-9), weight.double())).all()
+
+
+def test_float32_is_not_tried_again_on_an_input_that_takes_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    anchor, weights = Anchor(hardly_solved(), 1e-9), torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(1))
+    types, factor = [], anchor._factor
+    monkeypatch.setattr(anchor, "_factor", lambda dtype: types.append(dtype) or factor(dtype))
+    for weight in weights:
+        problem = Problem(weight, anchor=anchor)
+        spectrum = problem.factor(4)
+        torch.testing.assert_close(spectrum.target.double(), target_of(anchor, weight.double()), rtol=1e-3, atol=1e-3)
+    assert types[0] == torch.float32
+    assert set(types[1:]) == {torch.float64}
 
 
 def test_a_moment_that_stays_singular_is_refused_with_its_numbers() -> None:

@@ -60,6 +60,7 @@ class Anchor:
         self.inputs, self.share, self.centred = inputs, share, centred
         self._matrices: tuple[Tensor, Tensor, Tensor] | None = None
         self._factored: tuple[torch.dtype, Tensor | None] | None = None
+        self._takes_float64 = False
 
     @property
     def is_single(self) -> bool:
@@ -103,22 +104,28 @@ class Anchor:
         return solved[0], max(float(lost) - solved[1], 0.0)
 
     def _solve(self, weighted: Tensor) -> tuple[Tensor, float] | None:
-        """(A T, by how much it lowers the loss of A W), in the matrix's type; None where float32 is not enough."""
+        """(A T, by how much it lowers the loss of A W), in the matrix's type; None where float32 is not enough.
+
+        Where it was not for one linear it is not tried for the others that read this input.
+        """
         if self.is_constant or self.share == 1:
             return weighted, 0.0
-        factor = self._factor(weighted.dtype)
+        single = weighted.dtype == torch.float32
+        factor = None if single and self._takes_float64 else self._factor(weighted.dtype)
         if factor is None:
+            self._takes_float64 = True
             return None
         sought = torch.zeros_like(weighted)
         with full_float32():
             for place, (change, _, _) in self._blocks(weighted.dtype):
                 sought.addmm_(weighted[:, place], change, alpha=1 - self.share)
-        probes = None if weighted.dtype != torch.float32 else self._probe(sought)
+        probes = self._probe(sought) if single else None
         with full_float32():
             half = times_inverse_root(factor, sought)
             gained = _squared_norm(half)
             moved = times_inverse_root(factor, half, transposed=True)
         if probes is not None and not self._is_solution(moved, *probes):
+            self._takes_float64 = True
             return None
         if self.share:
             gained += self.share * float(self.inputs.variances(centred=self.centred).mean()) * _squared_norm(moved)

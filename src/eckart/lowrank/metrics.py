@@ -18,6 +18,7 @@ from torch import Tensor
 from eckart.lowrank.float32 import lower_gram
 from eckart.lowrank.input_moments import InputMoments
 from eckart.lowrank.moments import GradientMoments, Moments
+from eckart.lowrank.threads import few_threads
 
 # Weight of a linear without influence in a stack with others, as a share of theirs: far above what float64 resolves,
 # far below what moves a rank.
@@ -374,7 +375,9 @@ def cholesky_in_place(moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"] | No
     if moment.device.type == "cpu":
         # LAPACK takes columns one after the other: to it a symmetric matrix's rows are those, and L is the upper half.
         potrf = get_lapack_funcs("potrf", dtype=moment.numpy().dtype)
-        return moment if potrf(moment.numpy().T, lower=False, clean=False, overwrite_a=True)[1] == 0 else None
+        with few_threads(moment.numel()):
+            info = potrf(moment.numpy().T, lower=False, clean=False, overwrite_a=True)[1]
+        return moment if info == 0 else None
     factor, info = torch.linalg.cholesky_ex(moment)
     return factor if int(info) == 0 else None
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from eckart.lowrank.bands import wide_product
 from eckart.lowrank.factors import Factors
+from eckart.lowrank.threads import few_threads
 
 Layout = Literal["plain", "pivoted"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -197,7 +198,8 @@ def pivot(factors: Factors) -> Pivoted:
     if not torch.isfinite(on_device).all():
         raise ValueError(f"factors of a {d_out} x {factors.d_in} map of rank {rank} have entries that are not finite")
     chosen = _choose_by_elimination(on_device) if on_device.is_cuda else None
-    pivots, others, combined = _choose(on_device.cpu().numpy(), rank) if chosen is None else chosen
+    with few_threads(on_device.numel()):
+        pivots, others, combined = _choose(on_device.cpu().numpy(), rank) if chosen is None else chosen
     # Ascending order on both sides makes the layout a function of the map and its pivots alone.
     columns, rows = np.argsort(pivots), np.argsort(others)
     pivots, others = pivots[columns], others[rows]

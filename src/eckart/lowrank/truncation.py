@@ -208,12 +208,16 @@ class Problem:
             check_rank(rank, self.max_rank)
         if is_nothing(self.metric):
             return replace(_lossless(replace(self, metric=None).factor(rank)), floor=self.floor)
+        exact = None
         if rank is not None and self.is_single:
             known = self._weigh(torch.float32)
-            leading = None if known is None else leading_basis(known[0], self.root, rank)
-            if known is not None and leading is not None:
+            if known is None:  # the target takes more; what is cut out of it may not
+                exact = self._weigh_exactly()
+                known = exact[0].float(), exact[1]
+            leading = leading_basis(known[0], self.root, rank)
+            if leading is not None:
                 return Spectrum(known[0], *leading, self.metric, self.output_mean, self.input_mean, known[1])
-        weighted, floor = self._weigh_exactly()
+        weighted, floor = exact or self._weigh_exactly()
         basis, energies = left_basis(weighted, self.root, rank)
         if self.root is not None and energies[0] == 0:
             return _lossless(replace(self, root=None).factor(rank))
@@ -228,12 +232,16 @@ class Problem:
         """
         if is_nothing(self.metric):
             return self.floor + torch.zeros(self.max_rank + 1, dtype=torch.float64)
+        exact = None
         if self.is_single:
             known = self._weigh(torch.float32)
-            energies = None if known is None else all_energies(known[0], self.root)
-            if known is not None and energies is not None:
+            if known is None:
+                exact = self._weigh_exactly()
+                known = exact[0].float(), exact[1]
+            energies = all_energies(known[0], self.root)
+            if energies is not None:
                 return known[1] + tails_of(energies)
-        weighted, floor = self._weigh_exactly()
+        weighted, floor = exact or self._weigh_exactly()
         return floor + tails_of(left_energies(weighted, self.root))
 
     def _weigh(self, dtype: torch.dtype) -> tuple[Tensor, float] | None:
