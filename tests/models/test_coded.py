@@ -166,6 +166,18 @@ def test_the_kernels_copy_follows_the_codes_and_is_not_stored() -> None:
     assert relative(matrix(x).float(), x.float() @ matrix.dense(torch.float32).mT) < 2e-2
 
 
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in KERNEL_PROCESSORS, reason="torch has no kernel here")
+def test_the_kernel_is_for_what_was_made_in_inference_mode_too() -> None:
+    with torch.inference_mode():
+        matrix = CodedMatrix.of(round_nearest(torch.randn(64, 64), 4, (1, 64)))
+        x = torch.randn(1, 64).bfloat16()
+        first = matrix(x)
+        kept = matrix._ordered
+        assert kept is not None
+        assert torch.equal(matrix(x), first)
+        assert matrix._ordered is kept
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_other_codes_give_other_products_however_they_came(assign: bool) -> None:
     """By another address, by the same one given away again, and where changes are not counted."""

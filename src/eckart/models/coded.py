@@ -126,6 +126,10 @@ class CodedMatrix(nn.Module):
             self.scales = before.to(self.scales.device)
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._ordered = None
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _has_kernel(self, x: Tensor) -> bool:
         down, across = self.block
         return (
@@ -134,7 +138,6 @@ class CodedMatrix(nn.Module):
             and x.is_cpu
             and not (torch.is_grad_enabled() and x.requires_grad)
             and not torch.compiler.is_compiling()
-            and not (self.codes.is_inference() or self.scales.is_inference())  # whose changes are not counted
             and down == 1
             and across in KERNEL_GROUPS
             and self.in_features % across == 0
@@ -264,8 +267,11 @@ class CodedLinear(nn.Module):
 
 
 def _version(tensor: Tensor) -> int:
-    """Counts the changes of a tensor's numbers, but for those through `.data`."""
-    return tensor._version  # noqa: SLF001
+    """Counts the changes of a tensor's numbers, but for those through `.data`, and those of inference mode's tensors.
+
+    A state that is loaded makes the copy anew in any case.
+    """
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001
 
 
 def _numbers(side: CodedMatrix | nn.Linear, dtype: torch.dtype) -> Tensor:
