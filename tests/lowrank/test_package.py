@@ -19,7 +19,7 @@ from eckart.lowrank import Factors, factor
 
 FOLDER = Path(lowrank.__file__).parent
 FILES = sorted(FOLDER.rglob("*.py"))
-OUTSIDE = {"torch", "numpy", "scipy", "jaxtyping"}
+OUTSIDE = {"torch", "numpy", "scipy", "threadpoolctl", "jaxtyping"}
 
 
 def imported(path: Path) -> set[str]:

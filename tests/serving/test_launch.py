@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -55,9 +56,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def _with_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(before: list[str], words: list[str], place: Path) -> tuple[int, dict[str, Any], str]:
     """Status, what the program saw, and all it printed, of a new process."""
-    done = subprocess.run([sys.executable, *before, *words], capture_output=True, text=True, check=False)
+    command = [sys.executable, *before, *words]
+    # A shell has what it starts in the background ignore interrupts, and with it all that these tests start.
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=_with_interrupts)
     seen = json.loads((place / "seen.json").read_text()) if (place / "seen.json").is_file() else {}
     return done.returncode, seen, done.stdout + done.stderr
 

@@ -24,7 +24,7 @@ class SharedByExperts:
 
     Attributes:
         spectrum: of the stack. Its losses are those of the tokens of all experts, before the left factors are fit to
-            each one's own: none of them is lower than the loss of the cut.
+            each one's own: an estimate of the loss of the cut, as a rule above it.
         weights: W_e of each expert, (d_out, d_in). roots: sqrt(u_e) of each.
         inputs: the moments of each, shrunk; those without second moments leave the left factors of the stack.
     """
