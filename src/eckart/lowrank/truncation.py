@@ -210,10 +210,7 @@ class Problem:
             return replace(_lossless(replace(self, metric=None).factor(rank)), floor=self.floor)
         exact = None
         if rank is not None and self.is_single:
-            known = self._weigh(torch.float32)
-            if known is None:  # the target takes more; what is cut out of it may not
-                exact = self._weigh_exactly()
-                known = exact[0].float(), exact[1]
+            known, exact = self._weigh_for_float32()
             leading = leading_basis(known[0], self.root, rank)
             if leading is not None:
                 return Spectrum(known[0], *leading, self.metric, self.output_mean, self.input_mean, known[1])
@@ -234,10 +231,7 @@ class Problem:
             return self.floor + torch.zeros(self.max_rank + 1, dtype=torch.float64)
         exact = None
         if self.is_single:
-            known = self._weigh(torch.float32)
-            if known is None:
-                exact = self._weigh_exactly()
-                known = exact[0].float(), exact[1]
+            known, exact = self._weigh_for_float32()
             energies = all_energies(known[0], self.root)
             if energies is not None:
                 return known[1] + tails_of(energies)
@@ -260,6 +254,14 @@ class Problem:
             with full_float32():
                 target = target - apply_metric(self.metric, base)
         return target, floor
+
+    def _weigh_for_float32(self) -> tuple[tuple[Tensor, float], tuple[Tensor, float] | None]:
+        """((A T, the floor) in float32, the same in float64 where the target took that): its cut may not take it."""
+        known = self._weigh(torch.float32)
+        if known is not None:
+            return known, None
+        exact = self._weigh_exactly()
+        return (exact[0].float(), exact[1]), exact
 
     def _weigh_exactly(self) -> tuple[Tensor, float]:
         answer = self._weigh(torch.float64)

@@ -51,10 +51,9 @@ BUDGETS = ("keep", "keep_total", "max_bytes", "speed", "rules", "plan")
 # What may be done around a method. What a recipe does not say is the composition's.
 AROUND = ("allocation", "layout", "order", "joint", "refit", "refine", "distil", "recover")
 # What is said of a value that does not fit.
+SHARE_KEPT = ": it is the share that is kept, not removed, and no percentage"
 NOTES = {
-    "keep": ": it is the share that is kept, not removed, and no percentage",
-    "keep_total": ": it is the share that is kept, not removed, and no percentage",
-    "keep_cache": ": it is the share that is kept, not removed, and no percentage",
+    **dict.fromkeys(("keep", "keep_total", "keep_cache"), SHARE_KEPT),
     "max_bytes": ": whole bytes, such as 8000000000",
 }
 # Sections that a budget of this kind replaces.

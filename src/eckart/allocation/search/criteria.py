@@ -229,7 +229,7 @@ def _digest_of_what_is_read(task: Task, data: Path | None) -> str | None:
         return None
     else:
         files = sorted((data / name).rglob("*") if (data / name).is_dir() else data.glob("*"))
-    return _digest((str(file.name), digest_of(file)) for file in files if file.is_file())
+    return _digest((file.name, digest_of(file)) for file in files if file.is_file())
 
 
 def _digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
