@@ -55,6 +55,17 @@ def test_a_named_field(tmp_path: Path) -> None:
     assert read_text(str(path), column="body").documents == ("yes",)
 
 
+def test_plain_text_has_no_field_to_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "One")
+    for name in (str(path), "builtin/prose"):
+        with pytest.raises(ValueError, match=f"{name} is plain text, which has no field 'body': leave column out"):
+            read_text(name, column="body")
+    (tmp_path / "ptb").mkdir()
+    write(tmp_path / "ptb" / "ptb.train.txt", "a row\n")
+    with pytest.raises(ValueError, match=r"ptb\.train\.txt is plain text, which has no field 'body'"):
+        read_text("ptb", data=tmp_path, column="body")
+
+
 def test_a_missing_field_names_the_fields_and_how_to_choose(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", lines({"body": "b", "title": "t"}, {"body": "c", "title": "u"}))
     with pytest.raises(

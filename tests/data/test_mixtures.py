@@ -201,6 +201,24 @@ def test_parts_of_other_lengths_are_padded_and_counted(data: Path) -> None:
     assert len(tokens.source["parts"]) == 2
 
 
+def test_a_field_is_of_the_parts_that_have_one(data: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain.txt"
+    plain.write_text("\n\n".join(tiny_text(20, seed=seed) for seed in range(4)))
+    both = f"{plain}+{data / 'mine.jsonl'}"
+    tokens = read_tokens(both, tiny_tokenizer(), samples=4, length=16, cut="documents", column="body")
+    assert [part["corpus"] for part in tokens.parts] == ["plain.txt", "mine.jsonl"]
+    with pytest.raises(ValueError, match=r"no part of .*plain\.txt\+builtin has a field to choose: leave column"):
+        read_tokens(f"{plain}+builtin", tiny_tokenizer(), samples=4, length=16, column="body")
+
+
+def test_a_split_of_files_alone_is_refused(data: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain.txt"
+    plain.write_text(tiny_text(80, seed=1))
+    with pytest.raises(ValueError, match=r"plain\.txt is read whole, a file has no split 'test': leave split out"):
+        read_tokens(str(plain), tiny_tokenizer(), samples=2, length=16, split="test")
+    read_tokens(f"{plain}+builtin/prose", tiny_tokenizer(), samples=4, length=16, split="test")
+
+
 def test_a_seed_draws_the_same_samples_again(data: Path) -> None:
     def draw(seed: int) -> Tokens:
         return read_tokens("ptb*2+c4", tiny_tokenizer(), samples=9, length=8, seed=seed, data=data)

@@ -96,6 +96,44 @@ def test_it_is_said_before_anything_is_computed(make: Any, method: str, place: P
         make(recipe, tmp_path / "out", How(say=stop, track=untouched))
 
 
+EVERYWHERE, IN_MEMORY = (make_checkpoint, compress_out_of_core), (make_checkpoint,)
+
+
+@pytest.mark.parametrize(
+    ("make", "keys", "read"),
+    [
+        (make, keys, read)
+        for keys, read, makes in (
+            ({"method": "svd"}, False, EVERYWHERE),
+            ({"method": "svd", "allocation": "effective-rank"}, False, EVERYWHERE),
+            ({"method": "svd", "refit": True}, True, EVERYWHERE),
+            ({"method": "svd", "distil": {"steps": 1}}, True, IN_MEMORY),
+            ({"method": "svd", "allocation": {"name": "global", "weights": "probes"}}, True, IN_MEMORY),
+            ({"method": "svd", "recover": {"steps": 1}}, True, IN_MEMORY),
+            ({"method": "asvd-i"}, True, EVERYWHERE),
+        )
+        for make in makes
+    ],
+)
+def test_a_calibration_text_that_is_not_read_is_named(
+    make: Any, keys: dict[str, Any], read: bool, place: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    calibration = {"corpus": str(place / "train.txt"), "samples": 8, "length": 16}
+    recipe = parse_recipe({"model": str(place / "model"), "keep": 0.5, "calibration": calibration, **keys})
+    make(recipe, tmp_path / "out", How(say=said.append))
+    named = [line for line in said if line.startswith("svd reads no calibration text here: ")]
+    assert bool(named) == (not read), said
+    assert all(str(place / "train.txt") in line for line in named)
+
+
+def test_the_default_text_is_not_said_to_be_unused(place: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    recipe = parse_recipe({"model": str(place / "model"), "keep": 0.5, "method": "svd"})
+    make_checkpoint(recipe, tmp_path / "out", How(say=said.append))
+    assert not [line for line in said if "reads no calibration text" in line]
+
+
 def test_a_bias_that_was_asked_for_is_kept_and_the_export_says_what_to_do(
     run: Run, place: Path, tmp_path: Path
 ) -> None:

@@ -210,6 +210,8 @@ CORPORA: dict[str, Corpus] = {
 }
 
 BUILTIN = "builtin"
+# The split that calibrates.
+DEFAULT_SPLIT = "train"
 # {split: the part of the built-in text that it is}.
 BUILTIN_SPLITS = {"train": "train", "validation": "heldout", "test": "heldout"}
 
@@ -217,7 +219,7 @@ BUILTIN_SPLITS = {"train": "train", "validation": "heldout", "test": "heldout"}
 def read_text(
     name: str,
     *,
-    split: str = "train",
+    split: str = DEFAULT_SPLIT,
     data: Path | None = None,
     column: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -240,10 +242,12 @@ def read_text(
         tokenizer: its chat template writes conversations out.
 
     Raises:
-        ValueError: an unknown name, a missing file or field, a conversation without a chat template, an empty corpus,
-            or more text than `text_limit` allows.
+        ValueError: an unknown name, a missing file or field, a field of plain text, a conversation without a chat
+            template, an empty corpus, or more text than `text_limit` allows.
     """
     path = Path(name)
+    if column is not None and is_plain(name):
+        raise ValueError(f"{name} is plain text, which has no field {column!r}: leave column out")
     if len(parts_of(name)) > 1:
         raise ValueError(
             f"{name} is a mixture, which is for calibration: name one of its parts, {', '.join(parts_of(name))}"
@@ -283,6 +287,18 @@ def read_text(
     return text
 
 
+def check_split(parts: Sequence[str], split: str, default: str) -> None:
+    """Raises ValueError where another split than the default is asked for of files alone, which are read whole."""
+    if split != default and all(Path(part).is_file() for part in parts):
+        raise ValueError(f"{'+'.join(parts)} is read whole, a file has no split {split!r}: leave split out")
+
+
+def is_plain(name: str) -> bool:
+    """Whether a corpus is text without fields: the built-in one, or a file that is no table."""
+    path = Path(name)
+    return name == BUILTIN or name.startswith(f"{BUILTIN}/") or (path.is_file() and table_kind(path) is None)
+
+
 def is_hub_name(name: str) -> bool:
     """Whether a name that is no file can be "owner/name" or "owner/name:config" of the hub, and no mistyped path."""
     hub = name.partition(":")[0]
@@ -299,6 +315,8 @@ def _read_known_file(
         for file in sorted(folder.glob(pattern)):
             source = {"corpus": name, "split": split, "file": file.name}
             if table_kind(file) is None:
+                if column is not None:
+                    raise ValueError(f"{file} is plain text, which has no field {column!r}: leave column out")
                 return Text(tuple(map(corpus.row, read_lines(file))), corpus.joiner, source)
             columns = (column,) if column else ("text", corpus.column)
             text = _read_file(file, columns, source, tokenizer, corpus)

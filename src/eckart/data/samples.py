@@ -14,9 +14,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from eckart.data.corpora import BUILTIN, CORPORA, Text, read_text
+from eckart.data.corpora import CORPORA, DEFAULT_SPLIT, Text, check_split, is_plain, read_text
 from eckart.data.encoding import encode, specials_of
-from eckart.data.files import table_kind
 from eckart.data.mixtures import interleaved, share_out
 from eckart.data.tokens import Tokens
 
@@ -183,7 +182,7 @@ def read_tokens(
     length: int,
     seed: int = 0,
     cut: Cutting = "windows",
-    split: str = "train",
+    split: str = DEFAULT_SPLIT,
     data: Path | None = None,
     column: str | None = None,
     target: str | None = None,
@@ -195,12 +194,13 @@ def read_tokens(
     Args:
         cut: see `sample_windows`, `sample_documents`, `sample_halves` and `sample_pairs`.
         split, data: see `read_text`. Of a mixture `data` has a folder for each known corpus, DATA/<corpus>/.
-        column: see `read_text`. Of a mixture, a known corpus keeps its own where a part is none.
+        column: see `read_text`. Of a mixture, a known corpus keeps its own where a part is none, and plain text has
+            none.
         target: of pairs, the field with the target; `column` is the source's.
 
     Raises:
-        ValueError: a target without pairs, or pairs without one; what `read_text` and the cut raise, with the name of
-            the part; fewer samples than parts.
+        ValueError: a target without pairs, or pairs without one; a split of files alone, or a column of plain text
+            alone; what `read_text` and the cut raise, with the name of the part; fewer samples than parts.
     """
     _positive(samples=samples, length=length)
     if (target is None) == (cut == "pairs"):
@@ -212,10 +212,11 @@ def read_tokens(
     counts = share_out(corpus, samples)
     if len(counts) > 1 and data is not None:
         _check_folders(corpus, [part for part in counts if part in CORPORA], data, split)
-    known = all(part in CORPORA for part in counts)
+    check_split(list(counts), split, DEFAULT_SPLIT)
+    own_column = _columns(list(counts), column)
     drawn = []
     for part, count in counts.items():
-        own = column if known or part not in CORPORA else None
+        own = own_column[part]
         try:
             text = read_text(part, split=split, data=data, column=own, tokenizer=tokenizer)
             if target is None:
@@ -241,9 +242,24 @@ def read_tokens(
     return functools.reduce(Tokens.__add__, drawn).take(torch.tensor(interleaved(list(counts.values()))))
 
 
+def _columns(parts: Sequence[str], column: str | None) -> dict[str, str | None]:
+    """{part: the field that is read of it}: of a mixture's parts those that have fields and no field of their own.
+
+    Raises:
+        ValueError: there is no such part.
+    """
+    if column is None or len(parts) == 1:
+        return dict.fromkeys(parts, column)
+    known = all(part in CORPORA for part in parts)
+    read = {part: (known or part not in CORPORA) and not is_plain(part) for part in parts}
+    if not any(read.values()):
+        raise ValueError(f"no part of {'+'.join(parts)} has a field to choose: leave column {column!r} out")
+    return {part: column if chosen else None for part, chosen in read.items()}
+
+
 def _check_whole(part: str, text: Text) -> None:
     """Raises ValueError where the text has no fields that a target could be in, or rows of it were left out."""
-    if part == BUILTIN or part.startswith(f"{BUILTIN}/") or (Path(part).is_file() and table_kind(Path(part)) is None):
+    if is_plain(part):
         raise ValueError(f"{part} is plain text, which has no field for a target: leave target out, and it is halved")
     if "skipped" in text.source:
         raise ValueError(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.data.corpora import read_text
+from eckart.data.corpora import DEFAULT_SPLIT, check_split, read_text
 from eckart.data.tokens import Tokens
 
 # Types of the numbers in a .wav file, by their bytes, and what stands for silence.
@@ -28,7 +28,7 @@ def sample_sounds(
     length: int,
     target: str,
     column: str | None = None,
-    split: str = "train",
+    split: str = DEFAULT_SPLIT,
     data: Path | None = None,
     seed: int = 0,
 ) -> Tokens:
@@ -43,6 +43,7 @@ def sample_sounds(
     Raises:
         ValueError: fewer rows than `samples`, rows without one of the fields, or a file that is no such sound.
     """
+    check_split([corpus], split, DEFAULT_SPLIT)
     names, texts = (
         read_text(corpus, split=split, data=data, column=field, tokenizer=tokenizer)
         for field in (column or "audio", target)

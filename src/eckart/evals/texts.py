@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.data.corpora import read_text
+from eckart.data.corpora import check_split, read_text
 from eckart.data.encoding import check_vocabulary, encode, specials_of, warn_of_tokenizer
 from eckart.data.pairs import is_encoder_decoder
 from eckart.data.positions import usable_positions
@@ -60,6 +60,7 @@ def text_of(subject: Subject, task: Task, setup: Setup) -> tuple[Tensor, dict[st
     """
     part, _, whole = task.split.partition(" of ")
     whole, part = (whole or "test", part) if part in SPLITS else (task.split, "test")
+    check_split([task.argument], whole, "test")
     text = read_text(task.argument, split=whole, data=setup.data, column=task.column, tokenizer=subject.tokenizer)
     source = {**text.source, "split": task.split}
     shared = {"limit": task.limit, "task": task.label, "settings": source, "track": setup.track}

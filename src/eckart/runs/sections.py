@@ -14,7 +14,7 @@ from eckart.compression.tuning.distillation import Distillation
 from eckart.compression.tuning.lora import RANK as LORA_RANK
 from eckart.compression.tuning.recovery import Recovery
 from eckart.compression.tuning.refinement import Refinement
-from eckart.data.corpora import BUILTIN
+from eckart.data.corpora import BUILTIN, DEFAULT_SPLIT
 from eckart.data.mixtures import BROAD, shares_of
 from eckart.data.samples import Cutting
 from eckart.evals.catalogue import find_task
@@ -121,7 +121,7 @@ class CalibrationSection(Section):
         "several joined by +, with weights ptb*2+c4, or by name, broad or broad*3+mine.jsonl; a name in place of the "
         "section; of the model builtin the default is its own text, builtin",
     )
-    split: str = Field("train", description="which split of it is read")
+    split: str = Field(DEFAULT_SPLIT, description="which split of it is read; a file has none")
     column: str | None = Field(None, description="field that holds the text; default: the corpus's own, or text")
     target: str | None = Field(
         None,
@@ -221,5 +221,10 @@ def named_text(section: Any, model: Any) -> Any:
     """A calibration section that is perhaps only named, with the default text of the model where it names none."""
     section = {"corpus": section} if isinstance(section, str) else {} if section is None else section
     if isinstance(section, dict) and section.get("corpus") is None:
-        section = {**section, "corpus": BUILTIN if model == BUILTIN else BROAD}
+        section = {**section, "corpus": default_text(model)}
     return section
+
+
+def default_text(model: Any) -> str:
+    """The calibration text of a model for which none is named."""
+    return BUILTIN if model == BUILTIN else BROAD

@@ -42,6 +42,7 @@ from eckart.runs.how import How
 from eckart.runs.notices import notices
 from eckart.runs.ranks import AllocationInputs, joint_groups, rank
 from eckart.runs.recipe import Recipe
+from eckart.runs.sections import default_text
 from eckart.runs.speed_tables import speeds_of
 from eckart.support.files import GRADIENTS, digest_of
 
@@ -60,6 +61,7 @@ class Workbench:
 
     def __init__(self, recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: How) -> None:
         recipe, self.no_bias = settle_bias(recipe, model, planned_sites(model, recipe))
+        self._text = recipe.calibration.corpus  # as it was written: `resolve` spells a named mixture out
         self.recipe = resolve(recipe, model, tokenizer)
         self.model, self.tokenizer, self.how = model, tokenizer, how
         self.composition = recipe.composition
@@ -87,7 +89,9 @@ class Workbench:
             self.how.say(line)
         if self.no_bias is not None:
             self.how.say(self.no_bias)
-        if self.recipe.calibration.cut == "halves" and (self.reads_text or self.walks):
+        if self._text != default_text(self.recipe.model) and not self.draws_text:
+            self.how.say(f"{self.composition.method.name} reads no calibration text here: {self._text} is not used")
+        if self.recipe.calibration.cut == "halves" and self.draws_text:
             kind, length = type(self.model).__name__, self.recipe.calibration.length
             self.how.say(
                 f"{kind} is an encoder-decoder: of each {length} tokens of the calibration text the first half is the "
@@ -181,6 +185,12 @@ class Workbench:
         """Whether any of the method's statistics of the dense model come from the calibration text."""
         recorded = GRADIENT_STATISTICS if self.recipe.calibration.fisher == "recorded" else frozenset()
         return bool(self.composition.method.needs - recorded)
+
+    @property
+    def draws_text(self) -> bool:
+        """Whether the calibration text is read: for statistics, ranks, held-out samples, or by a recovery (`check`)."""
+        probed = self.composition.allocation.weights == "probes"
+        return self.reads_text or self.walks or probed or "_all_tokens" in vars(self)
 
     @property
     def measures_losses(self) -> bool:
