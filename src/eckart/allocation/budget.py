@@ -24,8 +24,7 @@ from eckart.allocation.file_size import (
 from eckart.allocation.rank_plan import RankPlan
 from eckart.lowrank import Layout
 from eckart.lowrank.storage import Storage
-from eckart.models.coded import CodedLinear
-from eckart.models.linear import LowRankLinear
+from eckart.models.coded import CompressedLinear
 from eckart.models.sites import Site, read_weight
 from eckart.models.units import units_of
 from eckart.support.sizes import num_params
@@ -165,7 +164,7 @@ def _rounded_up(share: float) -> float:
 
 def _other_bytes(
     model: PreTrainedModel,
-    longest: Mapping[str, LowRankLinear | CodedLinear],
+    longest: Mapping[str, CompressedLinear],
     counted: Collection[str],
     max_bytes: int,
 ) -> int:

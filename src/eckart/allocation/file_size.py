@@ -15,7 +15,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from eckart.allocation.rank_plan import RankPlan
 from eckart.lowrank.storage import Storage
-from eckart.models.coded import CodedLinear
+from eckart.models.coded import CodedLinear, CompressedLinear
 from eckart.models.linear import LowRankLinear
 from eckart.models.sites import Site, read_weight
 
@@ -63,7 +63,7 @@ def weight_bytes(model: PreTrainedModel, plan: RankPlan, *, bias: bool = False, 
 
 def stored_tensors(model: PreTrainedModel, plan: RankPlan, *, bias: bool = False) -> dict[str, Tensor]:
     """The tensors that would be saved, by the names they have in the file, on the meta device."""
-    modules: dict[str, LowRankLinear | CodedLinear] = {}
+    modules: dict[str, CompressedLinear] = {}
     for unit in plan.units:
         first = unit.sites[0]
         rank, storage = plan.rank(first), plan.storage(first)
@@ -120,9 +120,7 @@ def coded_twin(model: PreTrainedModel, site: Site, rank: int, storage: Storage, 
     )
 
 
-def with_modules(
-    tensors: Mapping[str, Tensor], modules: Mapping[str, LowRankLinear | CodedLinear]
-) -> dict[str, Tensor]:
+def with_modules(tensors: Mapping[str, Tensor], modules: Mapping[str, CompressedLinear]) -> dict[str, Tensor]:
     """The tensors with those of `modules` in the places of the dense linears'. Files are filled in this order."""
     replaced: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -16,8 +16,7 @@ from eckart.cli.options import AnyModel, Blocks, Exclude, Include, Json, RankMul
 from eckart.cli.tables import remarks, sizes_table
 from eckart.cli.terminal import console, megabytes, print_json, print_line, stdout_for_json, table
 from eckart.lowrank.storage import PLAIN, Storage
-from eckart.models.coded import CodedLinear
-from eckart.models.linear import LowRankLinear
+from eckart.models.coded import CodedLinear, CompressedLinear
 from eckart.models.loading import load_model, locate
 from eckart.models.sites import find_sites, low_rank_modules
 from eckart.models.weight_files import DIGESTS, verify
@@ -78,7 +77,7 @@ def command(
     console.print(f"{num_params(loaded):,} parameters, {megabytes(num_bytes(loaded))} in {loaded.dtype}")
 
 
-def _show_compressed(name: str, model: PreTrainedModel, low_rank: Mapping[str, LowRankLinear | CodedLinear]) -> None:
+def _show_compressed(name: str, model: PreTrainedModel, low_rank: Mapping[str, CompressedLinear]) -> None:
     coded = any(isinstance(m, CodedLinear) for m in low_rank.values())
     rows = [
         [
@@ -113,7 +112,7 @@ def _show_dense(name: str, model: PreTrainedModel, ranks: RankPlan | None) -> No
 def _described(
     name: str,
     model: PreTrainedModel,
-    low_rank: Mapping[str, LowRankLinear | CodedLinear],
+    low_rank: Mapping[str, CompressedLinear],
     ranks: RankPlan | None,
     checked: int | None,
 ) -> dict[str, Any]:
@@ -160,11 +159,11 @@ def _recipe(model: PreTrainedModel) -> Any:
     return model.config.quantization_config.recipe
 
 
-def _storage(module: LowRankLinear | CodedLinear) -> Storage:
+def _storage(module: CompressedLinear) -> Storage:
     return module.storage if isinstance(module, CodedLinear) else PLAIN
 
 
-def _kept(module: LowRankLinear | CodedLinear) -> float:
+def _kept(module: CompressedLinear) -> float:
     """Numbers that it stores as a share of the dense ones; a shared right factor counts for all its readers alike.
 
     Of numbers in few bits it is their bytes, scales included, as a share of the dense ones in the model's type.

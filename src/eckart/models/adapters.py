@@ -19,9 +19,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from eckart.lowrank import Factors
-from eckart.models.coded import CodedLinear
+from eckart.models.coded import CodedLinear, CompressedLinear
 from eckart.models.families import UnsupportedModelError, is_linear
-from eckart.models.linear import LowRankLinear
 from eckart.models.weight_files import CheckpointError, damaged, some_of
 from eckart.support.extras import import_extra
 from eckart.support.plain_data import read_json
@@ -152,12 +151,12 @@ def _default_names(model: PreTrainedModel) -> list[str]:
 
 
 def _takes_adapter(module: nn.Module) -> bool:
-    return isinstance(module, LowRankLinear | CodedLinear) or is_linear(module)
+    return isinstance(module, CompressedLinear) or is_linear(module)
 
 
 def _factors_of(name: str, module: nn.Module) -> list[str]:
     """The linears with numbers of their own that stand for a linear."""
-    if not isinstance(module, LowRankLinear | CodedLinear):
+    if not isinstance(module, CompressedLinear):
         return [name]
     sides = dict(module.named_children())
     factors = [side for side in ("right", "left") if isinstance(sides.get(side), nn.Linear)]

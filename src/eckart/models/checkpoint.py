@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.lowrank.pivoting import check_order
 from eckart.lowrank.storage import PLAIN, Storage
-from eckart.models.coded import CodedLinear
+from eckart.models.coded import CodedLinear, CompressedLinear
 from eckart.models.dense import export_dense
 from eckart.models.experts import open_experts, opened_experts, without_merging
 from eckart.models.families import is_linear
@@ -259,7 +259,7 @@ def _open(model: PreTrainedModel, config: LowRankConfig) -> None:
 
 def _build(
     model: nn.Module, sites: Mapping[str, Mapping[str, Any]], names: Mapping[str, str], *, device: str | None
-) -> list[LowRankLinear | CodedLinear]:
+) -> list[CompressedLinear]:
     """Replace the linears of a rank map by low-rank ones with no numbers of their own yet, in place; gives these.
 
     Classes that build their base model with `AutoModel.from_config`, as classifiers do, have them there already.
@@ -271,12 +271,12 @@ def _build(
     Raises:
         CheckpointError: a site is no linear, or its entry does not fit it.
     """
-    built: list[LowRankLinear | CodedLinear] = []
+    built: list[CompressedLinear] = []
     # Lenders first: their borrowers are built with them.
     for saved in sorted(sites, key=lambda saved: "right_of" in sites[saved]):
         name, spec = names[saved], sites[saved]
         dense = model.get_submodule(name)
-        if isinstance(dense, LowRankLinear | CodedLinear):
+        if isinstance(dense, CompressedLinear):
             continue
         if not is_linear(dense):
             raise CheckpointError(
@@ -300,7 +300,7 @@ def empty_linear(
     dtype: torch.dtype,
     device: torch.device | str = "meta",
     lender: nn.Module | None = None,
-) -> LowRankLinear | CodedLinear:
+) -> CompressedLinear:
     """The linear that an entry of a rank map describes; its state dict says what a file holds.
 
     Args:

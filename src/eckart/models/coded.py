@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from eckart.lowrank.codes import SCALE, Block, Codes, pack, packed_rows, span, s
 from eckart.lowrank.float32 import has_units_for
 from eckart.lowrank.rounding import CodedFactors
 from eckart.lowrank.storage import Storage
+from eckart.models.linear import LowRankLinear
 
 # Numbers that are multiplied out at a time: what a processor's cache holds.
 AT_ONCE = 2**19
@@ -264,6 +265,10 @@ class CodedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, {self.storage}"
+
+
+# What runs in place of a dense linear.
+CompressedLinear: TypeAlias = LowRankLinear | CodedLinear
 
 
 def _version(tensor: Tensor) -> int:

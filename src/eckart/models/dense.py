@@ -11,11 +11,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from eckart.models.coded import CodedLinear
+from eckart.models.coded import CompressedLinear
 from eckart.models.experts import close_experts, layer_role, open_experts
 from eckart.models.families import UnsupportedModelError, is_linear, text_config
 from eckart.models.heads import close_heads, heads_in_a_group, open_heads
-from eckart.models.linear import LowRankLinear
 from eckart.models.remote_code import drop_code
 from eckart.models.sites import low_rank_modules, replace_module
 
@@ -116,7 +115,7 @@ def _skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMod
 
 
 @torch.no_grad()
-def _dense_linear(module: LowRankLinear | CodedLinear, like: type[nn.Module]) -> nn.Module:
+def _dense_linear(module: CompressedLinear, like: type[nn.Module]) -> nn.Module:
     """An nn.Linear that computes what `module` does, or a Conv1D where the architecture has those."""
     weight, bias = module.dense(), module.bias
     if issubclass(like, Conv1D):

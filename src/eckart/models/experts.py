@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter
 
-from eckart.models.coded import CodedLinear
+from eckart.models.coded import CompressedLinear
 from eckart.models.linear import LowRankLinear
 
 # The parameters of a fused module, first to last; those that are there are its experts' linears.
@@ -357,7 +357,7 @@ def _save_pretrained(
     Cost: of a dense model a copy of all experts; the open ones stay what they are, for an optimiser that holds them.
     """
     save = functools.partial(type(model).save_pretrained, model, save_directory, is_main_process)
-    if any(isinstance(module, LowRankLinear | CodedLinear) for module in model.modules()):
+    if any(isinstance(module, CompressedLinear) for module in model.modules()):
         return save(state_dict, **more)
     if state_dict is not None:
         raise ValueError(

@@ -30,9 +30,8 @@ from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from eckart.models.checkpoint import put_back
-from eckart.models.coded import CodedLinear, CodedMatrix
+from eckart.models.coded import CodedMatrix, CompressedLinear
 from eckart.models.experts import Source, open_experts, opened_experts, sources_of
-from eckart.models.linear import LowRankLinear
 from eckart.models.loading import check_weights, class_of, locate, read_config
 from eckart.models.matching import check_finite, made_anew, stored_names
 from eckart.models.refusals import check_quantised, check_source
@@ -331,7 +330,7 @@ class Skeleton:
         """
         read = set(self.names_of(number))
         for path, module in self.blocks[number].named_modules(prefix=self.places[number]):
-            is_new = isinstance(module, LowRankLinear | CodedLinear | CodedMatrix)
+            is_new = isinstance(module, CompressedLinear | CodedMatrix)
             buffers = [
                 (name, buffer)
                 for name, buffer in module.named_buffers(recurse=False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from eckart.models.coded import CodedLinear
+from eckart.models.coded import CompressedLinear
 from eckart.models.experts import Experts, layer_role
 from eckart.models.families import (
     UnsupportedModelError,
@@ -22,7 +22,6 @@ from eckart.models.families import (
     refuse_other_weights,
 )
 from eckart.models.heads import HeadGroups
-from eckart.models.linear import LowRankLinear
 from eckart.models.refusals import check_object
 
 # The number of an expert, or of another member of a list, inside a block.
@@ -351,9 +350,9 @@ def parse_blocks(text: str, count: int) -> frozenset[int]:
     return frozenset(numbers)
 
 
-def low_rank_modules(model: nn.Module) -> dict[str, LowRankLinear | CodedLinear]:
+def low_rank_modules(model: nn.Module) -> dict[str, CompressedLinear]:
     """{name: module} of every linear in the model that was compressed, into factors or into few bits."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear | CodedLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eckart.lowrank import Factors, Layout, Pivoted, num_stored, pivot, pivoted_rank_for, rank_for, split
 from eckart.lowrank.rounding import CodedFactors
-from eckart.models.coded import CodedLinear
+from eckart.models.coded import CodedLinear, CompressedLinear
 from eckart.models.linear import LowRankLinear
 from eckart.models.sites import Site, read_weight
 
@@ -119,14 +119,14 @@ class Unit:
             ValueError: a factor is not finite in the dense type (attention kernels are known to make a finite output
                 of one); names the site.
         """
-        modules: dict[str, LowRankLinear | CodedLinear] = {}
+        modules: dict[str, CompressedLinear] = {}
         lender: LowRankLinear | None = None
         for site, member in zip(self.sites, self.split(stored), strict=True):
             dense = model.get_submodule(site.name)
             weight, own = read_weight(dense), dense.bias.detach() if site.has_bias else None  # type: ignore[operator]
             place: Any = {"device": weight.device, "dtype": weight.dtype}
             if isinstance(member, CodedFactors):
-                module: LowRankLinear | CodedLinear = CodedLinear.from_coded(member, own, **place)
+                module: CompressedLinear = CodedLinear.from_coded(member, own, **place)
             else:
                 module = LowRankLinear.from_factors(member, own, **place, right_of=lender)
                 lender = lender or module
