@@ -86,7 +86,7 @@ docs: $(READY)
 	$(BIN)/python tools/reference.py --out build/docs
 
 # Tables on the terminal, JSON in runs/bench, within a quarter of an hour on two cores; every figure has its baseline in
-# the same run. docs/results.md, docs/scale.md and docs/probing.md have the long runs.
+# the same run. docs/results.md and its neighbours have the long runs.
 bench: $(READY)
 	$(BIN)/python benchmarks/decomposition.py --sizes 768 2048 --json runs/bench/decomposition.json
 	$(BIN)/python benchmarks/precision.py --keeps 0.7 --json runs/bench/precision.json
