@@ -127,6 +127,14 @@ def test_the_command_finds_what_the_recipe_does(run: Run, place: Path, tmp_path:
     assert header["budgets"] == [0.3, 0.6]
 
 
+def test_plans_whose_names_end_in_a_number_keep_their_own_curves(run: Run, place: Path, tmp_path: Path) -> None:
+    for keep in ("0.8", "0.9"):
+        status, printed = search(run, place, tmp_path / f"plan-{keep}", "--budget", "0.5", "--keep", keep)
+        assert status == 0, printed
+    names = {f"plan-{keep}{what}" for keep in ("0.8", "0.9") for what in ("", ".search.json", ".trials.jsonl")}
+    assert {file.name for file in tmp_path.iterdir()} == names
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -87,6 +87,40 @@ def test_a_scale_with_other_evaluations_has_nothing_published_to_compare() -> No
     assert study.about.startswith("Only one corpus.")
 
 
+@pytest.mark.parametrize("scale", ["paper", "small"])
+def test_a_row_of_another_size_has_the_numbers_of_that_size_or_none(scale: str) -> None:
+    rows = [
+        {"method": "svd", "keep": 0.9, "published": [1.0, 2.0], "improvement": 0.1, "label": "little cut"},
+        {"method": "svd", "keep": 0.5, "published": [3.0, 4.0], "improvement": 0.2},
+        {"method": "svd", "keep": 0.5, "model": "owner/other", "published": [5.0, 6.0]},
+    ]
+    study = Study.model_validate({**BASE, "runs": rows})
+
+    def numbers(changes: dict[str, Any]) -> list[Any]:
+        runs = study.at(scale, changes).runs
+        return [(row.published, row.improvement, row.label) for row in runs]
+
+    as_printed = [([1.0, 2.0], 0.1, "little cut"), ([3.0, 4.0], 0.2, None), ([5.0, 6.0], None, None)]
+    assert numbers({}) == numbers({"dtype": "float32", "calibration.samples": 2}) == as_printed
+    assert numbers({"keep": 0.5}) == [as_printed[1], *as_printed[1:]]
+    assert numbers({"keep": 0.7}) == numbers({"method": "asvd-i"}) == [(None, None, None)] * 3
+    assert numbers({"keep": None, "keep_total": 0.5}) == [(None, None, None)] * 3
+    assert numbers({"method": {"name": "svd"}}) == as_printed
+    assert numbers({"layout": "pivoted"}) == numbers({"sites.include": ["mlp"]}) == [(None, None, None)] * 3
+
+
+@pytest.mark.parametrize("name", studies())
+def test_every_row_as_it_is_written_keeps_its_own_numbers(name: str) -> None:
+    study = load_study(name)
+    for row, same in zip(study.runs, study.at("paper").runs, strict=True):
+        assert (same.published, same.improvement, same.label) == (row.published, row.improvement, row.label)
+    sizes = {**study.base}.get("keep"), {row.recipe.get("keep") for row in study.runs}
+    for keep in sizes[1] - {None}:
+        for row in study.at("paper", {"keep": keep}).runs:
+            printed = [r for r in study.runs if r.published == row.published]
+            assert row.published is None or any(r.recipe.get("keep", sizes[0]) == keep for r in printed)
+
+
 def test_changes_win_and_make_equal_runs_one() -> None:
     study = Study.model_validate(BASE).at("small", {"method": "svd", "calibration.samples": 2, "model": "mine"})
     ((label, _, recipe),) = study.recipes()

@@ -135,8 +135,8 @@ def command(
         trust_remote_code=trust_remote_code,
         claims=plan,
     ) as how:
-        report = search_ranks(recipe, how, journal=plan.with_suffix(".trials.jsonl"))
-        write_whole(plan.with_suffix(".search.json"), json.dumps(report.facts, indent=1))
+        report = search_ranks(recipe, how, journal=_beside(plan, ".trials.jsonl"))
+        write_whole(_beside(plan, ".search.json"), json.dumps(report.facts, indent=1))
         write_whole(plan, report.plan.to_json())
     console.print(_curve(report.facts["curve"]))
     console.print(
@@ -145,6 +145,11 @@ def command(
     )
     if keep is not None and report.kept > keep:
         console.print(f"every linear was looked at before keep {keep} was reached; a larger tolerance goes further")
+
+
+def _beside(plan: Path, what: str) -> Path:
+    """The file that belongs to a plan: plan.trials.jsonl of plan.json, plan-0.8.trials.jsonl of plan-0.8."""
+    return plan.with_name(plan.name.removesuffix(".json") + what)
 
 
 def _curve(points: Sequence[Mapping[str, Any]]) -> Table:

@@ -187,7 +187,7 @@ def tabulate(
                 [read(measured[name], column) for column in study.columns],
                 row.published or nothing,
                 improvement,
-                row.improvement if row.published else None,
+                row.improvement,
                 refusals,
                 unmeasured,
             )

@@ -120,7 +120,8 @@ class Study(Section):
         Its title names the scale and the models where they are not the paper's.
 
         A scale's `base` overrides the base and every run; its `evaluate`, `columns` and `runs` replace the study's, and
-        the published numbers of other tasks or columns are dropped; its `limits` bound evaluations and the scores of
+        the published numbers of other tasks or columns are dropped. A row that changes make another method or size has
+        the numbers that the paper prints for that one, or none. A scale's `limits` bound evaluations and the scores of
         searches.
 
         Args:
@@ -152,8 +153,11 @@ class Study(Section):
             recipe.pop("evaluate", None) if replaced else None
             if "evaluate" in recipe:
                 recipe["evaluate"] = _limited(recipe["evaluate"], limits)
-            published = None if replaced else row.published
-            runs.append(row.model_copy(update={"recipe": recipe, "published": published}))
+            written = self._written(row, section.base, overrides)
+            facts = {key: getattr(written, key, None) for key in ("label", "published", "improvement")}
+            if replaced:
+                facts |= {"published": None, "improvement": None}
+            runs.append(row.model_copy(update={"recipe": recipe, **facts}))
         columns = section.columns or (
             [item if isinstance(item, str) else item["task"] for item in section.evaluate]
             if section.evaluate
@@ -181,6 +185,21 @@ class Study(Section):
                 "scales": {},
             }
         )
+
+    def _written(self, row: Row, scale: Mapping[str, Any], changes: Mapping[str, Any]) -> Row | None:
+        """The row of the study whose label and printed numbers are those of a row under changes.
+
+        It is the row itself, unless they change how it is compressed; then the one of its model that is written that
+        way, or None where there is none.
+        """
+
+        def compression(other: Row, more: Mapping[str, Any]) -> dict[str, Any]:
+            return _compression(merge(merge(merge(self.base, other.recipe), scale), more))
+
+        sought = compression(row, changes)
+        same_model = [other for other in self.runs if other.recipe.get("model") == row.recipe.get("model")]
+        candidates = [row, *(same_model if row in self.runs else ())]
+        return next((other for other in candidates if compression(other, {}) == sought), None)
 
     def _finetune_at(self, scale: Scale, overrides: dict[str, Any]) -> FineTuningSection | None:
         """The fine-tuning at a scale; its changes are taken out of `overrides`, in place."""
@@ -219,6 +238,14 @@ class Study(Section):
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"two different runs are both called {twice!r}: give each a label")
         return list(by_yaml.values())
+
+
+def _compression(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that say how a model is compressed: all but its model, its texts, its numbers and what is measured."""
+    others = ("model", "dtype", "context", "calibration", "evaluate")
+    kept = {key: value for key, value in recipe.items() if key not in others and value is not None}
+    method = kept.get("method")
+    return {**kept, "method": {"name": method} if isinstance(method, str) else method}
 
 
 def _models(models: Sequence[str], recipes: Sequence[Mapping[str, Any]]) -> list[str]:
