@@ -21,7 +21,7 @@ from typing import Any
 
 import peft
 import torch
-from losing import Texts, mean_and_error
+from losing import Texts, spread
 from measuring import append_line, read_lines
 from real_models import add_model_option
 from torchao.quantization import IntxWeightOnlyConfig, PerGroup
@@ -64,16 +64,22 @@ class Comparison:
 
     def run(self) -> None:
         given = self.arguments
+        columns = ["", *self.texts.rows, "added to a weight, in all, time"]
+        print("| " + " | ".join(columns) + " |\n" + "|" + "---|" * len(columns), flush=True)
         self.row(["none"])
         variants = itertools.product(given.ranks, given.methods, given.orders, given.allocations)
         for rank, method, order, allocation in variants:
             self.row([rank, method, order, allocation])
 
-    def row(self, variant: list[Any]) -> None:
-        """The row of a variant: [rank, method, order, allocation], or ["none"] for the quantised model alone."""
+    def key(self, variant: list[Any]) -> list[Any]:
+        """What a row is of."""
         given = self.arguments
         setting = [str(given.model), given.bits, given.group, given.calibration, given.samples, given.length]
-        key = [*setting, given.windows, *variant]
+        return [*setting, given.windows, "+".join(self.texts.rows), *variant]
+
+    def row(self, variant: list[Any]) -> None:
+        """The row of a variant: [rank, method, order, allocation], or ["none"] for the quantised model alone."""
+        given, key = self.arguments, self.key(variant)
         row = next((row for row in self.rows if row["key"] == key), None)
         if row is None:
             with TemporaryDirectory() as folder:
@@ -83,7 +89,7 @@ class Comparison:
                 row = {"key": key, **facts, **self.texts.compare(model)}
             self.rows.append(row)
             append_line(given.out, row)
-        cells = [f"{mean:.3f} ± {error:.3f}" for mean, error in map(mean_and_error, row["nats"].values())]
+        cells = [spread(row["nats"][corpus]) for corpus in self.texts.rows]
         added = f"{row['bits']:.3f} bits, {row['bytes']:,} bytes, {row['seconds']:.0f} s" if "bits" in row else ""
         print("| " + " | ".join([", ".join(map(str, variant)), *cells, added]) + " |", flush=True)
 

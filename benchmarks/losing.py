@@ -93,7 +93,13 @@ class Texts:
         return flat.view(len(ids), -1, flat.shape[-1])
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean of some windows' values and its standard error; 0 of one window."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean of some windows' values and its standard error; one window has none."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return statistics.fmean(values), error
+
+
+def spread(values: Sequence[float]) -> str:
+    """A mean with its standard error, where it has one."""
+    mean, error = mean_and_error(values)
+    return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"

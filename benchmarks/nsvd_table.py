@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import scipy.stats
-from losing import NSVD_TEXTS, Texts, mean_and_error
+from losing import NSVD_TEXTS, Texts, mean_and_error, spread
 from measuring import append_line, read_lines
 from real_models import add_model_option
 
@@ -162,8 +162,8 @@ def show_gains(rows: dict[tuple[str, float], Row], corpora: Sequence[str]) -> No
     print(line_of("keep", "method", corpora) + "\n" + line_of("---", "---", ["---"] * len(corpora)))
     for (name, keep), row in rows.items():
         if name != BASELINE and (BASELINE, keep) in rows:
-            gained = [mean_and_error(gains(rows[BASELINE, keep], row, corpus)) for corpus in corpora]
-            print(line_of(f"{keep:g}", name, [f"{mean:.3f} ± {error:.3f}" for mean, error in gained]))
+            gained = [spread(gains(rows[BASELINE, keep], row, corpus)) for corpus in corpora]
+            print(line_of(f"{keep:g}", name, gained))
 
 
 def show_regressions(rows: dict[tuple[str, float], Row], similarities: dict[str, float]) -> None:

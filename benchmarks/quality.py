@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from losing import NSVD_TEXTS, Texts, mean_and_error
+from losing import NSVD_TEXTS, Texts, mean_and_error, spread
 from measuring import append_line, read_lines
 from real_models import add_model_option
 from rich.console import Console
@@ -138,7 +138,7 @@ def show_rows(rows: list[dict[str, Any]]) -> None:
         of_setting = {(row["key"][1], row["key"][2]): row for row in rows if setting_of(row) == setting}
         keeps = sorted({keep for _, keep in of_setting}, key=lambda keep: -(keep or 2))
         names = list(dict.fromkeys(name for name, _ in of_setting))
-        model, samples, calibration = setting
+        model, samples, calibration, *_ = setting
         title = f"{Path(model).name}, {samples} samples of {calibration}"
         for measure in ("nats", "kl"):
             print(f"\n{title}, {measure}\n")
@@ -166,10 +166,10 @@ def show_corpora(title: str, rows: list[dict[str, Any]]) -> None:
             print(row_of(f"{row['key'][1]} less best", ["", *cells]))
 
 
-def setting_of(row: dict[str, Any]) -> tuple[str, int, str]:
-    """(model, samples, calibration text) of a row."""
-    model, _, _, samples, calibration = row["key"]
-    return model, samples, calibration
+def setting_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """(model, samples, calibration text, ...) of a row: all of its key but the variant and its keep."""
+    model, _, _, *others = row["key"]
+    return model, *others
 
 
 def heading(keep: float | None) -> str:
@@ -178,12 +178,6 @@ def heading(keep: float | None) -> str:
 
 def row_of(name: str, cells: Sequence[str]) -> str:
     return f"| {name} | " + " | ".join(cells) + " |"
-
-
-def spread(windows: Sequence[float]) -> str:
-    """A mean and its standard error, to the error's first two digits at most."""
-    mean, error = mean_and_error(windows)
-    return f"{mean:.3f} ± {error:.3f}"
 
 
 def both(values: dict[str, list[float]]) -> str:
@@ -225,12 +219,19 @@ class Comparison:
                     show_row(row or self.measure(name, keys, None if alone else keep, samples))
 
     def key(self, name: str, keep: float | None, samples: int) -> list[Any]:
-        """What a row is of."""
-        return [str(self.arguments.model), name, keep, samples, self.calibration]
+        """What a row is of. Two studies may mean two sizes by one keep."""
+        given = self.arguments
+        read = [given.length, given.windows, "+".join(self.texts.rows)]
+        return [str(given.model), name, keep, samples, self.calibration, "bytes" if self.of_file else "numbers", *read]
+
+    @property
+    def of_file(self) -> bool:
+        """Whether a keep is of the bytes of the dense file, and not of the linears' numbers."""
+        return self.arguments.study == "bytes"
 
     def limit(self, keep: float) -> int:
         """Bytes that every variant of a keep may take."""
-        if self.arguments.study == "bytes":
+        if self.of_file:
             return int(keep * self.dense_bytes)
         return weight_bytes(self.model, plan(self.model, keep))
 
@@ -311,7 +312,7 @@ class Comparison:
 
 
 def show_row(row: dict[str, Any]) -> None:
-    _, name, keep, samples, _ = row["key"]
+    _, name, keep, samples, *_ = row["key"]
     print(
         f"{samples:5d} samples  {'' if keep is None else f'keep {keep:.2f}':9s}  {name:34s} {both(row['nats'])}   "
         f"({both(row['kl'])})  {row['share']:6.3f} of the dense file  {row['seconds']:6.1f} s",

