@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 
 import eckart
@@ -75,6 +76,44 @@ def test_results_of_something_else_are_refused_and_named(run: Run, place: Path, 
     status, printed = evaluate(run, place, *more, "--force")
     assert status == 0, printed
     assert (results_in(place) == before) == (what == "note")
+
+
+def values_in(folder: Path) -> list[float]:
+    return sorted(read_result(file).value for file in folder.glob("*.json"))
+
+
+def test_texts_of_like_names_have_results_of_their_own(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each value is that of the text alone, at the first time and where the results are there already."""
+    monkeypatch.chdir(place)
+    names = ("散文.txt", "代码.txt", "a/b.txt", "a-b.txt")
+    Path("a").mkdir()
+    for seed, name in enumerate(names):
+        Path(name).write_text(tiny_text(300, seed=seed))
+    tasks = [f"perplexity:{name}" for name in names]
+    for number, task in enumerate(tasks):
+        status, printed = run("eval", "model", "--task", task, "--length", "16", "--out", f"alone/{number}")
+        assert status == 0, printed
+    alone = [value for number in range(len(names)) for value in values_in(Path("alone") / str(number))]
+    assert len(set(alone)) == len(names)
+    recipe = {"model": "model", "keep": 1, "context": 16, "evaluate": tasks}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+    options = [word for task in tasks for word in ("--task", task)]
+    for _ in range(2):
+        status, printed = run("eval", "model", *options, "--length", "16", "--out", "out")
+        assert status == 0, printed
+        places = [printed.index(f"{value:.4f}") for value in alone]
+        assert places == sorted(places)
+        assert values_in(Path("out")) == sorted(alone)
+        status, printed = run("run", "recipe.yaml", "--out", "whole")
+        assert status == 0, printed
+        assert values_in(Path("whole/evals")) == sorted(alone)
+
+
+def test_a_task_that_is_given_twice_is_refused(run: Run, place: Path) -> None:
+    task = f"perplexity:{place / 'a.txt'}"
+    status, printed = run("eval", place / "model", "--task", task, "--task", task)
+    assert status == 2
+    assert "leave one out" in printed
 
 
 def test_nothing_is_kept_nowhere(tmp_path: Path) -> None:
