@@ -149,9 +149,9 @@ def count_macs(model: PreTrainedModel, length: int, target: int | None = None) -
     Of an encoder-decoder `length` is the source's, and `target` the target's, by default as many; the decoder reads the
     target at once, as in training. A source of sound has the length that the model reads.
 
-    Linears are counted from their shapes and the rows that each reads, so a module that runs twice counts twice
-    and one that reads a single token counts once. The rest is what torch's FLOP counter sees outside of them, at two
-    operations for each. The model may lie on the meta device.
+    Linears, those in few bits too, are counted from their shapes and the rows that each reads, whatever multiplies
+    them, so a module that runs twice counts twice and one that reads a single token counts once. The rest is what
+    torch's FLOP counter sees outside of them, at two operations for each. The model may lie on the meta device.
 
     Raises:
         ValueError: an attention kernel that the counter cannot see into, or a logit that is not finite.
@@ -186,6 +186,14 @@ class _Linears:
     before: int = 0
 
 
+def _numbers(module: nn.Module) -> int | None:
+    """Numbers of a linear's matrix, one in few bits included (see `support.sizes`); None of any other module."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return module.weight.numel()
+    coded: int | None = getattr(module, "coded_params", None)
+    return coded
+
+
 @contextmanager
 def _counting_linears(model: nn.Module, counter: FlopCounterMode) -> Iterator[_Linears]:
     """Inside, every linear adds to the count that this yields."""
@@ -195,14 +203,13 @@ def _counting_linears(model: nn.Module, counter: FlopCounterMode) -> Iterator[_L
         linears.before = counter.get_total_flops()
 
     def leave(module: nn.Module, args: tuple[Tensor, ...], _output: object) -> None:
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        linears.macs += args[0].shape[:-1].numel() * weight.numel()
+        linears.macs += args[0].shape[:-1].numel() * (_numbers(module) or 0)
         linears.flops += counter.get_total_flops() - linears.before
 
     handles = []
     try:
         for module in model.modules():
-            if isinstance(module, nn.Linear | Conv1D):
+            if _numbers(module) is not None:
                 handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
         yield linears
     finally:
