@@ -15,12 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import eckart
 from eckart.allocation import RankPlan
 from eckart.evals import speed
-from eckart.evals.cost import cost, count_macs, disk_bytes, resident_bytes
+from eckart.evals.cost import cost, count_macs, resident_bytes
 from eckart.evals.result import EvalResult
 from eckart.evals.speed import decode_speed, prefill_speed
 from eckart.lowrank.storage import Storage
 from eckart.models.coded import KERNEL_PROCESSORS, CodedMatrix
 from eckart.models.linear import LowRankLinear
+from eckart.models.loading import weights_on_disk
 from eckart.models.sites import find_sites, replace_module
 from eckart.support.sizes import num_params
 from tiny import BLOCKS, DEFAULT_CONFIGS, FAMILY_CONFIGS, POSITIONS, VOCABULARY, tiny_model
@@ -158,26 +159,6 @@ def test_resident_bytes_by_hand() -> None:
     assert resident_bytes(module) == 2 * (6 * 4 + 4) + 4 * 5
 
 
-def test_disk_bytes_are_of_the_weights_that_loaders_read(tmp_path: Path) -> None:
-    for name, size in {
-        "model-00001-of-00002.safetensors": 100,
-        "model-00002-of-00002.safetensors": 50,
-        "pytorch_model.bin": 150,
-        "training_args.bin": 7,
-        "tokenizer.json": 9,
-    }.items():
-        (tmp_path / name).write_bytes(bytes(size))
-    assert disk_bytes(tmp_path) == 150
-    for file in tmp_path.glob("*.safetensors"):
-        file.unlink()
-    (tmp_path / "pytorch_model.bin").write_bytes(bytes(33))
-    assert disk_bytes(tmp_path) == 33
-    (tmp_path / "pytorch_model.bin").unlink()
-    for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match=f"{path.name} holds no weight files"):
-            disk_bytes(path)
-
-
 def short(model: PreTrainedModel, **settings: Any) -> EvalResult:
     return cost(model, **{"rounds": 1, "tokens": 2, "prompt": 8, **settings})
 
@@ -185,7 +166,8 @@ def short(model: PreTrainedModel, **settings: Any) -> EvalResult:
 def test_a_dense_model_alone(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path)
-    result = short(model, path=tmp_path)
+    (tmp_path / "consolidated.safetensors").write_bytes(bytes(33))  # as of another program: no loader reads it
+    result = short(model, weights=weights_on_disk(tmp_path))
     assert (result.task, result.metric, result.better, result.value) == ("cost", "params", "lower", num_params(model))
     macs = count_macs(model, 8)
     assert {name: score.value for name, score in result.scores.items()} == {

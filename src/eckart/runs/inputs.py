@@ -19,6 +19,7 @@ from eckart.models.adapters import read_adapter
 from eckart.models.gguf_header import gguf_file
 from eckart.models.loading import locate
 from eckart.models.shards import COMPANIONS
+from eckart.models.weight_files import weight_files
 from eckart.runs.facts import FACTS
 from eckart.runs.recipe import Recipe
 from eckart.runs.sections import RecoverSection
@@ -135,7 +136,8 @@ def _files_of_model(name: str) -> Inputs:
 
 def _files_in(folder: Path) -> dict[str, str]:
     weights = "*.safetensors" if any(folder.glob("*.safetensors")) else "*.bin"
-    return _digests(file for pattern in (*COMPANIONS, weights) for file in folder.glob(pattern))
+    files = {file for pattern in (*COMPANIONS, weights) for file in folder.glob(pattern)}
+    return _digests(files | set(weight_files(folder)))  # a .bin beside a .safetensors that is no model
 
 
 def _commit_of(model: str) -> dict[str, str]:
