@@ -106,6 +106,14 @@ def test_other_files_at_the_same_places_are_named(place: Path, tmp_path: Path, w
         assert run(recipe, out, how) == again
 
 
+def test_a_text_that_nothing_reads_is_no_input(place: Path) -> None:
+    """Of a recipe that keeps everything, the calibration text, whose default would be the hub's."""
+    data = {"model": str(place / "model"), "keep": 1, "evaluate": [f"perplexity:{place / 'text.txt'}"]}
+    assert read_inputs(parse_recipe(data), None).keys() == {f"the model {place / 'model'}", str(place / "text.txt")}
+    reads = {**data, "calibration": "ptb", "evaluate": [*data["evaluate"], "similarity:c4"]}  # type: ignore[misc]
+    assert read_inputs(parse_recipe(reads), None).keys() >= {"the data of ptb", "the data of c4"}
+
+
 def test_weights_are_the_files_that_are_loaded(place: Path) -> None:
     """A .bin counts where what lies beside it is no model."""
     folder = place / "model"

@@ -12,6 +12,7 @@ import eckart
 from eckart.evals.result import EvalResult, read_result
 from eckart.evals.task import Task
 from eckart.runs.results import ASKED, open_results
+from eckart.support.plain_data import read_yaml
 from tiny import Run, tiny_model, tiny_text, tiny_tokenizer
 
 
@@ -140,3 +141,36 @@ def test_a_result_is_never_without_its_note(tmp_path: Path, monkeypatch: pytest.
     assert (out / ASKED).is_file()
     with open_results(out, [task], {}, models=["builtin"]) as (_, kept):
         assert kept == {}
+
+
+@pytest.mark.parametrize("first", ["folder", "hub"])
+def test_a_set_of_a_folder_is_not_the_hubs(tmp_path: Path, first: str) -> None:
+    """Nor the other way round; a note of an older eckart, which does not tell them apart, is believed."""
+    (tmp_path / "data/ptb").mkdir(parents=True)
+    (tmp_path / "data/ptb/ptb.test.txt").write_text(tiny_text(300))
+    out, task = tmp_path / "out", Task("perplexity:ptb")
+    places = {"folder": tmp_path / "data", "hub": None}
+    names = {"folder": r"ptb\.test\.txt", "hub": "its copy on the hub"}
+    before = places.pop(first)
+    ((_, now),) = places.items()
+    with open_results(out, [task], {}, models=["builtin"], data=before) as (results, _):
+        results.write(task, EvalResult(task.name, "perplexity", 2.0, None, 1))
+    with open_results(out, [task], {}, models=["builtin"], data=before) as (_, kept):
+        assert kept[task.slug].value == 2
+    told = rf"the data of ptb: {names.pop(first)} is gone.*--force"
+    with pytest.raises(FileExistsError, match=told), open_results(out, [task], {}, models=["builtin"], data=now):
+        pass
+    asked = read_yaml(out / ASKED)
+    asked[task.slug]["inputs"].pop("the data of ptb")
+    (out / ASKED).write_text(yaml.safe_dump(asked))
+    with open_results(out, [task], {}, models=["builtin"], data=now) as (_, kept):
+        assert kept[task.slug].value == 2
+
+
+def test_what_reads_no_text_does_not_ask_where_it_is_from(tmp_path: Path) -> None:
+    task = Task("cost")
+    (tmp_path / "notes.txt").write_text(tiny_text(300))
+    with open_results(tmp_path / "out", [task], {}, models=["builtin"]) as (results, _):
+        results.write(task, EvalResult(task.name, "params", 2.0, None, 1))
+    with open_results(tmp_path / "out", [task], {}, models=["builtin"], data=tmp_path) as (_, kept):
+        assert task.slug in kept
