@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.data.encoding import check_vocabulary
+from eckart.data.encoding import check_vocabulary, cut_on_the_right
 from eckart.data.positions import check_positions, usable_positions
 from eckart.evals.windows import check_evaluating, check_one_text, is_causal
 from eckart.support.files import claimed, set_aside, write_whole
@@ -155,8 +155,9 @@ def tokenize_texts(
     if empty is not None:
         raise ValueError(f"text {empty} ({texts[empty]!r}) has no token")
     long = [place for place, ids in enumerate(rows) if len(ids) > length]
-    for place in long:  # by the tokenizer, which keeps the specials at the end
-        rows[place] = tokenizer(texts[place], truncation=True, max_length=length, verbose=False)["input_ids"]
+    with cut_on_the_right(tokenizer):
+        for place in long:  # by the tokenizer, which keeps the specials at the end
+            rows[place] = tokenizer(texts[place], truncation=True, max_length=length, verbose=False)["input_ids"]
     check_vocabulary(model, torch.tensor([max(map(max, rows))]), tokenizer)
     return TokenRows(tuple(map(tuple, rows)), _padding_of(model), len(long), length)
 
