@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eckart.data.corpora import Text
-from eckart.data.samples import sample_documents, sample_windows
+from eckart.data.samples import sample_documents, sample_pairs, sample_windows
 from tiny import PAD, tiny_tokenizer
 
 # Windows
@@ -83,7 +83,7 @@ ROWS = ("w0 w1 w2", "", "w3", "w4 w5 w6 w7 w8 w9", "  \n")
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_documents_are_cut_padded_on_the_right_and_masked(side: str) -> None:
-    tokenizer = tiny_tokenizer(padding_side=side)
+    tokenizer = tiny_tokenizer(padding_side=side, truncation_side=side)
     tokens = sample_documents(Text(ROWS, "\n", {"corpus": "rows"}), tokenizer, samples=3, length=4)
     assert tokens.ids.tolist() == [[7, 8, 9, PAD], [10, PAD, PAD, PAD], [11, 12, 13, 14]]
     assert tokens.mask.dtype == torch.bool
@@ -91,6 +91,18 @@ def test_documents_are_cut_padded_on_the_right_and_masked(side: str) -> None:
     assert tokens.count == 8
     assert tokens.mask_token == tokenizer.mask_token_id
     assert tokens.source == {"corpus": "rows", "samples": 3, "length": 4, "seed": 0, "cut": "documents"}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pairs_are_cut_on_the_right(side: str) -> None:
+    tokenizer, text = tiny_tokenizer(padding_side=side, truncation_side=side), Text(ROWS, "\n", {})
+    tokens = sample_pairs(text, text, tokenizer, samples=3, length=8)
+    assert tokens.ids.tolist() == [
+        [7, 8, 9, PAD, 7, 8, 9, PAD],
+        [10, PAD, PAD, PAD, 10, PAD, PAD, PAD],
+        [11, 12, 13, 14, 11, 12, 13, 14],
+    ]
+    assert tokenizer.truncation_side == side
 
 
 def test_a_file_of_paragraphs_is_split_at_empty_lines() -> None:

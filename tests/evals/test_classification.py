@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import f1_score, matthews_corrcoef
+from transformers import PreTrainedModel
 
 from eckart.data.labelled import Labelled
 from eckart.evals.agreement import agreement, has_answers
 from eckart.evals.classification import _jackknife, classification, matthews, weighted_f1
-from tiny import tiny_model, tiny_text, tiny_tokenizer
+from tiny import EOS, PAD, VOCABULARY, tiny_model, tiny_text, tiny_tokenizer
 
 TEXTS = tuple(tiny_text(words, seed) for seed, words in enumerate((9, 3, 14, 3, 7, 1, 5, 8)))
 ROWS = Labelled(TEXTS, (0, 1, 0, 1, 0, 1, 1, 1), ("no", "yes"), tuple(range(8)), {"corpus": "made"})
@@ -78,6 +81,30 @@ def test_answers_are_those_of_each_text_alone(model_type: str) -> None:
     assert np.sum(result.details["confusion"]) == 8
     assert has_answers(result)
     assert agreement(result, result).value == 0
+
+
+@pytest.mark.parametrize("of_tokenizer", ["<pad>", "</s>", None])
+@pytest.mark.parametrize("of_config", [PAD, EOS, VOCABULARY - 6, None, -1])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_answers_do_not_depend_on_the_batch(model_type: str, of_config: int | None, of_tokenizer: str | None) -> None:
+    """A decoder's head reads the last token that is not the config's padding, whatever the tokenizer pads with."""
+    model = tiny_model(model_type, "classifier", num_labels=2)
+    model.config.pad_token_id = of_config
+    tokenizer = tiny_tokenizer(pad_token=of_tokenizer)
+    logits: dict[int, list[torch.Tensor]] = {1: [], 8: []}
+    for size, seen in logits.items():
+        with record_logits(model, seen):
+            classification(model, tokenizer, ROWS, batch_size=size)
+    torch.testing.assert_close(torch.cat(logits[8]), torch.cat(logits[1]), rtol=1e-4, atol=1e-5)
+    assert len(logits[8]) == (8 if of_config in (None, -1) else 1)
+
+
+@contextmanager
+def record_logits(model: PreTrainedModel, seen: list[torch.Tensor]) -> Iterator[None]:
+    """Inside, the logits of each batch are added to `seen`."""
+    handle = model.register_forward_hook(lambda _model, _args, output: seen.append(output.logits))
+    yield
+    handle.remove()
 
 
 def change(**fields: Any) -> Labelled:

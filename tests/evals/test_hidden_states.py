@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from eckart.allocation import plan
 from eckart.compression.replace import compress
 from eckart.evals import hidden_states
-from eckart.evals.hidden_states import Pooling, read_hidden_states
+from eckart.evals.hidden_states import Pooling, read_hidden_states, tokenize_texts
 from tiny import BLOCKS, CLS, ENCODERS, FAMILY_CONFIGS, POSITIONS, tiny_model, tiny_text, tiny_tokenizer
 
 TEXTS = [tiny_text(words, seed) for seed, words in enumerate((9, 3, 14, 3, 7, 1))]
@@ -74,6 +74,14 @@ def test_texts_are_cut_at_the_positions_and_counted() -> None:
         assert (states.truncated, states.length) == (1, 5)
     with pytest.raises(ValueError, match="length 65 is past the model's 64 positions"):
         states_of(tiny_model("llama"), length=65)
+
+
+def test_texts_are_cut_on_the_right_whatever_the_tokenizer_does() -> None:
+    model, text = tiny_model("llama"), tiny_text(20)
+    for side in ("right", "left"):
+        tokenizer = tiny_tokenizer(truncation_side=side)
+        assert tokenize_texts(model, tokenizer, [text], 8).ids == (tuple(tokenizer(text)["input_ids"][:8]),)
+        assert tokenizer.truncation_side == side
 
 
 def test_states_are_kept_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import eckart
 from eckart.models.checkpoint import CheckpointError
-from eckart.models.loading import load_model, save
+from eckart.models.loading import load_model, save, weights_on_disk
 from eckart.models.shards import Skeleton
 from eckart.models.weight_files import DIGESTS, INDEX, read_header, read_index, verify, weight_files
 from models.layouts import laid_out
@@ -41,6 +41,18 @@ def lead_to(folder: Path, place: str) -> str:
     shard = weight_files(folder)[0].name
     edit_index(folder, lambda files: files.update({k: place for k, v in files.items() if v == shard}))
     return shard
+
+
+def test_weights_on_disk_are_the_files_that_are_loaded(sharded: Path) -> None:
+    named = set(read_index(sharded / INDEX))
+    for name in ("consolidated.safetensors", "pytorch_model.bin", "training_args.bin"):
+        (sharded / name).write_bytes(bytes(7))
+    assert {file.name for file in weights_on_disk(sharded)} == named
+    for name in (INDEX, *named):
+        (sharded / name).unlink()
+    assert weights_on_disk(sharded) == (sharded / "pytorch_model.bin",)
+    (sharded / "pytorch_model.bin").unlink()
+    assert weights_on_disk(sharded) == weights_on_disk("owner/name") == ()
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -15,7 +15,7 @@ import eckart
 from eckart.runs import inputs as module
 from eckart.runs.experiment import run
 from eckart.runs.how import How
-from eckart.runs.inputs import INPUTS, read_inputs
+from eckart.runs.inputs import INPUTS, changes_in, read_inputs
 from eckart.runs.recipe import Recipe, parse_recipe
 from eckart.runs.reproduction import run_study
 from eckart.runs.study import Study
@@ -104,6 +104,26 @@ def test_other_files_at_the_same_places_are_named(place: Path, tmp_path: Path, w
         ]
         assert again[0].dense != first[0].dense
         assert run(recipe, out, how) == again
+
+
+def test_a_text_that_nothing_reads_is_no_input(place: Path) -> None:
+    """Of a recipe that keeps everything, the calibration text, whose default would be the hub's."""
+    data = {"model": str(place / "model"), "keep": 1, "evaluate": [f"perplexity:{place / 'text.txt'}"]}
+    assert read_inputs(parse_recipe(data), None).keys() == {f"the model {place / 'model'}", str(place / "text.txt")}
+    reads = {**data, "calibration": "ptb", "evaluate": [*data["evaluate"], "similarity:c4"]}  # type: ignore[misc]
+    assert read_inputs(parse_recipe(reads), None).keys() >= {"the data of ptb", "the data of c4"}
+
+
+def test_weights_are_the_files_that_are_loaded(place: Path) -> None:
+    """A .bin counts where what lies beside it is no model."""
+    folder = place / "model"
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    before = read_inputs(recipe_of(place), None)
+    (folder / "pytorch_model.bin").write_bytes(b"1")
+    one = read_inputs(recipe_of(place), None)
+    (folder / "pytorch_model.bin").write_bytes(b"2")
+    assert changes_in(one, before) == [f"the model {folder}: pytorch_model.bin is new"]
+    assert changes_in(read_inputs(recipe_of(place), None), one) == [f"the model {folder}: pytorch_model.bin is changed"]
 
 
 def test_copies_and_new_sources_are_no_change(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 
 import eckart
 from eckart.evals.result import EvalResult, read_result
 from eckart.evals.task import Task
 from eckart.runs.results import ASKED, open_results
+from eckart.support.plain_data import read_yaml
 from tiny import Run, tiny_model, tiny_text, tiny_tokenizer
 
 
@@ -77,6 +79,44 @@ def test_results_of_something_else_are_refused_and_named(run: Run, place: Path, 
     assert (results_in(place) == before) == (what == "note")
 
 
+def values_in(folder: Path) -> list[float]:
+    return sorted(read_result(file).value for file in folder.glob("*.json"))
+
+
+def test_texts_of_like_names_have_results_of_their_own(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each value is that of the text alone, at the first time and where the results are there already."""
+    monkeypatch.chdir(place)
+    names = ("散文.txt", "代码.txt", "a/b.txt", "a-b.txt")
+    Path("a").mkdir()
+    for seed, name in enumerate(names):
+        Path(name).write_text(tiny_text(300, seed=seed))
+    tasks = [f"perplexity:{name}" for name in names]
+    for number, task in enumerate(tasks):
+        status, printed = run("eval", "model", "--task", task, "--length", "16", "--out", f"alone/{number}")
+        assert status == 0, printed
+    alone = [value for number in range(len(names)) for value in values_in(Path("alone") / str(number))]
+    assert len(set(alone)) == len(names)
+    recipe = {"model": "model", "keep": 1, "context": 16, "evaluate": tasks}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+    options = [word for task in tasks for word in ("--task", task)]
+    for _ in range(2):
+        status, printed = run("eval", "model", *options, "--length", "16", "--out", "out")
+        assert status == 0, printed
+        places = [printed.index(f"{value:.4f}") for value in alone]
+        assert places == sorted(places)
+        assert values_in(Path("out")) == sorted(alone)
+        status, printed = run("run", "recipe.yaml", "--out", "whole")
+        assert status == 0, printed
+        assert values_in(Path("whole/evals")) == sorted(alone)
+
+
+def test_a_task_that_is_given_twice_is_refused(run: Run, place: Path) -> None:
+    task = f"perplexity:{place / 'a.txt'}"
+    status, printed = run("eval", place / "model", "--task", task, "--task", task)
+    assert status == 2
+    assert "leave one out" in printed
+
+
 def test_nothing_is_kept_nowhere(tmp_path: Path) -> None:
     task = Task("perplexity:builtin/prose")
     result = EvalResult(task.name, "perplexity", 2.0, None, 1)
@@ -101,3 +141,36 @@ def test_a_result_is_never_without_its_note(tmp_path: Path, monkeypatch: pytest.
     assert (out / ASKED).is_file()
     with open_results(out, [task], {}, models=["builtin"]) as (_, kept):
         assert kept == {}
+
+
+@pytest.mark.parametrize("first", ["folder", "hub"])
+def test_a_set_of_a_folder_is_not_the_hubs(tmp_path: Path, first: str) -> None:
+    """Nor the other way round; a note of an older eckart, which does not tell them apart, is believed."""
+    (tmp_path / "data/ptb").mkdir(parents=True)
+    (tmp_path / "data/ptb/ptb.test.txt").write_text(tiny_text(300))
+    out, task = tmp_path / "out", Task("perplexity:ptb")
+    places = {"folder": tmp_path / "data", "hub": None}
+    names = {"folder": r"ptb\.test\.txt", "hub": "its copy on the hub"}
+    before = places.pop(first)
+    ((_, now),) = places.items()
+    with open_results(out, [task], {}, models=["builtin"], data=before) as (results, _):
+        results.write(task, EvalResult(task.name, "perplexity", 2.0, None, 1))
+    with open_results(out, [task], {}, models=["builtin"], data=before) as (_, kept):
+        assert kept[task.slug].value == 2
+    told = rf"the data of ptb: {names.pop(first)} is gone.*--force"
+    with pytest.raises(FileExistsError, match=told), open_results(out, [task], {}, models=["builtin"], data=now):
+        pass
+    asked = read_yaml(out / ASKED)
+    asked[task.slug]["inputs"].pop("the data of ptb")
+    (out / ASKED).write_text(yaml.safe_dump(asked))
+    with open_results(out, [task], {}, models=["builtin"], data=now) as (_, kept):
+        assert kept[task.slug].value == 2
+
+
+def test_what_reads_no_text_does_not_ask_where_it_is_from(tmp_path: Path) -> None:
+    task = Task("cost")
+    (tmp_path / "notes.txt").write_text(tiny_text(300))
+    with open_results(tmp_path / "out", [task], {}, models=["builtin"]) as (results, _):
+        results.write(task, EvalResult(task.name, "params", 2.0, None, 1))
+    with open_results(tmp_path / "out", [task], {}, models=["builtin"], data=tmp_path) as (_, kept):
+        assert task.slug in kept

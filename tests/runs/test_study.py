@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import eckart
 from eckart.cli.reproduce import study_notes
@@ -428,6 +431,26 @@ def test_labels_and_folders() -> None:
         describe({"method": "sfsd", "rules": [{"keep": 0.46, "blocks": "last 3/8"}]}) == "sfsd, keep 0.46 of last 3/8"
     )
     assert slug("llama-7b, nsvd-i (share=0.9), keep 0.5") == "llama-7b-nsvd-i-share=0.9-keep-0.5"
+    assert slug("sfsd, 46 % of mlp/down; keep 0.5: a") == "sfsd-46-of-mlp-down-keep-0.5-a"
+
+
+@given(st.text(max_size=300), st.text(max_size=300))
+@example("模型一", "模型二")
+@example("a+b", "a-b")
+def test_labels_of_any_script_have_folders_of_their_own(one: str, other: str) -> None:
+    """But for those that differ in what stands between words alone; a study refuses them."""
+    words = [re.sub(r"[ ,()%/:;-]+", "-", label).strip("-.") for label in (one, other)]
+    assert words[0] == words[1] or slug(one) != slug(other)
+    assert slug(one) == Path(slug(one)).name != ""
+
+
+def test_two_runs_of_one_folder_are_refused(tmp_path: Path) -> None:
+    rows = [{"label": label, "method": "svd", "keep": keep} for label, keep in (("a b", 0.5), ("a, b", 0.6))]
+    base = {"model": "builtin", "evaluate": ["cost"]}
+    study = Study.model_validate({"title": "t", "base": base, "columns": ["cost"], "runs": rows})
+    with pytest.raises(ValueError, match="'a b' and 'a, b' would share the folder a-b: give one another name"):
+        run_study(study, tmp_path, How())
+    assert not list(tmp_path.rglob("*.json"))
 
 
 @pytest.mark.parametrize("name", studies())

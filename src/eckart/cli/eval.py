@@ -43,7 +43,7 @@ from eckart.evals.similarity import read_activations
 from eckart.evals.subject import Setup, Subject
 from eckart.evals.task import Task
 from eckart.evals.texts import default_length, windows_of
-from eckart.models.loading import load_model, load_tokenizer, plain_folder
+from eckart.models.loading import load_model, load_tokenizer, weights_on_disk
 from eckart.models.sites import common_blocks, input_groups
 from eckart.runs.calibration_errors import calibration_errors, recorded_recipe
 from eckart.runs.engine.base import EvaluationRequest
@@ -145,7 +145,7 @@ def command(
                 engine, address=address, workers=workers, device=device, batch_size=batch_size, data=data
             ) as how:
                 blocks = common_blocks(loaded, dense) if dense is not None and "blocks" in needs else ()
-                subject = Subject(loaded, tokenizer, plain_folder(model), dense, activations, errors, blocks)
+                subject = Subject(loaded, tokenizer, weights_on_disk(model), dense, activations, errors, blocks)
                 setup = Setup(how.data, how.batch_size, how.workers, track=how.track)
                 outcomes = how.engine.outcomes(EvaluationRequest(subject, missing, setup))
                 for item, outcome in zip(missing, outcomes, strict=True):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -37,6 +39,16 @@ def specials_of(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int
     ids, mask = example["input_ids"], example["special_tokens_mask"]
     first, last = mask.index(0), len(mask) - mask[::-1].index(0)
     return ids[:first], ids[last:]
+
+
+@contextmanager
+def cut_on_the_right(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Inside, the tokenizer cuts what is too long at its end, whatever its own configuration says."""
+    side, tokenizer.truncation_side = tokenizer.truncation_side, "right"
+    try:
+        yield
+    finally:
+        tokenizer.truncation_side = side
 
 
 def check_vocabulary(model: PreTrainedModel, ids: Tensor, tokenizer: PreTrainedTokenizerBase | None = None) -> int:

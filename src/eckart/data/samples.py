@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from eckart.data.corpora import CORPORA, DEFAULT_SPLIT, Text, check_split, is_plain, read_text
-from eckart.data.encoding import encode, specials_of
+from eckart.data.encoding import cut_on_the_right, encode, specials_of
 from eckart.data.mixtures import interleaved, share_out
 from eckart.data.tokens import Tokens
 
@@ -54,7 +54,7 @@ def _draw_windows(
 def sample_documents(
     text: Text, tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int, seed: int = 0
 ) -> Tokens:
-    """`samples` documents, each cut at `length` tokens and padded: calibration of encoders, which read whole texts.
+    """`samples` documents, of each the first `length` tokens, padded: calibration of encoders, which read whole texts.
 
     A text file that is one document is split at its empty lines. Empty documents are skipped.
 
@@ -71,15 +71,16 @@ def sample_documents(
     if len(documents) < samples:
         raise ValueError(f"corpus {text.source.get('corpus')} has {len(documents)} documents; {samples} were asked for")
     numbers = sorted(random.Random(seed).sample(range(len(documents)), samples))
-    batch = tokenizer(
-        [documents[i] for i in numbers],
-        truncation=True,
-        max_length=length,
-        padding=True,
-        add_special_tokens=not text.templated,
-        padding_side="right",  # on the left it would shift the positions of a model that counts them from the start
-        return_tensors="pt",
-    )
+    with cut_on_the_right(tokenizer):
+        batch = tokenizer(
+            [documents[i] for i in numbers],
+            truncation=True,
+            max_length=length,
+            padding=True,
+            add_special_tokens=not text.templated,
+            padding_side="right",  # on the left it would shift the positions of a model that counts from the start
+            return_tensors="pt",
+        )
     source = {**text.source, "samples": samples, "length": length, "seed": seed, "cut": "documents"}
     return Tokens(batch["input_ids"], batch["attention_mask"].bool(), source, tokenizer.mask_token_id)
 
@@ -140,7 +141,7 @@ def sample_pairs(
 
     Args:
         sources, targets: with as many documents; those of one place belong together. Empty ones are skipped.
-        length: tokens of source and target together; each is cut at half of them, and padded.
+        length: tokens of source and target together; each is cut on the right at half of them, and padded.
 
     Raises:
         ValueError: fewer than `samples` pairs, numbers of documents that differ, or the tokenizer has no pad token.
@@ -160,8 +161,9 @@ def sample_pairs(
     half_content(length, *specials_of(tokenizer))
     drawn = [whole[number] for number in sorted(random.Random(seed).sample(range(len(whole)), samples))]
     options = {"truncation": True, "max_length": length // 2, "padding": True, "return_tensors": "pt"}
-    read = tokenizer([source for source, _ in drawn], padding_side="right", **options)
-    asked = tokenizer(text_target=[target for _, target in drawn], padding_side="right", **options)
+    with cut_on_the_right(tokenizer):
+        read = tokenizer([source for source, _ in drawn], padding_side="right", **options)
+        asked = tokenizer(text_target=[target for _, target in drawn], padding_side="right", **options)
     return Tokens(
         torch.cat([read["input_ids"], asked["input_ids"]], 1),
         torch.cat([read["attention_mask"], asked["attention_mask"]], 1).bool(),

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eckart.data.corpora import DEFAULT_SPLIT, check_split, read_text
+from eckart.data.encoding import cut_on_the_right
 from eckart.data.tokens import Tokens
 
 # Types of the numbers in a .wav file, by their bytes, and what stands for silence.
@@ -59,14 +60,15 @@ def sample_sounds(
     folder, rate = Path(corpus).parent, int(extractor.sampling_rate)
     waves = [read_wave(folder / names.documents[number], rate) for number in numbers]
     features = extractor(waves, sampling_rate=rate, return_tensors="pt")[model.main_input_name]
-    batch = tokenizer(
-        text_target=[texts.documents[number] for number in numbers],
-        truncation=True,
-        max_length=length,
-        padding=True,
-        padding_side="right",
-        return_tensors="pt",
-    )
+    with cut_on_the_right(tokenizer):
+        batch = tokenizer(
+            text_target=[texts.documents[number] for number in numbers],
+            truncation=True,
+            max_length=length,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        )
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     if bool((ids[:, 0] == model.config.decoder_start_token_id).all()):
         ids, mask = ids[:, 1:], mask[:, 1:]  # the shift to the right puts it there

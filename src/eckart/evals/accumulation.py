@@ -6,7 +6,6 @@ defines it. This is our definition.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eckart.evals.result import TRAITS, EvalResult, Score
+from eckart.evals.means import mean_of
+from eckart.evals.result import TRAITS, EvalResult
 from eckart.evals.windows import cut_windows, is_causal
 from eckart.support.progress import Track, silent
 
@@ -97,7 +97,7 @@ def accumulation(
     batches = rows.split(batch_size)
     parts = [_compare(model, reference, blocks, ids, task) for ids in track(batches, task, len(batches))]
     means = dict(zip(KEPT, torch.cat(parts, dim=1).unbind(2), strict=True))  # (blocks, windows) of each
-    last = _mean(means["error"][-1])
+    last = mean_of(means["error"][-1])
     return EvalResult(
         task=task,
         metric="relative error",
@@ -108,7 +108,7 @@ def accumulation(
         settings={"length": length, "windows": len(rows), "blocks": len(blocks), **(settings or {})},
         examples=[float(f"{value:.6g}") for value in means["error"][-1].tolist()],
         scores={
-            f"{name}.{number}": _mean(means[name][number - 1])
+            f"{name}.{number}": mean_of(means[name][number - 1])
             for number in range(1, len(blocks) + 1)
             for name in SCORES
         },
@@ -242,11 +242,6 @@ def _states_of(output: Any) -> Tensor:
     """The hidden states in a block's output."""
     states: Tensor = output[0] if isinstance(output, tuple | list) else output
     return states
-
-
-def _mean(values: Float[Tensor, "windows"]) -> Score:
-    count = len(values)
-    return Score(float(values.mean()), float(values.std()) / math.sqrt(count) if count > 1 else None, count)
 
 
 def _growth(passed_on: Tensor, arriving: Tensor) -> float | None:

@@ -272,7 +272,7 @@ def _cost(subject: Subject, task: Task, setup: Setup) -> EvalResult:
     return cost(
         subject.model,
         reference=subject.reference,
-        path=subject.path,
+        weights=subject.weights,
         prompt=task.length,
         task=task.label,
         track=setup.track,

@@ -33,7 +33,7 @@ def classification(
     Args:
         model: with a sequence-classification head of as many labels as the set has classes, in their order.
         length: tokens of a text read at most; default what the model has positions for.
-        batch_size: texts at a time: memory and speed only.
+        batch_size: texts at a time: memory and speed only. A model without a token for padding reads one.
 
     Returns:
         value = Matthews' correlation (0 where every answer is the same); stderr by the jackknife. Scores: accuracy,
@@ -55,13 +55,13 @@ def classification(
             f"({', '.join(rows.classes)}): is it fine-tuned on another task?"
         )
     texts = tokenize_texts(model, tokenizer, rows.texts, length)
-    order = texts.by_length
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    order, at_once = texts.by_length, 1 if texts.padding is None else batch_size
+    batches = [order[start : start + at_once] for start in range(0, len(order), at_once)]
     answers = np.zeros(len(rows), dtype=np.int64)
     for number, batch in enumerate(track(batches, task, len(batches))):
         ids, mask = pad_rows([texts.ids[row] for row in batch], texts.padding)
         logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device).long()).logits.float()
-        check_finite(logits, task, number * batch_size)
+        check_finite(logits, task, number * at_once)
         answers[batch] = logits.argmax(-1).cpu().numpy()
     labels = np.array(rows.labels)
     confusion = np.zeros((len(rows.classes),) * 2)

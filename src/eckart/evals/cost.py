@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,11 @@ from eckart.data.pairs import is_encoder_decoder
 from eckart.data.positions import usable_positions
 from eckart.evals.result import TRAITS, EvalResult, Score
 from eckart.evals.speed import Timing, prompt_of, time_in_turns
-from eckart.support.files import GRADIENTS
 from eckart.support.progress import Track, silent
 from eckart.support.sizes import num_params, tensor_bytes
 
 # SFSD Table 1 counts at 64 tokens; a model with fewer positions is counted at as many as fit.
 DEFAULT_PROMPT = 64
-# In order: the first kind that a directory has is the one that loaders read.
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ def cost(
     model: PreTrainedModel,
     *,
     reference: PreTrainedModel | None = None,
-    path: Path | None = None,
+    weights: Sequence[Path] = (),
     batch: int = 1,
     prompt: int | None = None,
     tokens: int = 32,
@@ -65,7 +62,7 @@ def cost(
     Scores, the main one is `params`:
         params: numbers stored, tied ones once; a quantised weight counts the numbers that it represents.
         bytes.resident: of parameters and buffers as they lie in memory: a quantised weight counts its codes and scales.
-        bytes.disk: of the weight files in `path`.
+        bytes.disk: of the files `weights`; without them there is none.
         macs, macs.linear, macs.attention: per token of a sequence of `prompt` tokens, see `count_macs`. SFSD Table 1
             prints the total of a sequence of 64 tokens: 423.93 G for LLaMA-7B is 64 times the `macs` here. Of an
             encoder-decoder they are of both stacks, per token of a source of `prompt` and a target of `tokens` tokens.
@@ -76,22 +73,22 @@ def cost(
 
     Args:
         reference: the dense model. Without it there are no shares and no speeds.
-        path: directory of the checkpoint.
+        weights: the files that the model was loaded from, see `models.weight_files`.
         batch: sequences at a time, for the speeds.
         prompt: tokens of context, or of an encoder-decoder's source; None is 64, or as many as the model has positions
             for beside `tokens`, if fewer. A source of sound has the length that the model reads.
         tokens: generated in each round. rounds: of timing.
 
     Raises:
-        ValueError: more tokens than positions, a prompt of another length than a sound has, a path without weight
-            files, a count that is not positive, or a logit that is not finite.
+        ValueError: more tokens than positions, a prompt of another length than a sound has, a count that is not
+            positive, or a logit that is not finite.
 
     Cost: one forward pass for the count, 2 + `rounds` (prefill and `tokens` steps) for each model's speed.
     """
     prompt = _check_length(model, prompt, tokens)
     values = _sizes(model, prompt, tokens)
-    if path is not None:
-        values["bytes.disk"] = disk_bytes(path)
+    if weights:
+        values["bytes.disk"] = sum(file.stat().st_size for file in weights)
     models = [model] if reference is None else [model, reference]
     if reference is not None:
         dense = _sizes(reference, _check_length(reference, prompt, tokens), tokens)
@@ -129,19 +126,6 @@ def resident_bytes(model: nn.Module) -> int:
     return sum(tensor_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
 
 
-def disk_bytes(path: Path) -> int:
-    """Bytes of the weight files in a directory: *.safetensors, or pytorch_model*.bin where there are none.
-
-    Raises:
-        ValueError: it is no directory, or holds no weights.
-    """
-    for pattern in WEIGHT_FILES:
-        files = [file for file in path.glob(pattern) if file.name != GRADIENTS] if path.is_dir() else []
-        if files:
-            return sum(file.stat().st_size for file in files)
-    raise ValueError(f"{path} holds no weight files ({' or '.join(WEIGHT_FILES)}); give the checkpoint's directory")
-
-
 @torch.inference_mode()
 def count_macs(model: PreTrainedModel, length: int, target: int | None = None) -> Macs:
     """Count the multiply-accumulates of one forward pass over one sequence of `length` tokens.
@@ -149,9 +133,9 @@ def count_macs(model: PreTrainedModel, length: int, target: int | None = None) -
     Of an encoder-decoder `length` is the source's, and `target` the target's, by default as many; the decoder reads the
     target at once, as in training. A source of sound has the length that the model reads.
 
-    Linears are counted from their shapes and the rows that each reads, so a module that runs twice counts twice
-    and one that reads a single token counts once. The rest is what torch's FLOP counter sees outside of them, at two
-    operations for each. The model may lie on the meta device.
+    Linears, those in few bits too, are counted from their shapes and the rows that each reads, whatever multiplies
+    them, so a module that runs twice counts twice and one that reads a single token counts once. The rest is what
+    torch's FLOP counter sees outside of them, at two operations for each. The model may lie on the meta device.
 
     Raises:
         ValueError: an attention kernel that the counter cannot see into, or a logit that is not finite.
@@ -186,6 +170,14 @@ class _Linears:
     before: int = 0
 
 
+def _numbers(module: nn.Module) -> int | None:
+    """Numbers of a linear's matrix, one in few bits included (see `support.sizes`); None of any other module."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return module.weight.numel()
+    coded: int | None = getattr(module, "coded_params", None)
+    return coded
+
+
 @contextmanager
 def _counting_linears(model: nn.Module, counter: FlopCounterMode) -> Iterator[_Linears]:
     """Inside, every linear adds to the count that this yields."""
@@ -195,14 +187,13 @@ def _counting_linears(model: nn.Module, counter: FlopCounterMode) -> Iterator[_L
         linears.before = counter.get_total_flops()
 
     def leave(module: nn.Module, args: tuple[Tensor, ...], _output: object) -> None:
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        linears.macs += args[0].shape[:-1].numel() * weight.numel()
+        linears.macs += args[0].shape[:-1].numel() * (_numbers(module) or 0)
         linears.flops += counter.get_total_flops() - linears.before
 
     handles = []
     try:
         for module in model.modules():
-            if isinstance(module, nn.Linear | Conv1D):
+            if _numbers(module) is not None:
                 handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
         yield linears
     finally:

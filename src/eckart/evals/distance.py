@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from eckart.data.encoding import check_vocabulary
 from eckart.data.pairs import check_sides
 from eckart.data.tokens import Rows, Tokens
+from eckart.evals.means import stderr_of
 from eckart.evals.module_inputs import ROWS, read_inputs
 from eckart.evals.result import TRAITS, EvalResult, Score
 from eckart.evals.windows import Specials, check_evaluating, cut_text
@@ -148,7 +149,7 @@ def distance(
         task=task,
         metric="error ratio",
         value=value,
-        stderr=value * float(per_window.std()) / math.sqrt(windows) if windows > 1 else None,
+        stderr=stderr_of(per_window, slope=value),
         n=windows,
         traits=TRAITS["distance"],
         settings={

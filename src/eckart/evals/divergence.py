@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from eckart.data.encoding import check_vocabulary
 from eckart.data.pairs import is_encoder_decoder
 from eckart.data.tokens import Rows
+from eckart.evals.means import mean_of
 from eckart.evals.predictions import next_logits, scored_of
 from eckart.evals.result import TRAITS, EvalResult, Score
 from eckart.evals.windows import Specials, check_finite, check_predicts, cut_text, windows_per_batch
@@ -81,9 +82,9 @@ def divergence(
         parts.append(_compare(ours, theirs.to(ours.device), targets).cpu())
     means = dict(zip(KEPT, torch.cat(parts).unbind(1), strict=True))
     windows = len(tokens)
-    kl = _mean(means["kl"])
-    scores = {name: _mean(means[name]) for name in ("top1", "top5", "log_perplexity", "log_perplexity.reference")}
-    scores["log_perplexity.change"] = _mean(means["log_perplexity"] - means["log_perplexity.reference"])
+    kl = mean_of(means["kl"])
+    scores = {name: mean_of(means[name]) for name in ("top1", "top5", "log_perplexity", "log_perplexity.reference")}
+    scores["log_perplexity.change"] = mean_of(means["log_perplexity"] - means["log_perplexity.reference"])
     if means["right"].any():
         scores["top1_where_right"] = _ratio(means["top1 and right"], means["right"])
     return EvalResult(
@@ -135,11 +136,6 @@ def _compare(ours: Tensor, theirs: Tensor, targets: Tensor) -> Tensor:
         ]
         columns.append(torch.stack(per_token).mean(1))
     return torch.stack(columns)
-
-
-def _mean(values: Tensor) -> Score:
-    count = len(values)
-    return Score(float(values.mean()), float(values.std()) / math.sqrt(count) if count > 1 else None, count)
 
 
 def _ratio(top: Tensor, bottom: Tensor) -> Score:

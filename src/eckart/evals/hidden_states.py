@@ -10,16 +10,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eckart.data.encoding import check_vocabulary
+from eckart.data.encoding import check_vocabulary, cut_on_the_right
 from eckart.data.positions import check_positions, usable_positions
 from eckart.evals.windows import check_evaluating, check_one_text, is_causal
 from eckart.support.files import claimed, set_aside, write_whole
@@ -58,12 +58,14 @@ class TokenRows:
     """Texts as token ids.
 
     Attributes:
-        ids: of each text. padding: what fills a batch.
+        ids: of each text.
+        padding: what fills a batch, the model's own token for it; None where it has none. A decoder's head for classes
+            reads the last token that is not this one, so that without it each text is read alone.
         truncated: texts that were cut. length: tokens of a text read at most.
     """
 
     ids: tuple[tuple[int, ...], ...]
-    padding: int
+    padding: int | None
     truncated: int
     length: int
 
@@ -153,19 +155,27 @@ def tokenize_texts(
     if empty is not None:
         raise ValueError(f"text {empty} ({texts[empty]!r}) has no token")
     long = [place for place, ids in enumerate(rows) if len(ids) > length]
-    for place in long:  # by the tokenizer, which keeps the specials at the end
-        rows[place] = tokenizer(texts[place], truncation=True, max_length=length, verbose=False)["input_ids"]
+    with cut_on_the_right(tokenizer):
+        for place in long:  # by the tokenizer, which keeps the specials at the end
+            rows[place] = tokenizer(texts[place], truncation=True, max_length=length, verbose=False)["input_ids"]
     check_vocabulary(model, torch.tensor([max(map(max, rows))]), tokenizer)
-    return TokenRows(tuple(map(tuple, rows)), tokenizer.pad_token_id or 0, len(long), length)
+    return TokenRows(tuple(map(tuple, rows)), _padding_of(model), len(long), length)
+
+
+def _padding_of(model: PreTrainedModel) -> int | None:
+    """The model's own token for padding; None where it has none, or one that it has no embedding of, such as -1."""
+    padding: int | None = getattr(model.config.get_text_config(), "pad_token_id", None)
+    known = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    return padding if padding is not None and 0 <= padding < known else None
 
 
 def pad_rows(
-    ids: Sequence[Sequence[int]], padding: int
+    ids: Sequence[Sequence[int]], padding: int | None
 ) -> tuple[Int[Tensor, "rows length"], Bool[Tensor, "rows length"]]:
-    """The rows side by side, filled on the right, and which of them is real."""
+    """The rows side by side, filled on the right, with zeros for None, and which of them is real."""
     lengths = torch.tensor([len(row) for row in ids])
     width = int(lengths.max())
-    filled = torch.full((len(ids), width), padding)
+    filled = torch.full((len(ids), width), padding or 0)
     for place, row in enumerate(ids):
         filled[place, : len(row)] = torch.tensor(row)
     return filled, torch.arange(width) < lengths[:, None]
@@ -173,7 +183,7 @@ def pad_rows(
 
 def _digest(model: PreTrainedModel, rows: TokenRows, pooling: Pooling) -> str:
     state = hashlib.sha256()
-    header = {"format": FORMAT, **describe_architecture(model), "pooling": pooling, "padding": rows.padding}
+    header = {"format": FORMAT, **describe_architecture(model), "pooling": pooling, "padding": rows.padding or 0}
     state.update(json.dumps(header, sort_keys=True, default=str).encode())
     state.update(json.dumps(rows.ids).encode())
     hash_weights(state.update, model)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eckart.data.encoding import check_vocabulary
+from eckart.evals.means import stderr_of
 from eckart.evals.predictions import next_logits, scored_of, token_losses
 from eckart.evals.result import TRAITS, EvalResult
 from eckart.evals.windows import Specials, check_finite, check_predicts, cut_text, windows_per_batch
@@ -63,12 +64,11 @@ def perplexity(
         losses.append(token_losses(logits, targets).double().mean(1).cpu())
     means = torch.cat(losses)
     value = float(means.mean().exp())  # infinite where math.exp would raise
-    stderr = value * float(means.std()) / math.sqrt(windows) if windows > 1 else None
     return EvalResult(
         task=task,
         metric="perplexity",
         value=value,
-        stderr=stderr,
+        stderr=stderr_of(means, slope=value),
         n=windows,
         traits=TRAITS["perplexity"],
         settings={

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from eckart.data.encoding import check_vocabulary
 from eckart.data.pairs import check_sides
 from eckart.data.tokens import Rows, Tokens
+from eckart.evals.means import stderr_of
 from eckart.evals.module_inputs import ROWS, read_inputs
 from eckart.evals.result import TRAITS, EvalResult, Score
 from eckart.evals.windows import Specials, check_evaluating, cut_text
@@ -119,7 +119,7 @@ def similarity(
         task=task,
         metric="cosine",
         value=float(table.mean()),
-        stderr=float(per_window.std()) / math.sqrt(len(windows)) if len(windows) > 1 else None,
+        stderr=stderr_of(per_window),
         n=len(windows),
         traits=TRAITS["similarity"],
         settings={

@@ -18,7 +18,7 @@ class Subject:
 
     Attributes:
         model, tokenizer: the model and its tokenizer.
-        path: the directory that it was loaded from, for its bytes on disk.
+        weights: the files that it was loaded from, for its bytes on disk; see `models.loading.weights_on_disk`.
         reference: the dense model that it came from, for comparisons.
         activations: of the model on its calibration text; see `similarity.read_activations`.
         errors: of a compressed model's linears on its calibration text; see `distance.read_errors`.
@@ -28,7 +28,7 @@ class Subject:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    path: Path | None = None
+    weights: tuple[Path, ...] = ()
     reference: PreTrainedModel | None = None
     activations: Activations | None = None
     errors: LinearErrors | None = None

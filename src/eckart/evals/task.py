@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from eckart.evals.hidden_states import Pooling
 from eckart.evals.probing import Control
+from eckart.support.names import LONGEST, dashed, dashed_apart
+
+# What a label commonly has behind its name, see `Task.label`.
+MARKS = r"train|validation|sfsd-search|sfsd-evaluation|train-without-test|\d+|\d+-shot|last|cls|last-word"
+# Ends of other files next to a result.
+ENDS = (".dense", ".agreement")
 
 
 @dataclass(frozen=True)
@@ -70,5 +77,24 @@ class Task:
 
     @property
     def slug(self) -> str:
-        """A file name."""
-        return re.sub(r"[^A-Za-z0-9_.-]+", "-", self.label).strip("-.")
+        """A file name that no other label has: "lm-eval-piqa-sfsd-search".
+
+        Of the labels that become the same with dashes, the one that the name is read as has it alone, and each other a
+        digest behind it.
+        """
+        name = dashed(self.label)
+        read_as = re.sub(rf"-(?=(?:{MARKS})(?:-|$))", "@", name)
+        read_as = re.sub(r"^(lm-eval|[a-z]+)-", r"\1:", read_as)
+        read_as = re.sub(r":builtin-(?=prose|code)", ":builtin/", read_as)
+        plain = read_as == self.label and len(name) <= LONGEST and not name.endswith(ENDS)
+        return name if plain else dashed_apart(self.label)
+
+
+def check_distinct(tasks: Iterable[Task]) -> None:
+    """Raises ValueError for two tasks whose results would be one file."""
+    labels: dict[str, str] = {}
+    for task in tasks:
+        if task.slug in labels:
+            both = " and ".join(dict.fromkeys(map(repr, (labels[task.slug], task.label))))
+            raise ValueError(f"{both} would be written to one file, {task.slug}.json: leave one out")
+        labels[task.slug] = task.label

@@ -26,7 +26,7 @@ def evaluate(
     *,
     data: Path | None = None,
     batch_size: int = 8,
-    path: Path | None = None,
+    weights: Sequence[Path] = (),
     reference: PreTrainedModel | None = None,
     activations: Activations | None = None,
     errors: LinearErrors | None = None,
@@ -42,7 +42,7 @@ def evaluate(
         tasks: names such as "perplexity:wikitext2", "perplexity:notes.txt", "lm-eval:piqa", "stereoset", or `Task`s.
         data: folder with local copies of known corpora and tasks; None asks the hub.
         batch_size: examples at a time, for tasks of examples.
-        path, reference, activations, errors, blocks, context: see `Subject`; only some evaluations need them.
+        weights, reference, activations, errors, blocks, context: see `Subject`; only some evaluations need them.
         workers, cache: see `Setup`.
 
     Raises:
@@ -52,7 +52,7 @@ def evaluate(
     Warns where the tokenizer may be another model's.
     """
     to_run = [task if isinstance(task, Task) else Task(task) for task in tasks]
-    subject = Subject(model, tokenizer, path, reference, activations, errors, tuple(blocks), context)
+    subject = Subject(model, tokenizer, tuple(weights), reference, activations, errors, tuple(blocks), context)
     for task in to_run:
         missing = [name for name in sorted(find_task(task.name).needs) if not getattr(subject, name)]
         if "reference" in missing:  # those are read beside it

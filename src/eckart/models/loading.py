@@ -158,6 +158,16 @@ def plain_folder(path: str | Path) -> Path | None:
     return folder if folder.is_dir() and gguf_file(folder) is None and read_adapter(folder) is None else None
 
 
+def weights_on_disk(path: str | Path) -> tuple[Path, ...]:
+    """The files that a checkpoint on this machine is loaded from; none for any other name, a GGUF file, or an adapter.
+
+    Raises:
+        CheckpointError: an index is damaged, or names a file outside the folder.
+    """
+    folder = plain_folder(path)
+    return () if folder is None else tuple(weight_files(folder))
+
+
 @contextmanager
 def _as_checkpoint(path: str | Path, *, trust_remote_code: bool) -> Iterator[str | Path]:
     """Inside, a place that transformers loads itself: `path`, or a checkpoint made of its GGUF file or its adapter."""

@@ -29,7 +29,7 @@ from eckart.evals.similarity import Activations, read_activations
 from eckart.evals.subject import Setup, Subject
 from eckart.evals.task import Task
 from eckart.lowrank import DecompositionError
-from eckart.models.loading import load_model, load_tokenizer, locate, plain_folder
+from eckart.models.loading import load_model, load_tokenizer, locate, weights_on_disk
 from eckart.models.remote_code import carries_code
 from eckart.models.sites import common_blocks, input_groups
 from eckart.runs.calibration_errors import calibration_errors
@@ -274,13 +274,13 @@ class _Models:
             except ValueError as error:
                 yield from [error] * len(together)
                 continue
-            path = plain_folder(locate(self.recipe.model)) if which == "dense" else self.directory
+            weights = weights_on_disk(locate(self.recipe.model) if which == "dense" else self.directory)
             if which == "compressed" and self.recipe.is_baseline:
-                path = None
+                weights = ()
             # A baseline is made in memory: no worker elsewhere could load it.
             engine = HERE if which == "compressed" and self.recipe.is_baseline else self.how.engine
             how, context = self.how, self.recipe.context
-            subject = Subject(model, self.tokenizer, path, reference, activations, errors, blocks, context)
+            subject = Subject(model, self.tokenizer, weights, reference, activations, errors, blocks, context)
             setup = Setup(how.data, how.batch_size, how.workers, how.cache, how.track)
             yield from engine.outcomes(EvaluationRequest(subject, together, setup))
 

@@ -14,11 +14,14 @@ from huggingface_hub import try_to_load_from_cache
 from eckart.data.corpora import BUILTIN
 from eckart.data.labelled import LABELLED
 from eckart.data.mixtures import parts_of
+from eckart.evals.catalogue import find_task
 from eckart.evals.harness_tasks import LOCAL_TASKS
+from eckart.evals.result import traits_of
 from eckart.models.adapters import read_adapter
 from eckart.models.gguf_header import gguf_file
 from eckart.models.loading import locate
 from eckart.models.shards import COMPANIONS
+from eckart.models.weight_files import weight_files
 from eckart.runs.facts import FACTS
 from eckart.runs.recipe import Recipe
 from eckart.runs.sections import RecoverSection
@@ -29,6 +32,9 @@ INPUTS = "inputs.json"
 # In a model's directory, and of no influence on what it computes.
 NOTES = (FACTS, "plan.json", "allocation.json", "finetuning.json")
 
+# In place of the files of a set that is not in a folder.
+FROM_HUB = {"its copy on the hub": "any version"}
+
 # {source: {file: its digest}}. A source is a model, a text or a set of texts, all files of it or none.
 Inputs = dict[str, dict[str, str]]
 
@@ -37,8 +43,8 @@ def read_inputs(recipe: Recipe, data: Path | None) -> Inputs:
     """The files that a recipe reads on this machine, with a digest of each.
 
     Those of the model and its tokenizer, of texts and plans that the recipe names by their paths, and of the known sets
-    in `data`. A model on the hub has its commit instead. Sets on the hub are not looked at: `datasets` keeps the
-    version that it has.
+    in `data`. A model on the hub has its commit instead. Of a set on the hub there is only that it is from there:
+    `datasets` keeps the version that it has.
 
     Cost: one read of each file, and none of those that this process has read already.
     """
@@ -55,13 +61,16 @@ def inputs_of(models: Iterable[str], names: Iterable[str], data: Path | None) ->
             inputs[f"the text {BUILTIN}"] = {"Python's documentation": platform.python_version()}
         elif Path(name).is_file():
             inputs[name] = _digests([Path(name)])
-        elif data is not None:
-            inputs[f"the data of {name}"] = _files_of_set(name, data)
+        else:
+            inputs[f"the data of {name}"] = ({} if data is None else _files_of_set(name, data)) or FROM_HUB
     return {source: files for source, files in inputs.items() if files}
 
 
 def changes_in(inputs: Inputs, recorded: Inputs) -> list[str]:
-    """What differs from what was recorded, in words. A source that only one of the two has is no difference."""
+    """What differs from what was recorded, in words.
+
+    A source that only one of the two has is no difference: older notes do not say what was from the hub.
+    """
     changes = []
     for source in inputs.keys() & recorded.keys():
         before, now = recorded[source], inputs[source]
@@ -89,14 +98,19 @@ def check_inputs(file: Path, inputs: Inputs) -> list[str]:
 def digest_inputs(inputs: Inputs, names: Iterable[str]) -> str:
     """One digest of the model's files and of those of these names, for the name of a result that runs share."""
     wanted = {source for name in names for source in (name, f"the data of {name}", f"the text {BUILTIN}")}
-    some = {source: files for source, files in inputs.items() if source.startswith("the model ") or source in wanted}
+    some = {
+        source: files
+        for source, files in inputs.items()
+        if files != FROM_HUB and (source.startswith("the model ") or source in wanted)
+    }
     return hashlib.sha256(json.dumps(some, sort_keys=True).encode()).hexdigest()
 
 
 def _names(recipe: Recipe) -> Iterator[str]:
     """Everything that the recipe names and that may be a file or a known set."""
-    yield from parts_of(recipe.calibration.corpus)
     tasks = [task.name for task in recipe.tasks]
+    if recipe.keep != 1 or any("activations" in find_task(task).needs for task in tasks):
+        yield from parts_of(recipe.calibration.corpus)
     if recipe.allocation is not None and recipe.allocation.score is not None:
         tasks.append(recipe.allocation.score)
     for task in tasks:
@@ -110,7 +124,7 @@ def _names(recipe: Recipe) -> Iterator[str]:
 def names_in(task: str) -> tuple[str, ...]:
     """The texts or sets that an evaluation of this name reads."""
     kind, _, argument = task.partition(":")
-    return parts_of(argument or kind)
+    return parts_of(argument or kind) if argument or traits_of(task).counts else ()
 
 
 def _files_of_set(name: str, data: Path) -> dict[str, str]:
@@ -135,7 +149,8 @@ def _files_of_model(name: str) -> Inputs:
 
 def _files_in(folder: Path) -> dict[str, str]:
     weights = "*.safetensors" if any(folder.glob("*.safetensors")) else "*.bin"
-    return _digests(file for pattern in (*COMPANIONS, weights) for file in folder.glob(pattern))
+    files = {file for pattern in (*COMPANIONS, weights) for file in folder.glob(pattern)}
+    return _digests(files | set(weight_files(folder)))  # a .bin beside a .safetensors that is no model
 
 
 def _commit_of(model: str) -> dict[str, str]:

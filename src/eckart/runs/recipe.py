@@ -22,7 +22,7 @@ from eckart.compression.tuning.distillation import Distillation
 from eckart.compression.tuning.recovery import Recovery
 from eckart.compression.tuning.refinement import Refinement
 from eckart.data.mixtures import parts_of, spell_out
-from eckart.evals.task import Task
+from eckart.evals.task import Task, check_distinct
 from eckart.lowrank import Layout
 from eckart.lowrank.moments import GRADIENT_STATISTICS
 from eckart.lowrank.storage import GROUP
@@ -282,10 +282,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Recipe:
-        labels = [item.to_task().label for item in self.evaluate]
-        twice = [label for label in dict.fromkeys(labels) if labels.count(label) > 1]
-        if twice:
-            raise ValueError(f"evaluate has {twice[0]!r} twice")
+        check_distinct(self.tasks)
         return self
 
     def _says(self, name: str) -> bool:

@@ -19,6 +19,7 @@ from eckart.runs.inputs import check_inputs, read_inputs
 from eckart.runs.recipe import Recipe, parse_recipe
 from eckart.runs.study import Row, Study, merge
 from eckart.support.files import claimed, write_whole
+from eckart.support.names import LONGEST, dashed, dashed_apart
 from eckart.support.plain_data import read_json
 
 
@@ -66,7 +67,8 @@ def run_study(
     Raises:
         FileExistsError: a run directory holds another recipe, or a model was fine-tuned with other settings, and
             `force` is not given.
-        ValueError: a recipe that does not fit, found before anything runs; and what compression raises.
+        ValueError: a recipe that does not fit, or two runs whose names make one folder, found before anything runs; and
+            what compression raises.
     """
     with claimed(directory):
         return _run_study(study, directory, how, force, keep_weights)
@@ -76,6 +78,7 @@ def _run_study(study: Study, directory: Path, how: How, force: bool, keep_weight
     planned = study.recipes()
     for _, _, recipe in planned:
         recipe.check_apart()
+    _check_folders({label: slug(label) for label, *_ in planned})
     if study.finetune is not None:
         planned = fine_tune_models(planned, study.finetune.to_settings(), directory, how, force=force)
     measured: dict[str, list[Measured]] = {}
@@ -107,7 +110,7 @@ def fine_tune_models(
     Raises:
         FileExistsError: a model was fine-tuned with other settings and `force` is not given; raised before any
             training.
-        ValueError: as `fine_tune` raises it.
+        ValueError: as `fine_tune` raises it; or two models whose names make one folder.
     """
     models = list(dict.fromkeys(recipe.model for _, _, recipe in planned))
     names = [slug(Path(model).name) for model in models]
@@ -115,6 +118,7 @@ def fine_tune_models(
         model: directory / "finetuned" / (name if names.count(name) == 1 else slug(model))
         for model, name in zip(models, names, strict=True)
     }
+    _check_folders({model: place.name for model, place in places.items()})
     missing = []
     for model, place in places.items():
         notes = place / NOTES
@@ -291,6 +295,17 @@ def traits_at(column: str) -> Traits:
     return EVALUATIONS[kind].traits if kind in EVALUATIONS else traits_of(task)
 
 
+def _check_folders(folders: Mapping[str, str]) -> None:
+    """Raises ValueError where two of {what: its folder's name} have one folder."""
+    owners: dict[str, str] = {}
+    for what, folder in folders.items():
+        if folder in owners:
+            raise ValueError(f"{owners[folder]!r} and {what!r} would share the folder {folder}: give one another name")
+        owners[folder] = what
+
+
 def slug(label: str) -> str:
-    """A folder name."""
-    return re.sub(r"[^A-Za-z0-9_.=-]+", "-", label).strip("-.")
+    """A folder name: with dashes for what stands between words, and a digest where more than that became a dash."""
+    name = dashed(label)
+    usual = 0 < len(name) <= LONGEST and re.fullmatch(r"[A-Za-z0-9_.=\- ,()%/:;]+", label)
+    return name if usual else dashed_apart(label)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from eckart.evals.result import EvalResult, read_result, write_result
-from eckart.evals.task import Task
+from eckart.evals.task import Task, check_distinct
 from eckart.runs.inputs import changes_in, inputs_of, names_in
 from eckart.support.files import claimed, write_whole
 from eckart.support.plain_data import read_yaml
@@ -85,7 +85,7 @@ class Results:
 @contextmanager
 def open_results(
     folder: Path | None,
-    tasks: Iterable[Task],
+    tasks: Sequence[Task],
     settings: Mapping[str, Any],
     *,
     models: Sequence[str],
@@ -102,8 +102,9 @@ def open_results(
 
     Raises:
         FileExistsError: a task has a result of something else.
-        ValueError: another process writes there, or a file is damaged.
+        ValueError: another process writes there, a file is damaged, or a task is given twice.
     """
+    check_distinct(tasks)
     with nullcontext() if folder is None else claimed(folder):
         results = Results(folder, settings, models, texts, data)
         kept = {} if force else {task.slug: result for task in tasks if (result := results.find(task)) is not None}

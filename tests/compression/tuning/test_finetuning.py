@@ -16,9 +16,9 @@ import eckart
 from eckart.calibration.cache import read_gradients, read_making, write_gradients
 from eckart.compression.tuning.finetuning import NOTES, FineTuning, fine_tune, give_padding, train
 from eckart.data.labelled import Labelled
-from eckart.evals.cost import disk_bytes
 from eckart.evals.hidden_states import pad_rows, tokenize_texts
 from eckart.models.families import UnsupportedModelError
+from eckart.models.loading import weights_on_disk
 from eckart.models.sites import find_sites, low_rank_modules
 from eckart.runs import workbench
 from eckart.runs.how import How
@@ -325,7 +325,7 @@ def test_recorded_squares_serve_whatever_is_around_the_method(
 
 def test_recorded_squares_are_not_weights(place: Path, tmp_path: Path) -> None:
     fine_tune(place / "bert", tmp_path / "out", settings_of(place, epochs=1))
-    assert disk_bytes(tmp_path / "out") == (tmp_path / "out/model.safetensors").stat().st_size
+    assert weights_on_disk(tmp_path / "out") == (tmp_path / "out/model.safetensors",)
 
 
 # Refusals
