@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from eckart.reports.files import write_files
+from eckart.reports.linears import kept_share
 from eckart.reports.page import render
 from eckart.reports.runs import read_runs
 from eckart.reports.site_facts import SiteFacts
@@ -290,6 +291,35 @@ def test_a_linear_without_a_shape_is_named(tmp_path: Path, shape: list[float]) -
 )
 def test_a_linear_says_how_it_is_kept(more: dict[str, Any], way: str, kept: float) -> None:
     """In few bits its share is one of bytes."""
-    site = SiteFacts.of("a.b", {"block": 1, "role": "b", "shape": [8, 16], **more})
+    site = SiteFacts.of("a.b", {"block": 1, "role": "b", "shape": [8, 16], **more}, {})
     assert site.way == way
     assert site.kept == kept
+
+
+@pytest.mark.parametrize(
+    ("facts", "kept", "dense"),
+    [
+        ({"layout": "plain", "joint": []}, 0.75, 1.0),
+        ({"layout": "pivoted", "joint": []}, 4 * (8 + 16 - 4) / 128, 1.0),
+        ({"layout": "plain", "joint": ["model.layers.0.self_attn.q_proj"]}, None, 1.0),
+    ],
+)
+def test_a_file_without_shares_says_what_it_can(facts: dict[str, Any], kept: float | None, dense: float) -> None:
+    """An older file does not tell which linears share a right factor: nothing is better than a wrong number."""
+    item = {"block": 1, "role": "b", "shape": [8, 16]}
+    assert SiteFacts.of("a.b", {**item, "rank": 4}, facts).kept == kept
+    assert SiteFacts.of("a.b", {**item, "rank": 4, "kept": 0.4}, facts).kept == 0.4
+    assert SiteFacts.of("a.b", {**item, "rank": None}, facts).kept == dense
+
+
+def test_a_share_that_no_file_tells_is_not_drawn(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    file = run / "model" / "compression.json"
+    facts = json.loads(file.read_text())
+    for item in facts["sites"].values():
+        item["rank"] = 4
+    write_json(file, facts | {"joint": ["x"]})
+    chart = kept_share(read_runs([run]))
+    assert chart is not None
+    assert {view.choices[-1] for view in chart.views} == {"relative error"}
+    assert "kept" not in "".join(text for row in chart.views[0].figure.data[0].hovertext for text in row)

@@ -115,9 +115,10 @@ class Run:
     @property
     def sites(self) -> tuple[SiteFacts, ...]:
         """The sites whose place and shape are known."""
+        facts = self.compression or {}
         return tuple(
-            SiteFacts.of(name, item)
-            for name, item in _sites_of(self.compression or {}).items()
+            SiteFacts.of(name, item, facts)
+            for name, item in _sites_of(facts).items()
             if all(item.get(key) is not None for key in ("block", "role", "shape"))
         )
 
