@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from eckart.evals.result import EvalResult, Score
+from eckart.reports.counterparts import WHAT
 from eckart.reports.pitfalls import POOLED, WonBack, answer, compare, fail, recover, relate
 from eckart.reports.runs import Collection, read_runs
 from eckart.reports.verdicts import answers_data, pitfalls_of, sections
@@ -213,7 +214,7 @@ def test_a_probing_alone_answers_what_it_can(tmp_path: Path) -> None:
     answers = answer(read_runs([tmp_path]))
     assert (answers.relations, answers.differences, answers.recoveries) == ((), (), ())
     (section,) = sections(answers)
-    assert section.sentences == ("No method can be compared with svd: no run of it has the size of another's.",)
+    assert section.sentences == (f"No method can be compared with svd: no run of it has another's {WHAT}.",)
     assert [table.slug for table in section.tables] == ["failing"]
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from eckart.evals.result import EvalResult, Score
+from eckart.reports.counterparts import counterpart
 from eckart.reports.profiles import blocks_of, probings
 from eckart.reports.resampling import Estimate, correlations, mean_of
 from eckart.reports.runs import Collection, Run, base_of, naming_damage
@@ -247,15 +248,15 @@ def relate(collection: Collection, *, seed: int = 0) -> Iterator[Relation]:
 def compare(collection: Collection, *, baseline: str = BASELINE, seed: int = 0) -> Iterator[Difference]:
     """Every method minus the baseline at the same size: means over (task, size), intervals by resampling those cells.
 
-    A run with a fine-tuning after the compression is compared with a baseline that had the same one.
+    What else the two have to have in common says `counterpart`.
     """
     cells: dict[tuple[str, str, str], list[Contrast]] = {}
     for run in _compressed(collection):
         if run.method == baseline or run.size is None:
             continue
         for task in probings(collection):
-            base = _counterpart(collection, run, baseline, task)
-            if base is None or task not in run.compressed:
+            base = counterpart(collection, run, baseline, [task])
+            if base is None:
                 continue
             ours, theirs = run.compressed[task], base.compressed[task]
             selectivity = ours.read("selectivity") - theirs.read("selectivity")
@@ -361,15 +362,6 @@ def _loss(dense: EvalResult, compressed: EvalResult) -> float:
 def _correlations(points: Sequence[Point], lost: Sequence[float], seed: int) -> tuple[Estimate, Estimate]:
     names = ("loss of the score", "loss of selectivity")
     return correlations([point.loss for point in points], lost, names=names, seed=seed)
-
-
-def _counterpart(collection: Collection, run: Run, method: str, task: str) -> Run | None:
-    """The method's run of the same model, size and fine-tuning that has the task."""
-    for other in collection.of(run.model):
-        alike = other.method == method and other.size == run.size and other.recovery == run.recovery
-        if alike and task in other.compressed:
-            return other
-    return None
 
 
 def _recipe_key(run: Run) -> str:

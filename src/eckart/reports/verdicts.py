@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from eckart.evals.result import CHECK, Score
+from eckart.reports.counterparts import WHAT
 from eckart.reports.formats import MISSING, percent, score, with_error
 from eckart.reports.pitfalls import Answers, Difference, Relation, WonBack, answer
 from eckart.reports.profiles import probings
@@ -101,7 +102,7 @@ def _compared(answers: Answers) -> Section:
     tables = []
     sentences = [_difference_sentence(difference) for difference in answers.differences]
     if not sentences:
-        sentences = [f"No method can be compared with {baseline}: no run of it has the size of another's."]
+        sentences = [f"No method can be compared with {baseline}: no run of it has another's {WHAT}."]
     else:
         numbers = (*_columns("Selectivity"), *_columns("F1"))
         words = (Column(name, False) for name in ("Model", "Method", "Minus"))
