@@ -171,6 +171,23 @@ class Collection:
         """The dense model's result on a task, from the first run that has it."""
         return next((run.dense[task] for run in self.runs if run.model == model and task in run.dense), None)
 
+    def dense_of(self, run: Run, task: str) -> EvalResult | None:
+        """The dense model's result that a run's is to be held against: its own; where it has none, another run's of
+        the same model and type, under the settings of the run's result. None where there is none.
+        """
+        if task in run.dense or task not in run.compressed:
+            return run.dense.get(task)
+        settings, kind = run.compressed[task].settings, run.recipe.get("dtype")
+        return next(
+            (
+                other.dense[task]
+                for other in self.runs
+                if other.model == run.model and other.recipe.get("dtype") == kind and task in other.dense
+                if other.dense[task].settings == settings
+            ),
+            None,
+        )
+
     def tasks(self, section: SectionName | None = None, *, where: str = "compressed") -> list[str]:
         """Tasks of a section, or of all, in order of appearance in the results of `where`."""
         names = dict.fromkeys(task for run in self.runs for task in getattr(run, where))
