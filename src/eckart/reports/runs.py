@@ -16,6 +16,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from eckart.evals.result import EvalResult, SectionName, Traits, read_result, traits_of
 from eckart.reports.site_facts import SiteFacts
 from eckart.support.plain_data import read_json, read_yaml
+from eckart.support.recipe_words import size_in_words
 
 # Methods without a share to keep. They are shown with the runs of every share.
 SIZELESS = ("int8", "int4")
@@ -71,14 +72,16 @@ class Run:
 
     @property
     def size(self) -> str | None:
-        """What was asked for, in words; None for a method without a share to keep."""
-        if self.keep is not None:
-            return f"keep {self.keep:g}"
-        for kind in ("rules", "plan"):
-            if self.recipe.get(kind) is not None and self.method not in SIZELESS:
-                share = (self.compression or {}).get("keep_of_linears")
-                return f"by {kind}" if share is None else f"by {kind}, {share:.2f} of linears"
-        return None
+        """What was asked for, in words, and of rules, plans and searches that end by themselves what it came to. None
+        for a method that has one size.
+        """
+        if self.method in SIZELESS:
+            return None
+        asked, share = size_in_words(self.recipe), (self.compression or {}).get("keep_of_linears")
+        if asked and not any(self.recipe.get(kind) for kind in ("rules", "plan")):
+            return asked
+        came_to = "" if share is None else f"{share:.2f} of linears"
+        return ", ".join(filter(None, (asked, came_to))) or "size unknown"
 
     @property
     def corpus(self) -> str | None:
