@@ -30,7 +30,10 @@ ROOMS["cli"] = set(ROOMS)
 DOORS: dict[tuple[str, str], tuple[str, ...]] = {
     ("models", "data"): ("eckart.data.builtin",),
     ("reports", "evals"): ("eckart.evals.result", "eckart.evals.improvement"),
-    ("reports", "support"): ("eckart.support.files", "eckart.support.plain_data"),
+    ("reports", "support"): (
+        *("eckart.support.files", "eckart.support.plain_data"),
+        *("eckart.support.recipe_words", "eckart.support.recipe_settings"),
+    ),
 }
 # Libraries that a room must never import.
 NEVER: dict[str, set[str]] = {"lowrank": {"transformers"}, "reports": {"torch", "transformers"}}

@@ -121,6 +121,15 @@ def make_run(
     return folder
 
 
+def change_recipe(folder: Path, **keys: Any) -> Path:
+    """Change keys of a run's recipe, those that are None away."""
+    file = folder / "recipe.yaml"
+    recipe = {**yaml.safe_load(file.read_text(encoding="utf-8")), **keys}
+    said = {key: value for key, value in recipe.items() if value is not None}
+    file.write_text(yaml.safe_dump(said, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return folder
+
+
 def make_probing_study(folder: Path, *, models: int = 1, recover: bool = True) -> Path:
     """Runs with a probing of two tasks and a classifier's score: 2 methods by 3 shares, some fine-tuned afterwards."""
     for model in list(MODELS)[-models:]:

@@ -15,11 +15,11 @@ from eckart.reports.figures import all_figures
 from eckart.reports.histograms import similarity
 from eckart.reports.linears import kept_share, spectra
 from eckart.reports.palette import DARK, METHODS, RAMP, SURFACE, give_looks
-from eckart.reports.rows import looks_of
+from eckart.reports.rows import looks_of, names_of
 from eckart.reports.runs import Collection, read_runs
 from eckart.reports.sizes import divergence, perplexity, scores
 
-from .make_runs import CORPORA, KEEPS, TASKS, change_result, make_probing_study, make_run, make_study
+from .make_runs import CORPORA, KEEPS, TASKS, change_recipe, change_result, make_probing_study, make_run, make_study
 from .make_runs import METHODS as NAMES
 
 
@@ -173,6 +173,55 @@ def test_stereoset_by_domain(study: Collection) -> None:
     dense = study.dense("heron-15M", "stereoset")
     assert dense is not None
     assert figure.data[3].x[0] == dense.scores["ss.race"].value
+
+
+def budget_runs(folder: Path) -> Collection:
+    """Runs of one method whose budgets are of every kind."""
+    budgets = {
+        "keep": {},
+        "total": {"keep_total": 0.5},
+        "bytes": {"max_bytes": 1000},
+        "speed": {"speed": {"times": 1.5, "rows": 64}},
+        "rules": {"rules": [{"keep": 0.5, "include": ["mlp"]}]},
+        "plan": {"plan": "some/mine.json"},
+        "search": {},
+    }
+    for name, budget in budgets.items():
+        run = make_run(folder / name)
+        if name != "keep":
+            change_recipe(run, keep=None, **budget)
+    return read_runs([folder])
+
+
+def test_every_budget_has_its_size_and_every_run_its_bar(tmp_path: Path) -> None:
+    collection = budget_runs(tmp_path)
+    sizes = {run.name: run.size for run in collection.runs}
+    share = f"{collection.runs[0].compression['keep_of_linears']:.2f} of linears"
+    assert sizes == {
+        "keep": "keep 0.7",
+        "total": "keep_total 0.5",
+        "bytes": "max_bytes 1000",
+        "speed": "speed 1.5 at 64 tokens",
+        "rules": f"keep 0.5 of mlp, {share}",
+        "plan": f"plan mine, {share}",
+        "search": share,
+    }
+    for run in collection.runs:
+        assert run.size is not None
+        assert collection.at("heron-15M", run.size) == [run]
+        bars = view(tasks(collection), "heron-15M", run.size, "acc").figure.data[0]
+        assert list(bars.x)[1:] == [pytest.approx(run.compressed["lm-eval:boolq"].value)]
+        assert f"{run.series}, {run.size}" in bars.hovertext[1]
+        flips = view(agreement(collection), "heron-15M", run.size).figure.data[0]
+        assert list(flips.y) == [run.series]
+
+
+def test_runs_of_one_series_are_told_apart_by_their_size(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", keep=0.9)
+    make_run(tmp_path / "b", keep=0.5)
+    make_run(tmp_path / "c", method="svd", keep=0.5)
+    names = names_of(read_runs([tmp_path]).runs)
+    assert names == {"a": "asvd-i, keep 0.9", "b": "asvd-i, keep 0.5", "c": "svd"}
 
 
 def test_flips_point_both_ways(study: Collection) -> None:

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from eckart.evals.result import EvalResult, Score
+from eckart.reports.counterparts import WHAT
 from eckart.reports.pitfalls import POOLED, WonBack, answer, compare, fail, recover, relate
 from eckart.reports.runs import Collection, read_runs
 from eckart.reports.verdicts import answers_data, pitfalls_of, sections
 
 from .make_runs import (
+    change_result,
     classification_result,
     make_probing_run,
     make_probing_study,
@@ -102,6 +104,56 @@ def test_perplexity_counts_in_nats_and_infinity_is_left_out(tmp_path: Path) -> N
     assert relation.pearson.value == pytest.approx(1.0)
     (section,) = [s for s in pitfalls_of(read_runs([tmp_path])) if s.slug == "pitfalls-relation"]
     assert "Left out, as their loss is infinite: 4." in section.sentences
+
+
+def losing_runs(folder: Path, *, own: bool = True) -> Collection:
+    """Four runs that lose 0.1, 0.2, 0.3 and 0.4 nats, the first two measured on another part of the text.
+
+    Args:
+        own: each has a dense result of its own; otherwise only the first and the last one have.
+    """
+
+    def text(value: float, windows: int) -> EvalResult:
+        return EvalResult("perplexity:ptb", "perplexity", value, None, 9, "lower", settings={"windows": windows})
+
+    for place, (nats, dense, windows) in enumerate(((0.1, 10, 10), (0.2, 10, 10), (0.3, 20, 100), (0.4, 20, 100))):
+        results = {
+            "probing:cola": (flat(0.4), flat(0.4 - nats)),
+            "perplexity:ptb": (text(dense, windows), text(dense * math.exp(nats), windows)),
+        }
+        run = make_probing_run(folder / str(place), keep=0.9 - 0.1 * place, results=results)
+        if not own and place in (1, 2):
+            (run / "evals" / "perplexity-ptb.dense.json").unlink()
+    return read_runs([folder])
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_loss_is_from_the_runs_own_dense_result(tmp_path: Path, own: bool) -> None:
+    collection = losing_runs(tmp_path, own=own)
+    (relation,) = relate(collection)
+    assert [point.loss for point in relation.points] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    warning = "perplexity:ptb on heron-15M was measured with different windows: do not compare."
+    (section,) = [each for each in pitfalls_of(collection) if each.slug == "pitfalls-relation"]
+    assert warning in section.sentences
+    assert answer(collection).clashes == {"perplexity:ptb": [warning]}
+
+
+def test_a_run_without_a_dense_result_of_its_settings_is_no_point(tmp_path: Path) -> None:
+    losing_runs(tmp_path)
+    for place in (2, 3):
+        (tmp_path / str(place) / "evals" / "perplexity-ptb.dense.json").unlink()
+    (relation,) = relate(read_runs([tmp_path]))
+    assert [point.run for point in relation.points] == ["0", "1"]
+
+
+def test_what_is_won_back_is_from_the_runs_own_dense_result(tmp_path: Path) -> None:
+    make_probing_run(tmp_path / "1", keep=0.9, results={"probing:cola": (flat(0.2), flat(0.1))})
+    for name, steps, value in (("2", 0, 0.1), ("3", 8, 0.3)):
+        make_probing_run(tmp_path / name, steps=steps, results={"probing:cola": (flat(0.4), flat(value))})
+    (row,) = [row for row in recover(read_runs([tmp_path])) if row.measure == "selectivity"]
+    assert (row.dense.value, row.lost.value) == (pytest.approx(0.4), pytest.approx(0.3))
+    change_result(tmp_path / "2" / "evals" / "probing-cola.json", settings={"seeds": 1})
+    assert list(recover(read_runs([tmp_path]))) == []
 
 
 def test_pairs_of_one_set_come_first_and_fine_tuned_runs_do_not_count(tmp_path: Path) -> None:
@@ -213,7 +265,7 @@ def test_a_probing_alone_answers_what_it_can(tmp_path: Path) -> None:
     answers = answer(read_runs([tmp_path]))
     assert (answers.relations, answers.differences, answers.recoveries) == ((), (), ())
     (section,) = sections(answers)
-    assert section.sentences == ("No method can be compared with svd: no run of it has the size of another's.",)
+    assert section.sentences == (f"No method can be compared with svd: no run of it has another's {WHAT}.",)
     assert [table.slug for table in section.tables] == ["failing"]
 
 

@@ -13,11 +13,22 @@ from typing import Any
 import pytest
 
 from eckart.reports.files import write_files
+from eckart.reports.linears import kept_share
 from eckart.reports.page import render
 from eckart.reports.runs import read_runs
 from eckart.reports.site_facts import SiteFacts
 
-from .make_runs import CORPORA, KEEPS, METHODS, change_result, make_probing_run, make_run, make_study, write_json
+from .make_runs import (
+    CORPORA,
+    KEEPS,
+    METHODS,
+    change_recipe,
+    change_result,
+    make_probing_run,
+    make_run,
+    make_study,
+    write_json,
+)
 
 
 def test_a_study_is_read_whole_and_in_order(tmp_path: Path) -> None:
@@ -146,6 +157,76 @@ def test_settings_that_differ_are_in_the_name(tmp_path: Path) -> None:
         "d": "asvd-i",
         "e": "svd (corpus ptb)",
         "f": "svd (corpus wikitext2)",
+    }
+
+
+ONE_CHANGE: list[dict[str, Any]] = [
+    {"method": {"name": "asvd-i", "options": {"shrinkage": 0.1}}},
+    {"dtype": "bfloat16"},
+    {"sites": {"include": ["mlp"]}},
+    {"allocation": {"name": "global"}},
+    {"allocation": {"name": "global", "weights": "probes"}},
+    {"allocation": {"name": "per-role", "shares": {"mlp": 2, "attention": 1}}},
+    {"layout": "pivoted"},
+    {"order": "anchored"},
+    {"joint": True},
+    {"refit": True},
+    {"refine": {"steps": 8, "rate": 0.1}},
+    {"refine": {"steps": 9, "rate": 0.1}},
+    {"distil": {"steps": 8}},
+    {"recover": {"steps": 8}},
+    {"bits": 4},
+    {"bits": 4, "group": 32},
+    {"bits": 4, "turns": 2},
+    {"rank_multiple": 32},
+    {"context": 64},
+    {"cache_group": 2},
+    {"calibration": {"corpus": "ptb", "samples": 8}},
+    {"keep": None, "rules": [{"keep": 0.7}]},
+]
+
+
+def test_recipes_that_differ_in_more_than_size_are_other_series(tmp_path: Path) -> None:
+    make_run(tmp_path / "as it is")
+    for place, keys in enumerate(ONE_CHANGE):
+        change_recipe(make_run(tmp_path / str(place), keep=0.7), **keys)
+    series = [run.series for run in read_runs([tmp_path]).runs]
+    assert len(set(series)) == len(ONE_CHANGE) + 1
+    assert not any("[" in name for name in series)
+
+
+def test_runs_that_differ_in_size_and_evaluations_are_one_series(tmp_path: Path) -> None:
+    spelled: dict[str, Any] = {"layout": "plain", "order": "one-shot", "refine": {"steps": 0, "rate": 0.1}}
+    budgets = ({"keep_total": 0.5}, {"max_bytes": 1000}, {"keep": 0.5, "evaluate": ["cost"]}, {"keep": 0.9, **spelled})
+    for place, keys in enumerate(budgets):
+        change_recipe(make_run(tmp_path / str(place)), **{"keep": None, **keys})
+    assert {run.series for run in read_runs([tmp_path]).runs} == {"asvd-i"}
+
+
+def test_labels_are_short_and_a_composition_has_its_name(tmp_path: Path) -> None:
+    """However its parts are written."""
+    best = {"allocation": {"name": "global"}, "layout": "pivoted", "order": "anchored", "joint": False, "refit": False}
+    refined = {"refine": {"steps": 36, "rate": 0.0003}}
+    for name, method, keep, keys in (
+        ("given", "best", 0.9, {}),
+        ("spelled", "kfac", 0.7, {**best, "refine": {"steps": 0, "rate": 0.0003}, "distil": {"steps": 0}}),
+        ("low", "kfac", 0.7, {**best, "order": "one-shot"}),
+        ("high", "kfac", 0.7, {**best, **refined}),
+        ("bare", "kfac", 0.7, {}),
+        ("a", "asvd-i", 0.9, {"layout": "plain"}),
+        ("b", "asvd-i", 0.7, {"layout": "pivoted", "order": "anchored", "sites": {"include": ["mlp"]}}),
+        ("c", "asvd-i", 0.5, {"bits": 4}),
+    ):
+        change_recipe(make_run(tmp_path / name, method=method, keep=keep), **keys)
+    assert {run.name: run.series for run in read_runs([tmp_path]).runs} == {
+        "given": "best (anchored)",
+        "spelled": "best (anchored)",
+        "low": "best (one-shot)",
+        "high": "best (anchored, refined)",
+        "bare": "kfac",
+        "a": "asvd-i (plain, one-shot)",
+        "b": "asvd-i (pivoted, anchored, of mlp)",
+        "c": "asvd-i (4 bits, plain, one-shot)",
     }
 
 
@@ -290,6 +371,35 @@ def test_a_linear_without_a_shape_is_named(tmp_path: Path, shape: list[float]) -
 )
 def test_a_linear_says_how_it_is_kept(more: dict[str, Any], way: str, kept: float) -> None:
     """In few bits its share is one of bytes."""
-    site = SiteFacts.of("a.b", {"block": 1, "role": "b", "shape": [8, 16], **more})
+    site = SiteFacts.of("a.b", {"block": 1, "role": "b", "shape": [8, 16], **more}, {})
     assert site.way == way
     assert site.kept == kept
+
+
+@pytest.mark.parametrize(
+    ("facts", "kept", "dense"),
+    [
+        ({"layout": "plain", "joint": []}, 0.75, 1.0),
+        ({"layout": "pivoted", "joint": []}, 4 * (8 + 16 - 4) / 128, 1.0),
+        ({"layout": "plain", "joint": ["model.layers.0.self_attn.q_proj"]}, None, 1.0),
+    ],
+)
+def test_a_file_without_shares_says_what_it_can(facts: dict[str, Any], kept: float | None, dense: float) -> None:
+    """An older file does not tell which linears share a right factor: nothing is better than a wrong number."""
+    item = {"block": 1, "role": "b", "shape": [8, 16]}
+    assert SiteFacts.of("a.b", {**item, "rank": 4}, facts).kept == kept
+    assert SiteFacts.of("a.b", {**item, "rank": 4, "kept": 0.4}, facts).kept == 0.4
+    assert SiteFacts.of("a.b", {**item, "rank": None}, facts).kept == dense
+
+
+def test_a_share_that_no_file_tells_is_not_drawn(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    file = run / "model" / "compression.json"
+    facts = json.loads(file.read_text())
+    for item in facts["sites"].values():
+        item["rank"] = 4
+    write_json(file, facts | {"joint": ["x"]})
+    chart = kept_share(read_runs([run]))
+    assert chart is not None
+    assert {view.choices[-1] for view in chart.views} == {"relative error"}
+    assert "kept" not in "".join(text for row in chart.views[0].figure.data[0].hovertext for text in row)

@@ -24,7 +24,8 @@ from eckart.runs import experiment
 from eckart.runs.how import How
 from eckart.runs.recipe import parse_recipe
 from eckart.runs.reproduction import read, run_study, slug
-from eckart.runs.study import Study, describe, load_study, studies
+from eckart.runs.study import Study, load_study, studies
+from eckart.support.recipe_words import describe
 from tiny import tiny_model, tiny_text, tiny_tokenizer
 
 BASE: dict[str, Any] = {
@@ -344,6 +345,10 @@ def test_a_rival_that_lacks_its_package_says_so_before_anything_is_measured(
             "svd, keep 0.5 of mlp; keep 0.9 of all blocks",
         ),
         ({"method": "svd", "plan": "some/where/mine.json"}, "svd, plan mine"),
+        ({"speed": {"times": 1.5}}, "best, speed 1.5"),
+        ({"speed": {"times": 1.5, "rows": 64}}, "best, speed 1.5 at 64 tokens"),
+        ({"keep": 0.5, "keep_cache": 0.25}, "best, keep 0.5, keep_cache 0.25"),
+        ({"refine": {}, "keep": 0.5}, "best, refine, keep 0.5"),
         ({"method": "int8"}, "int8"),
     ],
 )

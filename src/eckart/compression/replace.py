@@ -39,9 +39,10 @@ class SiteReport:
             Of linears that share a right factor it is that of all of them.
         refit: whether the left factor was refit and was better on the held-out tokens; None where no refit was tried.
         note: where the linear has no influence on the calibration text, why, and how it was factored then.
-        stored: in how many bits its numbers are kept, as `Storage.to_dict` has it, and "kept", their bytes as a share
-            of the dense weight's; None for the model's type.
+        stored: in how many bits its numbers are kept, as `Storage.to_dict` has it; None for the model's type.
         tokens: of an expert's linear, the share of the calibration text's tokens that the expert is given.
+        kept: share of the dense weight's numbers that are stored, in few bits of its bytes. Of linears that share a
+            right factor it is that of all of them. None in a journal of an older eckart.
     """
 
     site: Site
@@ -53,6 +54,7 @@ class SiteReport:
     note: str | None = None
     stored: dict[str, Any] | None = None
     tokens: float | None = None
+    kept: float | None = None
 
     @property
     def name(self) -> str:
@@ -110,7 +112,9 @@ class CompressionReport:
             "bytes": [self.bytes_before, self.bytes_after],
             "seconds": {stage: round(value, 2) for stage, value in self.seconds.items()},
             "sites": {
-                **{site.name: _place(site) | {"rank": None, "relative_error": None} for site in self.dense},
+                **{
+                    site.name: _place(site) | {"rank": None, "kept": 1.0, "relative_error": None} for site in self.dense
+                },
                 **{
                     report.name: _place(report.site)
                     | {
@@ -120,6 +124,7 @@ class CompressionReport:
                         **({} if report.refit is None else {"refit": report.refit}),
                         **({} if report.note is None else {"note": report.note}),
                         **({} if report.stored is None else report.stored),
+                        **({} if report.kept is None else {"kept": float(f"{report.kept:.9g}")}),
                         **({} if report.tokens is None else {"tokens": float(f"{report.tokens:.6g}")}),
                         "spectrum": [float(f"{loss:.4g}") for loss in report.losses],
                     }
@@ -262,13 +267,15 @@ def place(model: PreTrainedModel, unit: Unit, cut: Cut, plan: RankPlan) -> list[
         replace_module(model, name, module)
     rank = plan.rank(unit.sites[0])
     nothing = (None,) * len(unit.sites)
-    storage, stored = plan.storage(unit.sites[0]), None
+    storage, stored, kept = plan.storage(unit.sites[0]), None, plan.kept_of(unit) / unit.num_params
     if not storage.is_plain:
         size = cast(Tensor, modules[unit.sites[0].name].weight).element_size()
-        took = storage.num_bytes(unit.d_out, unit.d_in, rank, size)
-        stored = {**storage.to_dict(), "kept": round(took / (unit.num_params * size), 6)}
+        stored, kept = (
+            storage.to_dict(),
+            storage.num_bytes(unit.d_out, unit.d_in, rank, size) / (unit.num_params * size),
+        )
     return [
-        SiteReport(site, rank, relative, cut.tail, cut.losses, cut.refit, note, stored, tokens)
+        SiteReport(site, rank, relative, cut.tail, cut.losses, cut.refit, note, stored, tokens, kept)
         for site, relative, note, tokens in zip(
             unit.sites, cut.relative_errors, cut.notes or nothing, cut.tokens or nothing, strict=True
         )

@@ -10,7 +10,7 @@ from eckart.evals.result import EvalResult
 from eckart.reports.charts import Chart, View, panel_grid, place
 from eckart.reports.formats import number, percent, plain, score
 from eckart.reports.palette import GAIN, INK, LOSS, QUIET, SURFACE
-from eckart.reports.rows import id_columns, run_row
+from eckart.reports.rows import id_columns, names_of, run_row
 from eckart.reports.runs import Collection, Run
 from eckart.reports.tables import Column, Table, corpus_of
 
@@ -53,26 +53,25 @@ def _flip_scores(collection: Collection) -> list[str]:
 
 
 def _flips(runs: Sequence[Run], names: Sequence[str]) -> go.Figure:
-    order = [run.series for run in runs if any(task in run.agreement for task in names)]
+    called = names_of(runs)
+    order = [called[run.name] for run in runs if any(task in run.agreement for task in names)]
     figure = panel_grid(
         [corpus_of(corpus_of(task)) for task in names], row=28 * len(order) + 8, least=270, shared_rows=True
     )
     for panel, task in enumerate(names):
-        results = {run.series: run.agreement[task] for run in runs if task in run.agreement}
+        results = {called[run.name]: run.agreement[task] for run in runs if task in run.agreement}
         # Every row is named in every panel, so that rows line up.
         for name, sign, tone in (("learned", 1, GAIN), ("unlearned", -1, LOSS)):
-            shares = {series: _flip_share(result, name) for series, result in results.items()}
+            shares = {who: _flip_share(result, name) for who, result in results.items()}
             figure.add_trace(
                 go.Bar(
                     orientation="h",
-                    y=[plain(series) for series in order],
-                    x=[None if shares.get(series) is None else 100 * sign * (shares[series] or 0) for series in order],
+                    y=[plain(who) for who in order],
+                    x=[None if shares.get(who) is None else 100 * sign * (shares[who] or 0) for who in order],
                     name=name,
                     legendgroup=name,
                     marker={"color": tone.light, "cornerradius": 2},
-                    hovertext=[
-                        _flip_hover(series, results[series], name) if series in results else "" for series in order
-                    ],
+                    hovertext=[_flip_hover(who, results[who], name) if who in results else "" for who in order],
                     hoverinfo="text",
                     showlegend=panel == 0,
                 ),
@@ -80,7 +79,7 @@ def _flips(runs: Sequence[Run], names: Sequence[str]) -> go.Figure:
             )
         figure.add_trace(
             go.Scatter(
-                y=[plain(series) for series in results],
+                y=[plain(who) for who in results],
                 x=[100 * result.value for result in results.values()],
                 mode="markers",
                 name="answers that differ",
@@ -98,7 +97,7 @@ def _flips(runs: Sequence[Run], names: Sequence[str]) -> go.Figure:
                     "thickness": 1,
                     "width": 2,
                 },
-                hovertext=[_flip_hover(series, result, "disagreement") for series, result in results.items()],
+                hovertext=[_flip_hover(who, result, "disagreement") for who, result in results.items()],
                 hoverinfo="text",
                 showlegend=panel == 0,
             ),
@@ -117,13 +116,13 @@ def _flip_share(result: EvalResult, name: str) -> float | None:
     return None if count is None else count.value / result.n
 
 
-def _flip_hover(series: str, result: EvalResult, name: str) -> str:
+def _flip_hover(who: str, result: EvalResult, name: str) -> str:
     if name == "disagreement":
         first = f"{percent(result.value)} of answers differ"
         first += "" if result.stderr is None else f" ± {percent(result.stderr)}"
     else:
         first = f"{name} {percent(_flip_share(result, name))}, {number(result.scores[name].value)} of {result.n:,}"
-    lines = [series, first]
+    lines = [who, first]
     if "delta" in result.scores:
         delta = result.scores["delta"]
         error = "" if delta.stderr is None else f" ± {score(delta.stderr, 'acc')}"

@@ -10,7 +10,17 @@ from eckart.evals.result import EvalResult
 from eckart.reports.charts import Bar, BarPanel, Chart, View, bar_figure
 from eckart.reports.formats import amount, score, times
 from eckart.reports.palette import DENSE
-from eckart.reports.rows import dense_row, id_columns, looks_of, name_run, results_on, run_row, scores_of, tasks_of
+from eckart.reports.rows import (
+    dense_row,
+    id_columns,
+    looks_of,
+    name_run,
+    names_of,
+    results_on,
+    run_row,
+    scores_of,
+    tasks_of,
+)
 from eckart.reports.runs import Collection, base_of
 from eckart.reports.tables import Column, Table, clashes, corpus_of
 
@@ -126,13 +136,14 @@ def _bars(
     for model in collection.models:
         for size in collection.sizes(model):
             runs = collection.at(model, size)
-            colors = {"dense": DENSE.light, **{run.series: looks[run.series].color for run in runs}}
+            called = names_of(runs)
+            colors = {"dense": DENSE.light, **{called[run.name]: looks[run.series].color for run in runs}}
             for choice, entries in choices.items():
                 panels = []
                 for label, task, key in entries:
                     show = formats.get(label)
                     dense = _bar(collection.dense(model, task), key, "dense", show)
-                    bars = {run.series: _bar(run.compressed.get(task), key, name_run(run), show) for run in runs}
+                    bars = {called[run.name]: _bar(run.compressed.get(task), key, name_run(run), show) for run in runs}
                     drawn = {name: bar for name, bar in {"dense": dense, **bars}.items() if bar is not None}
                     if drawn:
                         level = 1.0 if key in RATIOS else None if dense is None else dense.value

@@ -11,7 +11,7 @@ from eckart.evals.result import EvalResult, Score
 from eckart.reports.charts import Chart, LinePanel, Point, View, line_figure, spread_demands_log
 from eckart.reports.formats import number, with_error
 from eckart.reports.palette import DENSE, Look
-from eckart.reports.rows import id_columns, looks_of, name_run
+from eckart.reports.rows import id_columns, looks_of, name_run, names_of
 from eckart.reports.runs import Collection, Run
 from eckart.reports.tables import Cell, Column, Table, clashes, corpus_of, number_cell, text_cell
 
@@ -93,9 +93,10 @@ def accumulation(collection: Collection) -> Chart | None:
 
 def _figure(measured: Sequence[tuple[Run, Sequence[BlockError]]], looks: Mapping[str, Look]) -> go.Figure:
     panels = []
+    called = names_of([run for run, _ in measured])
     for name, title in PARTS.items():
         lines = {
-            run.series: [
+            called[run.name]: [
                 Point(each.block, each.parts[name].value, each.parts[name].stderr, _hover(run, each)) for each in blocks
             ]
             for run, blocks in measured
@@ -105,7 +106,8 @@ def _figure(measured: Sequence[tuple[Run, Sequence[BlockError]]], looks: Mapping
     # The first block inherits nothing: on a logarithmic axis its zero is a gap.
     logarithmic = spread_demands_log([value for value in values if value > 0])
     axes = ("block", "share of the squared norm")
-    figure = line_figure(panels, looks, dense=DENSE.light, axes=axes, logarithmic=logarithmic)
+    own = {called[run.name]: looks[run.series] for run, _ in measured}
+    figure = line_figure(panels, own, dense=DENSE.light, axes=axes, logarithmic=logarithmic)
     figure.update_xaxes(tickformat="d", nticks=8)
     return figure
 

@@ -12,7 +12,7 @@ from eckart.reports.charts import Chart, View, panel_grid, place
 from eckart.reports.formats import plain, score, with_error
 from eckart.reports.palette import DENSE, QUIET, Look, ramp
 from eckart.reports.profiles import Layer, check_of, layers_of, probings
-from eckart.reports.rows import id_columns, looks_of, name_run
+from eckart.reports.rows import id_columns, looks_of, name_run, names_of
 from eckart.reports.runs import Collection, Run
 from eckart.reports.tables import Cell, Column, Table, clashes, corpus_of, number_cell, text_cell
 
@@ -81,7 +81,9 @@ def _groups(collection: Collection, model: str) -> list[tuple[str, list[Series]]
         elif own[0].name not in shown:
             groups.append((name_run(own[0]), [dense, Series(name_run(own[0]), looks[name], own[0])]))
     for size, same_size in sizes.items():
-        groups.append((f"methods, {size}", [dense, *(Series(run.series, looks[run.series], run) for run in same_size)]))
+        called = names_of(same_size)
+        lines = [Series(called[run.name], looks[run.series], run) for run in same_size]
+        groups.append((f"methods, {size}", [dense, *lines]))
     return groups or [("dense", [dense])]
 
 

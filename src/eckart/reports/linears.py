@@ -40,7 +40,8 @@ def kept_share(collection: Collection) -> Chart | None:
             for site in sites
         ]
         choices = (run.model, run.series, run.size or "as it is")
-        views.append(View((*choices, "kept share"), _heat_map(sites, lambda site: site.kept, (0.0, 1.0), percent)))
+        if any(site.kept is not None for site in sites):
+            views.append(View((*choices, "kept share"), _heat_map(sites, lambda site: site.kept, (0.0, 1.0), percent)))
         errors = [site.relative_error for site in sites if site.relative_error is not None]
         if errors:
             top = max([*(error for error in errors if math.isfinite(error)), 1e-12])
@@ -64,9 +65,9 @@ def kept_share(collection: Collection) -> Chart | None:
     )
     reading = (
         "Each cell is one linear of the model: its block from left to right, its role from top to bottom. The further "
-        "its colour is from the page's, the more of its numbers it keeps (in few bits, of its bytes); 100 % is left "
-        "dense. Relative error is the share of the layer's output energy that what is stored loses on the calibration "
-        "text, before any steps."
+        "its colour is from the page's, the more of its numbers it keeps (in few bits, of its bytes; where linears "
+        "share a right factor, of those of all of them); 100 % is left dense. Relative error is the share of the "
+        "layer's output energy that what is stored loses on the calibration text, before any steps."
     )
     table = Table("kept-numbers", "Kept share of every linear", columns, tuple(rows))
     title = "Where the parameters stay"
@@ -155,7 +156,7 @@ def _short(value: float | None, show: Callable[[float], str]) -> str:
 def _site_hover(site: SiteFacts) -> str:
     lines = [
         f"{site.role}, block {site.block}",
-        f"{percent(site.kept)} kept, {site.way}",
+        site.way if site.kept is None else f"{percent(site.kept)} kept, {site.way}",
         f"{site.shape[0]} by {site.shape[1]}",
     ]
     if site.relative_error is not None:

@@ -13,13 +13,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from eckart.evals.result import EvalResult, Score
+from eckart.reports.counterparts import counterpart
 from eckart.reports.profiles import blocks_of, probings
 from eckart.reports.resampling import Estimate, correlations, mean_of
 from eckart.reports.runs import Collection, Run, base_of, naming_damage
+from eckart.reports.tables import clashes
 
 # Against which the other methods are compared: what everybody starts from.
 BASELINE = "svd"
@@ -175,13 +177,18 @@ class WonBack:
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers to the three questions; empty where the runs say nothing of one."""
+    """The answers to the three questions; empty where the runs say nothing of one.
+
+    Attributes:
+        clashes: {task: warnings, where runs measured it under different settings}.
+    """
 
     baseline: str
     relations: tuple[Relation, ...]
     differences: tuple[Difference, ...]
     failing: tuple[Failing, ...]
     recoveries: tuple[WonBack, ...]
+    clashes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @naming_damage
@@ -207,6 +214,7 @@ def answer(collection: Collection, *, baseline: str = BASELINE, seed: int = 0) -
         tuple(compare(collection, baseline=baseline, seed=seed)),
         tuple(fail(collection)),
         tuple(recover(collection)),
+        {task: warnings for task in collection.tasks() if (warnings := clashes(collection, task))},
     )
 
 
@@ -247,15 +255,15 @@ def relate(collection: Collection, *, seed: int = 0) -> Iterator[Relation]:
 def compare(collection: Collection, *, baseline: str = BASELINE, seed: int = 0) -> Iterator[Difference]:
     """Every method minus the baseline at the same size: means over (task, size), intervals by resampling those cells.
 
-    A run with a fine-tuning after the compression is compared with a baseline that had the same one.
+    What else the two have to have in common says `counterpart`.
     """
     cells: dict[tuple[str, str, str], list[Contrast]] = {}
     for run in _compressed(collection):
         if run.method == baseline or run.size is None:
             continue
         for task in probings(collection):
-            base = _counterpart(collection, run, baseline, task)
-            if base is None or task not in run.compressed:
+            base = counterpart(collection, run, baseline, [task])
+            if base is None:
                 continue
             ours, theirs = run.compressed[task], base.compressed[task]
             selectivity = ours.read("selectivity") - theirs.read("selectivity")
@@ -294,8 +302,10 @@ def recover(collection: Collection) -> Iterator[WonBack]:
         if run.recovery is None or cut is None:
             continue
         for task in run.compressed:
-            dense = collection.dense(run.model, task)
+            dense = collection.dense_of(run, task)
             if dense is None or task not in cut.compressed:
+                continue
+            if cut.compressed[task].settings != run.compressed[task].settings:
                 continue
             three = (dense, cut.compressed[task], run.compressed[task])
             failed = None
@@ -337,7 +347,7 @@ def _set_of(task: str) -> str:
 
 def _point(collection: Collection, run: Run, score: str, probing: str) -> Point | None:
     results = [run.compressed.get(score), run.compressed.get(probing)]
-    before = [collection.dense(run.model, task) for task in (score, probing)]
+    before = [collection.dense_of(run, task) for task in (score, probing)]
     if results[0] is None or results[1] is None or before[0] is None or before[1] is None:
         return None
     blocks = (blocks_of(before[1]), blocks_of(results[1]))
@@ -361,15 +371,6 @@ def _loss(dense: EvalResult, compressed: EvalResult) -> float:
 def _correlations(points: Sequence[Point], lost: Sequence[float], seed: int) -> tuple[Estimate, Estimate]:
     names = ("loss of the score", "loss of selectivity")
     return correlations([point.loss for point in points], lost, names=names, seed=seed)
-
-
-def _counterpart(collection: Collection, run: Run, method: str, task: str) -> Run | None:
-    """The method's run of the same model, size and fine-tuning that has the task."""
-    for other in collection.of(run.model):
-        alike = other.method == method and other.size == run.size and other.recovery == run.recovery
-        if alike and task in other.compressed:
-            return other
-    return None
 
 
 def _recipe_key(run: Run) -> str:

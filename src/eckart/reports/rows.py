@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from eckart.evals.result import EvalResult, SectionName
 from eckart.reports.formats import amount, percent, score, with_error
@@ -34,6 +34,12 @@ def scores_of(result: EvalResult | None) -> list[str]:
 def name_run(run: Run) -> str:
     """ "nsvd-i, keep 0.7"."""
     return f"{run.series}, {run.size}" if run.size else run.series
+
+
+def names_of(runs: Sequence[Run]) -> dict[str, str]:
+    """{run's name: what it is called among these}: its series, with its size where another has the same series."""
+    series = [run.series for run in runs]
+    return {run.name: run.series if series.count(run.series) == 1 else name_run(run) for run in runs}
 
 
 def hover_text(run: Run, result: EvalResult) -> str:

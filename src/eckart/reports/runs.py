@@ -16,9 +16,14 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from eckart.evals.result import EvalResult, SectionName, Traits, read_result, traits_of
 from eckart.reports.site_facts import SiteFacts
 from eckart.support.plain_data import read_json, read_yaml
+from eckart.support.recipe_settings import name_of, settings_of
+from eckart.support.recipe_words import size_in_words
 
 # Methods without a share to keep. They are shown with the runs of every share.
 SIZELESS = ("int8", "int4")
+# Parts of a recipe that there are or are not, and settings that are written in another way, as a label has them.
+PARTS = {"joint": "joint", "refit": "refit", "refine": "refined", "distil": "distilled", "recover": "recovered"}
+WRITTEN = {"bits": "{} bits", "sites": "of {}"}
 # How data of a wrong form shows itself where it is drawn.
 DAMAGE = (TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
 P = ParamSpec("P")
@@ -55,8 +60,8 @@ class Run:
 
     @property
     def method(self) -> str:
-        section = self.recipe.get("method", "?")
-        return str(section.get("name", "?") if isinstance(section, Mapping) else section)
+        """Its name, or that of the composition whose parts the recipe has."""
+        return name_of(self.recipe)
 
     @property
     def keep(self) -> float | None:
@@ -71,14 +76,16 @@ class Run:
 
     @property
     def size(self) -> str | None:
-        """What was asked for, in words; None for a method without a share to keep."""
-        if self.keep is not None:
-            return f"keep {self.keep:g}"
-        for kind in ("rules", "plan"):
-            if self.recipe.get(kind) is not None and self.method not in SIZELESS:
-                share = (self.compression or {}).get("keep_of_linears")
-                return f"by {kind}" if share is None else f"by {kind}, {share:.2f} of linears"
-        return None
+        """What was asked for, in words, and of rules, plans and searches that end by themselves what it came to. None
+        for a method that has one size.
+        """
+        if self.method in SIZELESS:
+            return None
+        asked, share = size_in_words(self.recipe), (self.compression or {}).get("keep_of_linears")
+        if asked and not any(self.recipe.get(kind) for kind in ("rules", "plan")):
+            return asked
+        came_to = "" if share is None else f"{share:.2f} of linears"
+        return ", ".join(filter(None, (asked, came_to))) or "size unknown"
 
     @property
     def corpus(self) -> str | None:
@@ -115,9 +122,10 @@ class Run:
     @property
     def sites(self) -> tuple[SiteFacts, ...]:
         """The sites whose place and shape are known."""
+        facts = self.compression or {}
         return tuple(
-            SiteFacts.of(name, item)
-            for name, item in _sites_of(self.compression or {}).items()
+            SiteFacts.of(name, item, facts)
+            for name, item in _sites_of(facts).items()
             if all(item.get(key) is not None for key in ("block", "role", "shape"))
         )
 
@@ -169,6 +177,23 @@ class Collection:
     def dense(self, model: str, task: str) -> EvalResult | None:
         """The dense model's result on a task, from the first run that has it."""
         return next((run.dense[task] for run in self.runs if run.model == model and task in run.dense), None)
+
+    def dense_of(self, run: Run, task: str) -> EvalResult | None:
+        """The dense model's result that a run's is to be held against: its own; where it has none, another run's of
+        the same model and type, under the settings of the run's result. None where there is none.
+        """
+        if task in run.dense or task not in run.compressed:
+            return run.dense.get(task)
+        settings, kind = run.compressed[task].settings, run.recipe.get("dtype")
+        return next(
+            (
+                other.dense[task]
+                for other in self.runs
+                if other.model == run.model and other.recipe.get("dtype") == kind and task in other.dense
+                if other.dense[task].settings == settings
+            ),
+            None,
+        )
 
     def tasks(self, section: SectionName | None = None, *, where: str = "compressed") -> list[str]:
         """Tasks of a section, or of all, in order of appearance in the results of `where`."""
@@ -419,18 +444,19 @@ def _label(runs: list[Run]) -> list[Run]:
     full = {str(run.recipe["model"]) for run in runs}
     short = {name: PurePath(name).name or name for name in full}
     models = {name: short[name] if list(short.values()).count(short[name]) == 1 else name for name in full}
-    varied: dict[str, set[str]] = {}
+    varied: dict[str, set[tuple[str, str]]] = {}
     for group in _groups(runs, lambda run: (run.recipe["model"], run.method)):
-        settings = [_settings(run) for run in group]
+        settings = [settings_of(run.recipe) for run in group]
         for key in {key for setting in settings for key in setting}:
-            having = [setting for setting in settings if setting["recover"] or not key.startswith("recover.")]
-            if len({json.dumps(setting.get(key), sort_keys=True, default=str) for setting in having}) > 1:
-                varied.setdefault(group[0].method, set()).add(key)
+            for head in {_head(key, setting) for setting in settings}:
+                having = [setting.get(key) for setting in settings if _head(key, setting) == head]
+                if len({json.dumps(value, sort_keys=True, default=str) for value in having}) > 1:
+                    varied.setdefault(group[0].method, set()).add((key, head))
     labelled = []
     for run in runs:
-        own = _settings(run)
-        keys = [k for k in sorted(varied.get(run.method, ())) if own["recover"] or not k.startswith("recover")]
-        words = [_words(key, own.get(key)) for key in keys]
+        own, differ = settings_of(run.recipe), varied.get(run.method, set())
+        keys = sorted({key for key, _ in differ if (key, _head(key, own)) in differ})
+        words = [word for key in keys if (word := _words(key, own.get(key)))]
         series = f"{run.method} ({', '.join(words)})" if words else run.method
         labelled.append(replace(run, model=models[str(run.recipe["model"])], series=series))
     unique: list[Run] = []
@@ -446,27 +472,22 @@ def _groups(runs: list[Run], key: Any) -> list[list[Run]]:
     return list(groups.values())
 
 
-def _settings(run: Run) -> dict[str, Any]:
-    """What may tell two runs of one method and size apart."""
-    section = run.recipe.get("method")
-    options = section.get("options") if isinstance(section, Mapping) else None
-    calibration, recovery = run.recipe.get("calibration"), run.recovery
-    return {
-        **{f"{key}": run.recipe.get(key) for key in ("dtype", "rank_multiple")},
-        **{f"options.{key}": value for key, value in (options or {}).items()},
-        **{f"calibration.{key}": v for key, v in (calibration if isinstance(calibration, Mapping) else {}).items()},
-        "recover": recovery is not None,
-        **{f"recover.{key}": value for key, value in (recovery or {}).items()},
-        "allocation": next((kind for kind in ("rules", "plan") if run.recipe.get(kind) is not None), "keep"),
-    }
+def _head(key: str, settings: Mapping[str, Any]) -> str:
+    """Of a setting of a part, such as "recover.steps", what the part is: only among runs with the same does it tell
+    them apart.
+    """
+    part, _, below = key.partition(".")
+    return str(settings.get(part)) if below else ""
 
 
 def _words(key: str, value: Any) -> str:
-    """A setting in a label: "alpha 0.5", "corpus ptb", "by rules", "recovered"."""
-    if key == "recover":
-        return "recovered"
-    if key == "allocation":
-        return {"keep": "uniform"}.get(value, f"by {value}")
+    """A setting in a label: "alpha 0.5", "corpus ptb", "pivoted", "4 bits"; nothing for a part that is not there."""
+    if key in PARTS:
+        return PARTS[key] if value else ""
+    if key in ("allocation", "layout", "order"):
+        return str(value or "")
+    if key in WRITTEN:
+        return WRITTEN[key].format(value) if value else ""
     return f"{key.rpartition('.')[2]} {'default' if value is None else value}"
 
 

@@ -19,7 +19,9 @@ class SiteFacts:
         relative_error, tail: what the cut lost, as compression.json has it.
         spectrum: share of the loss that remains at evenly spaced ranks, 0 to min(d_out, d_in); empty if not stored.
         base, bits: of a quantised weight and of the factors; None where there is none, or in the model's type.
-        kept_bytes: of numbers in few bits, their bytes as a share of the dense weight's.
+        kept: share of the weight's numbers that are stored, 1 where dense; of numbers in few bits that of its bytes,
+            and of linears that share a right factor that of all of them. None where the file does not say it and the
+            rank alone does not tell.
         tokens: share of the calibration text's tokens that an expert is given; None of other linears.
     """
 
@@ -34,12 +36,16 @@ class SiteFacts:
     spectrum: tuple[float, ...]
     base: int | None = None
     bits: int | None = None
-    kept_bytes: float | None = None
+    kept: float | None = None
     tokens: float | None = None
 
     @classmethod
-    def of(cls, name: str, item: Mapping[str, Any]) -> SiteFacts:
-        """The linear of an entry of compression.json's "sites" that says where it is."""
+    def of(cls, name: str, item: Mapping[str, Any], facts: Mapping[str, Any]) -> SiteFacts:
+        """The linear of an entry of compression.json's "sites" that says where it is.
+
+        Args:
+            facts: the whole of compression.json.
+        """
         return cls(
             name,
             int(item["block"]),
@@ -52,7 +58,7 @@ class SiteFacts:
             tuple(item.get("spectrum") or ()),
             item.get("base"),
             item.get("bits"),
-            item.get("kept"),
+            _kept(item, facts),
             item.get("tokens"),
         )
 
@@ -70,13 +76,17 @@ class SiteFacts:
             words.append(f"rank {self.rank} of {min(self.shape)}" + (f" in {self.bits} bits" if self.bits else ""))
         return " and ".join(words) or "dense"
 
-    @property
-    def kept(self) -> float:
-        """Share of the weight's numbers that are stored: rank (d_out + d_in) / (d_out d_in), 1 where dense.
 
-        Of numbers in few bits it is the share of its bytes.
-        """
-        if self.kept_bytes is not None:
-            return self.kept_bytes
-        d_out, d_in = self.shape
-        return 1.0 if self.rank is None else self.rank * (d_out + d_in) / (d_out * d_in)
+def _kept(item: Mapping[str, Any], facts: Mapping[str, Any]) -> float | None:
+    """The share of an entry; of an older file, which has none, r (d_out + d_in) / (d_out d_in), pivoted r² less.
+
+    Such a file does not say which linears share a right factor, nor what each of them keeps then.
+    """
+    if item.get("kept") is not None:
+        return float(item["kept"])
+    rank, (d_out, d_in) = item.get("rank"), item["shape"]
+    if rank is None:
+        return 1.0
+    if facts.get("joint"):
+        return None
+    return rank * (d_out + d_in - (rank if facts.get("layout") == "pivoted" else 0)) / (d_out * d_in)

@@ -90,7 +90,8 @@ def scores(collection: Collection) -> Chart | None:
     title = "Task scores against the share kept"
     columns = (*id_columns(task="Task"), Column("Kept"), Column("Score"), Column("Standard error"))
     table = Table("scores-numbers", title, columns, tuple(rows))
-    return Chart("scores", title, reading, ("Model",), tuple(views), table, lines=True)
+    warnings = tuple(note for task in names for note in clashes(collection, task))
+    return Chart("scores", title, reading, ("Model",), tuple(views), table, lines=True, notes=warnings)
 
 
 def _against_bytes(

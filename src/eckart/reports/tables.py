@@ -10,6 +10,7 @@ from typing import Any
 
 from eckart.evals.improvement import average_improvement
 from eckart.evals.result import Better, EvalResult, Score, SectionName
+from eckart.reports.counterparts import WHAT, counterpart
 from eckart.reports.formats import MISSING, amount, number, percent, score
 from eckart.reports.runs import Collection, Run, Study, base_of, kind_of
 
@@ -99,21 +100,24 @@ def gain(run: Run, baseline: Run | None) -> float | None:
     """The average improvement in perplexity over the baseline's run, on the corpora that were not calibrated on.
 
     None where there is no such corpus, where one of the two lacks a corpus of the other (a mean over the rest is
-    another number), or a perplexity of the baseline is infinite.
+    another number) or measured it under other settings, or a perplexity of the baseline is infinite.
     """
     if baseline is None:
         return None
     own = run.corpora
-    values, bases = (
+    ours, theirs = (
         {
-            task: result.value
+            task: result
             for task, result in measured.items()
             if result.traits.ratio and corpus_of(base_of(task)) not in own
         }
         for measured in (run.compressed, baseline.compressed)
     )
-    if not values or values.keys() != bases.keys() or any(math.isinf(base) for base in bases.values()):
+    if not ours or ours.keys() != theirs.keys() or any(math.isinf(base.value) for base in theirs.values()):
         return None
+    if any(result.settings != theirs[task].settings for task, result in ours.items()):
+        return None
+    values, bases = ({task: result.value for task, result in each.items()} for each in (ours, theirs))
     return average_improvement(values, bases)
 
 
@@ -179,19 +183,13 @@ def summary(collection: Collection, baseline: str | None = None) -> Table:
         )
         best = _best(runs, measures, better)
         for run in runs:
-            base = _baseline(runs, run, baseline)
-            share = gain(run, base)
             rows.append(
                 (
                     text_cell(model, str(run.recipe["model"])),
                     text_cell(run.series),
                     number_cell(run.keep, f"{run.keep:g}") if run.keep is not None else Cell(run.size or MISSING),
                     *_counts(run, 1),
-                    *(
-                        [Cell("baseline", 0.0) if base is run else number_cell(share, percent(share, signed=True))]
-                        if compared
-                        else []
-                    ),
+                    *([_gain_cell(collection, run, baseline)] if compared else []),
                     *(
                         replace(
                             _value(run.compressed.get(task), name, run.dense.get(task)),
@@ -205,7 +203,7 @@ def summary(collection: Collection, baseline: str | None = None) -> Table:
     notes = ["Bold: the best of a model at one share kept."] if any(cell.best for row in rows for cell in row) else []
     if compared:
         notes.append(
-            f"Gain: mean over corpora of 1 \u2212 perplexity ÷ {baseline}'s at the same share kept, "
+            f"Gain: mean over corpora of 1 \u2212 perplexity ÷ {baseline}'s at the same {WHAT}, "
             "without the corpus of the calibration."
         )
     return Table(
@@ -266,11 +264,19 @@ def _best(
     return best
 
 
-def _baseline(runs: Sequence[Run], run: Run, method: str) -> Run | None:
-    """The run of the baseline at the same size; itself where it is one."""
-    if run.method == method:
-        return run
-    return next((other for other in runs if other.method == method and other.size == run.size and run.size), None)
+def _gain_cell(collection: Collection, run: Run, baseline: str) -> Cell:
+    """A run's gain, with the run that it is against in the hint, or why there is none."""
+    if run.method == baseline:
+        return Cell("baseline", 0.0)
+    base = counterpart(collection, run, baseline)
+    share = gain(run, base)
+    if base is None:
+        why = f"no run of {baseline} has the same {WHAT}"
+    elif share is None:
+        why = f"no finite perplexities besides the calibration's that {base.name} has as well, measured alike"
+    else:
+        why = f"against {base.name}"
+    return number_cell(share, percent(share, signed=True), why)
 
 
 def paper_table(study: Study, place: int) -> Table:

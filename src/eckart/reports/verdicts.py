@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from eckart.evals.result import CHECK, Score
+from eckart.reports.counterparts import WHAT
 from eckart.reports.formats import MISSING, percent, score, with_error
 from eckart.reports.pitfalls import Answers, Difference, Relation, WonBack, answer
 from eckart.reports.profiles import probings
@@ -48,12 +49,21 @@ def sections(answers: Answers) -> list[Section]:
     """The questions that there is an answer to."""
     questions = []
     if answers.relations:
-        questions.append(_related(answers.relations))
+        tasks = [task for each in answers.relations for task in (each.score.rpartition(" ")[0], each.probing)]
+        questions.append(_warned(_related(answers.relations), answers, tasks))
     if answers.differences or answers.failing:
-        questions.append(_compared(answers))
+        tasks = [task for each in answers.failing for task in each.tasks]
+        questions.append(_warned(_compared(answers), answers, tasks))
     if answers.recoveries:
-        questions.append(_recovered(answers.recoveries))
+        tasks = [each.task for each in answers.recoveries]
+        questions.append(_warned(_recovered(answers.recoveries), answers, tasks))
     return questions
+
+
+def _warned(section: Section, answers: Answers, tasks: Sequence[str]) -> Section:
+    """The section with what there is to warn of in its tasks."""
+    warnings = [text for task in dict.fromkeys(tasks) for text in answers.clashes.get(task, ())]
+    return replace(section, sentences=(*section.sentences, *warnings))
 
 
 def _related(relations: Sequence[Relation]) -> Section:
@@ -101,7 +111,7 @@ def _compared(answers: Answers) -> Section:
     tables = []
     sentences = [_difference_sentence(difference) for difference in answers.differences]
     if not sentences:
-        sentences = [f"No method can be compared with {baseline}: no run of it has the size of another's."]
+        sentences = [f"No method can be compared with {baseline}: no run of it has another's {WHAT}."]
     else:
         numbers = (*_columns("Selectivity"), *_columns("F1"))
         words = (Column(name, False) for name in ("Model", "Method", "Minus"))

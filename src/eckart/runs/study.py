@@ -12,8 +12,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from eckart.compression.tuning.finetuning import FineTuning
 from eckart.evals.catalogue import counted_by
-from eckart.runs.recipe import MethodSection, Recipe, parse_recipe
+from eckart.runs.recipe import Recipe, parse_recipe
 from eckart.support.plain_data import read_yaml
+from eckart.support.recipe_words import describe
 from eckart.support.section import Section
 
 # What a limit counts: windows of a text; questions or rows; those of each member of a family such as mmlu.
@@ -252,50 +253,6 @@ def _models(models: Sequence[str], recipes: Sequence[Mapping[str, Any]]) -> list
     """The names of a study's models, without their owners and folders."""
     paths = models or [str(recipe.get("model")) for recipe in recipes]
     return list(dict.fromkeys(Path(path).name for path in paths))
-
-
-def describe(recipe: Mapping[str, Any]) -> str:
-    """A run in a few words: method, settings around it, size; "nsvd-i (share=0.9), pivoted, keep 0.7"."""
-    words = [_entry(recipe.get("method", MethodSection().name))]
-    if recipe.get("effort") is not None:
-        words.append(f"{recipe['effort']} effort")
-    if recipe.get("allocation") is not None:
-        words.append(_entry(recipe["allocation"]))
-    words += [str(recipe[key]) for key in ("layout", "order") if recipe.get(key) is not None]
-    for key in ("joint", "refit", "refine", "distil", "recover"):
-        value = recipe.get(key)
-        if value is not None:
-            off = not value or (isinstance(value, Mapping) and value.get("steps") == 0)
-            words.append(f"no {key}" if off else key + (_options(value) if isinstance(value, Mapping) else ""))
-    words += [f"{key} {recipe[key]:.12g}" for key in ("keep", "keep_total", "max_bytes") if recipe.get(key) is not None]
-    if recipe.get("speed"):
-        speed = recipe["speed"]
-        words.append(f"speed {speed['times'] if isinstance(speed, Mapping) else speed:g}")
-    if recipe.get("rules"):
-        words.append("; ".join(f"keep {rule['keep']:g} of {_places(rule) or 'all blocks'}" for rule in recipe["rules"]))
-    if recipe.get("plan"):
-        words.append(f"plan {Path(recipe['plan']).stem}")
-    places = _places(recipe.get("sites") or {})
-    return ", ".join(words) + (f" of {places}" if places else "")
-
-
-def _places(section: Mapping[str, Any]) -> str:
-    """Which linears, in words: "mlp, not down_proj, last 12"; nothing for all."""
-    named = [*(section.get("include") or ()), *(f"not {name}" for name in section.get("exclude") or ())]
-    return ", ".join([*named, *([section["blocks"]] if section.get("blocks") else [])])
-
-
-def _entry(section: Any) -> str:
-    """A name, or a section's name with its other keys but `limit`: "nsvd-i (share=0.9)"."""
-    if not isinstance(section, Mapping):
-        return str(section)
-    name = str(section.get("name", MethodSection().name))
-    rest = {key: value for key, value in section.items() if key not in ("name", "options", "limit")}
-    return name + _options({**(section.get("options") or {}), **rest})
-
-
-def _options(options: Mapping[str, Any]) -> str:
-    return f" ({', '.join(f'{key}={value}' for key, value in options.items())})" if options else ""
 
 
 def studies() -> dict[str, Path]:
