@@ -194,9 +194,10 @@ def test_a_recipe_runs_on_a_cluster(run: Run, joined: None, place: Path, tmp_pat
             out = tmp_path / f"{name}-{where}"
             status, printed = run("run", tmp_path / "recipe.yaml", "--out", out, "--no-cache", "--engine", where)
             assert status == 0, printed
+        measured = Task(f"perplexity:{place / 'test.txt'}", split="sfsd-evaluation").slug
         plans, values = (
-            [json.loads(next((tmp_path / f"{name}-{where}").glob(glob)).read_text()) for where in ("local", "ray")]
-            for glob in ("model/plan.json", "evals/*test.txt-sfsd-evaluation.json")
+            [json.loads((tmp_path / f"{name}-{where}" / file).read_text()) for where in ("local", "ray")]
+            for file in ("model/plan.json", f"evals/{measured}.json")
         )
         assert plans[0] == plans[1]
         assert values[0]["value"] == pytest.approx(values[1]["value"], rel=1e-3)
