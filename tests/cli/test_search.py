@@ -75,6 +75,7 @@ def test_a_target_and_some_sites(run: Run, place: Path, tmp_path: Path) -> None:
     curve = json.loads((tmp_path / "plan.search.json").read_text())["curve"]
     shares = [1 - (written["dense_params"] - point["kept_params"]) / selected for point in curve]
     assert shares[-1] <= 0.9 < shares[-2]
+    assert [point["keep"] for point in curve] == pytest.approx(shares)
     assert f"keeps {shares[-1]:.1%} of the selected linears" in printed
     status, printed = search(run, place, plan, *arguments, "0.3", "--force")
     assert status == 0, printed

@@ -327,6 +327,9 @@ def test_some_sites_a_layout_and_a_multiple(layout: Any) -> None:
     assert all(rank % 4 == 0 for rank in result.plan.ranks.values())
     assert result.plan.layout == layout
     assert result.curve[-1].kept_params == result.plan.kept_params
+    searched = sum(site.num_params for site in sites[7:9])
+    stored = result.plan.kept_params - (result.plan.dense_params - searched)
+    assert result.curve[-1].keep == pytest.approx(stored / searched)  # of what was searched, not of the model
 
 
 def test_joint_groups_are_decided_as_one() -> None:

@@ -122,7 +122,7 @@ class Point:
     Attributes:
         sites: linears decided so far.
         kept_params: numbers in the weights of all compressible linears, as `RankPlan.kept_params`.
-        keep: the same as a share of the dense ones.
+        keep: the share that the searched linears keep of theirs, as a recipe's `keep` counts.
         score: of the model with these cuts.
         evaluations: scores used so far, the dense one included.
     """
@@ -246,7 +246,7 @@ def search(
         scores = TrialScores(model, spectra, score, entries, team)
         dense = scores.dense()
         decisions = _Decisions(scores, ladders, _Bar(tolerance, dense, better), kept)
-        total = sum(site.num_params for site in every)
+        total, searched = sum(site.num_params for site in every), sum(unit.num_params for unit in units)
         curve = [Point(0, total, 1.0, dense, scores.evaluations)]
         trials: list[Trial] = []
 
@@ -255,7 +255,8 @@ def search(
             params, value = curve[-1].kept_params, curve[-1].score
             if trial is not None:
                 params, value = params + unit.num_stored(trial.rank, layout) - unit.num_params, trial.score
-            curve.append(Point(decisions.looked_at, params, params / total, value, scores.evaluations))
+            keep = 1 - (total - params) / searched
+            curve.append(Point(decisions.looked_at, params, keep, value, scores.evaluations))
 
         def small_enough() -> bool:
             return stop is not None and curve[-1].kept_params <= stop
