@@ -75,6 +75,12 @@ ABLATION: dict[str, dict[str, Any]] = {
     "best, one-shot": {**FULL, "order": "one-shot"},
     "best, sequential": {**FULL, "order": "sequential"},
     "best, tokens alike": {"method": {"name": "best", "options": {"weighted": False}}},
+    "best, shrunk by 0.3": {"method": {"name": "best", "options": {"shrink_in": 0.3}}},
+    "kfac, global, pivoted, shrunk by 0.3": {
+        "method": {"name": "kfac", "options": {"shrink_in": 0.3}},
+        **CUT,
+        "layout": "pivoted",
+    },
     "best, no bias": {"method": {"name": "best", "options": {"bias": False}}},
     "best and probes": {**FULL, "allocation": {"name": "global", "weights": "probes"}},
     "best and joint": {**FULL, "joint": True},

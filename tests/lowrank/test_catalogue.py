@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eckart.lowrank import METHODS, DecompositionError, InputMoments, Moments, build_method, method_options
+from eckart.lowrank.catalogue import ANCHOR_SHRINKAGE, anchored
 from eckart.lowrank.input_moments import INPUT_STATISTICS
 from eckart.lowrank.method import Prepared
 from eckart.lowrank.moments import GRADIENT_STATISTICS, TOKEN_WEIGHTS
@@ -278,3 +279,22 @@ def test_a_share_outside_zero_to_one_is_refused(entry: Entry, share: float) -> N
 def test_a_third_fisher_axis_is_refused() -> None:
     with pytest.raises(ValueError, match="'in' or 'out', not 'both'"):
         build_method("fwsvd", {"fisher_axis": "both"})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "share"),
+    [
+        ("asvd-i", {}, ANCHOR_SHRINKAGE),
+        ("nsvd-i", {"share": 0.9}, ANCHOR_SHRINKAGE),  # of the rank
+        ("kfac", {}, ANCHOR_SHRINKAGE),
+        ("kfac", {"shrink_in": 0.3}, 0.3),
+        ("kfac", {"shrink_in": 0.0}, ANCHOR_SHRINKAGE),
+        ("kfac", {"shrink_out": 0.5}, ANCHOR_SHRINKAGE),
+        ("shrunk", {"share": 0.4}, 0.4),
+    ],
+)
+def test_an_anchor_is_shrunk_as_far_as_the_method_shrinks_its_inputs(
+    name: str, options: dict[str, float], share: float
+) -> None:
+    method = build_method(name, options)
+    assert anchored(method) == method.anchored(share)

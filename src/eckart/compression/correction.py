@@ -31,7 +31,7 @@ from eckart.data.tokens import Tokens
 from eckart.lowrank import Factors, GradientMoments, Method, Moments, build_method, method_options, output_error
 from eckart.lowrank.anchor import Anchor
 from eckart.lowrank.bands import bands
-from eckart.lowrank.catalogue import ANCHOR_SHRINKAGE
+from eckart.lowrank.catalogue import anchored
 from eckart.lowrank.method import Prepared
 from eckart.models.corrected import CorrectedLinear
 from eckart.models.families import UnsupportedModelError
@@ -231,7 +231,7 @@ def correct(
             )
     dtype = dtype or (reference.dtype if reference.dtype.itemsize == 2 else torch.bfloat16)
     if order == "anchored" and method.needs:
-        method = method.anchored(ANCHOR_SHRINKAGE)
+        method = anchored(method)
     corrected = work.cut(method, ranks, dtype)
     unchanged = tuple(site for site in selected if site not in differing)
     return Correction(tuple(corrected[site.name] for site in differing), unchanged, method, order, allocation)

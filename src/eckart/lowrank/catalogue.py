@@ -35,8 +35,7 @@ FISHER_OUT_SHRINKAGE = 0.01
 # Starting points of METHODS' two-sided metric; a gradient covariance has fewer effective samples than an input moment,
 # and without shrinkage the method collapses on recent models (GFWSVD's own results on Llama-3).
 INPUT_SHRINKAGE, GRADIENT_SHRINKAGE = 0.1, 0.3
-# How far the anchored target's moments are shrunk: as far as the two-sided metric's input moment, so that both speak of
-# the same inputs.
+# How far the anchored target's moments are shrunk at least, see `anchored`.
 ANCHOR_SHRINKAGE = INPUT_SHRINKAGE
 
 
@@ -255,6 +254,16 @@ def kfac(
         centred=bias,
         options={"shrink_in": shrink_in, "shrink_out": shrink_out, "bias": bias, "weighted": weighted},
     )
+
+
+def anchored(method: Method) -> Method:
+    """The method fit to the dense model's outputs on the compressed model's inputs.
+
+    The target's moments are shrunk as far as the method shrinks its own input moment, so that both speak of the same
+    inputs, and no less than ANCHOR_SHRINKAGE.
+    """
+    own = method.options.get("share", 0.0) if method.name == "shrunk" else method.options.get("shrink_in", 0.0)
+    return method.anchored(max(own, ANCHOR_SHRINKAGE))
 
 
 METHODS: dict[str, Callable[..., Method]] = {

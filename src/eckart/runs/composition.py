@@ -12,7 +12,7 @@ from eckart.compression.tuning.distillation import Distillation
 from eckart.compression.tuning.recovery import Recovery
 from eckart.compression.tuning.refinement import Refinement
 from eckart.lowrank import METHODS, Layout, Method, method_options
-from eckart.lowrank.catalogue import ANCHOR_SHRINKAGE, kfac
+from eckart.lowrank.catalogue import anchored, kfac
 from eckart.lowrank.entries import entry_options
 from eckart.lowrank.storage import GROUP
 
@@ -70,7 +70,7 @@ class Composition:
     @property
     def in_order(self) -> Method:
         """The method as it factors each linear in the composition's order; it asks for what a refit needs as well."""
-        method = self.method.anchored(ANCHOR_SHRINKAGE) if self.order == "anchored" else self.method
+        method = anchored(self.method) if self.order == "anchored" else self.method
         return replace(method, needs=method.needs | {"second_moment"}) if self.refit else method
 
     @property

@@ -26,7 +26,7 @@ from eckart.support.files import check_room, set_aside, whole_file, write_whole
 from eckart.support.plain_data import read_json
 
 # Number of this layout and of the way blocks are made; part of the folder's name, so that a change reuses nothing.
-FORMAT = 1
+FORMAT = 2
 # Metadata key of what is not a tensor.
 RECORD = "record"
 
