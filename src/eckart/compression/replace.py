@@ -270,10 +270,8 @@ def place(model: PreTrainedModel, unit: Unit, cut: Cut, plan: RankPlan) -> list[
     storage, stored, kept = plan.storage(unit.sites[0]), None, plan.kept_of(unit) / unit.num_params
     if not storage.is_plain:
         size = cast(Tensor, modules[unit.sites[0].name].weight).element_size()
-        stored, kept = (
-            storage.to_dict(),
-            storage.num_bytes(unit.d_out, unit.d_in, rank, size) / (unit.num_params * size),
-        )
+        stored = storage.to_dict()
+        kept = storage.num_bytes(unit.d_out, unit.d_in, rank, size) / (unit.num_params * size)
     return [
         SiteReport(site, rank, relative, cut.tail, cut.losses, cut.refit, note, stored, tokens, kept)
         for site, relative, note, tokens in zip(

@@ -246,8 +246,8 @@ def read_text(
             template, an empty corpus, or more text than `text_limit` allows.
     """
     path = Path(name)
-    if column is not None and is_plain(name):
-        raise ValueError(f"{name} is plain text, which has no field {column!r}: leave column out")
+    if is_plain(name):
+        _check_no_field(name, column)
     if len(parts_of(name)) > 1:
         raise ValueError(
             f"{name} is a mixture, which is for calibration: name one of its parts, {', '.join(parts_of(name))}"
@@ -299,6 +299,12 @@ def is_plain(name: str) -> bool:
     return name == BUILTIN or name.startswith(f"{BUILTIN}/") or (path.is_file() and table_kind(path) is None)
 
 
+def _check_no_field(name: str, column: str | None) -> None:
+    """Raises ValueError where a field is named of a corpus of plain text."""
+    if column is not None:
+        raise ValueError(f"{name} is plain text, which has no field {column!r}: leave column out")
+
+
 def is_hub_name(name: str) -> bool:
     """Whether a name that is no file can be "owner/name" or "owner/name:config" of the hub, and no mistyped path."""
     hub = name.partition(":")[0]
@@ -315,8 +321,7 @@ def _read_known_file(
         for file in sorted(folder.glob(pattern)):
             source = {"corpus": name, "split": split, "file": file.name}
             if table_kind(file) is None:
-                if column is not None:
-                    raise ValueError(f"{file} is plain text, which has no field {column!r}: leave column out")
+                _check_no_field(str(file), column)
                 return Text(tuple(map(corpus.row, read_lines(file))), corpus.joiner, source)
             columns = (column,) if column else ("text", corpus.column)
             text = _read_file(file, columns, source, tokenizer, corpus)

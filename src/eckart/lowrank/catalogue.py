@@ -225,6 +225,7 @@ def shrunk(share: float = INPUT_SHRINKAGE, bias: bool = False) -> Method:
         needs=SECOND_MOMENT,
         stage=Stage(root=whitening(share, centred=bias)),
         centred=bias,
+        shrinkage=share,
         options={"share": share, "bias": bias},
     )
 
@@ -252,6 +253,7 @@ def kfac(
             metric=partial(gradient_metric, share=shrink_out),
         ),
         centred=bias,
+        shrinkage=shrink_in,
         options={"shrink_in": shrink_in, "shrink_out": shrink_out, "bias": bias, "weighted": weighted},
     )
 
@@ -262,8 +264,7 @@ def anchored(method: Method) -> Method:
     The target's moments are shrunk as far as the method shrinks its own input moment, so that both speak of the same
     inputs, and no less than ANCHOR_SHRINKAGE.
     """
-    own = method.options.get("share", 0.0) if method.name == "shrunk" else method.options.get("shrink_in", 0.0)
-    return method.anchored(max(own, ANCHOR_SHRINKAGE))
+    return method.anchored(max(method.shrinkage, ANCHOR_SHRINKAGE))
 
 
 METHODS: dict[str, Callable[..., Method]] = {

@@ -83,6 +83,7 @@ class Method:
         centred: fit a bias, the mean of what is dropped; the root is mostly of the covariance then, as the bias takes
             the mean's part of the loss.
         exact: the root is that of the inputs' own moment, so that the tail is the squared output error per token.
+        shrinkage: how far the first stage shrinks the input moment that its root is of.
         anchor: shrinkage of the anchored target T = W X Gh^-1, or None for T = W.
         options: the settings that made this entry, for the recipe.
     """
@@ -98,6 +99,7 @@ class Method:
     share: float = 1.0
     centred: bool = False
     exact: bool = False
+    shrinkage: float = 0.0
     anchor: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
